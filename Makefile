@@ -1,0 +1,54 @@
+# make demo: complete a prompt with a real model.  make test: every check.  Both need only Python 3.11+, make and a C++ compiler.
+PYTHON ?= python3
+VENV ?= .venv
+PROMPT ?= The three primary colors are
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALL_INPUTS := pyproject.toml constraints.txt
+# Two workers share the machine, one thread each: more threads than cores slow every test down.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15
+
+.PHONY: demo test test-full lint format clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/tokenspeed generate --temperature 0 --max-tokens 64 "$(PROMPT)"
+
+test: lint
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-full: lint
+	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/size_report.py
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find tokenspeed tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+	  "TokenSpeed needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: $(INSTALL_INPUTS) | $(BIN)/python
+	@echo "installing into $(VENV), about a minute"
+	$(PIP) install --constraint constraints.txt --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(INSTALL_INPUTS) | $(BIN)/python
+	@echo "installing into $(VENV), about a minute"
+	$(PIP) install --constraint constraints.txt --editable '.[demo,dev]'
+	@touch $@

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tokenspeed.config import hub
+from tokenspeed.config.source import ModelSource, resolve_model
+from tokenspeed.contracts.errors import ConfigError, ModelNotFoundError, UnsupportedError
+
+
+def touch(directory: Path, *names: str) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (directory / name).write_bytes(b"x")
+    return directory
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    path = touch(tmp_path, "m.gguf") / "m.gguf"
+    assert resolve_model(str(path)) == ModelSource(path, "gguf", str(path))
+
+
+def test_a_directory_of_safetensors_wins_over_a_gguf_in_it(tmp_path: Path) -> None:
+    touch(tmp_path, "config.json", "model.safetensors", "m.gguf", "pytorch_model.bin")
+    assert resolve_model(str(tmp_path)) == ModelSource(tmp_path, "safetensors", str(tmp_path))
+
+
+def test_a_directory_with_one_gguf(tmp_path: Path) -> None:
+    touch(tmp_path, "m.gguf", "README.md", "config.json")
+    assert resolve_model(str(tmp_path)) == ModelSource(tmp_path / "m.gguf", "gguf", str(tmp_path))
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    touch(tmp_path, "m.gguf")
+    assert resolve_model("~/m.gguf").path == tmp_path / "m.gguf"
+
+
+def test_config_alone_is_enough_where_no_weights_are_needed(tmp_path: Path) -> None:
+    touch(tmp_path, "config.json")
+    assert resolve_model(str(tmp_path), need_weights=False).format == "safetensors"
+    with pytest.raises(ModelNotFoundError, match="no model here"):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "names, error, message",
+    [
+        ([], ModelNotFoundError, "no model here"),
+        (["model.safetensors"], ModelNotFoundError, r"no config\.json"),
+        (["a.gguf", "b.gguf"], ConfigError, r"2 \.gguf files.*a\.gguf, b\.gguf"),
+        (["config.json", "pytorch_model.bin"], UnsupportedError, r"pickle.*pytorch_model\.bin"),
+        (["consolidated.00.pth"], UnsupportedError, r"consolidated\.00\.pth.*safetensors"),
+    ],
+)
+def test_directories_that_are_no_model(tmp_path: Path, names: list[str], error: type[Exception], message: str) -> None:
+    touch(tmp_path, *names)
+    with pytest.raises(error, match=message):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name, error, message",
+    [
+        ("w.pt", UnsupportedError, "pickle"),
+        ("w.safetensors", ConfigError, "directory"),
+        ("w.txt", UnsupportedError, "not a model file"),
+    ],
+)
+def test_files_that_are_no_model(tmp_path: Path, name: str, error: type[Exception], message: str) -> None:
+    touch(tmp_path, name)
+    with pytest.raises(error, match=message):
+        resolve_model(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "name", ["", "nothing", "/no/such/dir", "./no/such", "a/b/c", "org/missing.gguf", "org/na me", "../x/y"]
+)
+def test_names_that_are_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFoundError, match="no model"):
+        resolve_model(name)
+
+
+def test_a_repository_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def snapshot_download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        calls.append((repo, revision, any("safetensors" in pattern for pattern in allow_patterns)))
+        assert not any(pattern in allow_patterns for pattern in ("*", "*.bin", "*.pt", "*.py"))
+        return str(touch(tmp_path / "snapshot", "config.json", "model.safetensors"))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert resolve_model("org/name-1.0").path == tmp_path / "snapshot"
+    assert resolve_model("org/name@refs/pr/1").name == "org/name@refs/pr/1"
+    resolve_model("org/name@v2", need_weights=False)
+    assert calls == [("org/name-1.0", None, True), ("org/name", "refs/pr/1", True), ("org/name", "v2", False)]
+
+
+def hub_error(name: str) -> Exception:
+    from huggingface_hub import errors
+
+    kind: type[Exception] = getattr(errors, name)
+    return kind.__new__(kind, "as the hub says it")  # without the response object that their constructors want
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (hub_error("RepositoryNotFoundError"), "no such repository"),
+        (hub_error("GatedRepoError"), "access to it must be granted"),
+        (hub_error("RevisionNotFoundError"), "at revision v9.*no such revision"),
+        (hub_error("LocalEntryNotFoundError"), "no network"),
+        (ConnectionError("refused\nby host"), "ConnectionError: refused by host"),
+        (OSError(28, "No space left on device"), "No space left"),
+    ],
+)
+def test_what_the_hub_says_becomes_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(ModelNotFoundError, match=message) as caught:
+        resolve_model("org/name@v9")
+    assert "\n" not in str(caught.value)
+    assert "org/name" in str(caught.value)
+
+
+def test_without_network_and_cache_there_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelNotFoundError, match="org-that-is-not/there"):
+        hub.fetch_repository("org-that-is-not/there", None, need_weights=True)

@@ -1,0 +1,90 @@
+"""Every setting of the engine, once: `LLM(...)` takes these as keywords and the CLI makes its flags of them."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, get_type_hints
+
+from tokenspeed.contracts.errors import ConfigError
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
+LOAD_FORMATS = ("auto", "dummy")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Names are vLLM's where the meaning is the same. Raises ConfigError on a value that is not usable."""
+
+    model: str | None = _setting(
+        None, "a .gguf file, a directory, a Hugging Face repository id, or a shipped config (with --load-format dummy)"
+    )
+    revision: str | None = _setting(None, "revision of the Hugging Face repository")
+    chat_template: str | None = _setting(None, "a template file, a template, or the built-in name 'plain'")
+    device: str = _setting("auto", "where to run; auto takes a GPU if there is one", DEVICES)
+    dtype: str = _setting("auto", "compute type; auto is bfloat16", DTYPES)
+    kv_cache_dtype: str = _setting("auto", "type of the KV cache; auto is the compute type", KV_DTYPES)
+    load_format: str = _setting("auto", "dummy fills random weights of the real shapes", LOAD_FORMATS)
+    max_model_len: int | None = _setting(
+        None, "most tokens of one sequence, prompt and output; by default the model's context as far as memory holds it"
+    )
+    max_num_seqs: int = _setting(64, "most sequences computed at once")
+    max_num_batched_tokens: int = _setting(512, "most tokens fed per step, by all sequences")
+    block_size: int = _setting(16, "tokens per KV page")
+    kv_cache_memory_bytes: int | None = _setting(
+        None, "bytes of KV cache; by default a quarter of the free memory, at most what all sequences could fill"
+    )
+    enable_prefix_caching: bool = _setting(True, "reuse the KV of shared prompt prefixes")
+    seed: int | None = _setting(None, "makes requests that name no seed repeatable")
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(EngineConfig)
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            _check_type(setting.name, value, hints[setting.name])
+            choices = setting.metadata["choices"]
+            if choices and value not in choices:
+                raise ConfigError(f"{flag(setting.name)} must be one of {', '.join(choices)}, got {value!r}")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("max_model_len", self.max_model_len, 2)
+        if self.revision is not None and self.model is None:
+            raise ConfigError("--revision needs --model, a Hugging Face repository id")
+
+    @classmethod
+    def from_kwargs(cls, settings: dict[str, Any]) -> EngineConfig:
+        """From keywords; an unknown one is a ConfigError that lists the known ones."""
+        known = [setting.name for setting in fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown engine setting: {', '.join(unknown)} (known: {', '.join(known)})")
+        return cls(**settings)
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def default_of(name: str) -> Any:
+    """Default of a setting."""
+    value = next(setting.default for setting in fields(EngineConfig) if setting.name == name)
+    assert value is not MISSING
+    return value
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    wanted = hint.__args__ if hasattr(hint, "__args__") else (hint,)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+        names = " or ".join("none" if kind is type(None) else kind.__name__ for kind in wanted)
+        raise ConfigError(f"{flag(name)} must be {names}, got {value!r}")
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise ConfigError(f"{flag(name)} must be at least {least}, got {value}")

@@ -1,0 +1,46 @@
+"""What a checkpoint says about generating with it: ids that end a text, and sampling defaults. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+HONOURED = ("temperature", "top_k", "top_p")
+NOT_YET = {"repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0, "no_repeat_ngram_size": 0}
+"""Settings with an effect that are not supported yet, and the value that means none."""
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """eos_token_ids end a text. sampling: defaults of SamplingParams. unsupported: what the checkpoint asks for in vain."""
+
+    eos_token_ids: tuple[int, ...] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    unsupported: Mapping[str, Any] = field(default_factory=dict)
+
+
+def generation_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any]) -> GenerationDefaults:
+    """From config.json and generation_config.json (may be empty)."""
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    sampling = {key: generation[key] for key in HONOURED if generation.get(key) is not None}
+    if generation.get("max_new_tokens") is not None:
+        sampling["max_tokens"] = generation["max_new_tokens"]
+    return GenerationDefaults(ids, sampling, _unsupported(generation))
+
+
+def generation_from_gguf(metadata: Mapping[str, Any]) -> GenerationDefaults:
+    """From GGUF metadata: eos, end of turn and end of message ids; general.sampling.* where a file has them."""
+    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+    ids = tuple(dict.fromkeys(int(metadata[key]) for key in keys if key in metadata))
+    names = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p"}
+    prefix = "general.sampling."
+    sampling = {ours: metadata[prefix + key] for key, ours in names.items() if prefix + key in metadata}
+    extra = {key.removeprefix(prefix): metadata[key] for key in metadata if key.startswith(prefix)}
+    named = {"repetition_penalty": extra.get("penalty_repeat"), "min_p": extra.get("min_p")}
+    return GenerationDefaults(ids, sampling, _unsupported(named))
+
+
+def _unsupported(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: settings[key] for key, none in NOT_YET.items() if settings.get(key) not in (None, none)}

@@ -1,0 +1,42 @@
+"""Model directories of the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenspeed.contracts.errors import ModelNotFoundError
+
+_SETTINGS = ["*.json", "*.jinja", "tokenizer.model"]
+_WEIGHTS = ["*.safetensors"]
+
+
+def fetch_repository(repo: str, revision: str | None, need_weights: bool) -> Path:
+    """Download the files of a repository that a model is loaded from, and return their directory in the hub's cache.
+
+    Raises ModelNotFoundError where the repository or revision does not exist, is gated, or cannot be reached and is not
+    in the cache.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ModelNotFoundError(f"{repo}: fetching a repository needs `pip install huggingface_hub`") from None
+    patterns = _SETTINGS + _WEIGHTS if need_weights else _SETTINGS
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # HTTP, network, cache and name errors have no useful common class
+        at = f" at revision {revision}" if revision else ""
+        raise ModelNotFoundError(f"cannot fetch {repo}{at} from the Hugging Face hub: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "access to it must be granted; accept its terms on its page and run `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such repository, or a private one"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "no such revision"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return "no network, and it is not in the local cache; a local directory or .gguf file works without"
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

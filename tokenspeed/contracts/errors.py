@@ -1,0 +1,37 @@
+"""Errors a user can cause or meet. Each message names the thing and the limit; the CLI prints it without a traceback."""
+
+
+class TokenSpeedError(Exception):
+    """Base of every error that is reported to a user as one line."""
+
+
+class ConfigError(TokenSpeedError, ValueError):
+    """A flag, a field of a config file or a combination of them is not usable."""
+
+
+class ParameterError(TokenSpeedError, ValueError):
+    """A request parameter is unknown, out of range or contradicts another."""
+
+
+class PromptError(TokenSpeedError, ValueError):
+    """A prompt is empty, too long, or holds an id outside the vocabulary."""
+
+
+class FormatError(TokenSpeedError):
+    """A model file is truncated, corrupt or inconsistent."""
+
+
+class WeightError(TokenSpeedError):
+    """A checkpoint lacks a tensor, holds a surplus one, or one has the wrong shape."""
+
+
+class UnsupportedError(TokenSpeedError):
+    """An architecture, tensor type or feature this version does not run; the message lists what it does run."""
+
+
+class ModelNotFoundError(TokenSpeedError):
+    """No model at that path or name, or it cannot be fetched."""
+
+
+class MemoryLimitError(TokenSpeedError):
+    """Not enough memory; the message says what is needed, what is free and which flag helps."""

@@ -1,0 +1,27 @@
+"""The executor protocol: the only door between scheduling (ints) and computing (tensors)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tokenspeed.contracts.step import StepPlan, StepResult
+
+
+class StepHandle(Protocol):
+    """A launched step."""
+
+    def result(self) -> StepResult:
+        """Wait for the step and return what it gave. Raises what the step raised."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs steps in the order they are launched. Owns every tensor; the caller owns every page id and slot."""
+
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Apply the plan's delta, start its rows, return without waiting where the device allows."""
+        ...
+
+    def close(self) -> None:
+        """Release the device. No launch may follow."""
+        ...

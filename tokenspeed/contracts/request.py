@@ -1,0 +1,37 @@
+"""A request as the engine takes it, and what it says back about it each step."""
+
+from __future__ import annotations
+
+import msgspec
+
+from tokenspeed.contracts.sampling import SamplingParams
+from tokenspeed.contracts.step import TokenLogprobs
+
+
+class Request(msgspec.Struct, kw_only=True):
+    """One sequence to complete. `prompt_token_ids` is not empty; `params` holds final values (defaults already applied)."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    """The sampler's key: the request's own seed, or one drawn for it."""
+    eos_token_ids: list[int] = []
+    cache_salt: str = ""
+    """Part of the prefix key: requests of different salts never share pages."""
+
+
+class SequenceUpdate(msgspec.Struct, kw_only=True):
+    """What one step brought for one request."""
+
+    request_id: str
+    new_token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
+    """Of prompt positions 1.. in order, as chunks of the prompt are computed."""
+    finish_reason: str | None = None
+    """None while it runs; "stop" (eos or a stop id), "length", "abort"."""
+    stop_reason: int | None = None
+    """The stop id that ended it, when that was not an eos."""
+    num_cached_tokens: int = 0
+    """Prompt tokens taken from the prefix cache."""

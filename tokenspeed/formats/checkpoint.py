@@ -1,0 +1,66 @@
+"""What every checkpoint reader offers: tensors by name, their bytes as views of the memory map. No torch."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tokenspeed.contracts.errors import FormatError, ModelNotFoundError
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies. `shape` is in torch order (rows first); `offset` is in bytes from its file's start."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """In upper case: "F32", "BF16", "Q4_K", ..."""
+    offset: int
+    nbytes: int
+
+
+class Checkpoint(Protocol):
+    """An open model file, or a directory of shards."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def format(self) -> Literal["gguf", "safetensors"]: ...
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]: ...
+
+    def data(self, name: str) -> Bytes:
+        """The tensor's bytes: uint8 [nbytes], a read-only view of the map. KeyError for an unknown name."""
+        ...
+
+
+def map_file(path: Path) -> Bytes:
+    """Map a whole file: uint8 [size], read-only. ModelNotFoundError if it cannot be read, FormatError if empty."""
+    try:
+        with path.open("rb") as file:
+            if path.stat().st_size == 0:
+                raise FormatError(f"{path}: the file is empty")
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+    except OSError as error:
+        raise ModelNotFoundError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def check_overlap(path: Path, tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
+    """The tensors in file order. Raises FormatError when two share bytes."""
+    ordered = sorted(tensors, key=lambda t: (t.offset, t.nbytes))
+    for before, after in pairwise(ordered):
+        if before.offset + before.nbytes > after.offset:
+            raise FormatError(f"{path}: tensors {before.name!r} and {after.name!r} overlap")
+    return ordered

@@ -1,0 +1,55 @@
+"""Which implementations exist for an op, and which one a bucket takes. No torch here.
+
+An implementation states its op (plain or fused), the backend it belongs to, and a predicate over the situation; whatever
+differs between devices, formats and row counts is said in that predicate and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenspeed.ops.definitions import Operands
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a choice may depend on: device type, compute dtype, most tokens of the bucket, and stored weight formats."""
+
+    device: str
+    dtype: str
+    tokens: int
+    formats: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A way to run an op. `run` is what its backend calls; `takes` says whether it fits. Higher priority is asked first."""
+
+    name: str
+    op: str
+    backend: str
+    run: Callable[..., Any]
+    takes: Callable[[Operands, Situation], bool]
+    priority: int
+
+
+class Registry:
+    """Implementations by op."""
+
+    def __init__(self) -> None:
+        self._by_op: dict[str, list[Implementation]] = defaultdict(list)
+
+    def add(self, implementation: Implementation) -> None:
+        """Register; the name must be new for its op."""
+        known = self._by_op[implementation.op]
+        if any(other.name == implementation.name for other in known):
+            raise ValueError(f"{implementation.name} is registered twice for {implementation.op}")
+        known.append(implementation)
+        known.sort(key=lambda item: -item.priority)
+
+    def choose(self, op: str, operands: Operands, situation: Situation) -> Implementation | None:
+        """The first that fits, or None."""
+        return next((item for item in self._by_op.get(op, ()) if item.takes(operands, situation)), None)

@@ -1,0 +1,19 @@
+"""The frame of a decoder-only model: embedding, layers, final norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tokenspeed.program.recorder import Recorder, Scope, Value
+
+
+def decoder(
+    g: Recorder, layer: Callable[[Value, Scope, int], Value], *, num_layers: int, eps: float, embed_scale: float = 1.0
+) -> Value:
+    """Logits of the selected rows. Weights: embed, layers.N.*, final_norm; the head is lm_head, or embed where there is none."""
+    top = g.weights()
+    x = g.embed(g.tokens, top.embed, scale=embed_scale)
+    for i in range(num_layers):
+        x = layer(x, g.weights(f"layers.{i}."), i)
+    head = top.lm_head if top.has("lm_head") else top.embed
+    return g.linear(g.norm(g.select(x), top.final_norm, eps=eps), head)

@@ -1,0 +1,39 @@
+"""Llama 2 to 3.3, and what shares its architecture name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tokenspeed.contracts.errors import UnsupportedError
+from tokenspeed.layers.attention import attention_block
+from tokenspeed.layers.decoder import decoder
+from tokenspeed.layers.mlp import gated_mlp
+from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig, gguf_config, hf_config
+from tokenspeed.program.recorder import Recorder, Scope, Value
+
+
+def from_hf(config: Mapping[str, Any]) -> DenseConfig:
+    """From config.json."""
+    if config.get("attention_bias") or config.get("mlp_bias"):
+        raise UnsupportedError("llama with attention_bias or mlp_bias is not supported")
+    return hf_config(config)
+
+
+def from_gguf(meta: GGUFConfig) -> DenseConfig:
+    """From GGUF metadata; its converter interleaves the rows of each Q and K head."""
+    return gguf_config(meta, gguf_permuted=True)
+
+
+def wire(g: Recorder, cfg: DenseConfig) -> Value:
+    """Pre-norm attention and MLP on a plain residual. Also the wiring of families that only add optional weights."""
+
+    def layer(x: Value, w: Scope, i: int) -> Value:
+        attention = attention_block(g, g.norm(x, w.attn_norm, eps=cfg.norm_eps), w, i, cfg.attention(i))
+        x = g.add(x, attention)
+        return g.add(x, gated_mlp(g, g.norm(x, w.mlp_norm, eps=cfg.norm_eps), w, cfg.act))
+
+    return decoder(g, layer, num_layers=cfg.num_layers, eps=cfg.norm_eps, embed_scale=cfg.embed_scale)
+
+
+FAMILY = Family("llama", ("llama",), ("llama",), from_hf, from_gguf, wire)

@@ -1,0 +1,103 @@
+"""The families this version runs, and how a checkpoint or a shipped config finds its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenspeed.contracts.errors import FormatError, UnsupportedError
+from tokenspeed.formats.checkpoint import Checkpoint
+from tokenspeed.formats.gguf import GGUFFile
+from tokenspeed.models import gemma3, llama, qwen2, qwen3
+from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig, dense_weights
+from tokenspeed.program.program import Program
+from tokenspeed.program.recorder import record
+from tokenspeed.weights.spec import WeightTable
+
+FAMILIES: tuple[Family, ...] = (gemma3.FAMILY, llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A model without its weights: family, config, weight table."""
+
+    family: Family
+    config: DenseConfig
+    weights: WeightTable
+
+    def program(self, adapters: Mapping[str, int] | None = None, capture: tuple[str, ...] = ()) -> Program:
+        """The recorded program; `adapters` and `capture` as in Recorder."""
+        shapes = {name: spec.shape for name, spec in self.weights.specs.items()}
+        return record(lambda g: self.family.wire(g, self.config), shapes, adapters, capture)
+
+
+def define_from_hf(config: Mapping[str, Any]) -> Definition:
+    """From the contents of config.json. Raises UnsupportedError on an unknown model_type, listing the known ones."""
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "?")
+        raise UnsupportedError(f"quantization_config {method!r} is not supported (supported: none)")
+    kind = config.get("model_type")
+    for family in FAMILIES:
+        if kind in family.hf_types:
+            return _define(family, family.from_hf(config))
+    known = sorted(name for family in FAMILIES for name in family.hf_types)
+    raise UnsupportedError(f"model_type {kind!r} is not supported (supported: {', '.join(known)})")
+
+
+def define_from_gguf(file: GGUFFile) -> Definition:
+    """From a GGUF file's metadata and tensor list. Raises UnsupportedError on an unknown architecture."""
+    kind = file.metadata.get("general.architecture")
+    for family in FAMILIES:
+        if kind in family.gguf_types:
+            return _define(family, family.from_gguf(_gguf_view(file)))
+    known = sorted(name for family in FAMILIES for name in family.gguf_types)
+    raise UnsupportedError(f"GGUF architecture {kind!r} is not supported (supported: {', '.join(known)})")
+
+
+def define(checkpoint: Checkpoint) -> Definition:
+    """The definition that fits an open checkpoint."""
+    if isinstance(checkpoint, GGUFFile):
+        return define_from_gguf(checkpoint)
+    return define_from_hf(read_json(_directory(checkpoint.path) / "config.json"))
+
+
+def shipped_configs() -> dict[str, Any]:
+    """Configs that come with the package, by name: {"llama-3.1-8b": {...}, ...}."""
+    folder = resources.files("tokenspeed.models") / "configs"
+    files = [entry for entry in folder.iterdir() if entry.name.endswith(".json")]
+    return {entry.name.removesuffix(".json"): json.loads(entry.read_text()) for entry in sorted(files, key=lambda e: e.name)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file. Raises FormatError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: {error}") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: not a JSON object")
+    return value
+
+
+def _define(family: Family, config: DenseConfig) -> Definition:
+    return Definition(family, config, dense_weights(config))
+
+
+def _directory(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _gguf_view(file: GGUFFile) -> GGUFConfig:
+    table = file.tensors.get("token_embd.weight")
+    if table is None:
+        raise FormatError(f"{file.path}: no tensor token_embd.weight")
+    divisors: tuple[float, ...] = ()
+    if "rope_freqs.weight" in file.tensors:
+        divisors = tuple(file.data("rope_freqs.weight").view(np.float32).tolist())
+    return GGUFConfig(file.metadata, table.shape[0], "output.weight" not in file.tensors, divisors)

@@ -1,0 +1,203 @@
+"""The op vocabulary: what each op takes and gives, and what it must move and compute. No torch here.
+
+A shape is a tuple of ints and of the symbols TOKENS (tokens fed by the step) and ROWS (tokens whose logits are wanted).
+The torch reference of each op lies in `ops.reference`, under the same name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+TOKENS = "T"
+ROWS = "R"
+Dim = int | str
+Shape = tuple[Dim, ...]
+Attrs = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that must cross the memory bus and operations that must be done, for one record of one step."""
+
+    weight_bytes: float = 0
+    kv_bytes: float = 0
+    act_bytes: float = 0
+    flops: float = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.weight_bytes + other.weight_bytes,
+            self.kv_bytes + other.kv_bytes,
+            self.act_bytes + other.act_bytes,
+            self.flops + other.flops,
+        )
+
+    @property
+    def bytes(self) -> float:
+        """Weight and KV bytes: those no fusion can avoid. Activations may stay in a cache and are counted apart."""
+        return self.weight_bytes + self.kv_bytes
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The step a cost is asked for: `batch` sequences, each feeding tokens/batch tokens and then holding `context`.
+
+    act_bytes, kv_bytes: bytes per activation and KV element. weight_bytes: bytes of a stored weight by name.
+    """
+
+    tokens: int
+    rows: int
+    batch: int
+    context: int
+    act_bytes: float
+    kv_bytes: float
+    weight_bytes: Mapping[str, float]
+
+    def size(self, shape: Shape) -> int:
+        """Number of elements of a symbolic shape."""
+        total = 1
+        for dim in shape:
+            total *= self.tokens if dim == TOKENS else self.rows if dim == ROWS else int(dim)
+        return total
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Shapes of a record's inputs and outputs, and names and shapes of its weights."""
+
+    inputs: tuple[Shape, ...]
+    outputs: tuple[Shape, ...]
+    weights: tuple[str, ...]
+    weight_shapes: tuple[tuple[int, ...], ...]
+    attrs: Attrs
+
+
+Infer = Callable[[tuple[Shape, ...], tuple[tuple[int, ...], ...], Attrs], tuple[Shape, ...]]
+CostRule = Callable[[Operands, Workload], Cost]
+
+
+@dataclass(frozen=True)
+class OpDef:
+    """One op: its shape rule, its cost rule, and whether its outputs are views of its first input."""
+
+    name: str
+    infer: Infer
+    cost: CostRule
+    view: bool = False
+
+
+def _same(inputs: tuple[Shape, ...], weights: tuple[tuple[int, ...], ...], attrs: Attrs) -> tuple[Shape, ...]:
+    return (inputs[0],)
+
+
+def _elementwise(op: Operands, work: Workload) -> Cost:
+    elements = sum(work.size(shape) for shape in op.inputs + op.outputs)
+    return Cost(
+        weight_bytes=sum(work.weight_bytes[name] for name in op.weights),
+        act_bytes=elements * work.act_bytes,
+        flops=4 * work.size(op.outputs[0]),
+    )
+
+
+def _embed_infer(inputs: tuple[Shape, ...], weights: tuple[tuple[int, ...], ...], attrs: Attrs) -> tuple[Shape, ...]:
+    return ((*inputs[0], weights[0][1]),)
+
+
+def _embed_cost(op: Operands, work: Workload) -> Cost:
+    rows, cols = op.weight_shapes[0]
+    row_bytes = work.weight_bytes[op.weights[0]] / rows
+    return Cost(weight_bytes=work.tokens * row_bytes, act_bytes=work.tokens * cols * work.act_bytes)
+
+
+def _linear_infer(inputs: tuple[Shape, ...], weights: tuple[tuple[int, ...], ...], attrs: Attrs) -> tuple[Shape, ...]:
+    if inputs[0][-1] != weights[0][1]:
+        raise ValueError(f"linear: input has {inputs[0][-1]} columns, weight {weights[0]}")
+    return ((*inputs[0][:-1], weights[0][0]),)
+
+
+def _linear_cost(op: Operands, work: Workload) -> Cost:
+    moved = work.size(op.inputs[0]) + work.size(op.outputs[0])
+    return Cost(
+        weight_bytes=sum(work.weight_bytes[name] for name in op.weights),
+        act_bytes=moved * work.act_bytes,
+        flops=2 * work.size(op.inputs[0]) * op.weight_shapes[0][0],
+    )
+
+
+def _split_infer(inputs: tuple[Shape, ...], weights: tuple[tuple[int, ...], ...], attrs: Attrs) -> tuple[Shape, ...]:
+    sizes: tuple[int, ...] = attrs["sizes"]
+    if sum(sizes) != inputs[0][-1]:
+        raise ValueError(f"split: sizes {sizes} do not add up to {inputs[0][-1]}")
+    return tuple((*inputs[0][:-1], size) for size in sizes)
+
+
+def _free(op: Operands, work: Workload) -> Cost:
+    return Cost()
+
+
+def _rope_infer(inputs: tuple[Shape, ...], weights: tuple[tuple[int, ...], ...], attrs: Attrs) -> tuple[Shape, ...]:
+    return inputs
+
+
+def _act_mul_infer(inputs: tuple[Shape, ...], weights: tuple[tuple[int, ...], ...], attrs: Attrs) -> tuple[Shape, ...]:
+    return ((*inputs[0][:-1], int(inputs[0][-1]) // 2),)
+
+
+def _kv_write_infer(inputs: tuple[Shape, ...], weights: tuple[tuple[int, ...], ...], attrs: Attrs) -> tuple[Shape, ...]:
+    return ((),)
+
+
+def _kv_write_cost(op: Operands, work: Workload) -> Cost:
+    elements = sum(work.size(shape) for shape in op.inputs)
+    return Cost(kv_bytes=elements * work.kv_bytes, act_bytes=elements * work.act_bytes)
+
+
+def _attention_cost(op: Operands, work: Workload) -> Cost:
+    """KV of every sequence read once, queries against it; a query sees half of the step's own tokens on average."""
+    attrs = op.attrs
+    per_sequence = work.tokens / work.batch
+    window = attrs["window"] or work.context
+    read = min(work.context, window + per_sequence - 1)
+    seen = min(work.context - (per_sequence - 1) / 2, window)
+    return Cost(
+        kv_bytes=work.batch * read * 2 * attrs["kv_heads"] * attrs["head_dim"] * work.kv_bytes,
+        act_bytes=2 * work.size(op.inputs[0]) * work.act_bytes,
+        flops=4 * work.tokens * seen * attrs["heads"] * attrs["head_dim"],
+    )
+
+
+def _attention_infer(
+    inputs: tuple[Shape, ...], weights: tuple[tuple[int, ...], ...], attrs: Attrs
+) -> tuple[Shape, ...]:
+    return (inputs[0],)
+
+
+def _select_infer(inputs: tuple[Shape, ...], weights: tuple[tuple[int, ...], ...], attrs: Attrs) -> tuple[Shape, ...]:
+    return ((ROWS, *inputs[0][1:]),)
+
+
+def _select_cost(op: Operands, work: Workload) -> Cost:
+    return Cost(act_bytes=2 * work.size(op.outputs[0]) * work.act_bytes)
+
+
+OPS: dict[str, OpDef] = {
+    op.name: op
+    for op in (
+        OpDef("embed", _embed_infer, _embed_cost),
+        OpDef("norm", _same, _elementwise),
+        OpDef("linear", _linear_infer, _linear_cost),
+        OpDef("split", _split_infer, _free, view=True),
+        OpDef("rope", _rope_infer, _elementwise),
+        OpDef("kv_write", _kv_write_infer, _kv_write_cost),
+        OpDef("attention", _attention_infer, _attention_cost),
+        OpDef("add", _same, _elementwise),
+        OpDef("act_mul", _act_mul_infer, _elementwise),
+        OpDef("select", _select_infer, _select_cost),
+    )
+}
+"""embed: token ids to rows of a table, times `scale`. norm: RMS norm over the last axis, or over each head of `per_head`
+columns. linear: x W^T (+ bias, a second weight). split: views of consecutive columns. rope: rotates query and key heads by
+position. kv_write: puts keys and values into the pages of `layer`, gives an order token. attention: causal, paged, grouped
+queries, optional window. add. act_mul: act(left half) * right half. select: the rows whose logits are wanted."""

@@ -1,0 +1,147 @@
+"""The torch reference of every plain op: short, obvious, right. Fast kernels are tested against these.
+
+A reference is called as fn(view, inputs, weights, attrs) and returns a tuple of tensors. Activations have the compute
+dtype [tokens, columns]; norm weights are float32; reductions run in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from tokenspeed.ops.definitions import Attrs
+from tokenspeed.ops.rope import Rope
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass
+class StepView:
+    """What a step's ops see besides activations. T tokens of S sequences, packed one sequence after the other.
+
+    tokens, positions, slots: int64 [T]; slot = page * page_size + offset of the token's own KV entry.
+    query_start: S + 1 offsets into T. context: per sequence, KV entries after this step.
+    block_tables: per sequence int64 [pages]. kv: [pages, layers, 2, page_size, kv_heads, head_dim].
+    rows: int64 [R], the tokens whose logits are wanted.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    query_start: list[int]
+    context: list[int]
+    block_tables: list[torch.Tensor]
+    kv: torch.Tensor
+    rows: torch.Tensor
+    angles: dict[tuple[Rope, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def rotation(self, rope: Rope, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of this step's positions, [T, 1, dim/2] each; computed once per step and rope."""
+        key = (rope, dtype)
+        if key not in self.angles:
+            exponent = torch.arange(0, rope.dim, 2, dtype=torch.float32, device=self.positions.device) / rope.dim
+            frequency = 1.0 / rope.theta**exponent
+            if rope.divisors:
+                frequency = frequency / torch.tensor(rope.divisors, dtype=torch.float32, device=frequency.device)
+            angle = self.positions.float()[:, None, None] * frequency
+            self.angles[key] = (angle.cos().to(dtype), angle.sin().to(dtype))
+        return self.angles[key]
+
+
+def embed(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
+    rows = F.embedding(inputs[0], weights[0])
+    if attrs["scale"] == 1.0:
+        return (rows,)
+    # The scale is rounded to the compute dtype first, as Gemma was trained.
+    return (rows * torch.tensor(attrs["scale"], dtype=rows.dtype, device=rows.device),)
+
+
+def norm(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
+    """x / sqrt(mean(x^2) + eps) * w (arXiv:1910.07467), per row or per head."""
+    x, width = inputs[0], attrs["per_head"] or inputs[0].shape[-1]
+    wide = x.reshape(*x.shape[:-1], -1, width).float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + attrs["eps"]) * weights[0]
+    return (wide.to(x.dtype).reshape(x.shape),)
+
+
+def linear(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
+    bias = weights[1].to(inputs[0].dtype) if len(weights) > 1 else None
+    return (F.linear(inputs[0], weights[0], bias),)
+
+
+def split(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
+    return tuple(inputs[0].split(list(attrs["sizes"]), dim=-1))
+
+
+def rope(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
+    """Rotary position embedding (arXiv:2104.09864) of queries and keys, halves paired."""
+    cos, sin = view.rotation(attrs["rope"], inputs[0].dtype)
+    return tuple(_rotate(x, cos, sin, attrs["head_dim"]) for x in inputs)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> torch.Tensor:
+    half = cos.shape[-1]
+    heads = x.reshape(x.shape[0], -1, head_dim)
+    a, b, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).reshape(x.shape)
+
+
+def kv_write(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
+    layer = view.kv[:, attrs["layer"]]
+    page_size = layer.shape[2]
+    pages, offsets = view.slots // page_size, view.slots % page_size
+    for which, x in enumerate(inputs):
+        layer[pages, which, offsets] = x.reshape(x.shape[0], attrs["kv_heads"], attrs["head_dim"]).to(layer.dtype)
+    return (layer,)
+
+
+def attention(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
+    """softmax(q k^T * scale) v per sequence over its pages; query at position p sees p - window + 1 .. p."""
+    query, layer = inputs
+    out = torch.empty_like(query)
+    for i, context in enumerate(view.context):
+        start, end = view.query_start[i], view.query_start[i + 1]
+        q = query[start:end].reshape(end - start, attrs["heads"], attrs["head_dim"])
+        out[start:end] = _attend(q, layer, view.block_tables[i], context, attrs).reshape(end - start, -1)
+    return (out,)
+
+
+def _attend(q: torch.Tensor, layer: torch.Tensor, table: torch.Tensor, context: int, attrs: Attrs) -> torch.Tensor:
+    page_size, window = layer.shape[2], attrs["window"]
+    first_query = context - q.shape[0]
+    first_page = max(0, first_query - window + 1) // page_size if window else 0
+    pages = layer[table[first_page : -(-context // page_size)]]
+    entries = pages.transpose(0, 1).flatten(1, 2)[:, : context - first_page * page_size].to(q.dtype)
+    keys, values = entries[0].transpose(0, 1), entries[1].transpose(0, 1)
+    mask = None
+    if q.shape[0] > 1 or window:
+        at = torch.arange(first_query, context, device=q.device)[:, None]
+        seen = torch.arange(first_page * page_size, context, device=q.device)
+        mask = (seen <= at) & (seen > at - window) if window else seen <= at
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], keys[None], values[None], mask, scale=attrs["scale"], enable_gqa=True
+    )
+    return out[0].transpose(0, 1)
+
+
+def add(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
+    return (inputs[0] + inputs[1],)
+
+
+def act_mul(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
+    gate, up = inputs[0].chunk(2, dim=-1)
+    gate = F.silu(gate) if attrs["act"] == "silu" else F.gelu(gate, approximate="tanh")
+    return (gate * up,)
+
+
+def select(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
+    return (inputs[0].index_select(0, view.rows),)
+
+
+Reference = Callable[[StepView, Sequence[torch.Tensor], Sequence[torch.Tensor], Attrs], Tensors]
+REFERENCE: dict[str, Reference] = {
+    fn.__name__: fn for fn in (embed, norm, linear, split, rope, kv_write, attention, add, act_mul, select)
+}

@@ -1,0 +1,156 @@
+"""Packed rows to floating point, in plain torch: the reference for kernels and the way weights are unpacked once.
+
+Block layouts are those of ggml (`ggml-common.h`). All arithmetic is float32, rounded once to the wanted dtype, so float32
+output equals ggml's own dequantisation bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from tokenspeed.formats.blocks import BLOCKS, row_bytes
+
+CHUNK_ELEMENTS = 1 << 21
+"""Elements unpacked at a time: 8 MiB of float32, which stays in a last-level cache and is long enough for threads to pay."""
+
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def unpack(
+    data: torch.Tensor, fmt: str, cols: int, dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Unpack rows of any format of `formats.blocks` into a fresh tensor, or into `out`.
+
+    data: uint8 [rows, row_bytes(fmt, cols)]. Returns [rows, cols] of `dtype` on the device of `data`; `out`, where
+    given, must have that shape and dtype and contiguous rows. Raises UnsupportedError for other formats, FormatError
+    when `cols` is no whole number of blocks, ValueError for tensors of the wrong shape or dtype.
+    """
+    nbytes = row_bytes(fmt, cols)
+    rows = data.shape[0]
+    if data.dtype != torch.uint8 or data.shape != (rows, nbytes):
+        raise ValueError(f"{fmt} data of {cols} columns must be uint8 [rows, {nbytes}], got {data.dtype} {data.shape}")
+    if out is None:
+        out = torch.empty(rows, cols, dtype=dtype, device=data.device)
+    if out.dtype != dtype or out.shape != (rows, cols) or (rows > 0 and not out[0].is_contiguous()):
+        raise ValueError(f"out must be {dtype} [{rows}, {cols}], got {out.dtype} {out.shape} {out.stride()}")
+    if fmt in _PLAIN:
+        return out.copy_(data.contiguous().view(_PLAIN[fmt]))
+    _unpack_blocks(data, fmt, out)
+    return out
+
+
+def _unpack_blocks(data: torch.Tensor, fmt: str, out: torch.Tensor) -> None:
+    elements, size = BLOCKS[fmt]
+    rows, cols = out.shape
+    step = max(1, CHUNK_ELEMENTS // cols)
+    direct = out.dtype == torch.float32 and out.is_contiguous()
+    scratch = None if direct else torch.empty(min(step, rows), cols, dtype=torch.float32, device=out.device)
+    for start in range(0, rows, step):
+        target = out[start : start + step]
+        values = target if scratch is None else scratch[: len(target)]
+        _UNPACKERS[fmt](data[start : start + step].reshape(-1, size), values.view(-1, elements))
+        if scratch is not None:
+            target.copy_(values)
+
+
+def _half(blocks: torch.Tensor, at: int) -> torch.Tensor:
+    """The float16 at byte `at` of each block, as float32 [blocks, 1]."""
+    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+
+
+def _signed(quants: torch.Tensor, offset: int) -> torch.Tensor:
+    """Unsigned quants in place to int8 quants - offset."""
+    return quants.sub_(offset).view(torch.int8)
+
+
+def _unpack_q8_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    """[d: f16][32 x int8]; value = d * q."""
+    out.copy_(blocks[:, 2:].view(torch.int8))
+    out.mul_(_half(blocks, 0))
+
+
+def _unpack_q4_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    """[d: f16][16 bytes: low nibbles are elements 0..15, high ones 16..31]; value = d * (q - 8)."""
+    packed = blocks[:, 2:]
+    out[:, :16] = _signed(packed & 15, 8)
+    out[:, 16:] = _signed(packed >> 4, 8)
+    out.mul_(_half(blocks, 0))
+
+
+def _unpack_q5_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    """[d: f16][4 bytes: bit i is the fifth bit of element i][16 bytes of nibbles as in Q4_0]; value = d * (q - 16)."""
+    packed = blocks[:, 6:]
+    fifth = _spread_bits(blocks[:, 2:6])
+    out[:, :16] = _signed((packed & 15).bitwise_or_(fifth[:, :16]), 16)
+    out[:, 16:] = _signed((packed >> 4).bitwise_or_(fifth[:, 16:]), 16)
+    out.mul_(_half(blocks, 0))
+
+
+def _spread_bits(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, b] to uint8 [n, 8 * b]: 16 where the bit is set, lowest bit first.
+
+    Eight bytes at a time inside an int64: copy the byte to all lanes, keep bit i in lane i, carry it to the lane's top
+    bit by adding 0x7f, and move it down to 16.
+    """
+    lanes = packed.long().mul_(0x0101010101010101).bitwise_and_(_signed64(0x8040201008040201))
+    lanes.add_(0x7F7F7F7F7F7F7F7F).bitwise_right_shift_(3).bitwise_and_(0x1010101010101010)
+    return lanes.view(torch.uint8)
+
+
+def _signed64(value: int) -> int:
+    return value - (1 << 64)
+
+
+def _unpack_q4_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    """[d: f16][dmin: f16][12 bytes: 8 x 6-bit scale and min][128 bytes]; value = d * scale * q - dmin * min.
+
+    Each 32 bytes hold two sub-blocks of 32: low nibbles the first, high nibbles the second.
+    """
+    scale, least = _six_bit_pairs(blocks[:, 4:16])
+    packed = blocks[:, 16:].unflatten(1, (4, 32))
+    values = out.unflatten(1, (4, 2, 32))
+    values[:, :, 0] = packed & 15
+    values[:, :, 1] = packed >> 4
+    by_sub_block = out.unflatten(1, (8, 32))
+    by_sub_block.mul_((_half(blocks, 0) * scale).unsqueeze(-1))
+    by_sub_block.sub_((_half(blocks, 2) * least).unsqueeze(-1))
+
+
+def _six_bit_pairs(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 [n, 12] to scales and mins, uint8 [n, 8] each.
+
+    Bytes 0..3 and 4..7 hold scales and mins 0..3 in their low six bits, and in their top two bits the top two of scales
+    and mins 4..7, whose low four bits are the low and high nibbles of bytes 8..11.
+    """
+    first, second, low = packed.split(4, dim=1)
+    scales = torch.cat((first & 63, (low & 15) | ((first >> 2) & 48)), dim=1)
+    mins = torch.cat((second & 63, (low >> 4) | ((second >> 2) & 48)), dim=1)
+    return scales, mins
+
+
+def _unpack_q6_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    """[128 bytes low nibbles][64 bytes top bit pairs][16 x int8 scale][d: f16]; value = d * scale * (q - 32).
+
+    Each half of 128 elements is four runs of 32: their low bits are nibbles (low, low, high, high) of bytes (0..31,
+    32..63, 0..31, 32..63), their top bits the pairs 0, 2, 4, 6 of 32 bytes. A scale covers 16 elements.
+    """
+    low = blocks[:, :128].unflatten(1, (2, 2, 32))
+    top = blocks[:, 128:192].unflatten(1, (2, 32))
+    runs = out.unflatten(1, (2, 4, 32))
+    nibbles = (low & 15, low >> 4)
+    for run in range(4):
+        pair = (top >> (2 * run)).bitwise_and_(3).bitwise_left_shift_(4)
+        runs[:, :, run] = _signed(pair.bitwise_or_(nibbles[run // 2][:, :, run % 2]), 32)
+    scales = blocks[:, 192:208].view(torch.int8).float().mul_(_half(blocks, 208))
+    out.unflatten(1, (16, 16)).mul_(scales.unsqueeze(-1))
+
+
+_UNPACKERS: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {
+    "Q8_0": _unpack_q8_0,
+    "Q4_0": _unpack_q4_0,
+    "Q5_0": _unpack_q5_0,
+    "Q4_K": _unpack_q4_k,
+    "Q6_K": _unpack_q6_k,
+}

@@ -1,0 +1,107 @@
+"""From a config to an executor: find the model, load it, size the KV cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tokenspeed.config.engine import EngineConfig
+from tokenspeed.config.generation import GenerationDefaults, generation_from_gguf, generation_from_hf
+from tokenspeed.config.source import ModelSource, resolve_model
+from tokenspeed.contracts.errors import MemoryLimitError
+from tokenspeed.formats.checkpoint import Checkpoint
+from tokenspeed.formats.digest import checkpoint_digest
+from tokenspeed.formats.gguf import GGUFFile, open_gguf
+from tokenspeed.formats.safetensors import open_safetensors
+from tokenspeed.models.registry import Definition, define, define_from_hf, read_json, shipped_configs
+from tokenspeed.observability.memory import free_memory
+from tokenspeed.runner.arena import Arena, fit_pages, page_bytes
+from tokenspeed.runner.executor import LocalExecutor
+from tokenspeed.runner.model import LoadedModel, Progress, compute_dtype, load_model
+
+logger = logging.getLogger("tokenspeed")
+DEFAULT_CACHE_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """An opened model. `source` is None for a shipped config with random weights; `checkpoint` is None for dummies."""
+
+    name: str
+    definition: Definition
+    source: ModelSource | None
+    checkpoint: Checkpoint | None
+    generation: GenerationDefaults
+    digest: str
+
+    @property
+    def metadata(self) -> Mapping[str, Any] | None:
+        """GGUF metadata, where the model is a GGUF file."""
+        return self.checkpoint.metadata if isinstance(self.checkpoint, GGUFFile) else None
+
+
+def open_model(config: EngineConfig) -> ModelFiles:
+    """Find and open what `config.model` names, without reading weights."""
+    dummy = config.load_format == "dummy"
+    if dummy and config.model in (shipped := shipped_configs()):
+        name = str(config.model)
+        definition = define_from_hf(shipped[name])
+        return ModelFiles(name, definition, None, None, generation_from_hf(shipped[name], {}), f"dummy {name}")
+    name = config.model if config.revision is None else f"{config.model}@{config.revision}"
+    source = resolve_model(name, need_weights=not dummy)
+    if source.format == "gguf":
+        file = open_gguf(source.path)
+        definition, generation = define(file), generation_from_gguf(file.metadata)
+        return ModelFiles(source.name, definition, source, file, generation, checkpoint_digest(file))
+    settings = read_json(source.path / "config.json")
+    generation_path = source.path / "generation_config.json"
+    generation = generation_from_hf(settings, read_json(generation_path) if generation_path.is_file() else {})
+    if dummy:
+        return ModelFiles(source.name, define_from_hf(settings), source, None, generation, f"dummy {source.name}")
+    checkpoint = open_safetensors(source.path)
+    digest = checkpoint_digest(checkpoint)
+    return ModelFiles(source.name, define_from_hf(settings), source, checkpoint, generation, digest)
+
+
+@dataclass(frozen=True)
+class Built:
+    """An executor and the capacity it was built with."""
+
+    executor: LocalExecutor
+    model: LoadedModel
+    num_pages: int
+    max_model_len: int
+    kv_dtype: torch.dtype
+
+
+def build_executor(files: ModelFiles, config: EngineConfig, progress: Progress | None = None) -> Built:
+    """Load the weights and reserve the KV cache. Raises MemoryLimitError where one sequence does not fit."""
+    checkpoint = None if config.load_format == "dummy" else files.checkpoint
+    model = load_model(files.definition, checkpoint, config, progress)
+    kv_dtype = model.dtype if config.kv_cache_dtype == "auto" else compute_dtype(config.kv_cache_dtype, model.device)
+    shape = files.definition.config
+    free = free_memory(model.device)
+    budget = config.kv_cache_memory_bytes or int(free * DEFAULT_CACHE_SHARE)
+    if budget > free:
+        raise MemoryLimitError(f"--kv-cache-memory-bytes {budget} is more than the {free} bytes that are free")
+    num_pages, max_model_len = fit_pages(
+        bytes_per_page=page_bytes(shape.num_layers, config.block_size, shape.num_kv_heads, shape.head_dim, kv_dtype),
+        page_size=config.block_size,
+        budget=budget,
+        free=free,
+        asked_len=config.max_model_len,
+        context=shape.context,
+        max_num_seqs=config.max_num_seqs,
+    )
+    if config.max_model_len is None and max_model_len < shape.context:
+        logger.warning("max_model_len is %d: the KV cache cannot hold the model's %d", max_model_len, shape.context)
+    arena = Arena(
+        num_pages, shape.num_layers, config.block_size, shape.num_kv_heads, shape.head_dim, kv_dtype, model.device
+    )
+    return Built(LocalExecutor(model, arena), model, num_pages, max_model_len, kv_dtype)
+
+

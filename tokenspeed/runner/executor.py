@@ -1,0 +1,132 @@
+"""Runs step plans in this process: apply the delta, walk the plan, sample, append. Synchronous."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tokenspeed.contracts.step import ResultRow, StepPlan, StepResult, TokenLogprobs
+from tokenspeed.kernels import ref
+from tokenspeed.kernels.registry import Registry, Situation
+from tokenspeed.ops.reference import StepView
+from tokenspeed.program.plan import Plan, Planned, bucket_of, plan
+from tokenspeed.runner.arena import Arena
+from tokenspeed.runner.inputs import FedRow, SlotTable, num_prompt_logprobs
+from tokenspeed.runner.model import LoadedModel
+from tokenspeed.runner.sampler import Wanted, sample_row, token_logprobs
+
+LOGITS_BYTES = 256 * 2**20
+"""Most bytes of float32 logits at once; more rows are taken in turns."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The handle of a step that is over."""
+
+    step: StepResult
+
+    def result(self) -> StepResult:
+        """The result; never waits."""
+        return self.step
+
+
+class LocalExecutor:
+    """The executor of one process and one device."""
+
+    def __init__(self, model: LoadedModel, arena: Arena) -> None:
+        self._model = model
+        self._arena = arena
+        self._table = SlotTable(arena.kv.shape[3])
+        self._registry = Registry()
+        ref.register(self._registry)
+        self._plans: dict[int, Plan] = {}
+
+    def launch(self, plan: StepPlan) -> Finished:
+        """Run the step to its end."""
+        self._table.apply(plan.delta)
+        fed = self._table.feed(plan.rows)
+        with torch.inference_mode():
+            rows = self._run(fed)
+        return Finished(StepResult(plan.step_id, rows))
+
+    def close(self) -> None:
+        """Drop plans and state."""
+        self._plans.clear()
+
+    def plan_for(self, tokens: int) -> Plan:
+        """The plan of the bucket that holds `tokens`; made on first use."""
+        bucket = bucket_of(tokens)
+        if bucket not in self._plans:
+            dtype = str(self._model.dtype).removeprefix("torch.")
+            situation = Situation(self._model.device.type, dtype, bucket, self._model.formats)
+            self._plans[bucket] = plan(self._model.program, self._registry, situation)
+        return self._plans[bucket]
+
+    def _run(self, fed: list[FedRow]) -> list[ResultRow]:
+        view = self._table.view(fed, self._arena.kv)
+        steps = self.plan_for(len(view.tokens)).steps
+        head = next(i for i, step in enumerate(steps) if step.record.op == "select")
+        values = {self._model.program.inputs["tokens"]: view.tokens}
+        self._walk(steps[:head], view, values)
+        for row in fed:
+            row.slot.num_computed += row.count
+        return self._finish(fed, view, steps[head:], values)
+
+    def _walk(self, steps: tuple[Planned, ...], view: StepView, values: dict[int, torch.Tensor]) -> None:
+        weights = self._model.weights
+        for step in steps:
+            record = step.record
+            inputs = [values[v] for v in record.inputs]
+            outputs = step.implementation.run(view, inputs, [weights[name] for name in record.weights], record.attrs)
+            values.update(zip(record.outputs, outputs, strict=True))
+            for value in step.frees:
+                del values[value]
+
+    def _finish(
+        self, fed: list[FedRow], view: StepView, head: tuple[Planned, ...], values: dict[int, torch.Tensor]
+    ) -> list[ResultRow]:
+        """Run the head over the wanted rows, a bounded number at a time, and sample."""
+        wanted, vocab = view.rows, self._model.definition.config.vocab_size
+        chunk = max(1, LOGITS_BYTES // (4 * vocab))
+        jobs = [job for i, row in enumerate(fed) for job in _jobs(i, row)]
+        tokens: list[list[int]] = [[] for _ in fed]
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in fed]
+        prompt: list[list[TokenLogprobs]] = [[] for _ in fed]
+        for first in range(0, len(jobs), chunk):
+            view.rows = wanted[first : first + chunk]
+            logits = self._logits(view, head, dict(values))
+            asked: list[tuple[list[TokenLogprobs], Wanted]] = []
+            for at, job in enumerate(jobs[first : first + chunk]):
+                row, sampling = fed[job.row], fed[job.row].slot.sampling
+                if job.prompt_token is not None:
+                    asked.append((prompt[job.row], Wanted(at, job.prompt_token, sampling.prompt_logprobs)))
+                    continue
+                token = sample_row(logits[at], sampling, row.start + row.count)
+                row.slot.tokens.append(token)
+                tokens[job.row].append(token)
+                if sampling.logprobs >= 0:
+                    asked.append((logprobs[job.row], Wanted(at, token, sampling.logprobs)))
+            for (into, _), found in zip(asked, token_logprobs(logits, [w for _, w in asked]), strict=True):
+                into.append(found)
+        return [
+            ResultRow(row.number, row.count, tokens[i], logprobs[i], prompt[i]) for i, row in enumerate(fed)
+        ]
+
+    def _logits(self, view: StepView, head: tuple[Planned, ...], values: dict[int, torch.Tensor]) -> torch.Tensor:
+        self._walk(head, view, values)
+        return values[self._model.program.outputs["logits"]].float()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One wanted row of logits: of plan row `row`, to sample, or to score a known prompt token."""
+
+    row: int
+    prompt_token: int | None
+
+
+def _jobs(index: int, row: FedRow) -> list[_Job]:
+    count = num_prompt_logprobs(row)
+    jobs = [_Job(index, token) for token in row.slot.tokens[row.start + 1 : row.start + 1 + count]]
+    return jobs + [_Job(index, None)] * row.samples

@@ -1,0 +1,64 @@
+"""Random weights of a model's real shapes, for benchmarks and tests without a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from tokenspeed.formats.blocks import BLOCKS, row_bytes
+from tokenspeed.weights.packed import PackedTensor, Weight, vector_weight
+from tokenspeed.weights.spec import WeightSpec, WeightTable
+
+STD = 0.02
+DEFAULT_FORMAT = "BF16"
+
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Where a block keeps its float16 factors, and their values for which uniformly random bytes elsewhere give values of
+# standard deviation STD: of q for Q8_0, Q4_0, Q5_0; of scale * q - 7.5 * min for Q4_K, whose mean is 0; of scale * q for Q6_K.
+_FACTORS: dict[str, tuple[tuple[int, float], ...]] = {
+    "Q8_0": ((0, STD / 73.9),),
+    "Q4_0": ((0, STD / 4.61),),
+    "Q5_0": ((0, STD / 9.23),),
+    "Q4_K": ((0, STD / 256.7), (2, 7.5 * STD / 256.7)),
+    "Q6_K": ((208, STD / 1365),),
+}
+
+
+def dummy_weights(
+    table: WeightTable, fmt: Mapping[str, str] | str = DEFAULT_FORMAT, seed: int = 0, device: torch.device | str = "cpu"
+) -> dict[str, Weight]:
+    """Every weight of the table, random, on `device`; the same for the same arguments.
+
+    fmt: one format for all matrices, or a format per weight name (BF16 for names it lacks). Matrix values have mean 0 and
+    standard deviation 0.02; vectors are float32 around 1. Raises UnsupportedError for an unknown format, FormatError when
+    a width is no whole number of its blocks.
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+    weights = {}
+    for name, spec in table.specs.items():
+        if spec.kind == "vector":
+            values = torch.empty(spec.shape, dtype=torch.float32, device=device)
+            weights[name] = vector_weight(spec, values.normal_(1, STD, generator=generator))
+        else:
+            chosen = fmt if isinstance(fmt, str) else fmt.get(name, DEFAULT_FORMAT)
+            weights[name] = _random_matrix(spec, chosen, generator)
+    return weights
+
+
+def _random_matrix(spec: WeightSpec, fmt: str, generator: torch.Generator) -> Weight:
+    rows, cols = spec.shape
+    nbytes = row_bytes(fmt, cols)
+    if fmt in _PLAIN:
+        values = torch.empty(rows, cols, dtype=_PLAIN[fmt], device=generator.device)
+        data = values.normal_(0, STD, generator=generator).view(torch.uint8)
+    else:
+        data = torch.empty(rows, nbytes, dtype=torch.uint8, device=generator.device).random_(generator=generator)
+        _set_factors(data, fmt)
+    return Weight(spec, [PackedTensor(data, fmt, rows, cols)])
+
+
+def _set_factors(data: torch.Tensor, fmt: str) -> None:
+    blocks = data.view(-1, BLOCKS[fmt][1])
+    for at, factor in _FACTORS[fmt]:
+        blocks[:, at : at + 2] = torch.tensor([factor], dtype=torch.float16, device=data.device).view(torch.uint8)

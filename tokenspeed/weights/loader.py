@@ -1,0 +1,137 @@
+"""From a checkpoint and a model's weight table to weights: match names and shapes, apply transforms, copy nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+
+import torch
+
+from tokenspeed.contracts.errors import UnsupportedError, WeightError
+from tokenspeed.formats.blocks import BLOCKS, SUPPORTED, row_bytes
+from tokenspeed.formats.checkpoint import Checkpoint, TensorInfo
+from tokenspeed.quantization.unpack import unpack
+from tokenspeed.weights.packed import PackedTensor, Weight, share_bytes, vector_weight
+from tokenspeed.weights.spec import Source, WeightSpec, WeightTable
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in total."""
+
+_MAX_LISTED = 5
+_PLAIN_ITEM = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+def load_weights(checkpoint: Checkpoint, table: WeightTable, progress: Progress | None = None) -> dict[str, Weight]:
+    """Every weight of the table, by its name, in CPU memory.
+
+    Matrices are views of the checkpoint's map (bytes are read when they are first used), except rows that a transform
+    reorders; vectors are float32 copies. Two weights may name the same tensor.
+
+    Raises WeightError naming tensors that are missing, surplus (read by no weight and matching no `ignored` pattern) or
+    of another shape, UnsupportedError naming tensors of a type that cannot be unpacked.
+    """
+    sources = {name: _sources(spec, checkpoint) for name, spec in table.specs.items()}
+    _check_names(checkpoint, table, sources)
+    _check_tensors(checkpoint, table, sources)
+    total = sum(checkpoint.tensors[source.name].nbytes for parts in sources.values() for source in parts)
+    weights: dict[str, Weight] = {}
+    done = 0
+    for name, spec in table.specs.items():
+        parts = sources[name]
+        weights[name] = (
+            _load_vector(checkpoint, spec, parts) if spec.kind == "vector" else _load_rows(checkpoint, spec, parts)
+        )
+        done += sum(checkpoint.tensors[source.name].nbytes for source in parts)
+        if progress is not None:
+            progress(done, total)
+    return weights
+
+
+def unpermute_rope(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorder [heads * head_dim, ...] from interleaved pairs (x0, x1) per head to (first half, second half); a copy.
+
+    The inverse of what llama.cpp's converter does to Q and K of llama-architecture checkpoints (`permute` in
+    convert_hf_to_gguf.py). Raises ValueError when the rows are not heads of an even size.
+    """
+    if heads < 1 or rows.shape[0] % (2 * heads):
+        raise ValueError(f"{rows.shape[0]} rows are not {heads} heads of an even size")
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
+
+
+def _sources(spec: WeightSpec, checkpoint: Checkpoint) -> tuple[Source, ...]:
+    sources = spec.gguf if checkpoint.format == "gguf" else spec.hf
+    if not sources or sum(source.rows for source in sources) != spec.shape[0]:
+        raise ValueError(f"weight {spec.name}: its {checkpoint.format} sources do not add up to shape {spec.shape}")
+    if spec.kind != "vector" and any(source.transform == "add_one" for source in sources):
+        raise ValueError(f"weight {spec.name}: add_one is for vectors only, it is a {spec.kind}")
+    return sources
+
+
+def _check_names(checkpoint: Checkpoint, table: WeightTable, sources: dict[str, tuple[Source, ...]]) -> None:
+    wanted = dict.fromkeys(source.name for parts in sources.values() for source in parts)
+    missing = [name for name in wanted if name not in checkpoint.tensors]
+    surplus = [
+        name
+        for name in checkpoint.tensors
+        if name not in wanted and not any(fnmatchcase(name, pattern) for pattern in table.ignored)
+    ]
+    problems = [f"{kind} {_listed(names)}" for kind, names in (("lacks", missing), ("has surplus", surplus)) if names]
+    if problems:
+        raise WeightError(f"{checkpoint.path}: the checkpoint does not fit the model: it {' and it '.join(problems)}")
+
+
+def _check_tensors(checkpoint: Checkpoint, table: WeightTable, sources: dict[str, tuple[Source, ...]]) -> None:
+    wrong: dict[str, None] = {}
+    unsupported: dict[str, None] = {}
+    for weight, parts in sources.items():
+        for source in parts:
+            info = checkpoint.tensors[source.name]
+            shape = (source.rows, *table.specs[weight].shape[1:])
+            if info.shape != shape:
+                wrong[f"{info.name!r} {list(info.shape)} instead of {list(shape)}"] = None
+            if info.dtype not in BLOCKS:
+                unsupported[f"{info.name!r} of type {info.dtype}"] = None
+    if wrong:
+        raise WeightError(f"{checkpoint.path}: wrong shape of {_listed(list(wrong), quote=False)}")
+    if unsupported:
+        raise UnsupportedError(
+            f"{checkpoint.path}: cannot load {_listed(list(unsupported), quote=False)} (supported types: {SUPPORTED})"
+        )
+
+
+def _listed(items: list[str], quote: bool = True) -> str:
+    shown = ", ".join(repr(item) if quote else item for item in items[:_MAX_LISTED])
+    more = f", ... ({len(items)} in all)" if len(items) > _MAX_LISTED else ""
+    return f"{len(items)} tensor{'s' if len(items) > 1 else ''}: {shown}{more}"
+
+
+def _load_rows(checkpoint: Checkpoint, spec: WeightSpec, sources: tuple[Source, ...]) -> Weight:
+    segments = []
+    for source in sources:
+        info = checkpoint.tensors[source.name]
+        rows, cols = spec.shape
+        data = _map_tensor(checkpoint, info).view(source.rows, row_bytes(info.dtype, cols))
+        if source.transform == "unpermute_rope":
+            data = unpermute_rope(data, source.heads)
+        segments.append(PackedTensor(data, info.dtype, source.rows, cols))
+    return Weight(spec, segments)
+
+
+def _load_vector(checkpoint: Checkpoint, spec: WeightSpec, sources: tuple[Source, ...]) -> Weight:
+    parts = []
+    for source in sources:
+        info = checkpoint.tensors[source.name]
+        data = _map_tensor(checkpoint, info).unsqueeze(0)
+        values = unpack(data, info.dtype, source.rows, torch.float32)[0]
+        if source.transform == "add_one":
+            values += 1
+        elif source.transform == "unpermute_rope":
+            values = unpermute_rope(values, source.heads)
+        parts.append(values)
+    return vector_weight(spec, torch.cat(parts) if len(parts) > 1 else parts[0])
+
+
+def _map_tensor(checkpoint: Checkpoint, info: TensorInfo) -> torch.Tensor:
+    """The tensor's bytes as they lie in the map; copied only where a plain type starts off its natural alignment."""
+    data = share_bytes(checkpoint.data(info.name))
+    return data if data.data_ptr() % _PLAIN_ITEM.get(info.dtype, 1) == 0 else data.clone()
