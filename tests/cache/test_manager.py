@@ -122,6 +122,18 @@ def test_a_held_hit_is_free_of_charge_and_an_idle_one_is_not():
     assert len(cache.grow(large, 16)) == 2
 
 
+def test_a_refused_request_fits_once_another_has_computed_what_they_share():
+    cache, tokens = make_cache(num_pages=4), list(range(12))
+    first, second = (cache.open(request_for(tokens), 12) for _ in range(2))
+    cache.admit(first, tokens)
+    cache.grow(first, 12)
+    assert cache.admit(second, tokens) is None
+    cache.commit(first, tokens, 7)
+    assert cache.admit(second, tokens) is None
+    cache.commit(first, tokens, 12)
+    assert cache.admit(second, tokens) == 8
+
+
 def test_a_chain_is_evicted_from_its_tail():
     cache, tokens = make_cache(num_pages=4), list(range(13))
     cache.free(run(cache, tokens)[0])

@@ -69,7 +69,7 @@ def test_one_request_runs_to_its_length():
     assert not engine.scheduler.has_work
 
 
-def test_prompts_are_fed_in_chunks_within_the_budget_and_decoding_goes_first():
+def test_prompts_are_fed_in_chunks_within_the_budget_left_by_running_sequences():
     engine = Engine(budget=7)
     engine.add("a", 10, max_tokens=4)
     engine.add("b", [50, *range(9)], max_tokens=1)
@@ -89,7 +89,7 @@ def test_the_threshold_bounds_one_sequence_not_the_step():
     engine.add("a", 5, max_tokens=1)
     engine.add("b", [50, 51, 52, 53], max_tokens=1)
     engine.drain()
-    assert engine.fed() == [[(0, 3), (1, 3)], [(1, 1), (0, 2)]]
+    assert engine.fed() == [[(0, 3), (1, 3)], [(0, 2), (1, 1)]]
 
 
 def test_no_more_sequences_run_than_slots_or_budget_allow():

@@ -135,6 +135,7 @@ class Traffic(RuleBasedStateMachine):
         """Schedule, checking that requests are admitted in order of arrival (a request's seed is its number)."""
         plan = self.scheduler.schedule()
         assert (plan is not None) == bool(self.alive)
+        assert plan is None or len(plan.rows) == self.scheduler.num_running
         self.note_chains()
         for new in plan.delta.new if plan else ():
             assert new.sampling.seed == int(self.queue.popleft())

@@ -141,3 +141,16 @@ def test_special_tokens_and_template() -> None:
 def test_broken_vocabularies_are_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         tokenizer_from_gguf(gguf_metadata(original("gpt-2"), **({"pre": "gpt-2"} | changes)))
+
+
+@pytest.mark.parametrize("kind", [3, 4])
+def test_tokens_that_are_not_merged_stand_for_themselves(kind: int) -> None:
+    """é is itself a letter of the byte alphabet, where it means the byte E9."""
+    metadata = gguf_metadata(original("gpt-2"), "gpt-2")
+    new = len(metadata["tokenizer.ggml.tokens"])
+    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "<é>"]
+    metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], kind]
+    tokenizer = tokenizer_from_gguf(metadata)
+    assert tokenizer.encode("<é>") == [new]
+    assert tokenizer.decode([new], skip_special_tokens=False) == tokenizer.token_text(new) == "<é>"
+    assert tokenizer.decode([new]) == ("" if kind == 3 else "<é>")

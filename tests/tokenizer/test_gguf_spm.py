@@ -19,7 +19,8 @@ from tokenspeed.tokenizer.base import Tokenizer
 from tokenspeed.tokenizer.gguf import tokenizer_from_gguf
 from tokenspeed.tokenizer.spm import SpecialSplitter
 
-GREEDY = Path(__file__).parents[1] / "data" / "gemma3-270m-greedy.json"
+ROOT = Path(__file__).parents[2]
+GREEDY = ROOT / "tests" / "data" / "gemma3-270m-greedy.json"
 GREEDY_SHA256 = "9b2281a175f183bb35685f35bc5e13457321c3cd7e84fafb4313c1e300247bee"
 SEEDS = [random.SystemRandom().randrange(2**32) for _ in range(3)]
 SAMPLES = [
@@ -113,7 +114,7 @@ def test_the_room_imports_without_torch_or_the_tokenizer_libraries() -> None:
         "print([m for m in ('torch', 'transformers', 'sentencepiece', 'tokenizers', 'jinja2', 'google.protobuf',"
         " 'huggingface_hub', 'tqdm') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
 
@@ -204,6 +205,7 @@ def test_ends_of_a_turn_end_a_generation(trained: Any) -> None:
         ({"scores": [0.0]}, FormatError, "scores has 1 entries for 330"),
         ({"token_type": [1] * 329}, FormatError, "token_type has 329 entries"),
         ({"bos_token_id": 330}, FormatError, "bos_token_id is 330"),
+        ({"bos_token_id": "<s>"}, FormatError, "bos_token_id is '<s>'"),
         ({"eos_token_id": 1000}, FormatError, "1000"),
         ({"tokens": ["same"] * 330}, FormatError, "cannot load"),
         ({"tokens": ["<0xZZ>"] * 330}, FormatError, "cannot load"),

@@ -142,6 +142,18 @@ def test_broken_and_missing_files(tmp_path: Path, byte_level: FastTokenizer) -> 
         load_tokenizer(source)
 
 
+@pytest.mark.parametrize("entries", [[1], {"x": {"content": "a"}}, {"1": {}}, {"1": "a"}])
+def test_broken_added_tokens_are_refused(tmp_path: Path, byte_level: FastTokenizer, entries: Any) -> None:
+    with pytest.raises(FormatError, match=r"tokenizer_config\.json: added_tokens_decoder"):
+        saved(tmp_path, byte_level, tokenizer_config={"added_tokens_decoder": entries})
+
+
+def test_a_template_file_must_be_utf8(tmp_path: Path, byte_level: FastTokenizer) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"ok\xff")
+    with pytest.raises(FormatError, match=r"chat_template\.jinja: not UTF-8 at byte 2"):
+        saved(tmp_path, byte_level)
+
+
 def test_other_decoders_are_refused_by_name(tmp_path: Path) -> None:
     fast = FastTokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
     fast.decoder = decoders.WordPiece()

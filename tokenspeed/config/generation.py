@@ -13,7 +13,8 @@ NOT_YET = {"repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0, "no_repeat
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """eos_token_ids end a text. sampling: defaults of SamplingParams. unsupported: what the checkpoint asks for in vain."""
+    """eos_token_ids end a text. sampling: defaults of SamplingParams. unsupported: what the checkpoint asks for in
+    vain."""
 
     eos_token_ids: tuple[int, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)

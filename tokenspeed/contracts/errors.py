@@ -1,4 +1,5 @@
-"""Errors a user can cause or meet. Each message names the thing and the limit; the CLI prints it without a traceback."""
+"""Errors a user can cause or meet. Each message names the thing and the limit; the CLI prints it without a
+traceback."""
 
 
 class TokenSpeedError(Exception):

@@ -9,7 +9,8 @@ from tokenspeed.contracts.step import TokenLogprobs
 
 
 class Request(msgspec.Struct, kw_only=True):
-    """One sequence to complete. `prompt_token_ids` is not empty; `params` holds final values (defaults already applied)."""
+    """One sequence to complete. `prompt_token_ids` is not empty; `params` holds final values (defaults already
+    applied)."""
 
     request_id: str
     prompt_token_ids: list[int]

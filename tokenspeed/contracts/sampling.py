@@ -58,7 +58,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         unknown = sorted(set(fields) - set(cls.__struct_fields__))
         if unknown:
             known = ", ".join(cls.__struct_fields__)
-            raise ParameterError(f"unknown or unsupported sampling parameter: {', '.join(unknown)} (supported: {known})")
+            raise ParameterError(
+                f"unknown or unsupported sampling parameter: {', '.join(unknown)} (supported: {known})"
+            )
         return cls(**fields)
 
 

@@ -1,7 +1,7 @@
 """Plans and results of one engine step: plain data, small ints, no tensor. They cross process borders as msgpack.
 
-Device lengths are the truth. A plan names upper bounds; the executor feeds min(max_tokens, tokens known - tokens computed)
-tokens of a sequence, and samples one token whenever that reaches the end of what is known.
+Device lengths are the truth. A plan names upper bounds; the executor feeds min(max_tokens, tokens known - tokens
+computed) tokens of a sequence, and samples one token whenever that reaches the end of what is known.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import msgspec
 
 
 class SamplingRow(msgspec.Struct, array_like=True, frozen=True):
-    """The numbers the sampler needs of one sequence. `logprobs`, `prompt_logprobs`: alternatives to report, -1 for none."""
+    """The numbers the sampler needs of one sequence. `logprobs`, `prompt_logprobs`: alternatives to report, -1 for
+    none."""
 
     temperature: float
     top_k: int
@@ -61,7 +62,8 @@ class StepPlan(msgspec.Struct, array_like=True, frozen=True):
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
-    """Log-probability of one token under the raw logits, its rank (1 is the argmax), and the best alternatives in order."""
+    """Log-probability of one token under the raw logits, its rank (1 is the argmax), and the best alternatives in
+    order."""
 
     token_id: int
     logprob: float

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tokenspeed.config.engine import EngineConfig
-from tokenspeed.contracts.errors import ParameterError, PromptError
+from tokenspeed.contracts.errors import ModelNotFoundError, ParameterError, PromptError
 from tokenspeed.contracts.request import Request
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.core import EngineCore
 from tokenspeed.engine.output import OutputBuilder, RequestOutput
-from tokenspeed.runner.build import open_model
+from tokenspeed.runner.build import ModelFiles, open_model
 from tokenspeed.tokenizer.base import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -26,7 +26,8 @@ class LLM:
     def __init__(
         self, model: str | None = None, *, progress: Callable[[int, int], None] | None = None, **settings: Any
     ) -> None:
-        """Raises the errors of `contracts.errors`: an unknown setting, no such model, a broken file, too little memory."""
+        """Raises the errors of `contracts.errors`: an unknown setting, no such model, a broken file, too little
+        memory."""
         self.config = EngineConfig.from_kwargs({"model": model} | settings)
         files = open_model(self.config)
         self.generation = files.generation
@@ -63,7 +64,9 @@ class LLM:
                 pass
         return [builder.output for builder in builders.values()]
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[tuple[str, RequestOutput]]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[tuple[str, RequestOutput]]:
         """Complete one prompt, giving each new piece of text and the output so far."""
         return self._run(self._submit([prompt], sampling_params))
 
@@ -133,12 +136,16 @@ class LLM:
         return list(dict.fromkeys([*self.generation.eos_token_ids, *known]))
 
 
-def _load_tokenizer(files: Any) -> Tokenizer | None:
-    if files.source is None:
+def _load_tokenizer(files: ModelFiles) -> Tokenizer | None:
+    """The model's tokenizer, or None for a model without one: it then takes and gives ids alone."""
+    if files.source is None or (files.metadata is not None and "tokenizer.ggml.model" not in files.metadata):
         return None
     from tokenspeed.tokenizer.load import load_tokenizer
 
-    return load_tokenizer(files.source, files.metadata)
+    try:
+        return load_tokenizer(files.source, files.metadata)
+    except ModelNotFoundError:
+        return None
 
 
 def _seeds(seed: int | None) -> Iterator[int]:
@@ -150,13 +157,13 @@ def _seeds(seed: int | None) -> Iterator[int]:
         yield (seed * 0x9E3779B97F4A7C15 + number) % 2**64
 
 
-def _prompt_list(prompts: Prompt | Sequence[Prompt] | None, prompt_token_ids: Any) -> Sequence[Prompt]:
+def _prompt_list(prompts: Any, prompt_token_ids: Any) -> list[Prompt]:
     if (prompts is None) == (prompt_token_ids is None):
         raise ParameterError("give either prompts or prompt_token_ids")
     given = prompts if prompts is not None else prompt_token_ids
-    if isinstance(given, (str, Mapping)) or (given and isinstance(given[0], int)):
+    if isinstance(given, str | Mapping) or (len(given) > 0 and isinstance(given[0], int)):
         return [given]
-    return given
+    return list(given)
 
 
 def _read_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:
@@ -167,7 +174,9 @@ def _read_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:
     if isinstance(prompt, Mapping):
         unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
         if unknown or len(prompt) == 0:
-            raise ParameterError(f"a prompt has the keys prompt or prompt_token_ids, got: {', '.join(unknown) or 'none'}")
+            raise ParameterError(
+                f"a prompt has the keys prompt or prompt_token_ids, got: {', '.join(unknown) or 'none'}"
+            )
         ids = prompt.get("prompt_token_ids")
         return prompt.get("prompt"), None if ids is None else list(ids)
     return None, list(prompt)

@@ -1,9 +1,9 @@
-"""The `ref` backend: every plain op by its torch reference, on any device. Registered last, so it takes what others leave."""
+"""The `ref` backend: every plain op by its torch reference, on any device. Registered last, so it takes what others
+leave."""
 
 from __future__ import annotations
 
 from tokenspeed.kernels.registry import Implementation, Registry
-from tokenspeed.ops.definitions import Operands
 from tokenspeed.ops.reference import REFERENCE
 
 

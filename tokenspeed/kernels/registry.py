@@ -1,7 +1,7 @@
 """Which implementations exist for an op, and which one a bucket takes. No torch here.
 
-An implementation states its op (plain or fused), the backend it belongs to, and a predicate over the situation; whatever
-differs between devices, formats and row counts is said in that predicate and nowhere else.
+An implementation states its op (plain or fused), the backend it belongs to, and a predicate over the situation;
+whatever differs between devices, formats and row counts is said in that predicate and nowhere else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Situation:
 
 @dataclass(frozen=True)
 class Implementation:
-    """A way to run an op. `run` is what its backend calls; `takes` says whether it fits. Higher priority is asked first."""
+    """A way to run an op. `run` is what its backend calls; `takes` says whether it fits. Higher priority is asked
+    first."""
 
     name: str
     op: str

@@ -10,7 +10,8 @@ from tokenspeed.program.recorder import Recorder, Scope, Value
 def decoder(
     g: Recorder, layer: Callable[[Value, Scope, int], Value], *, num_layers: int, eps: float, embed_scale: float = 1.0
 ) -> Value:
-    """Logits of the selected rows. Weights: embed, layers.N.*, final_norm; the head is lm_head, or embed where there is none."""
+    """Logits of the selected rows. Weights: embed, layers.N.*, final_norm; the head is lm_head, or embed where there
+    is none."""
     top = g.weights()
     x = g.embed(g.tokens, top.embed, scale=embed_scale)
     for i in range(num_layers):

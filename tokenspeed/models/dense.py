@@ -1,4 +1,5 @@
-"""What the dense decoder families share: one config type, readers of config.json and GGUF metadata, and the weight table."""
+"""What the dense decoder families share: one config type, readers of config.json and GGUF metadata, and the weight
+table."""
 
 from __future__ import annotations
 
@@ -223,7 +224,10 @@ def _mlp_weights(t: _Table, ours: str, hf: str, gguf: str) -> None:
     t.norm(ours + "mlp_norm", cfg.hidden_size, hf + before, gguf + "ffn_norm")
     gate_up = [Source(f"{hf}mlp.{p}_proj.weight", cfg.ff_size) for p in ("gate", "up")]
     t.matrix(
-        ours + "gate_up", cfg.hidden_size, gate_up, [Source(f"{gguf}ffn_{p}.weight", cfg.ff_size) for p in ("gate", "up")]
+        ours + "gate_up",
+        cfg.hidden_size,
+        gate_up,
+        [Source(f"{gguf}ffn_{p}.weight", cfg.ff_size) for p in ("gate", "up")],
     )
     t.plain(ours + "down", cfg.hidden_size, cfg.ff_size, hf + "mlp.down_proj", gguf + "ffn_down")
     if cfg.post_norms:

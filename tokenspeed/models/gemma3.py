@@ -31,7 +31,8 @@ def _variant(hidden: int, scale: float) -> dict[str, Any]:
 
 
 def from_hf(config: Mapping[str, Any]) -> DenseConfig:
-    """From config.json of the text model, in the names of transformers 5 (rope_parameters per layer type) and before."""
+    """From config.json of the text model, in the names of transformers 5 (rope_parameters per layer type) and
+    before."""
     for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention", "attention_bias"):
         if config.get(key):
             raise UnsupportedError(f"gemma3 with {key} is not supported")

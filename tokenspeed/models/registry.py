@@ -71,7 +71,9 @@ def shipped_configs() -> dict[str, Any]:
     """Configs that come with the package, by name: {"llama-3.1-8b": {...}, ...}."""
     folder = resources.files("tokenspeed.models") / "configs"
     files = [entry for entry in folder.iterdir() if entry.name.endswith(".json")]
-    return {entry.name.removesuffix(".json"): json.loads(entry.read_text()) for entry in sorted(files, key=lambda e: e.name)}
+    return {
+        entry.name.removesuffix(".json"): json.loads(entry.read_text()) for entry in sorted(files, key=lambda e: e.name)
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:

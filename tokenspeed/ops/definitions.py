@@ -197,7 +197,12 @@ OPS: dict[str, OpDef] = {
         OpDef("select", _select_infer, _select_cost),
     )
 }
-"""embed: token ids to rows of a table, times `scale`. norm: RMS norm over the last axis, or over each head of `per_head`
-columns. linear: x W^T (+ bias, a second weight). split: views of consecutive columns. rope: rotates query and key heads by
-position. kv_write: puts keys and values into the pages of `layer`, gives an order token. attention: causal, paged, grouped
-queries, optional window. add. act_mul: act(left half) * right half. select: the rows whose logits are wanted."""
+"""embed: token ids to rows of a table, times `scale`.
+norm: RMS norm over the last axis, or over each head of `per_head` columns.
+linear: x W^T (+ bias, a second weight).
+split: views of consecutive columns.
+rope: rotates query and key heads by position.
+kv_write: puts keys and values into the pages of `layer`; gives an order token, without elements of its own.
+attention: causal, paged, grouped queries, optional window.
+add: a + b. act_mul: act(left half) * right half.
+select: the rows whose logits are wanted."""

@@ -28,7 +28,8 @@ def linear_rope(theta: float, dim: int, factor: float) -> Rope:
 
 
 def llama3_rope(theta: float, dim: int, scaling: Mapping[str, Any]) -> Rope:
-    """Llama 3.1's scaling: low frequencies divided by `factor`, high ones kept, a linear blend between (its model card)."""
+    """Llama 3.1's scaling: low frequencies divided by `factor`, high ones kept, a linear blend between (its model
+    card)."""
     factor, low, high = (float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     original = float(scaling["original_max_position_embeddings"])
     divisors = []

@@ -1,8 +1,9 @@
 """The fuse pass: a peephole table that groups runs of ops into the shapes fast kernels exist for.
 
-A group is a record whose `parts` are what it replaces, possibly groups themselves, so a backend without a kernel for the
-whole can fall back to a smaller group or to plain ops. Anything unexpected between two ops of a pattern (an adapter's delta,
-a captured state, a second reader) leaves a value with another reader, and the pattern does not match.
+A group is a record whose `parts` are what it replaces, possibly groups themselves, so a backend without a kernel for
+the whole can fall back to a smaller group or to plain ops. Anything unexpected between two ops of a pattern (an
+adapter's
+delta, a captured state, a second reader) leaves a value with another reader, and the pattern does not match.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Window:
         return self.producer(value, *ops) if self._readers[value] == 1 else None
 
     def group(self, op: str, *parts: Record) -> Record | None:
-        """One record for `parts` at the place of the last, or None where another record between reads one of their values."""
+        """One record for `parts` at the place of the last, or None where another record between reads one of their
+        values."""
         inside = {v for part in parts for v in part.outputs}
         uses = Counter(v for part in parts for v in part.inputs)
         outputs = tuple(v for part in parts for v in part.outputs if self._readers[v] > uses[v])

@@ -40,7 +40,6 @@ class Plan:
     buffer_elements: tuple[int, ...]
 
 
-
 def plan(program: Program, registry: Registry, situation: Situation) -> Plan:
     """Choose implementations for a bucket of `situation.tokens`. Raises UnsupportedError where an op has none."""
     lowered: list[tuple[Record, Implementation]] = []
@@ -97,7 +96,8 @@ def _with_frees(program: Program, lowered: list[tuple[Record, Implementation]]) 
 def _assign_buffers(
     program: Program, steps: tuple[Planned, ...], tokens: int
 ) -> tuple[dict[int, int], tuple[int, ...]]:
-    """Linear scan: a value takes the free buffer whose size fits best, or a new one; it is free after its last reader."""
+    """Linear scan: a value takes the free buffer whose size fits best, or a new one; it is free after its last
+    reader."""
     root = _roots([step.record for step in steps])
     last = {root(v): i for i, step in enumerate(steps) for v in step.record.inputs + step.record.outputs}
     kept = {root(v) for v in program.outputs.values()}

@@ -10,7 +10,8 @@ from tokenspeed.ops.definitions import OPS, Attrs, Cost, Operands, Shape, Worklo
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One op applied to values. A fused record has `parts`, the records it stands for; it is defined as their composition.
+    """One op applied to values. A fused record has `parts`, the records it stands for; it is defined as their
+    composition.
 
     `inputs` and `outputs` are value numbers; of a fused record, those that cross its border.
     """

@@ -1,7 +1,7 @@
 """Runs a model's wiring once with symbolic values and writes down what it did.
 
-Additions that a user of a model asks for are made here, so no model file knows of them: `adapters` adds a low-rank delta
-to the linear of a weight, `capture` keeps the hidden state that feeds the op of a weight.
+Additions that a user of a model asks for are made here, so no model file knows of them: `adapters` adds a low-rank
+delta to the linear of a weight, `capture` keeps the hidden state that feeds the op of a weight.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Recorder:
         adapters: Mapping[str, int] | None = None,
         capture: Iterable[str] = (),
     ) -> None:
-        """adapters: rank of the delta per weight name; its factors are weights NAME.lora_a [rank, in], NAME.lora_b [out, rank].
+        """adapters: rank of the delta per weight name; its factors are weights NAME.lora_a [rank, in], NAME.lora_b
+        [out, rank].
 
         capture: weight names; the value entering the op that reads it becomes the program output "hidden.NAME".
         """

@@ -1,7 +1,7 @@
 """Packed rows to floating point, in plain torch: the reference for kernels and the way weights are unpacked once.
 
-Block layouts are those of ggml (`ggml-common.h`). All arithmetic is float32, rounded once to the wanted dtype, so float32
-output equals ggml's own dequantisation bit for bit.
+Block layouts are those of ggml (`ggml-common.h`). All arithmetic is float32, rounded once to the wanted dtype, so
+float32 output equals ggml's own dequantisation bit for bit.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 from tokenspeed.formats.blocks import BLOCKS, row_bytes
 
 CHUNK_ELEMENTS = 1 << 21
-"""Elements unpacked at a time: 8 MiB of float32, which stays in a last-level cache and is long enough for threads to pay."""
+"""Elements unpacked at a time: 8 MiB of float32, small enough for a last-level cache, long enough to thread."""
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TOP_BITS = 0x8080808080808080 - 2**64
 
 
 def unpack(
@@ -82,25 +83,21 @@ def _unpack_q4_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
 def _unpack_q5_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
     """[d: f16][4 bytes: bit i is the fifth bit of element i][16 bytes of nibbles as in Q4_0]; value = d * (q - 16)."""
     packed = blocks[:, 6:]
-    fifth = _spread_bits(blocks[:, 2:6])
-    out[:, :16] = _signed((packed & 15).bitwise_or_(fifth[:, :16]), 16)
-    out[:, 16:] = _signed((packed >> 4).bitwise_or_(fifth[:, 16:]), 16)
+    sign = _minus_16_where_clear(blocks[:, 2:6])
+    out[:, :16] = (packed & 15).view(torch.int8).bitwise_or_(sign[:, :16])
+    out[:, 16:] = (packed >> 4).view(torch.int8).bitwise_or_(sign[:, 16:])
     out.mul_(_half(blocks, 0))
 
 
-def _spread_bits(packed: torch.Tensor) -> torch.Tensor:
-    """uint8 [n, b] to uint8 [n, 8 * b]: 16 where the bit is set, lowest bit first.
+def _minus_16_where_clear(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, b] to int8 [n, 8 * b], lowest bit first: 0 where the bit is set, -16 (0xf0) where it is clear.
 
-    Eight bytes at a time inside an int64: copy the byte to all lanes, keep bit i in lane i, carry it to the lane's top
-    bit by adding 0x7f, and move it down to 16.
+    Eight lanes at a time inside an int64: copy the byte to all lanes, keep bit i in lane i, subtract from 0x80 (no lane
+    borrows from the next), so that the top bit is left only where the bit was clear.
     """
-    lanes = packed.long().mul_(0x0101010101010101).bitwise_and_(_signed64(0x8040201008040201))
-    lanes.add_(0x7F7F7F7F7F7F7F7F).bitwise_right_shift_(3).bitwise_and_(0x1010101010101010)
-    return lanes.view(torch.uint8)
-
-
-def _signed64(value: int) -> int:
-    return value - (1 << 64)
+    lanes = packed.long().mul_(0x0101010101010101).bitwise_and_(0x8040201008040201 - 2**64)
+    lanes.neg_().add_(_TOP_BITS).bitwise_and_(_TOP_BITS)
+    return lanes.view(torch.int8).bitwise_right_shift_(3)
 
 
 def _unpack_q4_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -109,11 +106,11 @@ def _unpack_q4_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
     Each 32 bytes hold two sub-blocks of 32: low nibbles the first, high nibbles the second.
     """
     scale, least = _six_bit_pairs(blocks[:, 4:16])
-    packed = blocks[:, 16:].unflatten(1, (4, 32))
-    values = out.unflatten(1, (4, 2, 32))
+    packed = blocks[:, 16:].view(-1, 4, 32)
+    values = out.view(-1, 4, 2, 32)
     values[:, :, 0] = packed & 15
     values[:, :, 1] = packed >> 4
-    by_sub_block = out.unflatten(1, (8, 32))
+    by_sub_block = out.view(-1, 8, 32)
     by_sub_block.mul_((_half(blocks, 0) * scale).unsqueeze(-1))
     by_sub_block.sub_((_half(blocks, 2) * least).unsqueeze(-1))
 
@@ -124,7 +121,7 @@ def _six_bit_pairs(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Bytes 0..3 and 4..7 hold scales and mins 0..3 in their low six bits, and in their top two bits the top two of scales
     and mins 4..7, whose low four bits are the low and high nibbles of bytes 8..11.
     """
-    first, second, low = packed.split(4, dim=1)
+    first, second, low = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = torch.cat((first & 63, (low & 15) | ((first >> 2) & 48)), dim=1)
     mins = torch.cat((second & 63, (low >> 4) | ((second >> 2) & 48)), dim=1)
     return scales, mins
@@ -136,15 +133,15 @@ def _unpack_q6_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
     Each half of 128 elements is four runs of 32: their low bits are nibbles (low, low, high, high) of bytes (0..31,
     32..63, 0..31, 32..63), their top bits the pairs 0, 2, 4, 6 of 32 bytes. A scale covers 16 elements.
     """
-    low = blocks[:, :128].unflatten(1, (2, 2, 32))
-    top = blocks[:, 128:192].unflatten(1, (2, 32))
-    runs = out.unflatten(1, (2, 4, 32))
+    low = blocks[:, :128].view(-1, 2, 2, 32)
+    top = blocks[:, 128:192].view(-1, 2, 32)
+    runs = out.view(-1, 2, 4, 32)
     nibbles = (low & 15, low >> 4)
     for run in range(4):
         pair = (top >> (2 * run)).bitwise_and_(3).bitwise_left_shift_(4)
         runs[:, :, run] = _signed(pair.bitwise_or_(nibbles[run // 2][:, :, run % 2]), 32)
     scales = blocks[:, 192:208].view(torch.int8).float().mul_(_half(blocks, 208))
-    out.unflatten(1, (16, 16)).mul_(scales.unsqueeze(-1))
+    out.view(-1, 16, 16).mul_(scales.unsqueeze(-1))
 
 
 _UNPACKERS: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {

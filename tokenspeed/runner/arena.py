@@ -55,7 +55,7 @@ def fit_pages(
     if pages < max(1, needed) or length < 2:
         raise MemoryLimitError(
             f"the KV cache of one sequence of {max(length, page_size)} tokens needs "
-            f"{_mib(max(1, needed) * bytes_per_page)} MiB, {_mib(budget)} MiB are set aside and {_mib(free)} MiB are free: "
+            f"{_mib(max(1, needed) * bytes_per_page)} MiB; {_mib(budget)} MiB are set aside, {_mib(free)} MiB free: "
             "raise --kv-cache-memory-bytes, or lower --max-model-len or --kv-cache-dtype"
         )
     return min(pages, needed * max_num_seqs), length

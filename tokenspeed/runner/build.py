@@ -48,11 +48,11 @@ def open_model(config: EngineConfig) -> ModelFiles:
     """Find and open what `config.model` names, without reading weights."""
     dummy = config.load_format == "dummy"
     if dummy and config.model in (shipped := shipped_configs()):
-        name = str(config.model)
-        definition = define_from_hf(shipped[name])
-        return ModelFiles(name, definition, None, None, generation_from_hf(shipped[name], {}), f"dummy {name}")
-    name = config.model if config.revision is None else f"{config.model}@{config.revision}"
-    source = resolve_model(name, need_weights=not dummy)
+        settings = shipped[config.model]
+        generation = generation_from_hf(settings, {})
+        return ModelFiles(config.model, define_from_hf(settings), None, None, generation, f"dummy {config.model}")
+    at_revision = f"{config.model}@{config.revision}" if config.revision else config.model
+    source = resolve_model(at_revision, need_weights=not dummy)
     if source.format == "gguf":
         file = open_gguf(source.path)
         definition, generation = define(file), generation_from_gguf(file.metadata)
@@ -103,5 +103,3 @@ def build_executor(files: ModelFiles, config: EngineConfig, progress: Progress |
         num_pages, shape.num_layers, config.block_size, shape.num_kv_heads, shape.head_dim, kv_dtype, model.device
     )
     return Built(LocalExecutor(model, arena), model, num_pages, max_model_len, kv_dtype)
-
-

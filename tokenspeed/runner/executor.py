@@ -87,46 +87,48 @@ class LocalExecutor:
         self, fed: list[FedRow], view: StepView, head: tuple[Planned, ...], values: dict[int, torch.Tensor]
     ) -> list[ResultRow]:
         """Run the head over the wanted rows, a bounded number at a time, and sample."""
-        wanted, vocab = view.rows, self._model.definition.config.vocab_size
-        chunk = max(1, LOGITS_BYTES // (4 * vocab))
-        jobs = [job for i, row in enumerate(fed) for job in _jobs(i, row)]
-        tokens: list[list[int]] = [[] for _ in fed]
-        logprobs: list[list[TokenLogprobs]] = [[] for _ in fed]
-        prompt: list[list[TokenLogprobs]] = [[] for _ in fed]
+        wanted = view.rows
+        chunk = max(1, LOGITS_BYTES // (4 * self._model.definition.config.vocab_size))
+        results = [ResultRow(row.number, row.count, [], [], []) for row in fed]
+        jobs = [job for row, result in zip(fed, results, strict=True) for job in _jobs(row, result)]
         for first in range(0, len(jobs), chunk):
             view.rows = wanted[first : first + chunk]
-            logits = self._logits(view, head, dict(values))
-            asked: list[tuple[list[TokenLogprobs], Wanted]] = []
-            for at, job in enumerate(jobs[first : first + chunk]):
-                row, sampling = fed[job.row], fed[job.row].slot.sampling
-                if job.prompt_token is not None:
-                    asked.append((prompt[job.row], Wanted(at, job.prompt_token, sampling.prompt_logprobs)))
-                    continue
-                token = sample_row(logits[at], sampling, row.start + row.count)
-                row.slot.tokens.append(token)
-                tokens[job.row].append(token)
-                if sampling.logprobs >= 0:
-                    asked.append((logprobs[job.row], Wanted(at, token, sampling.logprobs)))
-            for (into, _), found in zip(asked, token_logprobs(logits, [w for _, w in asked]), strict=True):
-                into.append(found)
-        return [
-            ResultRow(row.number, row.count, tokens[i], logprobs[i], prompt[i]) for i, row in enumerate(fed)
-        ]
-
-    def _logits(self, view: StepView, head: tuple[Planned, ...], values: dict[int, torch.Tensor]) -> torch.Tensor:
-        self._walk(head, view, values)
-        return values[self._model.program.outputs["logits"]].float()
+            state = dict(values)
+            self._walk(head, view, state)
+            _sample(state[self._model.program.outputs["logits"]].float(), jobs[first : first + chunk])
+        return results
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One wanted row of logits: of plan row `row`, to sample, or to score a known prompt token."""
+    """One wanted row of logits: to sample the row's next token, or to score a known prompt token."""
 
-    row: int
+    row: FedRow
+    result: ResultRow
     prompt_token: int | None
 
 
-def _jobs(index: int, row: FedRow) -> list[_Job]:
-    count = num_prompt_logprobs(row)
-    jobs = [_Job(index, token) for token in row.slot.tokens[row.start + 1 : row.start + 1 + count]]
-    return jobs + [_Job(index, None)] * row.samples
+def _jobs(row: FedRow, result: ResultRow) -> list[_Job]:
+    scored = row.slot.tokens[row.start + 1 : row.start + 1 + num_prompt_logprobs(row)]
+    jobs = [_Job(row, result, token) for token in scored]
+    return jobs + [_Job(row, result, None)] * row.samples
+
+
+def _sample(logits: torch.Tensor, jobs: list[_Job]) -> None:
+    """Sample and score; logits float32 [jobs, vocabulary]."""
+    wanted: list[Wanted] = []
+    into: list[list[TokenLogprobs]] = []
+    for at, job in enumerate(jobs):
+        sampling = job.row.slot.sampling
+        if job.prompt_token is not None:
+            wanted.append(Wanted(at, job.prompt_token, sampling.prompt_logprobs))
+            into.append(job.result.prompt_logprobs)
+            continue
+        token = sample_row(logits[at], sampling, job.row.start + job.row.count)
+        job.row.slot.tokens.append(token)
+        job.result.token_ids.append(token)
+        if sampling.logprobs >= 0:
+            wanted.append(Wanted(at, token, sampling.logprobs))
+            into.append(job.result.logprobs)
+    for found, target in zip(token_logprobs(logits, wanted), into, strict=True):
+        target.append(found)

@@ -1,7 +1,7 @@
 """From logits to tokens: Gumbel-max with counter-based noise, so a token depends on its key and logits alone.
 
-The noise of token v at position p is a pure function of (seed, sample index, p, v). Hence equal logits give equal tokens
-in any batch, slot or order, and temperature 0 is the argmax without noise.
+The noise of token v at position p is a pure function of (seed, sample index, p, v). Hence equal logits give equal
+tokens in any batch, slot or order, and temperature 0 is the argmax without noise.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ class SchedulerConfig:
     max_num_seqs: most sequences at once. max_num_batched_tokens: most tokens fed per step, by all of them.
     max_model_len: most tokens of one sequence, prompt and output.
     long_prefill_token_threshold: most tokens fed per step by one sequence, 0 for no such limit.
-    At most min(max_num_seqs, max_num_batched_tokens) sequences run, so that each decoding one gets a token every step.
     """
 
     max_num_seqs: int
@@ -27,10 +26,6 @@ class SchedulerConfig:
         _check_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         _check_least("max_model_len", self.max_model_len, 2)
         _check_least("long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
-
-    @property
-    def max_running(self) -> int:
-        return min(self.max_num_seqs, self.max_num_batched_tokens)
 
     @property
     def max_chunk(self) -> int:

@@ -29,9 +29,10 @@ class _Step:
 class Scheduler:
     """Turns requests into step plans and step results into updates.
 
-    There are no phases: a sequence has num_computed < num_tokens, and a step feeds it some of the difference. Decoding
-    sequences come first, then prompts under way, then waiting requests in order of arrival. A request is admitted only
-    when the pages of its longest possible run are certain, so no sequence is ever taken back.
+    There are no phases: a sequence has num_computed < num_tokens, and a step feeds it some of the difference. Running
+    sequences come first, then waiting requests in order of arrival. A request is admitted only when the pages of its
+    longest possible run are certain, so no sequence is ever taken back, and only from budget that the running ones
+    left. Chunks never grow but for the sequence admitted last, so every running sequence is fed at every step.
     Steps are synchronous: each plan is followed by `update` before the next `schedule`.
     """
 
@@ -96,7 +97,8 @@ class Scheduler:
         if self._in_flight is not None:
             raise RuntimeError(f"step {self._in_flight.step_id} has no result yet")
         step = _Step(self._next_step_id, self._config.max_num_batched_tokens)
-        self._feed_running(step)
+        for sequence in self._running.values():
+            self._feed(sequence, step)
         self._admit_waiting(step)
         if not step.rows:
             return None
@@ -137,20 +139,8 @@ class Scheduler:
         max_tokens = request.params.max_tokens
         return limit if max_tokens is None else min(num_prompt + max_tokens, limit)
 
-    def _feed_running(self, step: _Step) -> None:
-        prefilling = []
-        for sequence in self._running.values():
-            if sequence.num_uncomputed == 1:
-                self._feed(sequence, step)
-            else:
-                prefilling.append(sequence)
-        for sequence in prefilling:
-            if step.budget == 0:
-                break
-            self._feed(sequence, step)
-
     def _admit_waiting(self, step: _Step) -> None:
-        while self._waiting and step.budget and len(self._running) < self._config.max_running:
+        while self._waiting and step.budget and self._free_slots:
             sequence = next(iter(self._waiting.values()))
             num_cached = self._cache.admit(sequence.table, sequence.token_ids)
             if num_cached is None:

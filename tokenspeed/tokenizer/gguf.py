@@ -72,10 +72,10 @@ class _Vocabulary:
         value = self._metadata.get(_PREFIX + key)
         return None if value is None else self._checked(_PREFIX + key, value)
 
-    def _checked(self, what: str, token_id: int) -> int:
-        if not 0 <= token_id < len(self.tokens):
-            raise FormatError(f"{what} is {token_id}, the vocabulary has {len(self.tokens)} tokens")
-        return int(token_id)
+    def _checked(self, what: str, token_id: Any) -> int:
+        if not isinstance(token_id, int) or not 0 <= token_id < len(self.tokens):
+            raise FormatError(f"{what} is {token_id!r}, the vocabulary has {len(self.tokens)} tokens")
+        return token_id
 
     def special_tokens(self) -> dict[str, str]:
         ids = {name: self.token_id(key) for name, key in _NAMED_TOKENS.items()}

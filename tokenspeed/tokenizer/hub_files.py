@@ -42,7 +42,7 @@ def read_hub_files(directory: Path) -> HubFiles:
         chat_template=_chat_template(directory, settings),
         add_bos=_flag(settings, "add_bos_token"),
         add_eos=_flag(settings, "add_eos_token"),
-        added_tokens=_added_tokens(settings),
+        added_tokens=_added_tokens(settings, directory / "tokenizer_config.json"),
     )
 
 
@@ -56,6 +56,13 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(f"{path}: holds {type(value).__name__}, not an object")
     return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 def _token_texts(source: dict[str, Any]) -> dict[str, str]:
@@ -84,15 +91,16 @@ def _eos_ids(directory: Path) -> tuple[int, ...]:
 def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
     template_file = directory / "chat_template.jinja"
     if template_file.is_file():
-        return template_file.read_text(encoding="utf-8")
+        return _read_text(template_file)
     value = settings.get("chat_template", _read_object(directory / "chat_template.json").get("chat_template"))
     if isinstance(value, list):  # several named ones
         value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}.get("default")
     return value if isinstance(value, str) else None
 
 
-def _added_tokens(settings: dict[str, Any]) -> dict[int, tuple[str, bool]]:
-    entries = settings.get("added_tokens_decoder")
-    if not isinstance(entries, dict):
-        return {}
-    return {int(key): (str(entry["content"]), bool(entry.get("special"))) for key, entry in entries.items()}
+def _added_tokens(settings: dict[str, Any], path: Path) -> dict[int, tuple[str, bool]]:
+    entries = settings.get("added_tokens_decoder") or {}
+    try:
+        return {int(key): (str(entry["content"]), bool(entry.get("special"))) for key, entry in entries.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{path}: added_tokens_decoder is not usable: {error!r}") from None

@@ -1,4 +1,4 @@
-"""From a checkpoint and a model's weight table to weights: match names and shapes, apply transforms, copy nothing else."""
+"""From a checkpoint and a model's weight table to weights: match names and shapes, transform, copy nothing else."""
 
 from __future__ import annotations
 
@@ -38,9 +38,8 @@ def load_weights(checkpoint: Checkpoint, table: WeightTable, progress: Progress 
     done = 0
     for name, spec in table.specs.items():
         parts = sources[name]
-        weights[name] = (
-            _load_vector(checkpoint, spec, parts) if spec.kind == "vector" else _load_rows(checkpoint, spec, parts)
-        )
+        load = _load_vector if spec.kind == "vector" else _load_rows
+        weights[name] = load(checkpoint, spec, parts)
         done += sum(checkpoint.tensors[source.name].nbytes for source in parts)
         if progress is not None:
             progress(done, total)
@@ -55,7 +54,7 @@ def unpermute_rope(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """
     if heads < 1 or rows.shape[0] % (2 * heads):
         raise ValueError(f"{rows.shape[0]} rows are not {heads} heads of an even size")
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def _sources(spec: WeightSpec, checkpoint: Checkpoint) -> tuple[Source, ...]:
@@ -107,9 +106,9 @@ def _listed(items: list[str], quote: bool = True) -> str:
 
 def _load_rows(checkpoint: Checkpoint, spec: WeightSpec, sources: tuple[Source, ...]) -> Weight:
     segments = []
+    _, cols = spec.shape
     for source in sources:
         info = checkpoint.tensors[source.name]
-        rows, cols = spec.shape
         data = _map_tensor(checkpoint, info).view(source.rows, row_bytes(info.dtype, cols))
         if source.transform == "unpermute_rope":
             data = unpermute_rope(data, source.heads)

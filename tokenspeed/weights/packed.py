@@ -15,7 +15,7 @@ from tokenspeed.weights.spec import WeightSpec
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """Rows of one format: `data` is uint8 [rows, row_bytes(fmt, cols)]. It may be a read-only map: never write to it."""
+    """Rows of one format: `data` is uint8 [rows, row_bytes(fmt, cols)]. Never write to it: it may be a file's map."""
 
     data: torch.Tensor
     fmt: str

@@ -1,4 +1,5 @@
-"""What a model asks of a checkpoint: its weights by our names, their shapes, and where each format keeps them. No torch."""
+"""What a model asks of a checkpoint: its weights by our names, their shapes, and where each format keeps them. No
+torch."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class WeightTable:
 
     specs: dict[str, WeightSpec] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
-    """Patterns (fnmatch) of tensors that a checkpoint may hold and this model does not read, such as rope frequencies."""
+    """Patterns (fnmatch) of tensors that a checkpoint may hold and this model does not read, such as rope
+    frequencies."""
 
     def add(self, spec: WeightSpec) -> None:
         """Add one weight; its name must be new."""

@@ -1,0 +1,82 @@
+"""Flags shared by commands: those of EngineConfig and SamplingParams come from their definitions."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from tokenspeed.config.engine import EngineConfig, flag
+from tokenspeed.contracts.errors import ConfigError
+
+SAMPLING: dict[str, tuple[type, str]] = {
+    "max_tokens": (int, "most tokens to generate (default: 128)"),
+    "temperature": (float, "0 is greedy (default: the model's, else 1)"),
+    "top_k": (int, "keep the k best tokens; 0 keeps all"),
+    "top_p": (float, "keep the best tokens of this probability"),
+    "logprobs": (int, "report this many alternatives per token (with --json)"),
+    "prompt_logprobs": (int, "the same for the prompt (with --json)"),
+}
+
+
+def add_engine_flags(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:
+    """One flag for each field of EngineConfig."""
+    group = parser.add_argument_group("engine")
+    hints = get_type_hints(EngineConfig)
+    for setting in fields(EngineConfig):
+        if setting.name in leave_out:
+            continue
+        text = setting.metadata["help"]
+        if setting.default is not None:
+            text += f" (default: {setting.default})"
+        options: dict[str, Any] = {"dest": setting.name, "default": setting.default, "help": text}
+        if hints[setting.name] is bool:
+            group.add_argument(flag(setting.name), action=argparse.BooleanOptionalAction, **options)
+            continue
+        choices = setting.metadata["choices"]
+        kind = int if int in getattr(hints[setting.name], "__args__", (hints[setting.name],)) else str
+        metavar = None if choices else "N" if kind is int else setting.name.upper()
+        group.add_argument(flag(setting.name), type=kind, choices=choices or None, metavar=metavar, **options)
+
+
+def engine_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of `LLM` from parsed flags."""
+    given = vars(options)
+    return {setting.name: given[setting.name] for setting in fields(EngineConfig) if setting.name in given}
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of SamplingParams."""
+    group = parser.add_argument_group("sampling")
+    for name, (kind, text) in SAMPLING.items():
+        group.add_argument(flag(name), type=kind, metavar="N" if kind is int else "X", dest=name, help=text)
+    group.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
+    group.add_argument(
+        "--stop-token-ids", type=int, nargs="+", metavar="ID", default=[], help="token ids that end the text"
+    )
+
+
+def sampling_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given of SamplingParams."""
+    given = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
+    return given | {"ignore_eos": options.ignore_eos, "stop_token_ids": options.stop_token_ids}
+
+
+def add_floor_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of `sol` and `plan`: the step, and the machine whose limits count."""
+    parser.add_argument("--gpu", metavar="NAME", help="a GPU by name (H200); by default this machine, as measured")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences decoding together (default: 1)")
+    parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens each one holds (default: 1024)")
+    parser.add_argument("--quantization", default="none", metavar="KIND", help="none or fp8 (default: none)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def check_file(path: str) -> str:
+    """Text of a file, or of stdin for "-". Raises ConfigError when it cannot be read."""
+    import sys
+    from pathlib import Path
+
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text ({error})") from None

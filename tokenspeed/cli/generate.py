@@ -1,0 +1,114 @@
+"""`tokenspeed generate`: complete one prompt, streaming, and say how fast that was."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from tokenspeed.cli.flags import add_engine_flags, add_sampling_flags, check_file, engine_settings, sampling_settings
+from tokenspeed.contracts.errors import ParameterError
+from tokenspeed.contracts.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from tokenspeed.engine.llm import LLM
+    from tokenspeed.engine.output import RequestOutput
+
+DEFAULT_MAX_TOKENS = 128
+
+
+def add_parser(commands: Any) -> None:
+    """Register the subcommand."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "generate",
+        help="complete a prompt",
+        description="Complete a prompt, given as an argument, in a file, or on stdin. Without --model: Gemma 3 270M.",
+    )
+    parser.add_argument("prompt", nargs="?", help="the prompt; without it, stdin is read")
+    parser.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file (- is stdin)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming")
+    add_sampling_flags(parser)
+    add_engine_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load, stream, report."""
+    prompt = _prompt(options)
+    settings = sampling_settings(options)
+    SamplingParams.from_dict(settings)
+    llm = _load(engine_settings(options))
+    defaults = {"max_tokens": DEFAULT_MAX_TOKENS} | dict(llm.generation.sampling)
+    params = SamplingParams.from_dict(defaults | settings)
+    outputs = []
+    for text, output in llm.stream(prompt, params):
+        outputs = [output]
+        if not options.json:
+            print(text, end="", flush=True)
+    report(llm, outputs[0], options.json)
+
+
+def report(llm: LLM, output: RequestOutput, as_json: bool) -> None:
+    """The closing line on stderr, or everything as JSON on stdout."""
+    from tokenspeed.bench.ceilings import measure_cpu
+    from tokenspeed.engine.timings import run_timings, timings_line
+    from tokenspeed.observability.ceilings import read_ceilings
+
+    ceilings = None
+    if llm.core.model.device.type == "cpu":
+        ceilings = read_ceilings() or measure_cpu()
+    timings = run_timings(llm.core, output, ceilings)
+    if as_json:
+        json.dump(_as_dict(output) | {"timings": timings}, sys.stdout, indent=2, ensure_ascii=False)
+        print()
+    else:
+        print(f"\n\n{timings_line(timings)}", file=sys.stderr)
+
+
+def _prompt(options: argparse.Namespace) -> str:
+    if options.prompt is not None and options.file is not None:
+        raise ParameterError("give the prompt as an argument or with --file, not both")
+    return options.prompt if options.prompt is not None else check_file(options.file or "-")
+
+
+def _load(settings: dict[str, Any]) -> LLM:
+    from tqdm import tqdm
+
+    from tokenspeed.engine.llm import LLM
+
+    with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return LLM(progress=progress, **settings)
+
+
+def _as_dict(output: RequestOutput) -> dict[str, Any]:
+    completion = output.outputs[0]
+    return {
+        "prompt": output.prompt,
+        "prompt_token_ids": output.prompt_token_ids,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+        "logprobs": _logprobs(completion.logprobs),
+        "prompt_logprobs": _logprobs(output.prompt_logprobs),
+    }
+
+
+def _logprobs(positions: Any) -> list[Any] | None:
+    if positions is None:
+        return None
+    return [
+        None
+        if entries is None
+        else [
+            {"token_id": token, "logprob": found.logprob, "rank": found.rank, "token": found.decoded_token}
+            for token, found in entries.items()
+        ]
+        for entries in positions
+    ]

@@ -1,0 +1,44 @@
+"""The `tokenspeed` command: picks a subcommand, turns errors of the user's making into one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from tokenspeed import __version__
+from tokenspeed.cli import doctor, generate, plan, sol
+from tokenspeed.contracts.errors import TokenSpeedError
+
+COMMANDS = (generate, plan, sol, doctor)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(prog="tokenspeed", description="An LLM inference engine that names its limits.")
+    top.add_argument("--version", action="version", version=f"tokenspeed {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
+    options = parser().parse_args(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except TokenSpeedError as error:
+        print(f"tokenspeed: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output is gone; what is still buffered must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""`tokenspeed plan`: the program of a decode step, row by row, with what runs it and its floor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from tokenspeed.cli.flags import add_floor_flags
+
+
+def add_parser(commands: Any) -> None:
+    """Register the subcommand."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "plan",
+        help="print the program of a decode step",
+        description="Every record of a model's decode step: op, shapes, implementation, bytes, FLOPs, floor.",
+    )
+    parser.add_argument(
+        "model", nargs="?", help="a shipped config, a directory, a .gguf file; by default the demo model"
+    )
+    add_floor_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the plan."""
+    from tokenspeed.sol.plan_table import plan_table
+
+    table = plan_table(options.model, options.gpu, options.batch, options.context, options.quantization)
+    print(json.dumps(table.as_json(), indent=2) if options.json else table.text())

@@ -1,0 +1,99 @@
+"""The time below which a step cannot go: for each op the larger of bytes over bandwidth and operations over rate. No
+torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tokenspeed.contracts.errors import ConfigError
+from tokenspeed.formats.checkpoint import Checkpoint
+from tokenspeed.observability.ceilings import Ceilings, read_ceilings
+from tokenspeed.ops.definitions import OPS, Cost, Workload
+from tokenspeed.program.program import Program, Record
+from tokenspeed.weights.spec import WeightSpec, WeightTable
+
+GPUS = {"H200": Ceilings("NVIDIA H200", 4600.0, 770.0, 1410.0)}
+"""Measured ceilings; benchmarks/README.md says how."""
+QUANTIZATIONS = ("none", "fp8")
+SCALE_BYTES = 4
+"""One float32 scale per output channel of an fp8 weight."""
+
+
+def ceilings_for(gpu: str | None) -> Ceilings:
+    """Of a GPU by name, or of this machine as `doctor --measure` found them. Raises ConfigError where there are
+    none."""
+    if gpu is None:
+        found = read_ceilings()
+        if found is None:
+            raise ConfigError("this machine has not been measured: run `tokenspeed doctor --measure`, or name a --gpu")
+        return found
+    known = {name.lower(): value for name, value in GPUS.items()}
+    if gpu.lower() not in known:
+        raise ConfigError(f"--gpu {gpu}: no ceilings known (known: {', '.join(GPUS)})")
+    return known[gpu.lower()]
+
+
+def stored_bytes(table: WeightTable, checkpoint: Checkpoint | None, quantization: str) -> dict[str, float]:
+    """Bytes of each weight: as the checkpoint has it, or bf16; fp8 makes every projection but the head 1 byte."""
+    if quantization not in QUANTIZATIONS:
+        raise ConfigError(f"--quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
+    return {name: _weight_bytes(spec, checkpoint, quantization) for name, spec in table.specs.items()}
+
+
+def _weight_bytes(spec: WeightSpec, checkpoint: Checkpoint | None, quantization: str) -> float:
+    elements = 1
+    for dim in spec.shape:
+        elements *= dim
+    if quantization == "fp8" and spec.kind == "linear" and spec.name != "lm_head":
+        return elements + SCALE_BYTES * spec.shape[0]
+    if checkpoint is None:
+        return elements * (4 if spec.kind == "vector" else 2)
+    sources = spec.gguf if checkpoint.format == "gguf" else spec.hf
+    return sum(checkpoint.tensors[source.name].nbytes for source in sources)
+
+
+def decode_work(
+    batch: int, context: int, weight_bytes: Mapping[str, float], act_bytes: float = 2, kv_bytes: float = 2
+) -> Workload:
+    """One decode step: a token for each of `batch` sequences, which then hold `context` tokens each."""
+    for name, value in (("--batch", batch), ("--context", context)):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+    return Workload(batch, batch, batch, context, act_bytes, kv_bytes, weight_bytes)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Cost and least time in seconds of some records; `bound` is what most of the time is spent on."""
+
+    cost: Cost
+    seconds: float
+    bound: str
+
+
+def record_floor(program: Program, record: Record, work: Workload, ceilings: Ceilings, fp8: bool) -> Floor:
+    """Floor of one record; of a fused one, the sum over the plain ops in it, so grouping changes no total."""
+    memory = compute = 0.0
+    for part in record.plain():
+        cost = OPS[part.op].cost(program.operands(part), work)
+        by_bytes = cost.bytes / (ceilings.read_gbs * 1e9)
+        by_flops = cost.flops / (_rate(part, ceilings, fp8) * 1e12) if ceilings.bf16_tflops else 0.0
+        if by_bytes >= by_flops:
+            memory += by_bytes
+        else:
+            compute += by_flops
+    return Floor(program.cost(record, work), memory + compute, "memory" if memory >= compute else "compute")
+
+
+def _rate(record: Record, ceilings: Ceilings, fp8: bool) -> float:
+    quantized = fp8 and record.op == "linear" and not {"lm_head", "embed"} & set(record.weights)
+    return (ceilings.fp8_tflops or ceilings.bf16_tflops) if quantized else ceilings.bf16_tflops
+
+
+def total(floors: list[Floor]) -> Floor:
+    """Sum of floors."""
+    seconds = sum(floor.seconds for floor in floors)
+    memory = sum(floor.seconds for floor in floors if floor.bound == "memory")
+    cost = sum((floor.cost for floor in floors), Cost())
+    return Floor(cost, seconds, "memory" if 2 * memory >= seconds else "compute")

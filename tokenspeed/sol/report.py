@@ -1,0 +1,105 @@
+"""`sol` for a model by name: its floor, in total and by kind of op. No torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenspeed.config.source import resolve_model
+from tokenspeed.formats.checkpoint import Checkpoint
+from tokenspeed.formats.gguf import open_gguf
+from tokenspeed.formats.safetensors import open_safetensors
+from tokenspeed.models.registry import Definition, define, define_from_hf, read_json, shipped_configs
+from tokenspeed.observability.ceilings import Ceilings
+from tokenspeed.ops.definitions import Workload
+from tokenspeed.program.program import Program
+from tokenspeed.sol.floor import Floor, ceilings_for, decode_work, record_floor, stored_bytes, total
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The floor of one decode step."""
+
+    model: str
+    ceilings: Ceilings
+    work: Workload
+    quantization: str
+    by_op: Mapping[str, Floor]
+    total: Floor
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON values; times in ms, bytes in bytes."""
+        cost = self.total.cost
+        return {
+            "model": self.model,
+            "machine": self.ceilings.machine,
+            "read_gb_s": self.ceilings.read_gbs,
+            "batch": self.work.batch,
+            "context": self.work.context,
+            "quantization": self.quantization,
+            "weight_bytes": round(cost.weight_bytes),
+            "kv_bytes": round(cost.kv_bytes),
+            "flops": round(cost.flops),
+            "floor_ms": self.total.seconds * 1e3,
+            "tok_s": self.work.batch / self.total.seconds,
+            "bound": self.total.bound,
+        }
+
+    def text(self) -> str:
+        """As a table by op."""
+        cost, ms = self.total.cost, self.total.seconds * 1e3
+        head = (
+            f"{self.model} on {self.ceilings.machine}: batch {self.work.batch}, context {self.work.context}, "
+            f"{self.ceilings.read_gbs:.1f} GB/s"
+        )
+        rows = [f"{'op':<12}{'weights MB':>12}{'KV MB':>10}{'GFLOP':>10}{'floor ms':>11}  bound"]
+        for op, floor in sorted(self.by_op.items(), key=lambda item: -item[1].seconds):
+            rows.append(_row(op, floor))
+        rate = f"{self.work.batch / self.total.seconds:.1f} tok/s"
+        weights, kv = cost.weight_bytes / 1e9, cost.kv_bytes / 1e9
+        closing = f"floor {ms:.3f} ms per token, {rate}; {weights:.3f} GB of weights, {kv:.3f} GB of KV"
+        return "\n".join([head, "", *rows, _row("total", self.total), "", closing])
+
+
+def _row(name: str, floor: Floor) -> str:
+    cost = floor.cost
+    return (
+        f"{name:<12}{cost.weight_bytes / 1e6:>12.2f}{cost.kv_bytes / 1e6:>10.2f}{cost.flops / 1e9:>10.3f}"
+        f"{floor.seconds * 1e3:>11.4f}  {floor.bound}"
+    )
+
+
+def find_definition(model: str | None) -> tuple[str, Definition, Checkpoint | None]:
+    """Name, definition and (headers only) checkpoint of a shipped config, a directory, a .gguf file or a repository."""
+    shipped = shipped_configs()
+    if model in shipped:
+        return str(model), define_from_hf(shipped[model]), None
+    source = resolve_model(model, need_weights=False)
+    if source.format == "gguf":
+        file = open_gguf(source.path)
+        return source.name, define(file), file
+    definition = define_from_hf(read_json(source.path / "config.json"))
+    has_weights = any(Path(source.path).glob("*.safetensors"))
+    return source.name, definition, open_safetensors(source.path) if has_weights else None
+
+
+def step_report(model: str | None, gpu: str | None, batch: int, context: int, quantization: str) -> StepReport:
+    """The floor of a decode step. Raises ConfigError on flags out of range, or a machine that is not known."""
+    ceilings = ceilings_for(gpu)
+    name, definition, checkpoint = find_definition(model)
+    work = decode_work(batch, context, stored_bytes(definition.weights, checkpoint, quantization))
+    program = definition.program()
+    by_op = floors_by_op(program, work, ceilings, quantization == "fp8")
+    return StepReport(name, ceilings, work, quantization, by_op, total(list(by_op.values())))
+
+
+def floors_by_op(program: Program, work: Workload, ceilings: Ceilings, fp8: bool) -> dict[str, Floor]:
+    """Floors summed by plain op."""
+    grouped: dict[str, list[Floor]] = defaultdict(list)
+    for record in program.records:
+        for part in record.plain():
+            grouped[part.op].append(record_floor(program, part, work, ceilings, fp8))
+    return {op: total(floors) for op, floors in grouped.items()}
