@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.seeds import SEED
 from tokenspeed.config import demo
 from tokenspeed.config.demo import FileIdentity, assemble, cache_directory, demo_model_path, is_verified
 from tokenspeed.config.source import resolve_model
 from tokenspeed.contracts.errors import FormatError, ModelNotFoundError
 
-SEEDS = [random.SystemRandom().randrange(2**32) for _ in range(3)]
+SEEDS = [SEED + i for i in range(3)]
 
 
 def make_parts(

@@ -10,13 +10,14 @@ import sentencepiece
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, normalizers
 
+from tests.seeds import SEED
 from tests.tokenizer.bpe_models import HARD, LLAMA3, random_text, split_with, train
 from tokenspeed.config.source import ModelSource
 from tokenspeed.contracts.errors import ConfigError, FormatError, ModelNotFoundError, UnsupportedError
 from tokenspeed.tokenizer.base import Tokenizer
 from tokenspeed.tokenizer.load import load_tokenizer
 
-SEEDS = [random.SystemRandom().randrange(2**32) for _ in range(3)]
+SEEDS = [SEED + i for i in range(3)]
 
 
 def write(directory: Path, **files: Any) -> ModelSource:

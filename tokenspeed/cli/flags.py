@@ -10,12 +10,12 @@ from tokenspeed.config.engine import EngineConfig, flag
 from tokenspeed.contracts.errors import ConfigError
 
 SAMPLING: dict[str, tuple[type, str]] = {
-    "max_tokens": (int, "most tokens to generate (default: 128)"),
+    "max_tokens": (int, "most tokens to generate (default: the model's, else 128)"),
     "temperature": (float, "0 is greedy (default: the model's, else 1)"),
-    "top_k": (int, "keep the k best tokens; 0 keeps all"),
-    "top_p": (float, "keep the best tokens of this probability"),
-    "logprobs": (int, "report this many alternatives per token (with --json)"),
-    "prompt_logprobs": (int, "the same for the prompt (with --json)"),
+    "top_k": (int, "keep the k best tokens; 0 keeps all (default: the model's, else 0)"),
+    "top_p": (float, "keep the best tokens up to this probability; 1 keeps all (default: the model's, else 1)"),
+    "logprobs": (int, "report this many alternatives per token (needs --json)"),
+    "prompt_logprobs": (int, "the same for the prompt (needs --json)"),
 }
 
 
@@ -71,12 +71,15 @@ def add_floor_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def check_file(path: str) -> str:
-    """Text of a file, or of stdin for "-". Raises ConfigError when it cannot be read."""
+def read_text(path: str) -> str:
+    """Text of a UTF-8 file, or of stdin for "-". Raises ConfigError when it cannot be read."""
     import sys
     from pathlib import Path
 
     try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text ({error})") from None
+        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return raw.decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{'stdin' if path == '-' else path}: not UTF-8 text (byte {error.start})") from None

@@ -7,8 +7,9 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from tokenspeed.cli.flags import add_engine_flags, add_sampling_flags, check_file, engine_settings, sampling_settings
-from tokenspeed.contracts.errors import ParameterError
+from tokenspeed.cli.flags import add_engine_flags, add_sampling_flags, engine_settings, read_text, sampling_settings
+from tokenspeed.config.engine import flag
+from tokenspeed.contracts.errors import ParameterError, PromptError
 from tokenspeed.contracts.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -23,13 +24,16 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "generate",
         help="complete a prompt",
-        description="Complete a prompt, given as an argument, in a file, or on stdin. Without --model: Gemma 3 270M.",
+        description="Complete a prompt, given as an argument, in a file, or on stdin. Text goes to stdout, one line of "
+        "timings to stderr. Without --model: Gemma 3 270M.",
     )
     parser.add_argument("prompt", nargs="?", help="the prompt; without it, stdin is read")
-    parser.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file (- is stdin)")
+    parser.add_argument(
+        "-f", "--file", metavar="FILE", help="read the prompt from a file, - is stdin; its last line end is dropped"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming")
     add_sampling_flags(parser)
-    add_engine_flags(parser)
+    add_engine_flags(parser, leave_out=("chat_template",))
     parser.set_defaults(run=run)
 
 
@@ -38,6 +42,9 @@ def run(options: argparse.Namespace) -> None:
     prompt = _prompt(options)
     settings = sampling_settings(options)
     SamplingParams.from_dict(settings)
+    for name in ("logprobs", "prompt_logprobs"):
+        if name in settings and not options.json:
+            raise ParameterError(f"{flag(name)} needs --json: streamed text has no place for it")
     llm = _load(engine_settings(options))
     defaults = {"max_tokens": DEFAULT_MAX_TOKENS} | dict(llm.generation.sampling)
     params = SamplingParams.from_dict(defaults | settings)
@@ -69,7 +76,14 @@ def report(llm: LLM, output: RequestOutput, as_json: bool) -> None:
 def _prompt(options: argparse.Namespace) -> str:
     if options.prompt is not None and options.file is not None:
         raise ParameterError("give the prompt as an argument or with --file, not both")
-    return options.prompt if options.prompt is not None else check_file(options.file or "-")
+    prompt: str | None = options.prompt
+    if prompt is None:
+        if options.file is None and sys.stdin.isatty():
+            print("reading the prompt from the terminal; Ctrl-D ends it", file=sys.stderr)
+        prompt = read_text(options.file or "-").removesuffix("\n").removesuffix("\r")
+    if not prompt:
+        raise PromptError("the prompt is empty")
+    return prompt
 
 
 def _load(settings: dict[str, Any]) -> LLM:

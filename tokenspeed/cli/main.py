@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from tokenspeed import __version__
 from tokenspeed.cli import doctor, generate, plan, sol
@@ -14,9 +15,20 @@ from tokenspeed.contracts.errors import TokenSpeedError
 COMMANDS = (generate, plan, sol, doctor)
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Answers wrong usage with one line, and never guesses a flag from its beginning."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"tokenspeed: error: {message} (see {self.prog} --help)\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(prog="tokenspeed", description="An LLM inference engine that names its limits.")
+    top = OneLineParser(prog="tokenspeed", description="An LLM inference engine that names its limits.")
     top.add_argument("--version", action="version", version=f"tokenspeed {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
@@ -28,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
     options = parser().parse_args(arguments)
     try:
-        return int(options.run(options) or 0)
+        options.run(options)
+        sys.stdout.flush()  # A reader that is gone must show here, not at exit.
+        return 0
     except TokenSpeedError as error:
         print(f"tokenspeed: error: {error}", file=sys.stderr)
         return 1

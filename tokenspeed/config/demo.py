@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenspeed.config.paths import user_cache
 from tokenspeed.contracts.errors import FormatError, ModelNotFoundError
 
 DEMO_NAME = "gemma-3-270m"
@@ -43,11 +44,8 @@ def demo_model_path() -> Path:
 
 
 def cache_directory() -> Path:
-    """Where assembled models lie: $XDG_CACHE_HOME (or ~/.cache) /tokenspeed/models."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: a relative path here is to be ignored.
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "tokenspeed" / "models"
+    """Where assembled models lie."""
+    return user_cache() / "models"
 
 
 def is_verified(path: Path, identity: FileIdentity) -> bool:

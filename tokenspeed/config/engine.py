@@ -22,14 +22,16 @@ class EngineConfig:
     """Names are vLLM's where the meaning is the same. Raises ConfigError on a value that is not usable."""
 
     model: str | None = _setting(
-        None, "a .gguf file, a directory, a Hugging Face repository id, or a shipped config (with --load-format dummy)"
+        None,
+        "a .gguf file, a directory, a Hugging Face repository id, or a shipped config (with --load-format dummy); "
+        "by default the demo model, Gemma 3 270M",
     )
     revision: str | None = _setting(None, "revision of the Hugging Face repository")
     chat_template: str | None = _setting(None, "a template file, a template, or the built-in name 'plain'")
     device: str = _setting("auto", "where to run; auto takes a GPU if there is one", DEVICES)
-    dtype: str = _setting("auto", "compute type; auto is bfloat16", DTYPES)
+    dtype: str = _setting("auto", "compute type; auto is bfloat16, float16 is for GPUs", DTYPES)
     kv_cache_dtype: str = _setting("auto", "type of the KV cache; auto is the compute type", KV_DTYPES)
-    load_format: str = _setting("auto", "dummy fills random weights of the real shapes", LOAD_FORMATS)
+    load_format: str = _setting("auto", "auto reads the weights; dummy makes up random ones", LOAD_FORMATS)
     max_model_len: int | None = _setting(
         None, "most tokens of one sequence, prompt and output; by default the model's context as far as memory holds it"
     )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import operator
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 from tokenspeed.config.engine import EngineConfig
@@ -16,8 +20,9 @@ from tokenspeed.engine.output import OutputBuilder, RequestOutput
 from tokenspeed.runner.build import ModelFiles, open_model
 from tokenspeed.tokenizer.base import Tokenizer
 
+logger = logging.getLogger("tokenspeed")
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or {"prompt": text} or {"prompt_token_ids": ids}."""
+"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}; with both keys, the ids count."""
 
 
 class LLM:
@@ -31,10 +36,12 @@ class LLM:
         self.config = EngineConfig.from_kwargs({"model": model} | settings)
         files = open_model(self.config)
         self.generation = files.generation
+        _warn_unsupported(files)
         self._tokenizer = _load_tokenizer(files)
         self.core = EngineCore(self.config, files, progress)
         self._numbers = itertools.count()
         self._seeds = _seeds(self.config.seed)
+        self._unfinished: dict[str, OutputBuilder] = {}
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises PromptError for a model that has none (random weights of a shipped config)."""
@@ -59,40 +66,64 @@ class LLM:
         Every prompt is checked before any is run. Raises PromptError, ParameterError, MemoryLimitError.
         """
         builders = self._submit(_prompt_list(prompts, prompt_token_ids), sampling_params)
-        with _progress_bar(len(builders), use_tqdm) as bar:
-            for _ in self._run(builders, bar.update):
-                pass
-        return [builder.output for builder in builders.values()]
+        outputs = [builder.output for builder in builders]
+        with self._abort_unfinished(builders), _progress_bar(len(outputs), use_tqdm) as bar:
+            while (done := sum(output.finished for output in outputs)) < len(outputs):
+                bar.update(done - bar.n)
+                self._step()
+            bar.update(done - bar.n)
+        return outputs
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[tuple[str, RequestOutput]]:
-        """Complete one prompt, giving each new piece of text and the output so far."""
-        return self._run(self._submit([prompt], sampling_params))
+        """Complete one prompt, giving each new piece of text and the output so far; raises at once, as `generate` does.
+
+        Dropping the iterator aborts the request. Several may be read in turns: their requests share the steps.
+        """
+        (builder,) = self._submit([prompt], sampling_params)
+        pieces = self._pieces(builder)
+        next(pieces)  # A generator that never started would not clean up when it is dropped.
+        return pieces
 
     def close(self) -> None:
         """Release the model."""
         self.core.close()
 
-    def _run(
-        self, builders: dict[str, OutputBuilder], on_finished: Callable[[], Any] | None = None
-    ) -> Iterator[tuple[str, RequestOutput]]:
+    def _pieces(self, builder: OutputBuilder) -> Iterator[tuple[str, RequestOutput]]:
+        output, completion = builder.output, builder.output.outputs[0]
+        num_tokens = shown = 0
+        with self._abort_unfinished([builder]):
+            yield "", output
+            done = False
+            while not done:
+                while not output.finished and len(completion.token_ids) == num_tokens:
+                    self._step()
+                done, num_tokens = output.finished, len(completion.token_ids)
+                text = completion.text[shown:]
+                shown += len(text)
+                yield text, output
+
+    def _step(self) -> None:
+        for update in self.core.step():
+            builder = self._unfinished[update.request_id]
+            builder.update(update)
+            if builder.output.finished:
+                del self._unfinished[update.request_id]
+
+    @contextmanager
+    def _abort_unfinished(self, builders: list[OutputBuilder]) -> Iterator[None]:
         try:
-            while self.core.has_work:
-                for update in self.core.step():
-                    builder = builders[update.request_id]
-                    text = builder.update(update)
-                    yield text, builder.output
-                    if builder.output.finished and on_finished is not None:
-                        on_finished()
+            yield
         finally:
-            for request_id, builder in builders.items():
-                if not builder.output.finished:
-                    self.core.abort(request_id)
+            for builder in builders:
+                request_id = builder.output.request_id
+                if self._unfinished.pop(request_id, None) and (update := self.core.abort(request_id)):
+                    builder.update(update)
 
     def _submit(
         self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> dict[str, OutputBuilder]:
+    ) -> list[OutputBuilder]:
         params = self._params_list(sampling_params, len(prompts))
         made = [self._request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
         added: list[str] = []
@@ -104,7 +135,9 @@ class LLM:
             for request_id in added:
                 self.core.abort(request_id)
             raise
-        return {request.request_id: OutputBuilder(request, text, self._tokenizer) for request, text in made}
+        builders = [OutputBuilder(request, text, self._tokenizer) for request, text in made]
+        self._unfinished |= {builder.output.request_id: builder for builder in builders}
+        return builders
 
     def _params_list(
         self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
@@ -113,6 +146,8 @@ class LLM:
             given = self.get_default_sampling_params()
         if isinstance(given, SamplingParams):
             return [given] * count
+        if not isinstance(given, list | tuple) or not all(isinstance(each, SamplingParams) for each in given):
+            raise ParameterError(f"sampling_params must be one SamplingParams or a list of them, got {given!r:.80}")
         if len(given) != count:
             raise ParameterError(f"{len(given)} sampling_params for {count} prompts")
         return given
@@ -134,6 +169,12 @@ class LLM:
     def _eos_token_ids(self) -> list[int]:
         known = self._tokenizer.eos_token_ids if self._tokenizer else ()
         return list(dict.fromkeys([*self.generation.eos_token_ids, *known]))
+
+
+def _warn_unsupported(files: ModelFiles) -> None:
+    if files.generation.unsupported:
+        wanted = ", ".join(f"{name} {value}" for name, value in files.generation.unsupported.items())
+        logger.warning("%s: its sampling defaults ask for %s, which is not supported and left out", files.name, wanted)
 
 
 def _load_tokenizer(files: ModelFiles) -> Tokenizer | None:
@@ -160,26 +201,47 @@ def _seeds(seed: int | None) -> Iterator[int]:
 def _prompt_list(prompts: Any, prompt_token_ids: Any) -> list[Prompt]:
     if (prompts is None) == (prompt_token_ids is None):
         raise ParameterError("give either prompts or prompt_token_ids")
-    given = prompts if prompts is not None else prompt_token_ids
-    if isinstance(given, str | Mapping) or (len(given) > 0 and isinstance(given[0], int)):
+    if prompts is None:
+        return [{"prompt_token_ids": ids} for ids in _one_or_many(prompt_token_ids)]
+    return _one_or_many(prompts)
+
+
+def _one_or_many(given: Any) -> list[Any]:
+    """A list of prompts from one prompt or several: a list of ints is one."""
+    if isinstance(given, str | Mapping):
         return [given]
-    return list(given)
+    try:
+        items = list(given)
+    except TypeError:
+        raise _no_prompt(given) from None
+    return [items] if items and isinstance(items[0], Integral) else items
 
 
 def _read_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:
-    if isinstance(prompt, str):
-        if not prompt:
-            raise PromptError("the prompt is empty")
-        return prompt, None
+    text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
     if isinstance(prompt, Mapping):
         unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
         if unknown or len(prompt) == 0:
             raise ParameterError(
                 f"a prompt has the keys prompt or prompt_token_ids, got: {', '.join(unknown) or 'none'}"
             )
-        ids = prompt.get("prompt_token_ids")
-        return prompt.get("prompt"), None if ids is None else list(ids)
-    return None, list(prompt)
+        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    if ids is None and not isinstance(text, str):
+        raise _no_prompt(prompt)
+    if ids is None and not text:
+        raise PromptError("the prompt is empty")
+    return text, None if ids is None else _token_ids(ids)
+
+
+def _token_ids(given: Any) -> list[int]:
+    try:
+        return [operator.index(token) for token in given]
+    except TypeError:
+        raise _no_prompt(given) from None
+
+
+def _no_prompt(given: Any) -> PromptError:
+    return PromptError(f"a prompt is text, a list of token ids, or a dict of either; got {given!r:.80}")
 
 
 def _progress_bar(total: int, shown: bool) -> Any:

@@ -71,16 +71,16 @@ class Family:
 
 def hf_config(config: Mapping[str, Any], **variant: Any) -> DenseConfig:
     """From config.json in the common names; `variant` sets what the family does differently."""
-    hidden, heads, layers = (_need(config, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    hidden, heads, layers = (need(config, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     head_dim = variant.get("head_dim") or config.get("head_dim") or hidden // heads
     fields: dict[str, Any] = {
-        "vocab_size": _need(config, "vocab_size"),
+        "vocab_size": need(config, "vocab_size"),
         "hidden_size": hidden,
         "num_layers": layers,
         "num_heads": heads,
         "num_kv_heads": config.get("num_key_value_heads") or heads,
         "head_dim": head_dim,
-        "ff_size": _need(config, "intermediate_size"),
+        "ff_size": need(config, "intermediate_size"),
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "context": config.get("max_position_embeddings", 2048),
         "ropes": variant.get("ropes") or (hf_rope(config, head_dim),) * layers,
@@ -98,7 +98,8 @@ def hf_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
     return rope_from_hf(float(theta), head_dim, scaling)
 
 
-def _need(config: Mapping[str, Any], key: str) -> Any:
+def need(config: Mapping[str, Any], key: str) -> Any:
+    """A value that config.json must have. Raises FormatError naming it."""
     if config.get(key) is None:
         raise FormatError(f"config.json has no {key}")
     return config[key]

@@ -9,7 +9,7 @@ from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.layers.attention import attention_block
 from tokenspeed.layers.decoder import decoder
 from tokenspeed.layers.mlp import gated_mlp
-from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig, gguf_config, hf_config
+from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig, gguf_config, hf_config, need
 from tokenspeed.ops.rope import Rope, rope_from_hf
 from tokenspeed.program.recorder import Recorder, Scope, Value
 
@@ -36,8 +36,9 @@ def from_hf(config: Mapping[str, Any]) -> DenseConfig:
     for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention", "attention_bias"):
         if config.get(key):
             raise UnsupportedError(f"gemma3 with {key} is not supported")
-    head_dim, layers = config.get("head_dim", 256), config["num_hidden_layers"]
+    head_dim, layers = config.get("head_dim", 256), need(config, "num_hidden_layers")
     kinds = config.get("layer_types") or _kinds(layers, config.get("sliding_window_pattern") or PATTERN)
+    window = need(config, "sliding_window")
     ropes = config.get("rope_parameters") or {}
     if "full_attention" in ropes:
         full = rope_from_hf(float(ropes["full_attention"]["rope_theta"]), head_dim, ropes["full_attention"])
@@ -49,9 +50,9 @@ def from_hf(config: Mapping[str, Any]) -> DenseConfig:
         config,
         head_dim=head_dim,
         ropes=tuple(local if kind == "sliding_attention" else full for kind in kinds),
-        windows=tuple(config["sliding_window"] if kind == "sliding_attention" else 0 for kind in kinds),
+        windows=tuple(window if kind == "sliding_attention" else 0 for kind in kinds),
         tied=config.get("tie_word_embeddings", True),
-        **_variant(config["hidden_size"], (config.get("query_pre_attn_scalar") or 256) ** -0.5),
+        **_variant(need(config, "hidden_size"), (config.get("query_pre_attn_scalar") or 256) ** -0.5),
     )
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import msgspec
 
+from tokenspeed.config.paths import user_cache
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -54,6 +56,4 @@ def processor() -> str:
 
 
 def _path() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "tokenspeed" / "ceilings.json"
+    return user_cache() / "ceilings.json"

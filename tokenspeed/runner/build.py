@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from tokenspeed.config.engine import EngineConfig
 from tokenspeed.config.generation import GenerationDefaults, generation_from_gguf, generation_from_hf
 from tokenspeed.config.source import ModelSource, resolve_model
-from tokenspeed.contracts.errors import MemoryLimitError
+from tokenspeed.contracts.errors import ConfigError, MemoryLimitError, ModelNotFoundError
 from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.formats.digest import checkpoint_digest
 from tokenspeed.formats.gguf import GGUFFile, open_gguf
@@ -47,6 +48,8 @@ class ModelFiles:
 def open_model(config: EngineConfig) -> ModelFiles:
     """Find and open what `config.model` names, without reading weights."""
     dummy = config.load_format == "dummy"
+    if not dummy and config.model in shipped_configs() and not Path(config.model).exists():
+        raise ModelNotFoundError(f"{config.model} is a shipped config without weights: add --load-format dummy")
     if dummy and config.model in (shipped := shipped_configs()):
         settings = shipped[config.model]
         generation = generation_from_hf(settings, {})
@@ -79,15 +82,20 @@ class Built:
 
 
 def build_executor(files: ModelFiles, config: EngineConfig, progress: Progress | None = None) -> Built:
-    """Load the weights and reserve the KV cache. Raises MemoryLimitError where one sequence does not fit."""
+    """Load the weights and reserve the KV cache.
+
+    Raises ConfigError for a length beyond the model's context, MemoryLimitError where one sequence does not fit.
+    """
+    shape = files.definition.config
+    if config.max_model_len is not None and config.max_model_len > shape.context:
+        raise ConfigError(f"--max-model-len {config.max_model_len} is more than the model's context of {shape.context}")
     checkpoint = None if config.load_format == "dummy" else files.checkpoint
     model = load_model(files.definition, checkpoint, config, progress)
-    kv_dtype = model.dtype if config.kv_cache_dtype == "auto" else compute_dtype(config.kv_cache_dtype, model.device)
-    shape = files.definition.config
+    kv_dtype = _kv_dtype(config, model)
     free = free_memory(model.device)
     budget = config.kv_cache_memory_bytes or int(free * DEFAULT_CACHE_SHARE)
     if budget > free:
-        raise MemoryLimitError(f"--kv-cache-memory-bytes {budget} is more than the {free} bytes that are free")
+        raise MemoryLimitError(f"--kv-cache-memory-bytes {budget} is more than the {free} that are free: lower it")
     num_pages, max_model_len = fit_pages(
         bytes_per_page=page_bytes(shape.num_layers, config.block_size, shape.num_kv_heads, shape.head_dim, kv_dtype),
         page_size=config.block_size,
@@ -103,3 +111,9 @@ def build_executor(files: ModelFiles, config: EngineConfig, progress: Progress |
         num_pages, shape.num_layers, config.block_size, shape.num_kv_heads, shape.head_dim, kv_dtype, model.device
     )
     return Built(LocalExecutor(model, arena), model, num_pages, max_model_len, kv_dtype)
+
+
+def _kv_dtype(config: EngineConfig, model: LoadedModel) -> torch.dtype:
+    if config.kv_cache_dtype == "auto":
+        return model.dtype
+    return compute_dtype(config.kv_cache_dtype, model.device, "--kv-cache-dtype")

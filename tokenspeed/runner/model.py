@@ -15,7 +15,7 @@ from tokenspeed.program.fuse import fuse
 from tokenspeed.program.program import Program
 from tokenspeed.weights.dummy import dummy_weights
 from tokenspeed.weights.loader import load_weights
-from tokenspeed.weights.packed import Weight
+from tokenspeed.weights.unpacked import unpack_all
 
 Progress = Callable[[int, int], None]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -43,10 +43,10 @@ def compute_device(config: EngineConfig) -> torch.device:
     return torch.device(config.device)
 
 
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype of a --dtype. Raises ConfigError for float16 on the CPU, where it is hundreds of times slower."""
+def compute_dtype(name: str, device: torch.device, flag: str = "--dtype") -> torch.dtype:
+    """The torch dtype that `flag` names. Raises ConfigError for float16 on the CPU: hundreds of times slower there."""
     if name == "float16" and device.type == "cpu":
-        raise ConfigError("--dtype float16 does not run well on the CPU; use bfloat16 or float32")
+        raise ConfigError(f"{flag} float16 does not run well on the CPU; use bfloat16 or float32")
     return DTYPES["bfloat16" if name == "auto" else name]
 
 
@@ -60,13 +60,7 @@ def load_model(
         packed = dummy_weights(definition.weights, seed=config.seed or 0, device=str(device))
     else:
         packed = load_weights(checkpoint, definition.weights)
-    total, done = sum(weight.nbytes for weight in packed.values()), 0
-    tensors = {}
-    for name, weight in packed.items():
-        tensors[name] = _unpack(weight, dtype).to(device)
-        done += weight.nbytes
-        if progress is not None:
-            progress(done, total)
+    tensors = {name: tensor.to(device) for name, tensor in unpack_all(packed, dtype, progress).items()}
     return LoadedModel(
         definition,
         fuse(definition.program()),
@@ -77,6 +71,3 @@ def load_model(
         device,
     )
 
-
-def _unpack(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-    return weight.unpacked(torch.float32 if weight.spec.kind == "vector" else dtype)

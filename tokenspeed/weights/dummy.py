@@ -15,7 +15,7 @@ DEFAULT_FORMAT = "BF16"
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Where a block keeps its float16 factors, and the values with which uniformly random bytes elsewhere give values of
-# standard deviation STD: of q for Q8_0, Q4_0, Q5_0; of scale * q - 7.5 * min for Q4_K, whose mean is 0; of scale * q for Q6_K.
+# standard deviation STD: of q (Q8_0, Q4_0, Q5_0), of scale * q - 7.5 * min with mean 0 (Q4_K), of scale * q (Q6_K).
 _FACTORS: dict[str, tuple[tuple[int, float], ...]] = {
     "Q8_0": ((0, STD / 73.9),),
     "Q4_0": ((0, STD / 4.61),),
@@ -30,9 +30,9 @@ def dummy_weights(
 ) -> dict[str, Weight]:
     """Every weight of the table, random, on `device`; the same for the same arguments.
 
-    fmt: one format for all matrices, or a format per weight name (BF16 for names it lacks). Matrix values have mean 0
-    and standard deviation 0.02; vectors are float32 around 1. Raises UnsupportedError for an unknown format, FormatError
-    when a width is no whole number of its blocks.
+    fmt: one format for all matrices, or a format per weight name (BF16 for names it lacks). Matrix values have a mean
+    within 0.003 of 0 and standard deviation 0.02; vectors are float32 around 1. Raises UnsupportedError for an unknown
+    format, FormatError when a width is no whole number of its blocks.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     weights = {}

@@ -1,0 +1,179 @@
+"""What configs mean: shipped ones, old and new spellings, random weights, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.parity_tools import CASES, CONTEXT, VOCAB, Walker, load, oracle_logits, random_prompt
+from tokenspeed import LLM, SamplingParams
+from tokenspeed.config.engine import EngineConfig
+from tokenspeed.contracts.errors import FormatError, UnsupportedError
+from tokenspeed.formats.gguf import open_gguf
+from tokenspeed.models.registry import define, define_from_hf, shipped_configs
+from tokenspeed.runner.build import open_model
+
+SHIPPED = ("gemma-3-270m", "llama-3.1-8b", "llama-3.2-1b", "qwen3-8b")
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": CONTEXT,
+}
+OLD_SPELLINGS: dict[str, dict[str, Any]] = {
+    "llama": {"rope_theta": 5e4},
+    "llama-llama3": {
+        "rope_theta": 5e4,
+        "rope_scaling": {
+            "type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "llama-linear": {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "qwen2": {"rope_theta": 1e5},
+    "qwen3": {"rope_theta": 1e6, "rope_scaling": None},
+    "gemma3": {"rope_theta": 2e5, "rope_local_base_freq": 500.0, "sliding_window_pattern": 3},
+    "gemma3-linear": {
+        "rope_theta": 2e5,
+        "rope_local_base_freq": 500.0,
+        "sliding_window_pattern": 3,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "gemma3-implied": {},
+}
+"""What config.json held before transformers 5, in place of rope_parameters and layer_types."""
+
+
+def in_transformers(config):
+    """The same config.json as transformers reads and rewrites it."""
+    kind = config["model_type"]
+    return AutoConfig.for_model(kind, **{key: value for key, value in config.items() if key != "model_type"})
+
+
+def test_the_shipped_configs_are_those_tested_here():
+    assert tuple(shipped_configs()) == SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_config_means_what_transformers_takes_it_for(name):
+    shipped = shipped_configs()[name]
+    config = in_transformers(shipped)
+    definition = define_from_hf(shipped)
+    assert define_from_hf(config.to_dict()).config == definition.config
+    with torch.device("meta"):
+        oracle = AutoModelForCausalLM.from_config(config)
+    assert sum(prod(spec.shape) for spec in definition.weights.specs.values()) == oracle.num_parameters()
+
+
+@pytest.mark.parametrize("name", OLD_SPELLINGS)
+def test_old_spelling_of_a_config(tiny, name):
+    checkpoint = tiny(name, "F32")
+    config = json.loads((checkpoint.path / "config.json").read_text())
+    old = {key: value for key, value in config.items() if key not in ("rope_parameters", "layer_types")}
+    assert old != config
+    assert define_from_hf(old | OLD_SPELLINGS[name]).config == define_from_hf(config).config
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "gemma3-implied"])
+def test_gguf_metadata_means_what_config_json_does(tiny, name):
+    """Only the flag for permuted rows and the rounding of the base and divisors may differ."""
+    ours = define(open_gguf(tiny(name, "gguf-F32").path)).config
+    theirs = load(tiny(name, "F32").path).definition.config
+    assert ours.gguf_permuted == (ours.norm_plus_one is False and CASES[name].model_type == "llama")
+    for rope, other in zip(ours.ropes, theirs.ropes, strict=True):
+        assert (rope.theta, rope.dim) == (pytest.approx(other.theta), other.dim)
+        assert rope.divisors == pytest.approx(other.divisors, rel=1e-5)
+    rounded = {"gguf_permuted": False, "ropes": theirs.ropes, "norm_eps": theirs.norm_eps}
+    assert ours.norm_eps == pytest.approx(theirs.norm_eps)
+    assert replace(ours, **rounded) == theirs
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_dummy_weights_of_a_small_variant(tmp_path, name):
+    """Random weights run, are the same for the same seed, and compute what transformers does with them."""
+    shipped = shipped_configs()[name] | SMALL
+    (tmp_path / "config.json").write_text(json.dumps(shipped))
+    settings = {"device": "cpu", "load_format": "dummy", "dtype": "float32"}
+    prompts = [random_prompt(length, length) for length in (1, 21)]
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    tokens = []
+    for seed in (1, 1, 2):
+        llm = LLM(str(tmp_path), **settings, seed=seed)
+        outputs = llm.generate(prompt_token_ids=prompts, sampling_params=params, use_tqdm=False)
+        tokens.append([output.outputs[0].token_ids for output in outputs])
+    assert all(len(new) == 5 and all(0 <= token < VOCAB for token in new) for new in tokens[0])
+    assert tokens[0] == tokens[1] != tokens[2]
+    oracle = AutoModelForCausalLM.from_config(
+        in_transformers(shipped), dtype=torch.float32, attn_implementation="eager"
+    )
+    copy_weights(llm.core.model, oracle)
+    expected = oracle_logits(oracle.eval(), prompts[1])
+    torch.testing.assert_close(Walker(llm.core.model).logits(prompts[1]), expected, atol=1e-4, rtol=0)
+
+
+def copy_weights(model, oracle):
+    """Into the transformers model, by the names the weight table gives."""
+    parameters = dict(oracle.named_parameters())
+    with torch.no_grad():
+        for name, spec in model.definition.weights.specs.items():
+            rows = model.weights[name].split([source.rows for source in spec.hf])
+            for source, values in zip(spec.hf, rows, strict=True):
+                parameters.pop(source.name).copy_(values - float(source.transform == "add_one"))
+    assert not parameters
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_dummy_of_a_shipped_name_opens_without_files(name):
+    files = open_model(EngineConfig(model=name, load_format="dummy"))
+    assert (files.source, files.checkpoint) == (None, None)
+    assert files.definition.program().outputs.keys() == {"logits"}
+
+
+REFUSED: dict[str, list[dict[str, Any]]] = {
+    "llama": [
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+        {"quantization_config": {"quant_method": "awq"}},
+        {"model_type": "mamba"},
+    ],
+    "qwen2": [{"use_sliding_window": True}],
+    "qwen3": [{"attention_bias": True}, {"use_sliding_window": True}],
+    "gemma3": [
+        {"attn_logit_softcapping": 50.0},
+        {"final_logit_softcapping": 30.0},
+        {"use_bidirectional_attention": True},
+        {"attention_bias": True},
+    ],
+}
+
+
+@pytest.mark.parametrize("name, change", [(name, change) for name, changes in REFUSED.items() for change in changes])
+def test_a_variant_we_do_not_run_is_refused_by_name(tiny, name, change):
+    config = json.loads((tiny(name, "F32").path / "config.json").read_text())
+    define_from_hf(config)
+    word = str(change.get("model_type") or next(iter(change))).removesuffix("_parameters")
+    with pytest.raises(UnsupportedError, match=word):
+        define_from_hf(config | change)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_a_config_without_a_size_is_refused_by_name(tiny, name, key):
+    config = json.loads((tiny(name, "F32").path / "config.json").read_text())
+    del config[key]
+    with pytest.raises(FormatError, match=key):
+        define_from_hf(config)

@@ -1,0 +1,333 @@
+"""Tiny random checkpoints of every family, as safetensors and GGUF, beside the transformers models they hold."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf import GGMLQuantizationType as GGMLType
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from tokenspeed.config.engine import EngineConfig
+from tokenspeed.ops.reference import StepView
+from tokenspeed.program.program import Program
+from tokenspeed.runner.arena import Arena
+from tokenspeed.runner.build import open_model
+from tokenspeed.runner.executor import LocalExecutor
+from tokenspeed.runner.model import LoadedModel, load_model
+
+VOCAB, CONTEXT, WINDOW = 199, 128, 8
+PROMPT_LENGTHS = (21, 40)
+"""Both past the window, neither a multiple of a page."""
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+K_FORMATS = ("Q4_K", "Q6_K")
+_ARCHS = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model type of transformers and its settings. implied_keys: its GGUF leaves out what its architecture tells."""
+
+    name: str
+    model_type: str
+    seed: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    implied_keys: bool = False
+
+    def with_k_widths(self) -> Case:
+        """The same family as wide as K-quants need, except for `down`, which is left to a fallback format."""
+        wide = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32}
+        return replace(self, settings=self.settings | wide | {"intermediate_size": 288})
+
+
+def _rope(theta: float, kind: str = "default", **scaling: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": theta, **scaling}
+
+
+LLAMA3_ROPE = _rope(
+    5e4, "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
+
+
+def _case(name: str, model_type: str, seed: int, implied_keys: bool = False, **settings: Any) -> Case:
+    common = {
+        "vocab_size": VOCAB,
+        "max_position_embeddings": CONTEXT,
+        "num_hidden_layers": 2,
+        "intermediate_size": 160,
+        "tie_word_embeddings": False,
+    }
+    return Case(name, model_type, seed, common | settings, implied_keys)
+
+
+def _gemma3(name: str, seed: int, full: dict[str, Any], implied_keys: bool = False, **settings: Any) -> Case:
+    layers, pattern = settings["num_hidden_layers"], 6 if implied_keys else 3
+    kinds = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
+    local = _rope(10000.0 if implied_keys else 500.0)
+    return _case(
+        name,
+        "gemma3_text",
+        seed,
+        implied_keys,
+        sliding_window=WINDOW,
+        layer_types=kinds,
+        rope_parameters={"sliding_attention": local, "full_attention": full},
+        query_pre_attn_scalar=settings["head_dim"],
+        **settings,
+    )
+
+
+def _heads(hidden: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, Any]:
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    return dict(zip(names, (hidden, heads, kv_heads, head_dim), strict=True))
+
+
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        _case("llama", "llama", 11, rope_parameters=_rope(5e4), num_hidden_layers=3, **_heads(96, 6, 2, 16)),
+        _case(
+            "llama-llama3", "llama", 12, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True, **_heads(64, 4, 2, 32)
+        ),
+        _case("llama-linear", "llama", 13, rope_parameters=_rope(1e4, "linear", factor=4.0), **_heads(160, 5, 1, 32)),
+        _case("qwen2", "qwen2", 14, rope_parameters=_rope(1e5), **_heads(96, 6, 3, 16)),
+        _case("qwen2-tied", "qwen2", 15, rope_parameters=_rope(1e6), tie_word_embeddings=True, **_heads(96, 3, 1, 32)),
+        _case("qwen3", "qwen3", 16, rope_parameters=_rope(1e6), num_hidden_layers=3, **_heads(64, 6, 3, 32)),
+        _case("qwen3-tied", "qwen3", 17, rope_parameters=_rope(1e4), tie_word_embeddings=True, **_heads(64, 5, 1, 32)),
+        _gemma3("gemma3", 18, _rope(2e5), num_hidden_layers=4, tie_word_embeddings=True, **_heads(96, 6, 2, 32)),
+        _gemma3("gemma3-linear", 19, _rope(2e5, "linear", factor=8.0), num_hidden_layers=3, **_heads(96, 3, 1, 64)),
+        _gemma3("gemma3-implied", 20, _rope(1e6), True, num_hidden_layers=7, **_heads(32, 2, 1, 16)),
+    )
+}
+FAMILY_CASES = ("llama", "llama-llama3", "qwen2", "qwen3", "gemma3")
+"""One case per family, and the one with a tensor of rope divisors."""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A checkpoint on disk, and the transformers model (float32, eager attention) that holds the same values."""
+
+    case: Case
+    path: Path
+    oracle: PreTrainedModel
+
+
+def random_oracle(case: Case) -> PreTrainedModel:
+    """A float32 model with every parameter random, scaled so that activations and logits are of order 1."""
+    config = AutoConfig.for_model(case.model_type, **case.settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(case.seed)
+    with torch.no_grad():
+        for name, values in model.named_parameters():
+            if values.dim() == 2:
+                # A head tied to a large embedding would only repeat the last token.
+                scale = 0.4 if config.tie_word_embeddings and "embed_tokens" in name else 1.0
+                values.normal_(0, scale * values.shape[1] ** -0.5, generator=generator)
+            elif name.endswith("norm.weight"):
+                centre = 0.0 if case.model_type == "gemma3_text" else 1.0
+                values.uniform_(centre - 0.5, centre + 0.5, generator=generator)
+            else:
+                values.normal_(0, 0.5, generator=generator)
+    return model
+
+
+def oracle_logits(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
+    """float32 [tokens, vocabulary]."""
+    with torch.inference_mode():
+        return model(torch.tensor([token_ids]), use_cache=False).logits[0]
+
+
+def random_prompt(length: int, seed: int) -> list[int]:
+    """Token ids, uniform over the vocabulary."""
+    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def make_safetensors(case: Case, dtype: str, folder: Path, max_shard_size: str = "1GB") -> Tiny:
+    """Saved in `dtype` by save_pretrained; the oracle holds the rounded values."""
+    oracle = random_oracle(case)
+    with torch.no_grad():
+        for values in oracle.parameters():
+            values.copy_(values.to(DTYPES[dtype]))
+    # A copy is cast: a model cast back and forth would keep rounded rotary frequencies.
+    stored = copy.deepcopy(oracle)
+    torch.nn.Module.to(stored, DTYPES[dtype])
+    stored.save_pretrained(folder, max_shard_size=max_shard_size)
+    return Tiny(case, folder, oracle)
+
+
+def make_gguf(case: Case, fmt: str, path: Path) -> Tiny:
+    """Written by the gguf package, named by its name map; the oracle gets back what its `dequantize` reads.
+
+    fmt: a format for all matrices; "K" mixes Q4_K and Q6_K, and Q5_0 where a width is no multiple of 256.
+    """
+    oracle = random_oracle(case)
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[_ARCHS[case.model_type]])
+    _add_metadata(writer, case, oracle)
+    names = gguf.get_tensor_name_map(_ARCHS[case.model_type], case.settings["num_hidden_layers"])
+    rng = np.random.default_rng(case.seed)
+    with torch.no_grad():
+        for name, values in oracle.named_parameters():
+            gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            assert gguf_name is not None, name
+            kind, data = _encode(values.numpy(), gguf_name, fmt, rng)
+            values.copy_(torch.from_numpy(gguf.dequantize(data, kind).reshape(values.shape)))
+            writer.add_tensor(gguf_name, _as_stored(case, gguf_name, data), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Tiny(case, path, oracle)
+
+
+Array = npt.NDArray[Any]
+
+
+def _encode(values: Array, gguf_name: str, fmt: str, rng: np.random.Generator) -> tuple[GGMLType, Array]:
+    """Type and bytes of a tensor: vectors stay F32; K-quants are drawn, as the gguf package cannot quantise to them."""
+    if values.ndim == 1:
+        return GGMLType.F32, values.copy()
+    if fmt == "K":
+        fmt = "Q6_K" if any(part in gguf_name for part in ("attn_v", "token_embd", "output.")) else "Q4_K"
+        fmt = "Q5_0" if values.shape[1] % 256 else fmt
+    kind = GGMLType[fmt]
+    if fmt in K_FORMATS:
+        return kind, random_k_rows(fmt, values, rng)
+    return kind, gguf.quantize(values, kind)
+
+
+def random_k_rows(fmt: str, like: Array, rng: np.random.Generator) -> Array:
+    """Random valid blocks, uint8 [rows, bytes]: every bit random but those of the float16 factors.
+
+    The factors give values about the standard deviation of `like` [rows, cols], and those of Q4_K a mean of about 0.
+    """
+    elements, size = gguf.GGML_QUANT_SIZES[GGMLType[fmt]]
+    blocks = rng.integers(0, 256, (like.size // elements, size), dtype=np.uint8)
+    spread = like.std() * rng.uniform(0.5, 1.5, len(blocks))
+    factors = {0: spread / 256, 2: 7.5 * spread / 256} if fmt == "Q4_K" else {208: spread / 1365}
+    for at, factor in factors.items():
+        blocks[:, at : at + 2] = factor.astype(np.float16)[:, None].view(np.uint8)
+    return blocks.reshape(len(like), -1)
+
+
+def _as_stored(case: Case, gguf_name: str, data: Array) -> Array:
+    """What llama.cpp's converter does to values: Gemma's norms get their +1, Llama's Q and K rows are interleaved."""
+    if case.model_type == "gemma3_text" and data.ndim == 1:
+        return data + np.float32(1)
+    heads = {"attn_q.weight": "num_attention_heads", "attn_k.weight": "num_key_value_heads"}
+    key = heads.get(gguf_name.split(".", 2)[-1])
+    if case.model_type == "llama" and key is not None:
+        return interleave_heads(data, case.settings[key])
+    return data
+
+
+def interleave_heads(rows: Array, heads: int) -> Array:
+    """Rows of each head from (first half, second half) to pairs (one of each)."""
+    half = rows.shape[0] // heads // 2
+    order = [head * 2 * half + part * half + i for head in range(heads) for i in range(half) for part in range(2)]
+    return np.ascontiguousarray(rows[order])
+
+
+def _add_metadata(writer: gguf.GGUFWriter, case: Case, oracle: PreTrainedModel) -> None:
+    config = oracle.config.to_dict()
+    writer.add_name(case.name)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    head_dim = case.settings["head_dim"]
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    rope = config["rope_parameters"]
+    if case.model_type == "gemma3_text":
+        writer.add_sliding_window(config["sliding_window"])
+        if not case.implied_keys:
+            writer.add_sliding_window_pattern(3)
+            writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+        rope = rope["full_attention"]
+    if case.model_type == "llama":
+        writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", _llama3_divisors(oracle, head_dim))
+
+
+def _llama3_divisors(oracle: PreTrainedModel, head_dim: int) -> Array:
+    """The converter's `rope_freqs`: plain frequencies over those that transformers computes. float32 [head_dim / 2]."""
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](oracle.config, torch.device("cpu"))
+    theta = oracle.config.rope_parameters["rope_theta"]
+    plain = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    return (plain / scaled.double()).float().numpy()
+
+
+def load(path: Path, dtype: str = "float32") -> LoadedModel:
+    """The engine's own reading of a checkpoint."""
+    config = EngineConfig(model=str(path), device="cpu", dtype=dtype)
+    files = open_model(config)
+    return load_model(files.definition, files.checkpoint, config)
+
+
+class Walker:
+    """Runs a program as the executor plans it, for one sequence, and gives the logits of every position."""
+
+    def __init__(self, model: LoadedModel, program: Program | None = None, page_size: int = 4) -> None:
+        """program: instead of the model's own (fused) one."""
+        self.model = model if program is None else replace(model, program=program)
+        shape, self.page_size = model.definition.config, page_size
+        pages = -(-CONTEXT // page_size)
+        sizes = (shape.num_layers, page_size, shape.num_kv_heads, shape.head_dim)
+        self.arena = Arena(pages, *sizes, dtype=model.dtype, device=model.device)
+        self.arena.kv.fill_(torch.nan)  # what is read before it is written shows in the logits
+        self.pages = torch.randperm(pages, generator=torch.Generator().manual_seed(pages))
+        self.executor = LocalExecutor(self.model, self.arena)
+
+    def feed(self, token_ids: list[int], start: int = 0) -> dict[str, torch.Tensor]:
+        """Outputs by name, [tokens, columns] each, for tokens at positions start..; earlier ones were fed before."""
+        positions = torch.arange(start, start + len(token_ids))
+        view = StepView(
+            tokens=torch.tensor(token_ids),
+            positions=positions,
+            slots=self.pages[positions // self.page_size] * self.page_size + positions % self.page_size,
+            query_start=[0, len(token_ids)],
+            context=[start + len(token_ids)],
+            block_tables=[self.pages],
+            kv=self.arena.kv,
+            rows=torch.arange(len(token_ids)),
+        )
+        program = self.model.program
+        values = {program.inputs["tokens"]: view.tokens}
+        with torch.inference_mode():
+            for step in self.executor.plan_for(len(token_ids)).steps:
+                record = step.record
+                weights = [self.model.weights[name] for name in record.weights]
+                inputs = [values[v] for v in record.inputs]
+                outputs = step.implementation.run(view, inputs, weights, record.attrs)
+                values.update(zip(record.outputs, outputs, strict=True))
+                for dead in step.frees:
+                    del values[dead]
+        return {name: values[v] for name, v in program.outputs.items()}
+
+    def logits(self, token_ids: list[int], chunk: int | None = None) -> torch.Tensor:
+        """Logits of every position, fed in chunks: [tokens, vocabulary]."""
+        size = chunk or len(token_ids)
+        parts = [self.feed(token_ids[at : at + size], at)["logits"] for at in range(0, len(token_ids), size)]
+        return torch.cat(parts)

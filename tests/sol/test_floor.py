@@ -1,0 +1,123 @@
+"""Floors against hand-computed cases and the published ones, and plan against sol."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tokenspeed.contracts.errors import ConfigError
+from tokenspeed.sol.floor import ceilings_for
+from tokenspeed.sol.plan_table import plan_table
+from tokenspeed.sol.report import step_report
+
+ANCHORS = [
+    ("llama-3.2-1b", "none", 0.545),
+    ("llama-3.1-8b", "none", 3.29),
+    ("llama-3.1-8b", "fp8", 1.775),
+    ("qwen3-8b", "none", 3.32),
+    ("qwen3-8b", "fp8", 1.81),
+]
+BATCHED = [
+    ("llama-3.2-1b", "none", {8: 0.60, 32: 0.77, 128: 1.47}),
+    ("llama-3.1-8b", "none", {8: 3.50, 32: 4.20, 128: 7.00}),
+    ("llama-3.1-8b", "fp8", {8: 1.98, 32: 2.68, 128: 5.48}),
+]
+
+
+@pytest.mark.parametrize("model, quantization, milliseconds", ANCHORS)
+def test_batch_one_floors(model: str, quantization: str, milliseconds: float) -> None:
+    report = step_report(model, "H200", 1, 1024, quantization)
+    assert report.total.seconds * 1e3 == pytest.approx(milliseconds, rel=0.02)
+    assert report.total.bound == "memory"
+
+
+@pytest.mark.parametrize("model, quantization, floors", BATCHED)
+def test_batched_floors(model: str, quantization: str, floors: dict[int, float]) -> None:
+    for batch, milliseconds in floors.items():
+        report = step_report(model, "H200", batch, 1024, quantization)
+        assert report.total.seconds * 1e3 == pytest.approx(milliseconds, rel=0.02)
+
+
+@pytest.mark.parametrize("context, milliseconds", [(8192, 3.50), (32768, 4.20)])
+def test_long_context_floors(context: int, milliseconds: float) -> None:
+    report = step_report("llama-3.1-8b", "H200", 1, context, "none")
+    assert report.total.seconds * 1e3 == pytest.approx(milliseconds, rel=0.02)
+
+
+def test_bytes_counted_by_hand() -> None:
+    """Qwen3-8B: 36 layers of qkv, o, gate/up, down, norms; the head; one embedding row; 1024 tokens of KV."""
+    d, ff, vocab, kv = 4096, 12288, 151936, 1024
+    layer = (d + 2 * kv) * d + d * d + 3 * ff * d
+    weights = 2 * (36 * layer + vocab * d + d) + 4 * (36 * (2 * d + 2 * 128) + d)
+    report = step_report("qwen3-8b", "H200", 1, 1024, "none")
+    assert report.total.cost.weight_bytes == weights
+    assert report.total.cost.kv_bytes == 36 * 2 * kv * 2 * (1024 + 1)
+
+
+def test_window_bounds_the_kv_that_is_read() -> None:
+    """15 of 18 layers of the demo model see 512 tokens at most."""
+    short = step_report("gemma-3-270m", "H200", 1, 512, "none").by_op["attention"].cost.kv_bytes
+    long = step_report("gemma-3-270m", "H200", 1, 4096, "none").by_op["attention"].cost.kv_bytes
+    per_token = 2 * 256 * 2
+    assert short == 18 * 512 * per_token
+    assert long == (15 * 512 + 3 * 4096) * per_token
+
+
+@pytest.mark.parametrize("model", ["llama-3.2-1b", "llama-3.1-8b", "qwen3-8b", "gemma-3-270m"])
+@pytest.mark.parametrize("batch, quantization", [(1, "none"), (1, "fp8"), (300, "none"), (1024, "fp8")])
+def test_plan_rows_add_up_to_sol(model: str, batch: int, quantization: str) -> None:
+    report = step_report(model, "H200", batch, 700, quantization)
+    table = plan_table(model, "H200", batch, 700, quantization)
+    assert table.total.seconds == pytest.approx(report.total.seconds, rel=1e-9)
+    assert table.total.cost.bytes == pytest.approx(report.total.cost.bytes, rel=1e-12)
+    assert table.total.cost.flops == pytest.approx(report.total.cost.flops, rel=1e-12)
+
+
+def test_compute_binds_at_many_rows() -> None:
+    by_op = step_report("llama-3.1-8b", "H200", 1024, 16, "none").by_op
+    assert by_op["linear"].bound == "compute"
+    assert by_op["linear"].seconds == pytest.approx(2 * 1024 * 7.504e9 / 770e12, rel=0.01)
+
+
+def test_stored_formats_of_a_checkpoint_count(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    with_weights = step_report(str(tmp_path), "H200", 1, 8, "none").total.cost.weight_bytes
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    from_config = step_report(str(tmp_path), "H200", 1, 8, "none").total.cost.weight_bytes
+    assert with_weights == pytest.approx(2 * from_config, rel=0.02)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("llama-3.1-8b", "H900", 1, 1, "none"), "H900.*known: H200"),
+        (("llama-3.1-8b", "H200", 0, 1, "none"), "--batch must be at least 1"),
+        (("llama-3.1-8b", "H200", 1, 0, "none"), "--context must be at least 1"),
+        (("llama-3.1-8b", "H200", 1, 1, "int3"), "--quantization must be one of none, fp8"),
+    ],
+)
+def test_bad_flags_are_named(arguments: tuple[str, str, int, int, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        step_report(*arguments)
+
+
+def test_unmeasured_machine_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="doctor --measure"):
+        ceilings_for(None)

@@ -1,0 +1,62 @@
+"""Unpacks a whole model once, for backends that compute on plain matrices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import torch
+
+from tokenspeed.quantization.unpack import unpack
+from tokenspeed.weights.packed import PackedTensor, Weight
+
+TASK_ELEMENTS = 1 << 24
+"""Elements one task unpacks: enough tasks to share out, few enough to cost nothing."""
+
+
+def unpack_all(
+    weights: Mapping[str, Weight], dtype: torch.dtype, progress: Callable[[int, int], None] | None = None
+) -> dict[str, torch.Tensor]:
+    """Every weight unpacked: matrices [rows, cols] in `dtype`, vectors in float32. progress: packed bytes done, in all.
+
+    Each task runs on one thread. Torch's own threads would meet at a barrier thousands of times, and one busy
+    neighbour on a core then holds up every one of them.
+    """
+    made = {name: _empty(weight, dtype) for name, weight in weights.items()}
+    tasks = [task for name, weight in weights.items() for task in _tasks(weight, made[name])]
+    total, done = sum(weight.nbytes for weight in weights.values()), 0
+    before = torch.get_num_threads()
+    workers = min(len(os.sched_getaffinity(0)), len(tasks))
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for task in as_completed([pool.submit(_run, *task) for task in tasks]):
+                done += task.result()
+                if progress is not None:
+                    progress(done, total)
+    finally:
+        # A worker's setting is also the default of threads started later.
+        torch.set_num_threads(before)
+    return made
+
+
+def _empty(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    kept = torch.float32 if weight.spec.kind == "vector" else dtype
+    return torch.empty(weight.shape, dtype=kept, device=weight.segments[0].data.device)
+
+
+def _tasks(weight: Weight, out: torch.Tensor) -> Iterator[tuple[PackedTensor, torch.Tensor, int, int]]:
+    rows = out.view(-1, weight.shape[-1])
+    start = 0
+    for segment in weight.segments:
+        target = rows[start : start + segment.rows]
+        step = max(1, TASK_ELEMENTS // segment.cols)
+        for first in range(0, segment.rows, step):
+            yield segment, target, first, min(first + step, segment.rows)
+        start += segment.rows
+
+
+def _run(segment: PackedTensor, target: torch.Tensor, first: int, last: int) -> int:
+    data = segment.data[first:last]
+    unpack(data, segment.fmt, segment.cols, target.dtype, target[first:last])
+    return data.numel()
