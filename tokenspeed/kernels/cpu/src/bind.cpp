@@ -1,0 +1,99 @@
+// The module `tokenspeed.kernels.cpu._walk`.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "model.h"
+#include "pack.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+template <class T>
+using Array1 = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Array2 = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Out2 = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+ts::Step step_of(const Array1<int32_t>& tokens, const Array1<int32_t>& positions, const Array1<int32_t>& starts,
+                 const Array1<int32_t>& tables, const Array1<int64_t>& table_starts, int64_t groups) {
+  const auto sequences = static_cast<int64_t>(starts.shape(0)) - 1;
+  if (tokens.shape(0) != positions.shape(0) || sequences < 1 || static_cast<int64_t>(table_starts.shape(0)) != sequences * groups) {
+    throw nb::value_error("the step's arrays do not fit each other");
+  }
+  return {static_cast<int64_t>(tokens.shape(0)), sequences, groups, tokens.data(), positions.data(), starts.data(), tables.data(), table_starts.data()};
+}
+
+}  // namespace
+
+NB_MODULE(_walk, m) {
+  m.doc() = "Packed weights, kernels and the program walk of the CPU backend.";
+
+  nb::enum_<ts::Kind>(m, "Kind")
+      .value("Embed", ts::Kind::Embed).value("Linear", ts::Kind::Linear).value("Norm", ts::Kind::Norm)
+      .value("Add", ts::Kind::Add).value("ActMul", ts::Kind::ActMul).value("RopeWrite", ts::Kind::RopeWrite)
+      .value("Attention", ts::Kind::Attention).value("Select", ts::Kind::Select);
+
+  nb::class_<ts::Op>(m, "Op")
+      .def("__init__", [](ts::Op* op, ts::Kind kind) { new (op) ts::Op{kind}; })
+      .def_rw("x", &ts::Op::x).def_rw("branch", &ts::Op::branch).def_rw("sum", &ts::Op::sum).def_rw("out", &ts::Op::out)
+      .def_rw("matrix", &ts::Op::matrix).def_rw("norm", &ts::Op::norm).def_rw("branch_norm", &ts::Op::branch_norm)
+      .def_rw("bias", &ts::Op::bias).def_rw("act", &ts::Op::act).def_rw("eps", &ts::Op::eps)
+      .def_rw("branch_eps", &ts::Op::branch_eps).def_rw("scale", &ts::Op::scale).def_rw("v", &ts::Op::v)
+      .def_rw("rope", &ts::Op::rope).def_rw("layer", &ts::Op::layer).def_rw("heads", &ts::Op::heads)
+      .def_rw("kv_heads", &ts::Op::kv_heads).def_rw("head_dim", &ts::Op::head_dim).def_rw("window", &ts::Op::window)
+      .def_rw("per_head", &ts::Op::per_head);
+
+  nb::class_<ts::Model>(m, "Model")
+      .def(nb::init<int, const std::string&>(), "threads"_a, "isa"_a = "")
+      .def_prop_ro("isa", &ts::Model::isa)
+      .def_prop_ro("threads", &ts::Model::threads)
+      .def_prop_ro("packed_bytes", &ts::Model::packed_bytes)
+      .def("add_matrix", &ts::Model::add_matrix, "cols"_a)
+      .def("add_segment", [](ts::Model& model, int32_t matrix, int32_t format, const Array2<uint8_t>& source) {
+        nb::gil_scoped_release unlocked;
+        model.add_segment(matrix, static_cast<ts::Format>(format), source.data(), static_cast<int64_t>(source.shape(0)));
+      }, "matrix"_a, "format"_a, "source"_a)
+      .def("add_vector", [](ts::Model& model, const Array1<float>& values) {
+        return model.add_vector({values.data(), values.data() + values.shape(0)});
+      })
+      .def("add_rope", [](ts::Model& model, const Array1<float>& frequency) {
+        return model.add_rope({static_cast<int32_t>(frequency.shape(0)), {frequency.data(), frequency.data() + frequency.shape(0)}});
+      })
+      .def("add_value", [](ts::Model& model, int32_t buffer, int64_t offset, int64_t width, int64_t stride) {
+        return model.add_value({buffer, offset, width, stride});
+      }, "buffer"_a, "offset"_a, "width"_a, "stride"_a)
+      .def("add_op", &ts::Model::add_op)
+      .def("set_cache", [](ts::Model& model, uintptr_t data, std::vector<int64_t> strides, int32_t page_size, int32_t head_bytes,
+                           bool wide, std::vector<int32_t> group, std::vector<int32_t> index) {
+        model.set_cache({reinterpret_cast<uint8_t*>(data), strides.at(0), strides.at(1), strides.at(2), strides.at(3), page_size,
+                         head_bytes, wide, std::move(group), std::move(index)});
+      }, "data"_a, "strides"_a, "page_size"_a, "head_bytes"_a, "wide"_a, "group"_a, "index"_a)
+      .def("body", [](ts::Model& model, const Array1<int32_t>& tokens, const Array1<int32_t>& positions, const Array1<int32_t>& starts,
+                      const Array1<int32_t>& tables, const Array1<int64_t>& table_starts, int64_t groups) {
+        const ts::Step step = step_of(tokens, positions, starts, tables, table_starts, groups);
+        nb::gil_scoped_release unlocked;
+        model.body(step);
+      })
+      .def("head", [](ts::Model& model, const Array1<int32_t>& rows, const Out2<float>& logits) {
+        nb::gil_scoped_release unlocked;
+        model.head(rows.data(), static_cast<int64_t>(rows.shape(0)), logits.data());
+      })
+      .def("multiply", [](ts::Model& model, int32_t matrix, const Array2<float>& x, const Out2<float>& out) {
+        nb::gil_scoped_release unlocked;
+        model.multiply(matrix, x.data(), static_cast<int64_t>(x.shape(0)), out.data());
+      })
+      .def("unpack_row", [](const ts::Model& model, int32_t matrix, int64_t row, const nb::ndarray<float, nb::ndim<1>, nb::c_contig>& out) {
+        model.unpack_row(matrix, row, out.data());
+      })
+      .def("argmax", [](const ts::Model& model, const Array2<float>& x) {
+        std::vector<int64_t> best;
+        const auto width = static_cast<int64_t>(x.shape(1));
+        for (size_t i = 0; i < x.shape(0); ++i) best.push_back(model.kernels().argmax(x.data() + static_cast<int64_t>(i) * width, width));
+        return best;
+      });
+}

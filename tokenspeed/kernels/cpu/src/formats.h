@@ -1,0 +1,79 @@
+// Packed weights as the kernels read them: tiles of 16 rows, blocks of 32 columns, the rows of a tile interleaved.
+//
+// A tile is its blocks one after the other. A block holds 32 columns of 16 rows: eight quads of four columns, each quad 64
+// bytes (row 0's four, row 1's four, ...), or packed into fewer bits as below; then its scales, 16 of each kind. Formats
+// with super-blocks put the float16 factors of 256 columns before every eighth block. Sizes equal the file's, but for
+// 6-bit scales, which take a byte.
+#pragma once
+#include <cstdint>
+
+namespace ts {
+
+enum class Format : int32_t { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS };
+
+constexpr int kRows = 16;   // rows of a tile
+constexpr int kBlock = 32;  // columns of a block
+constexpr int kSuper = 8;   // blocks that share super-block factors
+
+// How a block's columns are scaled.
+enum class Scales {
+  Half,       // d                     value = d (q - bias)
+  HalfMin,    // d, m                  value = d q + m
+  SuperMin,   // u8 s, u8 m; D, M      value = D s q - M m
+  SuperMin16, // the same for each 16 columns
+  Super,      // i8 s; D               value = D s (q - bias)
+  Super16,    // the same for each 16 columns
+};
+
+struct Layout {
+  int bits;        // of a stored weight: 2, 3, 4, 5, 6 or 8
+  Scales scales;
+  int bias;        // what q has been raised by to be unsigned
+  bool table;      // 4-bit codes of a table of values
+  constexpr bool sixteen() const { return scales == Scales::SuperMin16 || scales == Scales::Super16; }
+  constexpr bool has_min() const { return scales == Scales::HalfMin || scales == Scales::SuperMin || scales == Scales::SuperMin16; }
+  constexpr bool has_super() const { return scales != Scales::Half && scales != Scales::HalfMin; }
+  constexpr int weight_bytes() const { return kRows * kBlock * bits / 8; }
+  constexpr int scale_bytes() const {
+    switch (scales) {
+      case Scales::Half: return 32;
+      case Scales::HalfMin: return 64;
+      case Scales::SuperMin: return 32;
+      case Scales::SuperMin16: return 64;
+      case Scales::Super: return 16;
+      default: return 32;
+    }
+  }
+  constexpr int super_bytes() const { return !has_super() ? 0 : has_min() ? 64 : 32; }
+  constexpr int block_bytes() const { return weight_bytes() + scale_bytes(); }
+};
+
+constexpr Layout layout(Format f) {
+  switch (f) {
+    case Format::Q8_0: return {8, Scales::Half, 128, false};
+    case Format::Q4_0: return {4, Scales::Half, 8, false};
+    case Format::Q4_1: return {4, Scales::HalfMin, 0, false};
+    case Format::Q5_0: return {5, Scales::Half, 16, false};
+    case Format::Q5_1: return {5, Scales::HalfMin, 0, false};
+    case Format::Q2_K: return {2, Scales::SuperMin16, 0, false};
+    case Format::Q3_K: return {3, Scales::Super16, 4, false};
+    case Format::Q4_K: return {4, Scales::SuperMin, 0, false};
+    case Format::Q5_K: return {5, Scales::SuperMin, 0, false};
+    case Format::Q6_K: return {6, Scales::Super16, 32, false};
+    case Format::IQ4_NL: return {4, Scales::Half, 128, true};
+    case Format::IQ4_XS: return {4, Scales::Super, 128, true};
+    default: return {0, Scales::Half, 0, false};
+  }
+}
+
+constexpr bool is_plain(Format f) { return f == Format::F32 || f == Format::F16 || f == Format::BF16; }
+constexpr int plain_bytes(Format f) { return f == Format::F32 ? 4 : 2; }
+
+// Bytes of one tile of `cols` columns.
+constexpr int64_t tile_bytes(Format f, int64_t cols) {
+  if (is_plain(f)) return kRows * cols * plain_bytes(f);
+  const Layout l = layout(f);
+  return cols / kBlock * l.block_bytes() + cols / (kBlock * kSuper) * l.super_bytes();
+}
+
+}  // namespace ts

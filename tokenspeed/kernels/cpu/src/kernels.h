@@ -1,0 +1,68 @@
+// The kernels each instruction set provides, as a table chosen once at start.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "formats.h"
+
+namespace ts {
+
+// Rows of activations, prepared for the formats of a weight. Integer form: x = scale * (256 hi + lo) in each block of 32.
+struct Rows {
+  int64_t count = 0, cols = 0;
+  const float* x = nullptr;          // [count, cols], for plain formats
+  const int8_t* hi = nullptr;        // [count, cols]
+  const int8_t* lo = nullptr;        // [count, cols]
+  const float* scale = nullptr;      // [count, cols / 32]
+  const int32_t* sums = nullptr;     // [count, cols / 16], of 256 hi + lo
+};
+
+struct AttentionTask {
+  const float* q;          // [queries, q_stride]; the group's heads of a token lie side by side
+  int64_t q_stride;
+  int queries, group;      // tokens, query heads per key head
+  int head_dim;
+  bool wide;               // keys and values are float32, else bfloat16
+  const uint8_t* kv;       // the layer's part of page 0
+  int64_t page_bytes;      // from a page to the next
+  int64_t value_bytes;     // from a page's keys to its values
+  int64_t token_bytes;     // from a token's entry to the next
+  int64_t head_bytes;      // from the page's start to the key head
+  const int32_t* table;
+  int page_size;
+  int64_t first_position;  // of the first query
+  int64_t begin, end;      // positions of keys this task covers; begin is a multiple of 16
+  int64_t live;            // keys before it are seen by no query and must not be read: their pages may be gone
+  int window;              // 0: no window
+  float scale;
+  float* scores;           // scratch [queries * group, end - begin rounded up to 16]
+  float* out;              // [queries * group, head_dim]: sum of exp(s - max) v
+  float* max;              // [queries * group]
+  float* sum;              // [queries * group]
+};
+
+struct Kernels {
+  const char* name;
+  // out[m * stride + r] for the rows r of one tile, r < valid, m = 0 .. rows.count - 1.
+  void (*tile)(Format, const uint8_t* tile, const Rows& rows, float* out, int64_t stride, int valid);
+  void (*unpack_row)(Format, const uint8_t* tile, int row, int64_t cols, float* out);
+  void (*quantize)(const float* x, int64_t cols, int8_t* hi, int8_t* lo, float* scale, int32_t* sums);
+  void (*rms_norm)(const float* x, const float* weight, int64_t cols, float eps, float* out);
+  void (*add)(const float* a, const float* b, int64_t n, float* out);
+  void (*act_mul)(const float* gate, const float* up, int64_t n, bool silu, float* out);
+  void (*rotate)(float* head, const float* cos, const float* sin, int half);
+  void (*to_bf16)(const float* x, int64_t n, uint16_t* out);
+  void (*attend)(const AttentionTask&);
+  void (*combine)(const float* const* out, const float* max, const float* sum, int parts, int64_t stride, int head_dim, float* result);
+  int64_t (*argmax)(const float* x, int64_t n);
+};
+
+const Kernels* generic_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* neon_kernels();
+
+// The best this processor runs, or the one named; null where it cannot run that.
+const Kernels* kernels_for(const std::string& isa);
+
+}  // namespace ts

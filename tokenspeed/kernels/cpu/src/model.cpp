@@ -1,0 +1,388 @@
+#include "model.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "pack.h"
+
+namespace ts {
+namespace {
+
+constexpr int64_t kItemBytes = 96 << 10;  // of weights one thread takes at a time
+
+const Kernels* kernels_or_throw(const std::string& isa) {
+  if (const Kernels* found = kernels_for(isa)) return found;
+  throw std::invalid_argument("this processor has no kernels for instruction set " + isa);
+}
+
+}  // namespace
+
+Bytes::Bytes(int64_t size) : size_(size) {
+  void* p = mmap(nullptr, static_cast<size_t>(size), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  data_ = static_cast<uint8_t*>(p);
+#ifdef MADV_HUGEPAGE
+  madvise(p, static_cast<size_t>(size), MADV_HUGEPAGE);
+#endif
+}
+
+Bytes& Bytes::operator=(Bytes&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(size_, other.size_);
+  return *this;
+}
+
+Bytes::~Bytes() {
+  if (data_ != nullptr) munmap(data_, static_cast<size_t>(size_));
+}
+
+Model::Model(int threads, const std::string& isa) : kernels_(kernels_or_throw(isa)), pool_(threads) {}
+
+int32_t Model::add_matrix(int64_t cols) {
+  matrices_.emplace_back();
+  matrices_.back().cols = cols;
+  return static_cast<int32_t>(matrices_.size() - 1);
+}
+
+void Model::add_segment(int32_t matrix, Format format, const uint8_t* source, int64_t rows) {
+  Matrix& m = matrices_.at(static_cast<size_t>(matrix));
+  const int64_t tiles = (rows + kRows - 1) / kRows, size = tile_bytes(format, m.cols), bytes = file_row_bytes(format, m.cols);
+  Segment segment{format, rows, m.rows, tiles, Bytes(tiles * size)};
+  pool_.run((tiles + 63) / 64, [&](int64_t item) {
+    for (int64_t t = 64 * item; t < std::min(tiles, 64 * (item + 1)); ++t) {
+      pack_tile(format, source, rows, m.cols, bytes, t * kRows, segment.data.data() + t * size);
+    }
+  });
+  (is_plain(format) ? m.plain : m.integer) = true;
+  m.rows += rows;
+  m.tiles += tiles;
+  m.segments.push_back(std::move(segment));
+}
+
+int32_t Model::add_vector(std::vector<float> values) {
+  vectors_.push_back(std::move(values));
+  return static_cast<int32_t>(vectors_.size() - 1);
+}
+
+int32_t Model::add_rope(Rope rope) {
+  ropes_.push_back(std::move(rope));
+  return static_cast<int32_t>(ropes_.size() - 1);
+}
+
+int32_t Model::add_value(Value value) {
+  values_.push_back(value);
+  return static_cast<int32_t>(values_.size() - 1);
+}
+
+void Model::add_op(Op op) {
+  if (op.kind == Kind::Select) head_ = ops_.size();
+  ops_.push_back(op);
+}
+
+int64_t Model::packed_bytes() const {
+  int64_t total = 0;
+  for (const auto& m : matrices_) for (const auto& s : m.segments) total += s.data.size();
+  return total;
+}
+
+float* Model::at(int32_t value, int64_t row) const {
+  const Value& v = values_[static_cast<size_t>(value)];
+  return const_cast<float*>(buffers_[static_cast<size_t>(v.buffer)].data()) + row * v.stride + v.offset;
+}
+
+// Grow all scratch memory to a step of `tokens`.
+void Model::reserve(int64_t tokens) {
+  if (tokens <= capacity_) return;
+  capacity_ = tokens;
+  int64_t widest = 0;
+  for (const auto& m : matrices_) widest = std::max(widest, m.cols);
+  for (const auto& v : values_) {
+    if (v.buffer < 0) continue;
+    if (buffers_.size() <= static_cast<size_t>(v.buffer)) buffers_.resize(static_cast<size_t>(v.buffer) + 1);
+    auto& buffer = buffers_[static_cast<size_t>(v.buffer)];
+    buffer.resize(std::max(buffer.size(), static_cast<size_t>(tokens * v.stride)));
+  }
+  const auto elements = static_cast<size_t>(tokens * widest);
+  normed_.resize(elements);
+  hi_.resize(elements);
+  lo_.resize(elements);
+  scale_.resize(elements / kBlock + 1);
+  sums_.resize(elements / kBlock * 2 + 2);
+  cosines_.resize(ropes_.size());
+  sines_.resize(ropes_.size());
+  for (size_t i = 0; i < ropes_.size(); ++i) {
+    cosines_[i].resize(static_cast<size_t>(tokens * ropes_[i].half));
+    sines_[i].resize(static_cast<size_t>(tokens * ropes_[i].half));
+  }
+}
+
+void Model::rows_of(int64_t count, const std::function<void(int64_t)>& work) {
+  if (count < 2 * pool_.threads()) {
+    for (int64_t i = 0; i < count; ++i) work(i);
+  } else {
+    pool_.run(count, work);
+  }
+}
+
+void Model::body(const Step& step) {
+  step_ = step;
+  reserve(step.tokens);
+  owner_.resize(static_cast<size_t>(step.tokens));
+  for (int64_t s = 0; s < step.sequences; ++s) {
+    for (int32_t t = step.start[s]; t < step.start[s + 1]; ++t) owner_[static_cast<size_t>(t)] = static_cast<int32_t>(s);
+  }
+  make_angles();
+  for (size_t i = 0; i < head_; ++i) run(ops_[i], step.tokens);
+}
+
+void Model::head(const int32_t* rows, int64_t count, float* logits) {
+  const Op& select = ops_[head_];
+  const Value& from = values_[static_cast<size_t>(select.x)];
+  for (int64_t i = 0; i < count; ++i) {
+    std::memcpy(at(select.out, i), at(select.x, rows[i]), sizeof(float) * static_cast<size_t>(from.width));
+  }
+  for (size_t i = head_ + 1; i + 1 < ops_.size(); ++i) run(ops_[i], count);
+  const Op& last = ops_.back();
+  linear(last, count, logits, matrices_[static_cast<size_t>(last.matrix)].rows);
+}
+
+void Model::run(const Op& op, int64_t tokens) {
+  switch (op.kind) {
+    case Kind::Embed: return embed(op);
+    case Kind::Linear: return linear(op, tokens, at(op.out, 0), values_[static_cast<size_t>(op.out)].stride);
+    case Kind::Norm:
+      return rows_of(tokens, [&](int64_t t) {
+        const int64_t width = values_[static_cast<size_t>(op.x)].width, part = op.per_head ? op.per_head : width;
+        for (int64_t i = 0; i < width; i += part) {
+          kernels_->rms_norm(at(op.x, t) + i, vectors_[static_cast<size_t>(op.norm)].data(), part, op.eps, at(op.out, t) + i);
+        }
+      });
+    case Kind::Add:
+      return rows_of(tokens, [&](int64_t t) {
+        kernels_->add(at(op.x, t), at(op.branch, t), values_[static_cast<size_t>(op.x)].width, at(op.out, t));
+      });
+    case Kind::ActMul:
+      return rows_of(tokens, [&](int64_t t) {
+        const int64_t half = values_[static_cast<size_t>(op.out)].width;
+        kernels_->act_mul(at(op.x, t), at(op.x, t) + half, half, op.act == 0, at(op.out, t));
+      });
+    case Kind::RopeWrite: return rope_write(op);
+    case Kind::Attention: return attention(op);
+    case Kind::Select: throw std::logic_error("a second select");
+  }
+}
+
+void Model::unpack_row(int32_t matrix, int64_t row, float* out) const {
+  const Matrix& m = matrices_.at(static_cast<size_t>(matrix));
+  for (const auto& s : m.segments) {
+    const int64_t r = row - s.first_row;
+    if (r < 0 || r >= s.rows) continue;
+    kernels_->unpack_row(s.format, s.data.data() + r / kRows * tile_bytes(s.format, m.cols), static_cast<int>(r % kRows), m.cols, out);
+  }
+}
+
+void Model::embed(const Op& op) {
+  rows_of(step_.tokens, [&](int64_t t) {
+    float* out = at(op.out, t);
+    unpack_row(op.matrix, step_.token[t], out);
+    for (int64_t i = 0; i < matrices_[static_cast<size_t>(op.matrix)].cols; ++i) out[i] *= op.scale;
+  });
+}
+
+// One row's way into a projection: branch norm, residual add, norm, then the forms its weights need.
+void Model::prepare_row(const Op& op, const Matrix& m, int64_t row) {
+  const float* x = at(op.x, row);
+  float* normed = normed_.data() + row * m.cols;
+  if (op.branch >= 0) {
+    const float* branch = at(op.branch, row);
+    if (op.branch_norm >= 0) {
+      kernels_->rms_norm(branch, vectors_[static_cast<size_t>(op.branch_norm)].data(), m.cols, op.branch_eps, normed);
+      branch = normed;
+    }
+    kernels_->add(x, branch, m.cols, at(op.sum, row));
+    x = at(op.sum, row);
+  }
+  if (op.norm >= 0) kernels_->rms_norm(x, vectors_[static_cast<size_t>(op.norm)].data(), m.cols, op.eps, normed);
+  else std::memcpy(normed, x, sizeof(float) * static_cast<size_t>(m.cols));
+  if (m.integer) {
+    const int64_t at_block = row * (m.cols / kBlock);
+    kernels_->quantize(normed, m.cols, hi_.data() + row * m.cols, lo_.data() + row * m.cols, scale_.data() + at_block,
+                       sums_.data() + 2 * at_block);
+  }
+}
+
+void Model::linear(const Op& op, int64_t rows, float* out, int64_t stride) {
+  const Matrix& m = matrices_[static_cast<size_t>(op.matrix)];
+  rows_of(rows, [&](int64_t row) { prepare_row(op, m, row); });
+  each_tile(m, op, rows, out, stride);
+}
+
+void Model::multiply(int32_t matrix, const float* x, int64_t count, float* out) {
+  const Matrix& m = matrices_.at(static_cast<size_t>(matrix));
+  reserve(count);
+  for (int64_t row = 0; row < count; ++row) {
+    std::memcpy(normed_.data() + row * m.cols, x + row * m.cols, sizeof(float) * static_cast<size_t>(m.cols));
+    const int64_t b = row * (m.cols / kBlock);
+    if (m.integer) kernels_->quantize(x + row * m.cols, m.cols, hi_.data() + row * m.cols, lo_.data() + row * m.cols, scale_.data() + b, sums_.data() + 2 * b);
+  }
+  each_tile(m, Op{Kind::Linear}, count, out, m.rows);
+}
+
+void Model::each_tile(const Matrix& m, const Op& op, int64_t rows, float* out, int64_t stride) {
+  const Rows input{rows, m.cols, normed_.data(), hi_.data(), lo_.data(), scale_.data(), sums_.data()};
+  if (op.act >= 0) {  // a gate tile and its up tile together
+    const int64_t tiles = m.rows / 2 / kRows;
+    const int64_t group = std::max<int64_t>(1, std::min(tiles / (4 * pool_.threads()), kItemBytes / (2 * tile_bytes(m.segments[0].format, m.cols))));
+    return pool_.run((tiles + group - 1) / group, [&](int64_t item) {
+      for (int64_t t = item * group; t < std::min(tiles, (item + 1) * group); ++t) pair_tiles(m, op, input, t, out, stride);
+    });
+  }
+  for (const auto& s : m.segments) {
+    const int64_t size = tile_bytes(s.format, m.cols);
+    const int64_t group = std::max<int64_t>(1, std::min(s.tiles / (4 * pool_.threads()), kItemBytes / size));
+    pool_.run((s.tiles + group - 1) / group, [&](int64_t item) {
+      for (int64_t t = item * group; t < std::min(s.tiles, (item + 1) * group); ++t) {
+        const int64_t first = t * kRows;
+        const int valid = static_cast<int>(std::min<int64_t>(kRows, s.rows - first));
+        float* to = out + s.first_row + first;
+        kernels_->tile(s.format, s.data.data() + t * size, input, to, stride, valid);
+        if (op.bias >= 0) {
+          const float* bias = vectors_[static_cast<size_t>(op.bias)].data() + s.first_row + first;
+          for (int64_t row = 0; row < rows; ++row) for (int r = 0; r < valid; ++r) to[row * stride + r] += bias[r];
+        }
+      }
+    });
+  }
+}
+
+void Model::pair_tiles(const Matrix& m, const Op& op, const Rows& input, int64_t tile, float* out, int64_t stride) {
+  thread_local std::vector<float> halves;
+  halves.resize(static_cast<size_t>(input.count * 2 * kRows));
+  const int64_t half = m.rows / 2;
+  for (int h = 0; h < 2; ++h) {
+    const int64_t row = h * half + tile * kRows;
+    for (const auto& s : m.segments) {
+      if (row < s.first_row || row >= s.first_row + s.rows) continue;
+      const uint8_t* data = s.data.data() + (row - s.first_row) / kRows * tile_bytes(s.format, m.cols);
+      kernels_->tile(s.format, data, input, halves.data() + h * kRows, 2 * kRows, kRows);
+    }
+  }
+  for (int64_t row = 0; row < input.count; ++row) {
+    const float* pair = halves.data() + row * 2 * kRows;
+    kernels_->act_mul(pair, pair + kRows, kRows, op.act == 0, out + row * stride + tile * kRows);
+  }
+}
+
+void Model::make_angles() {
+  for (size_t i = 0; i < ropes_.size(); ++i) {
+    const Rope& rope = ropes_[i];
+    rows_of(step_.tokens, [&](int64_t t) {
+      for (int32_t j = 0; j < rope.half; ++j) {
+        const float angle = static_cast<float>(step_.position[t]) * rope.frequency[static_cast<size_t>(j)];
+        cosines_[i][static_cast<size_t>(t * rope.half + j)] = std::cos(angle);
+        sines_[i][static_cast<size_t>(t * rope.half + j)] = std::sin(angle);
+      }
+    });
+  }
+}
+
+void Model::rope_write(const Op& op) {
+  rows_of(step_.tokens, [&](int64_t t) { rope_row(op, t, owner_[static_cast<size_t>(t)]); });
+}
+
+// Queries and keys of one token: norm and turn each head in place of the output, then keys and values into their page.
+void Model::rope_row(const Op& op, int64_t t, int64_t sequence) {
+  const Rope& rope = ropes_[static_cast<size_t>(op.rope)];
+  const float* cosines = cosines_[static_cast<size_t>(op.rope)].data() + t * rope.half;
+  const float* sines = sines_[static_cast<size_t>(op.rope)].data() + t * rope.half;
+  thread_local std::vector<float> keys;
+  keys.resize(static_cast<size_t>(op.kv_heads * op.head_dim));
+  const auto turn = [&](const float* in, int32_t heads, int32_t norm, float* out) {
+    for (int32_t h = 0; h < heads; ++h, in += op.head_dim, out += op.head_dim) {
+      if (norm >= 0) kernels_->rms_norm(in, vectors_[static_cast<size_t>(norm)].data(), op.head_dim, op.eps, out);
+      else std::memcpy(out, in, sizeof(float) * static_cast<size_t>(op.head_dim));
+      kernels_->rotate(out, cosines, sines, rope.half);
+    }
+  };
+  turn(at(op.x, t), op.heads, op.norm, at(op.out, t));
+  turn(at(op.branch, t), op.kv_heads, op.branch_norm, keys.data());
+  const int32_t group = cache_.group[static_cast<size_t>(op.layer)], position = step_.position[t];
+  const int32_t* table = step_.table + step_.table_start[sequence * step_.groups + group];
+  uint8_t* to = cache_.data + table[position / cache_.page_size] * cache_.page_bytes +
+                cache_.index[static_cast<size_t>(op.layer)] * cache_.layer_bytes + position % cache_.page_size * cache_.token_bytes;
+  const int64_t n = op.kv_heads * op.head_dim;
+  if (cache_.wide) {
+    std::memcpy(to, keys.data(), sizeof(float) * static_cast<size_t>(n));
+    std::memcpy(to + cache_.value_bytes, at(op.v, t), sizeof(float) * static_cast<size_t>(n));
+  } else {
+    kernels_->to_bf16(keys.data(), n, reinterpret_cast<uint16_t*>(to));
+    kernels_->to_bf16(at(op.v, t), n, reinterpret_cast<uint16_t*>(to + cache_.value_bytes));
+  }
+}
+
+namespace {
+constexpr int64_t kSplit = 256;   // positions of keys per task: fixed, so that a row's sums do not depend on the batch
+constexpr int kQueryRows = 64;    // query rows per task
+
+struct Work {
+  int32_t sequence, head, first_query, queries;
+  int64_t begin, end, live, slot;
+};
+}  // namespace
+
+void Model::attention(const Op& op) {
+  const int32_t layer = op.layer, group = op.heads / op.kv_heads;
+  const int32_t block = std::max(1, kQueryRows / group);
+  std::vector<Work> work;
+  std::vector<std::array<int64_t, 4>> sets;  // first slot, parts, first row (token), queries with head in high bits
+  int64_t slots = 0;
+  for (int64_t s = 0; s < step_.sequences; ++s) {
+    for (int32_t q = step_.start[s]; q < step_.start[s + 1]; q += block) {
+      const int32_t queries = std::min(block, step_.start[s + 1] - q);
+      const int64_t first = step_.position[q], last = first + queries;
+      const int64_t live = op.window ? std::max<int64_t>(0, first - op.window + 1) : 0;
+      for (int32_t h = 0; h < op.kv_heads; ++h) {
+        const int64_t from = slots;
+        for (int64_t begin = live / kSplit * kSplit; begin < last; begin += kSplit) {
+          work.push_back({static_cast<int32_t>(s), h, q, queries, begin, std::min(begin + kSplit, last), std::max(begin, live), slots});
+          slots += queries * group;
+        }
+        sets.push_back({from, (slots - from) / (queries * group), q, static_cast<int64_t>(h) << 32 | queries});
+      }
+    }
+  }
+  scratch_.resize(static_cast<size_t>(slots * (op.head_dim + 2)));
+  float* const out = scratch_.data();
+  float* const maxima = out + slots * op.head_dim;
+  float* const sums = maxima + slots;
+  const int64_t q_stride = values_[static_cast<size_t>(op.x)].stride;
+  pool_.run(static_cast<int64_t>(work.size()), [&](int64_t i) {
+    const Work& w = work[static_cast<size_t>(i)];
+    thread_local std::vector<float> scores;
+    scores.resize(static_cast<size_t>(w.queries * group * kSplit));
+    const int32_t cache_group = cache_.group[static_cast<size_t>(layer)];
+    kernels_->attend({at(op.x, w.first_query) + w.head * group * op.head_dim, q_stride, w.queries, group, op.head_dim, cache_.wide,
+                      cache_.data + cache_.index[static_cast<size_t>(layer)] * cache_.layer_bytes, cache_.page_bytes,
+                      cache_.value_bytes, cache_.token_bytes, w.head * static_cast<int64_t>(cache_.head_bytes),
+                      step_.table + step_.table_start[w.sequence * step_.groups + cache_group], cache_.page_size,
+                      step_.position[w.first_query], w.begin, w.end, w.live, op.window, op.scale, scores.data(),
+                      out + w.slot * op.head_dim, maxima + w.slot, sums + w.slot});
+  });
+  rows_of(static_cast<int64_t>(sets.size()), [&](int64_t i) {
+    const auto& [from, parts, query, packed] = sets[static_cast<size_t>(i)];
+    const int64_t head = packed >> 32, rows = (packed & 0xffffffff) * group;
+    std::vector<const float*> pieces(static_cast<size_t>(parts));
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t p = 0; p < parts; ++p) pieces[static_cast<size_t>(p)] = out + (from + p * rows + r) * op.head_dim;
+      float* result = at(op.out, query + r / group) + (head * group + r % group) * op.head_dim;
+      kernels_->combine(pieces.data(), maxima + from + r, sums + from + r, static_cast<int>(parts), rows, op.head_dim, result);
+    }
+  });
+}
+
+}  // namespace ts

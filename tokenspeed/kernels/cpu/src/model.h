@@ -1,0 +1,144 @@
+// A recorded program with its packed weights, walked in one call.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace ts {
+
+// Memory for packed weights: pages of 2 MiB where the system gives them.
+class Bytes {
+ public:
+  Bytes() = default;
+  explicit Bytes(int64_t size);
+  Bytes(Bytes&& other) noexcept { *this = std::move(other); }
+  Bytes& operator=(Bytes&& other) noexcept;
+  ~Bytes();
+  uint8_t* data() const { return data_; }
+  int64_t size() const { return size_; }
+
+ private:
+  uint8_t* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+struct Segment {  // rows of one format
+  Format format;
+  int64_t rows, first_row, tiles;
+  Bytes data;
+};
+
+struct Matrix {
+  int64_t rows = 0, cols = 0, tiles = 0;
+  bool integer = false, plain = false;  // forms of activations its segments need
+  std::vector<Segment> segments;
+};
+
+// Where a value lies: columns [offset, offset + width) of rows `stride` apart in a buffer.
+struct Value {
+  int32_t buffer = -1;
+  int64_t offset = 0, width = 0, stride = 0;
+};
+
+enum class Kind : int32_t { Embed, Linear, Norm, Add, ActMul, RopeWrite, Attention, Select };
+
+// One record. Unused fields are -1.
+struct Op {
+  Kind kind;
+  // Linear: x [, joined by adding branch, which branch_norm may normalise, to `sum`] [, norm] -> matrix [+ bias] [, act].
+  int32_t x = -1, branch = -1, sum = -1, out = -1;
+  int32_t matrix = -1, norm = -1, branch_norm = -1, bias = -1;
+  int32_t act = -1;  // 0 silu, 1 gelu
+  float eps = 0, branch_eps = 0, scale = 1;
+  // RopeWrite: x, branch are q, k; v; out, sum the rotated ones. norm, branch_norm: per head.
+  int32_t v = -1, rope = -1, layer = -1;
+  int32_t heads = 0, kv_heads = 0, head_dim = 0, window = 0, per_head = 0;
+};
+
+struct Rope {
+  int32_t half;
+  std::vector<float> frequency;
+};
+
+struct Cache {  // the arena: [pages, layers per group, 2, page_size, kv_heads, head_dim]
+  uint8_t* data = nullptr;
+  int64_t page_bytes = 0, layer_bytes = 0, value_bytes = 0, token_bytes = 0;
+  int32_t page_size = 0, head_bytes = 0;
+  bool wide = false;
+  std::vector<int32_t> group, index;  // of each layer
+};
+
+struct Step {  // packed tokens of `sequences` sequences
+  int64_t tokens, sequences, groups;
+  const int32_t* token;        // [tokens]
+  const int32_t* position;     // [tokens]
+  const int32_t* start;        // [sequences + 1], offsets into tokens
+  const int32_t* table;        // block tables, one after the other
+  const int64_t* table_start;  // [sequences * groups], offsets into table
+};
+
+class Model {
+ public:
+  Model(int threads, const std::string& isa);
+  const char* isa() const { return kernels_->name; }
+  int threads() const { return pool_.threads(); }
+  const Kernels& kernels() const { return *kernels_; }
+  Pool& pool() { return pool_; }
+
+  int32_t add_matrix(int64_t cols);
+  void add_segment(int32_t matrix, Format format, const uint8_t* source, int64_t rows);
+  int32_t add_vector(std::vector<float> values);
+  int32_t add_rope(Rope rope);
+  int32_t add_value(Value value);
+  void add_op(Op op);
+  void set_cache(Cache cache) { cache_ = std::move(cache); }
+  int64_t packed_bytes() const;
+
+  // Everything before the head, for all tokens of a step.
+  void body(const Step& step);
+  // The head for some of the step's tokens: logits [rows, vocabulary].
+  void head(const int32_t* rows, int64_t count, float* logits);
+  // rows x of a matrix: out [count, matrix rows], x [count, cols].
+  void multiply(int32_t matrix, const float* x, int64_t count, float* out);
+  void unpack_row(int32_t matrix, int64_t row, float* out) const;
+
+ private:
+  float* at(int32_t value, int64_t row) const;
+  void run(const Op& op, int64_t tokens);
+  void embed(const Op& op);
+  void linear(const Op& op, int64_t rows, float* out, int64_t stride);
+  void prepare(const Op& op, const Matrix& m, int64_t rows);
+  void prepare_row(const Op& op, const Matrix& m, int64_t row);
+  void each_tile(const Matrix& m, const Op& op, int64_t rows, float* out, int64_t stride);
+  void pair_tiles(const Matrix& m, const Op& op, const Rows& input, int64_t tile, float* out, int64_t stride);
+  void rope_write(const Op& op);
+  void rope_row(const Op& op, int64_t token, int64_t sequence);
+  void attention(const Op& op);
+  void make_angles();
+  void reserve(int64_t tokens);
+  void rows_of(int64_t count, const std::function<void(int64_t)>& work);
+
+  const Kernels* kernels_;
+  Pool pool_;
+  std::vector<Matrix> matrices_;
+  std::vector<std::vector<float>> vectors_;
+  std::vector<Rope> ropes_;
+  std::vector<Value> values_;
+  std::vector<Op> ops_;
+  size_t head_ = 0;  // index of the select op
+  Cache cache_;
+
+  Step step_{};
+  int64_t capacity_ = 0;
+  std::vector<std::vector<float>> buffers_;
+  std::vector<std::vector<float>> cosines_, sines_;  // per rope [tokens, half]
+  std::vector<float> normed_, scale_, scratch_;
+  std::vector<int8_t> hi_, lo_;
+  std::vector<int32_t> sums_, owner_;
+};
+
+}  // namespace ts

@@ -1,0 +1,228 @@
+#include "pack.h"
+
+#include <cstring>
+
+namespace ts {
+namespace {
+
+// One block of 32 columns of one row, out of the file: unsigned codes, and its scales as the tile stores them.
+struct Columns {
+  uint8_t q[kBlock];
+  uint16_t half[2];   // d, m
+  uint8_t bytes[4];   // s, s', m, m' in the order they are stored
+};
+
+struct SuperFactors {
+  uint16_t d = 0, least = 0;
+};
+
+uint16_t half_at(const uint8_t* p) {
+  uint16_t v;
+  std::memcpy(&v, p, 2);
+  return v;
+}
+
+void nibbles(const uint8_t* p, uint8_t* q) {  // elements 0..15 low, 16..31 high
+  for (int i = 0; i < 16; ++i) {
+    q[i] = p[i] & 15;
+    q[i + 16] = p[i] >> 4;
+  }
+}
+
+void fifth_bits(const uint8_t* p, uint8_t* q) {
+  for (int i = 0; i < 32; ++i) q[i] |= static_cast<uint8_t>((p[i / 8] >> (i % 8) & 1) << 4);
+}
+
+// Scale and min j of the twelve bytes that hold eight 6-bit pairs in Q4_K and Q5_K.
+void six_bit_pair(const uint8_t* p, int j, uint8_t* scale, uint8_t* least) {
+  if (j < 4) {
+    *scale = p[j] & 63;
+    *least = p[j + 4] & 63;
+  } else {
+    *scale = static_cast<uint8_t>((p[j + 4] & 15) | (p[j - 4] >> 6 << 4));
+    *least = static_cast<uint8_t>((p[j + 4] >> 4) | (p[j] >> 6 << 4));
+  }
+}
+
+// Q3_K: sixteen 6-bit scales, low nibbles in bytes 0..7, top bit pairs in bytes 8..11, raised by 32.
+int8_t six_bit_scale(const uint8_t* p, int j) {
+  const int low = j < 8 ? p[j] & 15 : p[j - 8] >> 4;
+  const int high = p[8 + j % 4] >> (j / 4 * 2) & 3;
+  return static_cast<int8_t>((low | high << 4) - 32);
+}
+
+void read_small(Format f, const uint8_t* p, Columns* c) {
+  c->half[0] = half_at(p);
+  c->half[1] = f == Format::Q4_1 || f == Format::Q5_1 ? half_at(p + 2) : uint16_t{0};
+  switch (f) {
+    case Format::Q8_0:
+      for (int i = 0; i < 32; ++i) c->q[i] = p[2 + i] ^ 0x80;
+      break;
+    case Format::Q4_0:
+    case Format::IQ4_NL: nibbles(p + 2, c->q); break;
+    case Format::Q4_1: nibbles(p + 4, c->q); break;
+    case Format::Q5_0:
+      nibbles(p + 6, c->q);
+      fifth_bits(p + 2, c->q);
+      break;
+    default:  // Q5_1
+      nibbles(p + 8, c->q);
+      fifth_bits(p + 4, c->q);
+  }
+}
+
+// Block j of a super-block of 256.
+void read_super(Format f, const uint8_t* p, int j, Columns* c, SuperFactors* factors) {
+  const int half = j / 4, shift = j % 4 * 2;  // of formats that keep four runs of 32 in one span of bytes
+  switch (f) {
+    case Format::Q2_K: {  // [16 scales, 4 + 4 bits][64 bytes of pairs][d][dmin]
+      *factors = {half_at(p + 80), half_at(p + 82)};
+      for (int i = 0; i < 32; ++i) c->q[i] = p[16 + 32 * half + i] >> shift & 3;
+      for (int h = 0; h < 2; ++h) {
+        c->bytes[h] = p[2 * j + h] & 15;
+        c->bytes[2 + h] = p[2 * j + h] >> 4;
+      }
+      break;
+    }
+    case Format::Q3_K: {  // [32 bytes of third bits][64 bytes of pairs][12 scales][d]; a third bit of 0 means minus 4
+      *factors = {half_at(p + 108), 0};
+      for (int i = 0; i < 32; ++i) c->q[i] = static_cast<uint8_t>((p[32 + 32 * half + i] >> shift & 3) | (p[i] >> j & 1) << 2);
+      for (int h = 0; h < 2; ++h) c->bytes[h] = static_cast<uint8_t>(six_bit_scale(p + 96, 2 * j + h));
+      break;
+    }
+    case Format::Q4_K: {  // [d][dmin][12 scales][128 bytes of nibbles]
+      *factors = {half_at(p), half_at(p + 2)};
+      for (int i = 0; i < 32; ++i) c->q[i] = p[16 + 32 * (j / 2) + i] >> (j % 2 * 4) & 15;
+      six_bit_pair(p + 4, j, &c->bytes[0], &c->bytes[1]);
+      break;
+    }
+    case Format::Q5_K: {  // [d][dmin][12 scales][32 bytes of fifth bits][128 bytes of nibbles]
+      *factors = {half_at(p), half_at(p + 2)};
+      for (int i = 0; i < 32; ++i) {
+        c->q[i] = static_cast<uint8_t>((p[48 + 32 * (j / 2) + i] >> (j % 2 * 4) & 15) | (p[16 + i] >> j & 1) << 4);
+      }
+      six_bit_pair(p + 4, j, &c->bytes[0], &c->bytes[1]);
+      break;
+    }
+    case Format::Q6_K: {  // [128 bytes of nibbles][64 bytes of pairs][16 scales][d]
+      *factors = {half_at(p + 208), 0};
+      const uint8_t* low = p + 64 * half + 32 * (j % 2);
+      for (int i = 0; i < 32; ++i) {
+        c->q[i] = static_cast<uint8_t>((low[i] >> (j % 4 / 2 * 4) & 15) | (p[128 + 32 * half + i] >> shift & 3) << 4);
+      }
+      for (int h = 0; h < 2; ++h) c->bytes[h] = p[192 + 2 * j + h];
+      break;
+    }
+    default: {  // IQ4_XS: [d][top bit pairs of scales: u16][4 bytes of scale nibbles][128 bytes of codes]
+      *factors = {half_at(p), 0};
+      nibbles(p + 8 + 16 * j, c->q);
+      const int low = p[4 + j / 2] >> (j % 2 * 4) & 15, high = half_at(p + 2) >> (2 * j) & 3;
+      c->bytes[0] = static_cast<uint8_t>((low | high << 4) - 32);
+    }
+  }
+}
+
+int file_block_bytes(Format f) {
+  switch (f) {
+    case Format::Q8_0: return 34;
+    case Format::Q4_0:
+    case Format::IQ4_NL: return 18;
+    case Format::Q4_1: return 20;
+    case Format::Q5_0: return 22;
+    case Format::Q5_1: return 24;
+    case Format::Q2_K: return 84;
+    case Format::Q3_K: return 110;
+    case Format::Q4_K: return 144;
+    case Format::Q5_K: return 176;
+    case Format::Q6_K: return 210;
+    case Format::IQ4_XS: return 136;
+    default: return 0;
+  }
+}
+
+// Put the codes of one row into the block, in the bit layout that load_quads reads.
+void place(int bits, const uint8_t* q, int row, uint8_t* out) {
+  for (int k = 0; k < kBlock; ++k) {
+    const int i = k / 4, lane = 4 * row + k % 4;  // quad, byte within its 64
+    const uint8_t v = q[k];
+    if (bits == 8) {
+      out[64 * i + lane] = v;
+    } else if (bits >= 4) {
+      out[64 * (i % 4) + lane] |= static_cast<uint8_t>((v & 15) << (i / 4 * 4));
+      if (bits == 5) out[256 + lane] |= static_cast<uint8_t>((v >> 4 & 1) << i);
+      if (bits == 6) out[256 + 64 * (i / 4) + lane] |= static_cast<uint8_t>((v >> 4 & 3) << (i % 4 * 2));
+    } else {
+      out[64 * (i / 4) + lane] |= static_cast<uint8_t>((v & 3) << (i % 4 * 2));
+      if (bits == 3) out[128 + lane] |= static_cast<uint8_t>((v >> 2 & 1) << i);
+    }
+  }
+}
+
+void place_scales(const Layout& l, const Columns& c, int row, uint8_t* out) {
+  if (!l.has_super()) {
+    std::memcpy(out + 2 * row, &c.half[0], 2);
+    if (l.has_min()) std::memcpy(out + 32 + 2 * row, &c.half[1], 2);
+    return;
+  }
+  for (int i = 0; i < l.scale_bytes() / kRows; ++i) out[16 * i + row] = c.bytes[i];
+}
+
+void pack_plain(int size, const uint8_t* source, int64_t rows, int64_t cols, int64_t row_bytes, int64_t first, uint8_t* out) {
+  for (int r = 0; r < kRows && first + r < rows; ++r) {
+    const uint8_t* p = source + (first + r) * row_bytes;
+    for (int64_t k = 0; k < cols; ++k) std::memcpy(out + (k * kRows + r) * size, p + k * size, static_cast<size_t>(size));
+  }
+}
+
+// Q8_0 is most of many files: move four columns at a time.
+void pack_q8_0(const uint8_t* p, int row, uint8_t* out) {
+  for (int i = 0; i < 8; ++i) {
+    uint32_t v;
+    std::memcpy(&v, p + 2 + 4 * i, 4);
+    v ^= 0x80808080u;
+    std::memcpy(out + 64 * i + 4 * row, &v, 4);
+  }
+  std::memcpy(out + 512 + 2 * row, p, 2);
+}
+
+}  // namespace
+
+int64_t file_row_bytes(Format f, int64_t cols) {
+  if (is_plain(f)) return cols * plain_bytes(f);
+  return cols / (layout(f).has_super() ? kBlock * kSuper : kBlock) * file_block_bytes(f);
+}
+
+void pack_tile(Format f, const uint8_t* source, int64_t rows, int64_t cols, int64_t row_bytes, int64_t first, uint8_t* out) {
+  std::memset(out, 0, static_cast<size_t>(tile_bytes(f, cols)));
+  if (is_plain(f)) return pack_plain(plain_bytes(f), source, rows, cols, row_bytes, first, out);
+  const Layout l = layout(f);
+  const int64_t step = l.block_bytes();
+  for (int r = 0; r < kRows && first + r < rows; ++r) {
+    const uint8_t* p = source + (first + r) * row_bytes;
+    uint8_t* at = out;
+    uint8_t* super = nullptr;
+    for (int64_t b = 0; b < cols / kBlock; ++b, at += step) {
+      if (f == Format::Q8_0) {
+        pack_q8_0(p + b * 34, r, at);
+        continue;
+      }
+      Columns c{};
+      if (l.has_super()) {
+        if (b % kSuper == 0) {
+          super = at;
+          at += l.super_bytes();
+        }
+        SuperFactors factors;
+        read_super(f, p + b / kSuper * file_block_bytes(f), static_cast<int>(b % kSuper), &c, &factors);
+        std::memcpy(super + 2 * r, &factors.d, 2);
+        if (l.has_min()) std::memcpy(super + 32 + 2 * r, &factors.least, 2);
+      } else {
+        read_small(f, p + b * file_block_bytes(f), &c);
+      }
+      place(l.bits, c.q, r, at);
+      place_scales(l, c, r, at + l.weight_bytes());
+    }
+  }
+}
+
+}  // namespace ts

@@ -1,0 +1,83 @@
+// Sixteen lanes at a time with AVX-512 (F, BW, VL, VNNI). W is 64 weight bytes, I sixteen int32, F sixteen float32.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace simd {
+
+using W = __m512i;
+using I = __m512i;
+using F = __m512;
+
+inline W load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline W low_nibbles(W w) { return _mm512_and_si512(w, _mm512_set1_epi8(0x0f)); }
+inline W high_nibbles(W w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(0x0f)); }
+inline W or_bytes(W a, W b) { return _mm512_or_si512(a, b); }
+// (w >> Right, or << -Right) & mask, per byte; the mask must drop what crosses from the neighbouring byte.
+template <int Right>
+inline W shift_mask(W w, uint8_t mask) {
+  if constexpr (Right >= 0) w = _mm512_srli_epi16(w, Right);
+  else w = _mm512_slli_epi16(w, -Right);
+  return _mm512_and_si512(w, _mm512_set1_epi8(static_cast<char>(mask)));
+}
+
+// IQ4_NL's sixteen values (ggml), raised by 128.
+alignas(16) inline constexpr uint8_t kCodes[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+inline W look_up(W codes) {
+  const __m128i table = _mm_load_si128(reinterpret_cast<const __m128i*>(kCodes));
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), codes);
+}
+
+inline I int_set(int32_t v) { return _mm512_set1_epi32(v); }
+inline I int_scaled_add(I hi, I lo) { return _mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo); }  // 256 hi + lo
+// acc[r] += sum over j < 4 of w[4 r + j] (unsigned) * a[j] (signed). The flag is for units without unsigned weights.
+template <bool Wide>
+inline I dot(I acc, W w, int32_t a) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a)); }
+
+inline F set(float v) { return _mm512_set1_ps(v); }
+inline F load(const float* p) { return _mm512_loadu_ps(p); }
+inline F load_some(const float* p, int n) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p); }
+inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+inline void store_some(float* p, F v, int n) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v); }
+inline F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+inline F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline F load_bf16(const uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline void store_bf16(uint16_t* p, F v) {  // round to nearest even
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
+}
+inline F load_u8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline F load_s8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }  // a b + c
+inline F max(F a, F b) { return _mm512_max_ps(a, b); }
+inline F min(F a, F b) { return _mm512_min_ps(a, b); }
+inline F abs(F a) { return _mm512_abs_ps(a); }
+// v where x > limit, else 0.
+inline F keep_above(F v, F x, float limit) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_GT_OQ), v);
+}
+inline float sum(F v) { return _mm512_reduce_add_ps(v); }
+inline float max_lane(F v) { return _mm512_reduce_max_ps(v); }
+inline F round(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// v times 2^n; n holds whole numbers.
+inline F scale_by_power(F v, F n) { return _mm512_scalef_ps(v, n); }
+// Sixteen floats in [-128, 127], whole numbers, to int8.
+inline void store_s8(int8_t* p, F v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+
+}  // namespace simd
