@@ -97,12 +97,20 @@ def test_captured_states(tiny, name):
             torch.testing.assert_close(outputs[f"hidden.{weight}"], seen[weight], atol=1e-4, rtol=0)
 
 
-def test_an_adapter_stops_the_fusion_it_breaks_and_no_other(tiny):
-    definition = load(tiny("llama", "F32").path).definition
-    ops = [record.op for record in fuse(definition.program()).records]
-    adapted = [record.op for record in fuse(definition.program(adapters={"layers.1.gate_up": RANK})).records]
-    assert adapted.count("join_norm_linear_act") == ops.count("join_norm_linear_act") - 1
-    assert adapted.count("rope_write") == ops.count("rope_write") == definition.config.num_layers
+@pytest.mark.parametrize("what", [{"adapters": {"layers.1.gate_up": RANK}}, {"capture": ("layers.1.gate_up",)}])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_addition_stops_the_fusion_it_breaks_and_no_other(tiny, name, what):
+    definition = load(tiny(name, "F32").path).definition
+
+    def op_of_each_weight(program):
+        return {weight: record.op for record in fuse(program).records for weight in record.weights}
+
+    ops, changed = op_of_each_weight(definition.program()), op_of_each_weight(definition.program(**what))
+    different = {weight for weight in ops if ops[weight] != changed[weight]}
+    norms = {"layers.1.mlp_norm", "layers.1.attn_post_norm"} if name == "gemma3" else {"layers.1.mlp_norm"}
+    assert different == {"layers.1.gate_up", *norms}
+    assert changed["layers.1.gate_up"] == ("linear" if "adapters" in what else "linear_act")
+    assert changed["layers.1.mlp_norm"] == ("branch_join_norm" if name == "gemma3" else "join_norm")
 
 
 def test_captured_state_of_an_adapted_weight(tiny):

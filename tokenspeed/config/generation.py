@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tokenspeed.contracts.errors import FormatError, ParameterError
+from tokenspeed.contracts.sampling import SamplingParams
+
 HONOURED = ("temperature", "top_k", "top_p")
 NOT_YET = {"repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0, "no_repeat_ngram_size": 0}
 """Settings with an effect that are not supported yet, and the value that means none."""
@@ -22,26 +25,36 @@ class GenerationDefaults:
 
 
 def generation_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any]) -> GenerationDefaults:
-    """From config.json and generation_config.json (may be empty)."""
+    """From config.json and generation_config.json (may be empty). Raises FormatError on a value that makes no sense."""
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
     sampling = {key: generation[key] for key in HONOURED if generation.get(key) is not None}
     if generation.get("max_new_tokens") is not None:
         sampling["max_tokens"] = generation["max_new_tokens"]
-    return GenerationDefaults(ids, sampling, _unsupported(generation))
+    return _checked(ids, sampling, generation)
 
 
 def generation_from_gguf(metadata: Mapping[str, Any]) -> GenerationDefaults:
-    """From GGUF metadata: eos, end of turn and end of message ids; general.sampling.* where a file has them."""
+    """From GGUF metadata: eos, end of turn and end of message ids; general.sampling.* where a file has them.
+
+    Raises FormatError on a value that makes no sense.
+    """
     keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
-    ids = tuple(dict.fromkeys(int(metadata[key]) for key in keys if key in metadata))
+    ids = list(dict.fromkeys(metadata[key] for key in keys if key in metadata))
     names = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p"}
     prefix = "general.sampling."
     sampling = {ours: metadata[prefix + key] for key, ours in names.items() if prefix + key in metadata}
     extra = {key.removeprefix(prefix): metadata[key] for key in metadata if key.startswith(prefix)}
     named = {"repetition_penalty": extra.get("penalty_repeat"), "min_p": extra.get("min_p")}
-    return GenerationDefaults(ids, sampling, _unsupported(named))
+    return _checked(ids, sampling, named)
 
 
-def _unsupported(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: settings[key] for key, none in NOT_YET.items() if settings.get(key) not in (None, none)}
+def _checked(eos: list[Any], sampling: dict[str, Any], settings: Mapping[str, Any]) -> GenerationDefaults:
+    if not all(type(token) is int for token in eos):
+        raise FormatError(f"the checkpoint's eos_token_id is no token id or list of them: {eos!r:.80}")
+    try:
+        SamplingParams.from_dict(sampling)
+    except ParameterError as error:
+        raise FormatError(f"the checkpoint's sampling defaults are not usable: {error}") from None
+    unsupported = {key: settings[key] for key, none in NOT_YET.items() if settings.get(key) not in (None, none)}
+    return GenerationDefaults(tuple(eos), sampling, unsupported)

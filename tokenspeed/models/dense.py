@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokenspeed.contracts.errors import FormatError
+from tokenspeed.contracts.errors import FormatError, UnsupportedError
 from tokenspeed.layers.attention import Attention
 from tokenspeed.ops.rope import Rope, linear_rope, rope_from_hf
 from tokenspeed.program.recorder import Recorder, Value
@@ -73,6 +73,8 @@ def hf_config(config: Mapping[str, Any], **variant: Any) -> DenseConfig:
     """From config.json in the common names; `variant` sets what the family does differently."""
     hidden, heads, layers = (need(config, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     head_dim = variant.get("head_dim") or config.get("head_dim") or hidden // heads
+    if "act" not in variant:
+        refuse_other(config, "hidden_act", "silu")
     fields: dict[str, Any] = {
         "vocab_size": need(config, "vocab_size"),
         "hidden_size": hidden,
@@ -95,7 +97,8 @@ def hf_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
     """Rope of config.json, in the names of transformers 5 (rope_parameters) and before (rope_theta, rope_scaling)."""
     scaling = config.get("rope_parameters") or config.get("rope_scaling")
     theta = (scaling or {}).get("rope_theta") or config.get("rope_theta", 10000.0)
-    return rope_from_hf(float(theta), head_dim, scaling)
+    part = (scaling or {}).get("partial_rotary_factor") or config.get("partial_rotary_factor", 1.0)
+    return rope_from_hf(float(theta), int(head_dim * part), scaling)
 
 
 def need(config: Mapping[str, Any], key: str) -> Any:
@@ -103,6 +106,12 @@ def need(config: Mapping[str, Any], key: str) -> Any:
     if config.get(key) is None:
         raise FormatError(f"config.json has no {key}")
     return config[key]
+
+
+def refuse_other(config: Mapping[str, Any], key: str, wanted: str) -> None:
+    """Raise UnsupportedError where config.json asks for another `key` than the one its family runs with."""
+    if config.get(key) not in (None, wanted):
+        raise UnsupportedError(f"{key} {config[key]!r} is not supported (supported: {wanted})")
 
 
 @dataclass(frozen=True)
@@ -123,31 +132,43 @@ class GGUFConfig:
             raise FormatError(f"GGUF metadata has no {full}")
         return default
 
+    def integer(self, key: str, default: int | None = None) -> int:
+        """An integer; a value per layer is an UnsupportedError, anything else a FormatError."""
+        value = self.get(key, default)
+        if isinstance(value, list):
+            raise UnsupportedError(f"GGUF {key} with a value per layer is not supported (supported: one integer)")
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise FormatError(f"GGUF {key} must be an integer, got {value!r}")
+        return value
+
     def rope(self, head_dim: int) -> Rope:
         """Rope of every layer that has no other."""
         theta, kind = float(self.get("rope.freq_base", 10000.0)), self.get("rope.scaling.type", "none")
-        dim = int(self.get("rope.dimension_count", head_dim))
+        dim = self.integer("rope.dimension_count", head_dim)
+        if kind not in ("none", "linear"):
+            raise UnsupportedError(f"GGUF rope.scaling.type {kind!r} is not supported (supported: none, linear)")
+        factor = float(self.get("rope.scaling.factor")) if kind == "linear" else 1.0
         if self.rope_divisors:
-            return Rope(theta, dim, self.rope_divisors)
-        if kind == "linear":
-            return linear_rope(theta, dim, float(self.get("rope.scaling.factor")))
-        return rope_from_hf(theta, dim, None if kind == "none" else {"rope_type": kind})
+            if len(self.rope_divisors) != dim // 2:
+                raise FormatError(f"rope_freqs.weight has {len(self.rope_divisors)} values instead of {dim // 2}")
+            return Rope(theta, dim, tuple(factor * divisor for divisor in self.rope_divisors))
+        return Rope(theta, dim) if kind == "none" else linear_rope(theta, dim, factor)
 
 
 def gguf_config(meta: GGUFConfig, **variant: Any) -> DenseConfig:
     """From GGUF metadata; `variant` sets what the family does differently."""
-    hidden, heads, layers = (int(meta.get(k)) for k in ("embedding_length", "attention.head_count", "block_count"))
-    head_dim = int(meta.get("attention.key_length", hidden // heads))
+    hidden, heads, layers = (meta.integer(k) for k in ("embedding_length", "attention.head_count", "block_count"))
+    head_dim = meta.integer("attention.key_length", hidden // heads)
     fields: dict[str, Any] = {
         "vocab_size": meta.vocab_size,
         "hidden_size": hidden,
         "num_layers": layers,
         "num_heads": heads,
-        "num_kv_heads": int(meta.get("attention.head_count_kv", heads)),
+        "num_kv_heads": meta.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "ff_size": int(meta.get("feed_forward_length")),
+        "ff_size": meta.integer("feed_forward_length"),
         "norm_eps": float(meta.get("attention.layer_norm_rms_epsilon")),
-        "context": int(meta.get("context_length")),
+        "context": meta.integer("context_length"),
         "ropes": (meta.rope(head_dim),) * layers,
         "windows": (0,) * layers,
         "attention_scale": head_dim**-0.5,

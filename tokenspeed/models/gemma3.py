@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tokenspeed.contracts.errors import UnsupportedError
+from tokenspeed.contracts.errors import FormatError, UnsupportedError
 from tokenspeed.layers.attention import attention_block
 from tokenspeed.layers.decoder import decoder
 from tokenspeed.layers.mlp import gated_mlp
-from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig, gguf_config, hf_config, need
+from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig, gguf_config, hf_config, need, refuse_other
 from tokenspeed.ops.rope import Rope, rope_from_hf
 from tokenspeed.program.recorder import Recorder, Scope, Value
 
@@ -38,11 +38,13 @@ def from_hf(config: Mapping[str, Any]) -> DenseConfig:
             raise UnsupportedError(f"gemma3 with {key} is not supported")
     head_dim, layers = config.get("head_dim", 256), need(config, "num_hidden_layers")
     kinds = config.get("layer_types") or _kinds(layers, config.get("sliding_window_pattern") or PATTERN)
+    if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        raise FormatError(f"layer_types must be {layers} of sliding_attention and full_attention, got {kinds}")
+    refuse_other(config, "hidden_activation", "gelu_pytorch_tanh")
     window = need(config, "sliding_window")
     ropes = config.get("rope_parameters") or {}
     if "full_attention" in ropes:
-        full = rope_from_hf(float(ropes["full_attention"]["rope_theta"]), head_dim, ropes["full_attention"])
-        local = rope_from_hf(float(ropes["sliding_attention"]["rope_theta"]), head_dim, ropes["sliding_attention"])
+        full, local = (_typed_rope(ropes, kind, head_dim) for kind in ("full_attention", "sliding_attention"))
     else:
         full = rope_from_hf(float(config.get("rope_theta", 1e6)), head_dim, config.get("rope_scaling"))
         local = Rope(float(config.get("rope_local_base_freq", SLIDING_THETA)), head_dim)
@@ -56,16 +58,21 @@ def from_hf(config: Mapping[str, Any]) -> DenseConfig:
     )
 
 
+def _typed_rope(ropes: Mapping[str, Any], kind: str, head_dim: int) -> Rope:
+    parameters = need(ropes, kind)
+    return rope_from_hf(float(need(parameters, "rope_theta")), head_dim, parameters)
+
+
 def from_gguf(meta: GGUFConfig) -> DenseConfig:
     """From GGUF metadata; norms in the file already hold the +1."""
-    layers, hidden = int(meta.get("block_count")), int(meta.get("embedding_length"))
-    head_dim = int(meta.get("attention.key_length"))
+    layers, hidden = meta.integer("block_count"), meta.integer("embedding_length")
+    head_dim = meta.integer("attention.key_length")
     full = meta.rope(head_dim)
     local = Rope(float(meta.get("rope.freq_base_swa", SLIDING_THETA)), head_dim)
-    kinds = _kinds(layers, int(meta.get("attention.sliding_window_pattern", PATTERN)))
-    window = int(meta.get("attention.sliding_window"))
+    kinds = _kinds(layers, meta.integer("attention.sliding_window_pattern", PATTERN))
+    window = meta.integer("attention.sliding_window")
     # The 27B model scales queries by hidden_size / heads, the others by head_dim; no key in the file tells them apart.
-    scale = (hidden / int(meta.get("attention.head_count")) if layers == 62 else head_dim) ** -0.5
+    scale = (hidden / meta.integer("attention.head_count") if layers == 62 else head_dim) ** -0.5
     return gguf_config(
         meta,
         ropes=tuple(local if kind == "sliding_attention" else full for kind in kinds),

@@ -101,5 +101,7 @@ def _gguf_view(file: GGUFFile) -> GGUFConfig:
         raise FormatError(f"{file.path}: no tensor token_embd.weight")
     divisors: tuple[float, ...] = ()
     if "rope_freqs.weight" in file.tensors:
+        if file.tensors["rope_freqs.weight"].dtype != "F32":
+            raise UnsupportedError(f"{file.path}: rope_freqs.weight must be F32")
         divisors = tuple(file.data("rope_freqs.weight").view(np.float32).tolist())
     return GGUFConfig(file.metadata, table.shape[0], "output.weight" not in file.tensors, divisors)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokenspeed.contracts.errors import UnsupportedError
+from tokenspeed.contracts.errors import FormatError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,21 @@ def llama3_rope(theta: float, dim: int, scaling: Mapping[str, Any]) -> Rope:
     return Rope(theta, dim, tuple(divisors))
 
 
+_NEEDED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
 def rope_from_hf(theta: float, dim: int, scaling: Mapping[str, Any] | None) -> Rope:
-    """From a Hugging Face `rope_parameters` or `rope_scaling` entry. Raises UnsupportedError on a kind not listed."""
+    """From a Hugging Face `rope_parameters` or `rope_scaling` entry.
+
+    Raises UnsupportedError on a kind not listed, FormatError on a missing value.
+    """
     kind = str((scaling or {}).get("rope_type", (scaling or {}).get("type", "default")))
+    for key in _NEEDED.get(kind, ()):
+        if (scaling or {}).get(key) is None:
+            raise FormatError(f"rope type {kind!r} has no {key}")
     if scaling is None or kind == "default":
         return Rope(theta, dim)
     if kind == "linear":

@@ -1,0 +1,82 @@
+"""The demo model against logits that transformers computed from the same file, recorded in tests/data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tokenspeed.contracts.sampling import SamplingParams
+from tokenspeed.engine.llm import LLM
+from tokenspeed.engine.output import RequestOutput, TokenAlternatives
+
+ITEMS: list[dict[str, Any]] = json.loads(
+    (Path(__file__).parents[1] / "data" / "gemma3-270m-greedy.json").read_text(encoding="utf-8")
+)["items"]
+FLOAT32_BOUND = 0.005
+BF16_MEAN_BOUND = 0.08
+"""Mean |dlogprob| over the reference's top 5; 0.03 was measured."""
+
+
+def forced(llm: LLM) -> list[RequestOutput]:
+    """Every prompt with its reference continuation as the prompt, scored position by position."""
+    ids = [item["prompt_ids"] + item["greedy_ids"] for item in ITEMS]
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=20)
+    return llm.generate(prompt_token_ids=ids, sampling_params=params, use_tqdm=False)
+
+
+def scored_positions(outputs: list[RequestOutput]) -> list[tuple[int, list[Any], TokenAlternatives]]:
+    """(reference token, its top 5, our alternatives) of each forced position."""
+    found = []
+    for item, output in zip(ITEMS, outputs, strict=True):
+        assert output.prompt_logprobs is not None
+        assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
+        ours = output.prompt_logprobs[len(item["prompt_ids"]) :]
+        for token, top5, entries in zip(item["greedy_ids"], item["top5"], ours, strict=True):
+            assert entries is not None
+            found.append((token, top5, entries))
+    return found
+
+
+def differences(positions: list[tuple[int, list[Any], TokenAlternatives]]) -> list[float]:
+    return [abs(entries[token].logprob - logprob) for _, top5, entries in positions for token, logprob in top5]
+
+
+@pytest.fixture(scope="module")
+def bf16_llm(demo_path: Path) -> LLM:
+    return LLM(str(demo_path), dtype="bfloat16", max_model_len=256)
+
+
+def test_prompt_ids_are_the_references(demo_llm: LLM) -> None:
+    tokenizer = demo_llm.get_tokenizer()
+    assert [tokenizer.encode(item["prompt"]) for item in ITEMS] == [item["prompt_ids"] for item in ITEMS]
+
+
+def test_float32_forced_argmax_and_top5(demo_llm: LLM) -> None:
+    positions = scored_positions(forced(demo_llm))
+    assert len(positions) == 240
+    assert [token for token, _, entries in positions if entries[token].rank != 1] == []
+    errors = differences(positions)
+    assert len(errors) == 1200
+    assert max(errors) <= FLOAT32_BOUND
+
+
+def test_float32_greedy(demo_llm: LLM) -> None:
+    assert demo_llm.core.kv_dtype == demo_llm.core.model.dtype
+    params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+    outputs = demo_llm.generate([item["prompt"] for item in ITEMS], params, use_tqdm=False)
+    for item, output in zip(ITEMS, outputs, strict=True):
+        assert output.prompt_token_ids == item["prompt_ids"]
+        assert output.outputs[0].token_ids == item["greedy_ids"]
+        assert output.outputs[0].text == item["text"]
+
+
+def test_bfloat16_stays_near(bf16_llm: LLM) -> None:
+    positions = scored_positions(forced(bf16_llm))
+    errors = differences(positions)
+    mean = sum(errors) / len(errors)
+    assert 0 < mean <= BF16_MEAN_BOUND
+    same = sum(entries[token].rank == 1 for token, _, entries in positions)
+    assert same >= 230

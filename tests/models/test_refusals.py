@@ -1,0 +1,90 @@
+"""Settings that change what a model computes, or that no model has, are refused by name and never ignored."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from tests.parity_tools import CASES
+from tokenspeed.contracts.errors import FormatError, UnsupportedError
+from tokenspeed.formats.gguf import open_gguf
+from tokenspeed.models import gemma3
+from tokenspeed.models.dense import GGUFConfig
+from tokenspeed.models.registry import define, define_from_hf
+
+FAMILY_NAMES = ("llama", "qwen2", "qwen3", "gemma3")
+
+
+def config_of(tiny, name: str) -> dict[str, Any]:
+    return json.loads((tiny(name, "F32").path / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_another_activation(tiny, name):
+    config = config_of(tiny, name)
+    key = "hidden_activation" if name == "gemma3" else "hidden_act"
+    assert config[key] == ("gelu_pytorch_tanh" if name == "gemma3" else "silu")
+    with pytest.raises(UnsupportedError, match="relu2"):
+        define_from_hf(config | {key: "relu2"})
+
+
+@pytest.mark.parametrize(
+    "rope, word",
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "dynamic"),
+        ({"rope_type": "linear"}, "factor"),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}, "original_max"),
+    ],
+)
+def test_a_rope_that_is_unknown_or_lacks_a_value(tiny, rope, word):
+    with pytest.raises((FormatError, UnsupportedError), match=word):
+        define_from_hf(config_of(tiny, "llama") | {"rope_parameters": {"rope_theta": 1e4} | rope})
+
+
+@pytest.mark.parametrize("kinds", [["full_attention"] * 3, ["full_attention"] * 3 + ["chunked_attention"]])
+def test_layer_types_that_do_not_fit(tiny, kinds):
+    with pytest.raises((FormatError, UnsupportedError), match=r"layer_types|chunked_attention"):
+        define_from_hf(config_of(tiny, "gemma3") | {"layer_types": kinds})
+
+
+@pytest.mark.parametrize("key", ["attention.sliding_window_pattern", "attention.head_count_kv"])
+def test_gguf_values_per_layer(key):
+    """GGUF allows an array here; one number for all layers is what these families read."""
+    metadata = {
+        "general.architecture": "gemma3",
+        "gemma3.embedding_length": 64,
+        "gemma3.attention.head_count": 4,
+        "gemma3.attention.head_count_kv": 2,
+        "gemma3.attention.key_length": 16,
+        "gemma3.attention.sliding_window": 8,
+        "gemma3.block_count": 3,
+        "gemma3.feed_forward_length": 64,
+        "gemma3.attention.layer_norm_rms_epsilon": 1e-6,
+        "gemma3.context_length": 128,
+    }
+    gemma3.from_gguf(GGUFConfig(metadata, 199, tied=True))
+    with pytest.raises((FormatError, UnsupportedError), match=key):
+        gemma3.from_gguf(GGUFConfig(metadata | {f"gemma3.{key}": [2, 2, 2]}, 199, tied=True))
+
+
+@pytest.mark.parametrize("kind", ["yarn", "longrope"])
+def test_gguf_rope_scaling(tmp_path, kind):
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in {"embedding_length": 64, "attention.head_count": 4, "block_count": 1}.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_string("llama.rope.scaling.type", kind)
+    writer.add_uint32("llama.feed_forward_length", 64)
+    writer.add_uint32("llama.context_length", 64)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_tensor("token_embd.weight", np.zeros((CASES["llama"].settings["vocab_size"], 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedError, match=kind):
+        define(open_gguf(path))
