@@ -14,8 +14,8 @@ class SamplingRow(msgspec.Struct, array_like=True, frozen=True):
     """What the sampler needs of one sequence; the fields of SamplingParams, resolved.
 
     `stop_ids`: eos and stop ids, which cannot be sampled before `min_tokens`. `logprobs`, `prompt_logprobs`: alternatives
-    to report, -1 for none. `masked`: a mask of allowed ids comes with each step. `bad_words`: token sequences whose last
-    token cannot follow the others where these were sampled.
+    to report, -1 for none. `masked`: a mask of allowed ids comes with each step. `bad_words`: token sequences whose
+    last token cannot follow the others where these were sampled.
     """
 
     temperature: float
