@@ -45,6 +45,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "allowed": {"allowed_ids": [2, 64, 65, 330]},
     "banned": {"banned_ids": list(range(0, VOCAB, 2))},
     "allowed and banned": {"allowed_ids": [2, 64, 65], "banned_ids": [64]},
+    "bad words": {"bad_words": [[a, b] for a in range(9) for b in range(0, VOCAB, 2)] + [[1, 2, 3], [200]]},
+    "greedy bad words": {"temperature": 0.0, "bad_words": [[a, b] for a in range(9) for b in range(1, VOCAB, 2)]},
     "min_tokens": {"min_tokens": 100, "stop_ids": list(range(300))},
     "min_tokens reached": {"min_tokens": 1, "stop_ids": list(range(300))},
     "seed": {"seed": 2**64 - 1},

@@ -85,7 +85,14 @@ def test_distribution_by_chi_square(fields: dict[str, Any], seed: int) -> None:
     logits, tokens, draws = [2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0], [0, 1, 1, 2], 8000
     rows = []
     for i in range(draws):
-        settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": seed + i // 4, "sample_index": i % 2, **fields}
+        settings = {
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "seed": seed + i // 4,
+            "sample_index": i % 2,
+            **fields,
+        }
         rows.append(SampledRow(SamplingRow(**settings), [3, *tokens][i % 2 :], 2 - i % 2, 5 - i % 2))
     found = sample(torch.tensor([logits] * draws), sampler_inputs(rows, 8, CPU)).tokens
     by_history = [found[0::2], found[1::2]]

@@ -46,12 +46,12 @@ def philox(keys: NoiseKeys, blocks: torch.Tensor) -> torch.Tensor:
 
     Counter (v // 4, position, sample, 0) and key `seed` give the words of tokens 4 (v // 4) .. + 3.
     """
-    counter = (blocks, keys.positions, keys.samples)
     if blocks.device.type != "cpu":
-        return torch.stack(_rounds(*counter, keys.round_keys), dim=-1)
+        return torch.stack(_rounds(blocks, keys.positions, keys.samples, keys.round_keys), dim=-1)
     # numpy's calls cost a third of torch's, and a row often asks for a few dozen blocks only.
-    words = _rounds(*(each.numpy().view(np.uint64) for each in counter), keys.round_keys.numpy().view(np.uint64))
-    return torch.from_numpy(np.stack(words, axis=-1).view(np.int64))
+    tensors = (blocks, keys.positions, keys.samples, keys.round_keys)
+    c0, c1, c2, round_keys = (each.numpy().view(np.uint64) for each in tensors)
+    return torch.from_numpy(np.stack(_rounds(c0, c1, c2, round_keys), axis=-1).view(np.int64))
 
 
 _Words = TypeVar("_Words", torch.Tensor, np.ndarray)

@@ -60,7 +60,9 @@ class Sampled:
 
 def sampler_inputs(rows: Sequence[SampledRow], vocab_size: int, device: torch.device) -> SamplerInputs:
     """Inputs of `sample` for one row of logits each. Waits for nothing."""
-    greedy, small, large = [], [], []
+    greedy: list[int] = []
+    small: list[int] = []
+    large: list[int] = []
     for number, row in enumerate(rows):
         kind = greedy if row.sampling.temperature == 0 else small if 0 < row.sampling.top_k <= SMALL_TOP_K else large
         kind.append(number)
