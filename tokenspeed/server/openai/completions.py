@@ -19,6 +19,7 @@ from tokenspeed.server.openai.responses import Completion, CompletionChoice
 from tokenspeed.server.openai.sampling import completion_params
 from tokenspeed.server.sse import event, event_reply, json_reply
 from tokenspeed.server.state import ServerState
+from tokenspeed.tokenizer.base import Tokenizer
 
 Alternatives = Sequence[TokenAlternatives | None]
 
@@ -30,7 +31,7 @@ async def complete(state: ServerState, body: bytes) -> Response:
     prompts = await completion_prompts(request.prompt, state)
     check_length(prompts, engine, "prompt")
     params = completion_params(request, engine.info.sampling_defaults)
-    choices = _Choices(request, prompts, _echoes(request, prompts, state), params.n)
+    choices = _Choices(request, prompts, _echoes(request, prompts, state), params.n, engine.tokenizer)
     head = Completion(
         id=f"cmpl-{secrets.token_hex(12)}", created=int(time.time()), model=request.model or state.names[0], choices=[]
     )
@@ -92,8 +93,16 @@ async def _events(
 class _Choices:
     """Makes the choices of a response, or of its events one after the other."""
 
-    def __init__(self, request: CompletionRequest, prompts: Sequence[list[int]], echoes: Sequence[str], n: int) -> None:
+    def __init__(
+        self,
+        request: CompletionRequest,
+        prompts: Sequence[list[int]],
+        echoes: Sequence[str],
+        n: int,
+        tokenizer: Tokenizer | None,
+    ) -> None:
         self._request, self._prompts, self._echoes, self._n = request, prompts, echoes, n
+        self._tokenizer = tokenizer
         self._offsets: dict[int, int] = {}
         self.shows_samples = request.max_tokens != 0
 
@@ -126,5 +135,5 @@ class _Choices:
             ids += new.token_ids
             entries += new.logprobs or []
         offset = self._offsets.get(choice.index, 0)
-        choice.logprobs = completion_logprobs(ids, entries, self._request.logprobs or 0, offset)
+        choice.logprobs = completion_logprobs(ids, entries, self._request.logprobs or 0, offset, self._tokenizer)
         self._offsets[choice.index] = offset + sum(map(len, choice.logprobs.tokens))

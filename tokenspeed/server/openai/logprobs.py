@@ -10,16 +10,20 @@ from tokenspeed.tokenizer.base import Tokenizer
 
 
 def completion_logprobs(
-    token_ids: Sequence[int], alternatives: Sequence[TokenAlternatives | None], top: int, offset: int
+    token_ids: Sequence[int],
+    alternatives: Sequence[TokenAlternatives | None],
+    top: int,
+    offset: int,
+    tokenizer: Tokenizer | None,
 ) -> CompletionLogprobs:
-    """One entry per token; `top` alternatives beside the token itself, by text.
+    """One entry per token; `top` alternatives beside the token itself, by text. Texts are empty without a tokenizer.
 
-    offset: characters of the choice's text before the first token. Alternatives of the same text (parts of characters)
-    share one entry, the likeliest.
+    alternatives: None for the first token of a prompt. offset: characters of the choice's text before the first token.
+    Alternatives of the same text (parts of characters) share one entry, the likeliest.
     """
     found = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
     for token_id, entries in zip(token_ids, alternatives, strict=True):
-        text = entries[token_id].decoded_token if entries else ""
+        text = tokenizer.token_text(token_id) if tokenizer else ""
         found.tokens.append(text)
         found.token_logprobs.append(entries[token_id].logprob if entries else None)
         found.top_logprobs.append(_by_text(entries, token_id, top) if entries else None)
