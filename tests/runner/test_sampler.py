@@ -100,6 +100,20 @@ def test_each_field_alone_equals_the_reference(name: str, seed: int) -> None:
     assert len(set(check(peaked(seed % 2**31, 24), rows))) > 1 or name == "greedy bias"
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.9])
+@pytest.mark.parametrize(
+    "fields", [{"top_k": 5}, {"top_k": 64}, {"top_p": 0.5}, {"min_p": 0.8}, {"min_p": 0.7, "top_k": 9}]
+)
+@pytest.mark.parametrize("seed", [SEED])
+def test_filters_keep_exactly_what_the_reference_keeps(fields: dict[str, Any], temperature: float, seed: int) -> None:
+    """Logits so flat that every token that is kept is drawn now and then."""
+    logits = peaked(seed % 2**31, 1, 67) / 20
+    rows = [SampledRow(sampling(temperature=temperature, **fields), [0] * p, 1, p) for p in range(1, 301)]
+    drawn = tokens_of(logits.expand(300, -1).contiguous(), rows)
+    for row, token in zip(rows, drawn, strict=True):
+        assert token in reference_tokens(logits[0].double().tolist(), row.sampling, row.tokens, 1, row.position)
+
+
 def random_sampling(rng: random.Random, vocab: int) -> SamplingRow:
     def some(value: Any, default: Any) -> Any:
         return value if rng.random() < 0.4 else default
@@ -107,7 +121,7 @@ def random_sampling(rng: random.Random, vocab: int) -> SamplingRow:
     ids = list(range(vocab))
     return SamplingRow(
         temperature=rng.choice((0.0, 0.2, 0.7, 1.0, 1.8)),
-        top_k=some(rng.randrange(1, 2 * vocab), 0),
+        top_k=some(rng.choice((1, 2, 5, vocab // 2 + 1, 2 * vocab)), 0),
         top_p=some(rng.uniform(0.01, 1), 1.0),
         seed=rng.getrandbits(64),
         sample_index=rng.randrange(4),
@@ -163,8 +177,8 @@ def test_ties_with_the_last_kept_token_stay_and_the_lowest_id_wins() -> None:
     logits = torch.full((1, 200), -5.0)
     logits[0, [3, 70, 71, 130]] = torch.tensor([1.0, 2.0, 2.0, 2.0])
     for fields in ({"top_k": 1}, {"top_p": 0.3}, {"top_k": 2, "top_p": 0.01}, {"min_p": 1.0}):
-        drawn = {tokens_of(logits, [SampledRow(sampling(**fields), [0] * p, 1, p)])[0] for p in range(1, 80)}
-        assert drawn == {70, 71, 130}
+        rows = [SampledRow(sampling(**fields), [0] * p, 1, p) for p in range(1, 80)]
+        assert set(tokens_of(logits.expand(79, -1).contiguous(), rows)) == {70, 71, 130}
     assert tokens_of(logits, [SampledRow(sampling(temperature=0.0), [0], 1, 1)]) == [70]
 
 
