@@ -49,7 +49,7 @@ class NewSequence(msgspec.Struct, array_like=True, frozen=True):
     sampling: SamplingRow
 
 
-class PageGrant(msgspec.Struct, array_like=True, frozen=True):
+class PageGrant(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Pages appended to a slot's block table of one group, starting at entry `first`. -1 stands for a page outside the
     group's window that was never taken."""
 
@@ -76,7 +76,7 @@ class StepDelta(msgspec.Struct, array_like=True, frozen=True):
     grants: list[PageGrant] = []
 
 
-class PlanRow(msgspec.Struct, array_like=True, frozen=True):
+class PlanRow(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """One sequence of a step: its slot, the most tokens it may feed, and how many positions have pages by now."""
 
     slot: int
@@ -103,7 +103,7 @@ class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
     top_logprobs: list[float]
 
 
-class ResultRow(msgspec.Struct, array_like=True, frozen=True):
+class ResultRow(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """What a step gave one slot: positions that are now computed for good, tokens sampled or accepted, and the
     log-probabilities that were asked for.
 
