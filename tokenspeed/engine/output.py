@@ -141,6 +141,20 @@ class OutputBuilder:
                 output.finished, output.metrics.finished_time = True, time.perf_counter()
         return Progress(self._shown(sample, text, update.new_token_ids[:count], logprobs), text, stopped)
 
+    def abort_updates(self) -> list[SequenceUpdate]:
+        """What ends every sample that still runs, where it is."""
+        output = self.output
+        return [
+            SequenceUpdate(
+                request_id=output.request_id,
+                index=completion.index,
+                finish_reason="abort",
+                num_cached_tokens=output.num_cached_tokens,
+            )
+            for completion in output.outputs
+            if not completion.finished()
+        ]
+
     def _shown(
         self, sample: _Sample, text: str, token_ids: list[int], logprobs: list[TokenAlternatives]
     ) -> RequestOutput | None:

@@ -45,17 +45,8 @@ class Outbox:
 
     def abort(self) -> None:
         """End what still runs; the reader gets a last output that says so."""
-        output = self._builder.output
-        for completion in output.outputs:
-            if not completion.finished():
-                self.take(
-                    SequenceUpdate(
-                        request_id=output.request_id,
-                        index=completion.index,
-                        finish_reason="abort",
-                        num_cached_tokens=output.num_cached_tokens,
-                    )
-                )
+        for update in self._builder.abort_updates():
+            self.take(update)
 
     def fail(self, error: Exception) -> None:
         """End the stream with an error, after what is still to be read."""

@@ -36,6 +36,8 @@ class Finished:
 class LocalExecutor:
     """The executor of one process and one device."""
 
+    max_in_flight = 1
+
     def __init__(self, model: LoadedModel, arena: Arena) -> None:
         self._model = model
         self._arena = arena
@@ -91,7 +93,7 @@ class LocalExecutor:
         """Run the head over the wanted rows, a bounded number at a time, and sample."""
         wanted = view.rows
         chunk = max(1, LOGITS_BYTES // (4 * self._model.definition.config.vocab_size))
-        results = [ResultRow(row.number, row.count, [], [], []) for row in fed]
+        results = [ResultRow(row.number, row.start + row.count, [], [], []) for row in fed]
         jobs = [job for row, result in zip(fed, results, strict=True) for job in _jobs(row, result)]
         for first in range(0, len(jobs), chunk):
             view.rows = wanted[first : first + chunk]

@@ -36,7 +36,8 @@ class Slot:
 
 @dataclass(frozen=True)
 class FedRow:
-    """A plan row as it is run: `count` tokens from position `start`; `samples` when they reach the end of what is known."""
+    """A plan row as it is run: `count` tokens from position `start`; `samples` when they reach the end of what is
+    known."""
 
     number: int
     slot: Slot

@@ -1,5 +1,5 @@
-"""How layers share pages: layers of one kind form groups of equal size, so that every page of the arena has the same bytes
-and any group can take any page."""
+"""How layers share pages: layers of one kind form groups of equal size, so that every page of the arena has the same
+bytes and any group can take any page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def page_layout(windows: tuple[int, ...]) -> PageLayout:
     kinds = sorted(set(windows))
     counts = [windows.count(kind) for kind in kinds]
     size = min(range(1, min(counts) + 1), key=lambda s: (sum(-count % s for count in counts), -s))
-    starts, group_windows = {}, []
+    starts: dict[int, int] = {}
+    group_windows: list[int] = []
     for kind, count in zip(kinds, counts, strict=True):
         starts[kind] = len(group_windows)
         group_windows += [kind] * -(-count // size)
