@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LINTER = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
 TORCH_FREE = next(contract["source_modules"] for contract in LINTER["contracts"] if contract["id"] == "torch-free")
+SERVING = next(contract["source_modules"] for contract in LINTER["contracts"] if contract["id"] == "serving")
 EXPECTED_TORCH_FREE = ("cache", "config", "contracts", "formats", "parsing", "scheduler", "server", "tokenizer")
 
 IMPORT_ALL = """
@@ -60,6 +61,13 @@ def test_torch_free_rooms_load_without_torch():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_serving_side_of_the_engine_loads_without_torch():
+    done = python(IMPORT_ALL, *SERVING)
+    assert done.returncode == 0, done.stderr
+    files = {f"tokenspeed.engine.{path.stem}" for path in (ROOT / "tokenspeed" / "engine").glob("[a-z]*.py")}
+    assert set(SERVING) == files - {f"tokenspeed.engine.{name}" for name in ("core", "llm", "timings")}
+
+
 def test_the_check_sees_a_room_that_loads_torch(tmp_path):
     for name, text in {"torch.py": "", "room/__init__.py": "", "room/a.py": "", "room/b.py": "import torch"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -79,7 +87,8 @@ def build_house(directory: Path, files: dict[str, str]) -> None:
     """A tree with this house's contracts and rooms, its modules empty but for `files`."""
     shutil.copy(ROOT / "pyproject.toml", directory)
     rooms = [path.parent.name for path in (ROOT / "tokenspeed").glob("*/__init__.py")]
-    for path in ["tokenspeed/__init__.py", *(f"tokenspeed/{room}/__init__.py" for room in rooms)]:
+    modules = [f"{module.replace('.', '/')}.py" for module in (*SERVING, "tokenspeed.engine.core")]
+    for path in ["tokenspeed/__init__.py", *(f"tokenspeed/{room}/__init__.py" for room in rooms), *modules]:
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
         (directory / path).write_text("")
     for name, text in files.items():
@@ -112,8 +121,20 @@ def test_allowed_imports_pass(tmp_path, files):
         ({"cache/bad.py": "import torch"}, "tokenspeed.cache is not allowed to import torch"),
         ({"formats/bad.py": "import tokenspeed.contracts.c", "contracts/c.py": "import torch"}, "is not allowed to"),
         ({"attic/__init__.py": ""}, "attic"),
+        (
+            {"engine/async_engine.py": "import tokenspeed.engine.core"},
+            "to import tokenspeed.engine.core",
+        ),
     ],
-    ids=["upwards", "upwards inside a function", "cycle in a row", "torch", "torch through another", "unknown room"],
+    ids=[
+        "upwards",
+        "upwards inside a function",
+        "cycle in a row",
+        "torch",
+        "torch through another",
+        "unknown room",
+        "the core",
+    ],
 )
 def test_forbidden_imports_break_a_contract(tmp_path, files, complaint):
     build_house(tmp_path, files)

@@ -24,7 +24,7 @@ class ChainHasher:
 
     def __init__(self, root: bytes, page_size: int, extra_key: bytes = b"") -> None:
         self.keys: list[bytes] = []
-        self._parent = root
+        self._root = root
         self._page_size = page_size
         self._extra_key = extra_key
 
@@ -41,8 +41,13 @@ class ChainHasher:
             raise RuntimeError(f"{num_pages} pages need {end} tokens, the sequence has {len(token_ids)}")
         data = struct.pack(f"<{end - start}i", *token_ids[start:end])
         page_bytes = 4 * self._page_size
-        parent, extra = self._parent, self._extra_key
+        parent, extra = self.keys[-1] if self.keys else self._root, self._extra_key
         for offset in range(0, len(data), page_bytes):
             parent = blake2b(parent + data[offset : offset + page_bytes] + extra, digest_size=KEY_BYTES).digest()
             self.keys.append(parent)
-        self._parent = parent
+
+    def copy(self, num_pages: int) -> ChainHasher:
+        """A hasher of another sequence that begins with the same `num_pages` pages; known keys are not hashed again."""
+        twin = ChainHasher(self._root, self._page_size, self._extra_key)
+        twin.keys = self.keys[:num_pages]
+        return twin

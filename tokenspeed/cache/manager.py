@@ -1,48 +1,41 @@
-"""What the scheduler asks of the cache: admit, grow, commit, free. Ids only."""
+"""What the scheduler asks of the cache: find, take, grow, commit, fork, free. Ids only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
+from tokenspeed.cache.events import CacheListener
+from tokenspeed.cache.groups import FULL_ONLY, GroupSpec
 from tokenspeed.cache.keys import ChainHasher
 from tokenspeed.cache.pages import PagePool, PageState
 from tokenspeed.cache.prefix import PrefixCache, PrefixStats
-from tokenspeed.contracts.request import Request
-
-
-@dataclass(slots=True)
-class BlockTable:
-    """The pages of one sequence, in order of position. Made by `CacheManager.open`, changed by the manager only."""
-
-    max_pages: int
-    """Most pages it may come to hold; reserved from admission on."""
-    hasher: ChainHasher | None
-    """None without prefix caching."""
-    reads_cache: bool
-    pages: list[int] = field(default_factory=list)
-    num_full: int = 0
-    """Leading pages that are computed to the end."""
-    admitted: bool = False
-    refused_at: int = -1
-    """The manager's change count when it last did not fit."""
+from tokenspeed.cache.table import BlockTable, Hit
+from tokenspeed.contracts.step import CopyPlan
 
 
 class CacheManager:
-    """Block tables over one pool of pages.
+    """Block tables of all groups over one pool of equal pages.
 
-    It keeps one inequality: the pages that admitted sequences may still ask for (`max_pages` less what they hold) are
-    no more than the free and idle ones. `admit` checks it, everything else preserves it, so `grow` cannot fail.
+    It knows nothing of steps: whoever calls `free` or `release` has waited for the steps that may still touch the pages.
     """
 
-    def __init__(self, num_pages: int, page_size: int, root: bytes, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        root: bytes,
+        groups: tuple[GroupSpec, ...] = FULL_ONLY,
+        *,
+        enable_prefix_caching: bool = True,
+        listener: CacheListener | None = None,
+    ) -> None:
         """`page_size` in tokens; `root` from `keys.root_key`."""
         self.page_size = page_size
+        self.groups = groups
         self._root = root
         self._caching = enable_prefix_caching
         self._pool = PagePool(num_pages)
-        self._prefix = PrefixCache(self._pool)
-        self._promised = 0
-        self._changes = 0
+        self._prefix = PrefixCache(self._pool, groups, page_size)
+        self._prefix.listener = listener
+        self._listener = listener
 
     @property
     def num_pages(self) -> int:
@@ -50,8 +43,12 @@ class CacheManager:
 
     @property
     def num_available(self) -> int:
-        """Pages that are neither held nor promised to an admitted sequence."""
-        return self._pool.num_free + self._pool.num_idle - self._promised
+        """Pages that nobody holds; idle ones are evicted when they are needed."""
+        return self._pool.num_available
+
+    @property
+    def num_held(self) -> int:
+        return self._pool.num_pages - self._pool.num_available
 
     @property
     def num_cached_pages(self) -> int:
@@ -62,106 +59,204 @@ class CacheManager:
     def stats(self) -> PrefixStats:
         return self._prefix.stats
 
-    def pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_size)
+    def most_pages(self, num_tokens: int) -> int:
+        """Pages without which one sequence alone cannot compute `num_tokens` tokens."""
+        return sum(group.most_pages(num_tokens, self.page_size) for group in self.groups)
 
-    def open(self, request: Request, max_computed: int) -> BlockTable:
-        """An empty table for a sequence that computes at most `max_computed` tokens. Takes and reserves nothing yet.
-
-        A request for prompt logprobs must compute every position: it fills the cache but does not read it.
-        """
-        extra_key = request.cache_salt.encode("utf-8", "surrogatepass")
+    def open(self, cache_salt: str = "") -> BlockTable:
+        """An empty table. Takes nothing yet."""
+        extra_key = cache_salt.encode("utf-8", "surrogatepass")
         hasher = ChainHasher(self._root, self.page_size, extra_key) if self._caching else None
-        reads_cache = self._caching and request.params.prompt_logprobs is None
-        return BlockTable(self.pages_for(max_computed), hasher, reads_cache)
+        return BlockTable(hasher, [[] for _ in self.groups], [0] * len(self.groups))
 
-    def match(self, table: BlockTable, token_ids: list[int]) -> tuple[list[int], int]:
-        """Pages and tokens of the longest cached prefix that leaves at least one token to compute. Pins nothing."""
-        if table.hasher is None or not table.reads_cache:
-            return [], 0
+    def find(self, table: BlockTable, token_ids: list[int]) -> Hit:
+        """The longest cached prefix that leaves at least one token to compute."""
+        if table.hasher is None:
+            return Hit()
         num_pages = (len(token_ids) - 1) // self.page_size
         table.hasher.extend(token_ids, num_pages)
-        pages = self._prefix.lookup(table.hasher.keys[:num_pages])
-        return pages, len(pages) * self.page_size
+        keys = table.hasher.keys[:num_pages]
+        length = self._prefix.longest(keys)
+        pages = self._prefix.lookup(keys, length)
+        live = [page for column in pages for page in column if page >= 0]
+        num_idle = sum(map(self._pool.is_idle, live))
+        return Hit(length * self.page_size, pages, len(live) - num_idle, num_idle)
 
-    def admit(self, table: BlockTable, token_ids: list[int]) -> int | None:
-        """Pin the cached prefix and reserve the rest. Returns the tokens found, or None if it does not fit.
+    def may_find_more(self, table: BlockTable, token_ids: list[int], hit: Hit) -> bool:
+        """Whether `find` may give more than this earlier hit, in O(groups)."""
+        if table.hasher is None or hit.num_tokens + self.page_size >= len(token_ids):
+            return False
+        return self._prefix.has_next(table.hasher.keys, hit.num_tokens // self.page_size)
 
-        A hit that others hold costs nothing; an idle one costs its page, which can no longer be evicted.
-        After a refusal only a `commit` or `free` can make room, so until then it is refused without a new match.
-        """
-        if table.admitted:
-            raise RuntimeError("block table admitted twice")
-        if table.refused_at == self._changes:
-            return None
-        pages, num_tokens = self.match(table, token_ids)
-        num_idle = sum(map(self._pool.is_idle, pages))
-        missing = table.max_pages - len(pages)
-        if missing + num_idle > self.num_available:
-            table.refused_at = self._changes
-            return None
-        self._prefix.pin(pages)
-        if table.reads_cache:
-            self._prefix.count_query(len(token_ids), num_tokens)
-        table.pages, table.num_full, table.admitted = pages, len(pages), True
-        self._promised += missing
-        return num_tokens
+    def take(self, table: BlockTable, hit: Hit) -> None:
+        """Start an empty table with the pages of a hit. Raises RuntimeError on a table that holds something."""
+        if table.num_entries:
+            raise RuntimeError("block table that holds pages cannot start anew")
+        if not hit.num_tokens:
+            return
+        for group, pages in enumerate(hit.pages):
+            live = [page for page in pages if page >= 0]
+            for page in live:
+                self._pool.acquire(page)
+            table.pages[group] = pages.copy()
+            table.first_live[group] = len(pages) - len(live)
+        table.num_entries = table.num_full = hit.num_tokens // self.page_size
+        table.num_positions = hit.num_tokens
+        table.num_shared = hit.num_held
 
-    def grow(self, table: BlockTable, num_tokens: int) -> list[int]:
-        """Append pages until the first `num_tokens` positions have one; returns the new ones."""
-        count = self.pages_for(num_tokens) - len(table.pages)
+    def count_query(self, num_tokens: int, num_hit: int) -> None:
+        """Count a request that looked for its prefix."""
+        if self._caching:
+            self._prefix.count_query(num_tokens, num_hit)
+
+    def room(self, table: BlockTable) -> int:
+        """Positions that `grow` could cover now."""
+        return (table.num_entries + self._pool.num_available // len(self.groups)) * self.page_size
+
+    def grow(self, table: BlockTable, num_tokens: int) -> None:
+        """Append entries until the first `num_tokens` positions have pages. RuntimeError beyond `room`."""
+        count = -(-num_tokens // self.page_size) - table.num_entries
         if count <= 0:
-            return []
-        if not table.admitted or len(table.pages) + count > table.max_pages:
-            raise RuntimeError(f"{num_tokens} tokens need more than the {table.max_pages} pages reserved")
-        if (shortage := count - self._pool.num_free) > 0:
-            self._prefix.evict(shortage)
-        pages = self._pool.allocate(count)
-        table.pages += pages
-        self._promised -= count
-        return pages
+            return
+        pages = self._allocate(count * len(self.groups))
+        for group, column in enumerate(table.pages):
+            column += pages[group * count : (group + 1) * count]
+        table.num_entries += count
+        table.num_positions += count * self.page_size
 
-    def commit(self, table: BlockTable, token_ids: list[int], num_computed: int) -> None:
-        """The KV of the first `num_computed` of `token_ids` is in the pages: those that are full become shareable."""
+    def next_boundary(self, position: int, limit: int) -> int:
+        """The furthest position up to `limit` at which a chunk that starts at `position` may end. With pages alone that
+        is `limit`; state that is kept at page borders will allow multiples of the page size only."""
+        return max(position, limit)
+
+    def commit(self, table: BlockTable, token_ids: list[int], num_computed: int) -> list[int]:
+        """The KV of the first `num_computed` of `token_ids` is in the pages: those that are full become shareable.
+
+        Returns the pages that fell out of windows. The table has forgotten them but they are still held: pass them to
+        `release` when no step that may touch them is in flight.
+        """
         num_full = num_computed // self.page_size
         if num_full <= table.num_full:
-            return
-        if num_full > len(table.pages):
-            raise RuntimeError(f"{num_computed} tokens computed, {len(table.pages)} pages held")
-        for page in table.pages[table.num_full : num_full]:
-            self._pool.mark_ready(page)
+            return []
+        if num_full > table.num_entries:
+            raise RuntimeError(f"{num_computed} tokens computed, {table.num_entries} pages held")
         if table.hasher is not None:
             table.hasher.extend(token_ids, num_full)
-            for index in range(table.num_full, num_full):
-                self._prefix.insert(table.hasher.keys[index], table.pages[index])
+        for index in range(table.num_full, num_full):
+            for group, column in enumerate(table.pages):
+                if column[index] >= 0:
+                    self._settle(table, group, index, token_ids)
         table.num_full = num_full
-        self._changes += 1
+        return self._slide(table, num_computed)
 
-    def free(self, table: BlockTable) -> None:
-        """Give everything back. Last page first, so that a chain is evicted from its tail."""
-        if not table.admitted:
-            raise RuntimeError("block table freed that holds nothing")
-        for index in reversed(range(len(table.pages))):
-            page = table.pages[index]
-            if table.hasher is not None and self._pool.state(page) is PageState.READY:
-                self._prefix.keep(table.hasher.keys[index], page)
+    def can_fork(self, table: BlockTable, num_tokens: int) -> bool:
+        """Whether `table` still holds all that a copy of its first `num_tokens` positions needs."""
+        return table.num_positions >= num_tokens and all(
+            first <= group.first_live(num_tokens, self.page_size)
+            for first, group in zip(table.first_live, self.groups, strict=True)
+        )
+
+    def fork_pages(self, num_tokens: int) -> int:
+        """Pages that `fork` allocates."""
+        return len(self.groups) if num_tokens % self.page_size else 0
+
+    def fork(self, table: BlockTable, num_tokens: int) -> tuple[BlockTable, CopyPlan]:
+        """A table of its own for the same first `num_tokens` positions: full pages are shared, partly filled ones copied.
+
+        The copies are valid once the steps that write those positions are launched. Their sources stay held: pass them
+        to `release` when the copies are done. Raises RuntimeError when the pages are gone, or none is available.
+        """
+        if not self.can_fork(table, num_tokens):
+            raise RuntimeError(f"a block table with {table.num_positions} positions cannot be forked at {num_tokens}")
+        num_full = num_tokens // self.page_size
+        twins = self._allocate(self.fork_pages(num_tokens))
+        hasher = table.hasher.copy(num_full) if table.hasher is not None else None
+        forked = BlockTable(hasher, [], [], num_full, num_shared=0)
+        for group, column in zip(self.groups, table.pages, strict=True):
+            first = min(num_full, group.first_live(num_tokens, self.page_size))
+            shared = column[first:num_full]
+            for page in shared:
+                self._pool.acquire(page)
+            forked.pages.append([-1] * first + shared)
+            forked.first_live.append(first)
+            forked.num_shared += len(shared)
+        sources = [column[num_full] for column in table.pages] if twins else []
+        for source, twin, column in zip(sources, twins, forked.pages, strict=bool(twins)):
+            self._pool.acquire(source)
+            column.append(twin)
+        forked.num_entries += bool(twins)
+        forked.num_positions = forked.num_entries * self.page_size
+        return forked, CopyPlan(list(zip(sources, twins, strict=True)))
+
+    def free(self, table: BlockTable, token_ids: list[int]) -> None:
+        """Give everything back; the table is empty again. Last entry first, so that a chain is evicted from its tail."""
+        for index in reversed(range(table.num_entries)):
+            for group, column in enumerate(table.pages):
+                if (page := column[index]) < 0:
+                    continue
+                if self._pool.state(page) is PageState.READY:
+                    self._keep(table, group, index, token_ids)
+                self._pool.release(page)
+        table.pages = [[] for _ in self.groups]
+        table.first_live = [0] * len(self.groups)
+        table.num_entries = table.num_positions = table.num_full = table.num_shared = 0
+
+    def release(self, pages: list[int]) -> None:
+        """Give back pages that `commit` or `fork` left held."""
+        for page in pages:
             self._pool.release(page)
-        self._promised -= table.max_pages - len(table.pages)
-        table.pages, table.num_full, table.admitted = [], 0, False
-        self._changes += 1
 
-    def reset_prefix_cache(self) -> int:
+    def reset(self) -> int:
         """Drop every cached page that no sequence holds; returns how many."""
         return self._prefix.reset()
 
     def leaked(self) -> list[int]:
-        """Pages held; with no sequence admitted there must be none."""
+        """Pages held; with no sequence alive there must be none."""
         return self._pool.leaked()
 
     def check_idle(self) -> None:
-        """Prove, with no sequence admitted, that nothing leaked. Raises RuntimeError."""
+        """Prove, with no sequence alive, that nothing leaked. Raises RuntimeError."""
         self._pool.check_idle()
-        if self._promised:
-            raise RuntimeError(f"{self._promised} pages promised to no sequence")
         if self._pool.num_idle != len(self._prefix):
             raise RuntimeError(f"{len(self._prefix)} keys for {self._pool.num_idle} idle pages")
+
+    def _allocate(self, count: int) -> list[int]:
+        if (shortage := count - self._pool.num_free) > 0:
+            self._prefix.evict(shortage)
+        return self._pool.allocate(count)
+
+    def _settle(self, table: BlockTable, group: int, index: int, token_ids: list[int]) -> None:
+        """A page is full. One that was shared while it filled has been settled by the first of its holders."""
+        page = table.pages[group][index]
+        if self._pool.state(page) is PageState.FILLING:
+            self._pool.mark_ready(page)
+        if self._pool.state(page) is PageState.READY:
+            self._store(table, group, index, token_ids)
+
+    def _store(self, table: BlockTable, group: int, index: int, token_ids: list[int]) -> bool:
+        """Put a full page under its key unless another page has that."""
+        if table.hasher is None:
+            return False
+        keys = table.hasher.keys
+        stored = self._prefix.insert(group, keys[index], table.pages[group][index])
+        if stored and self._listener is not None:
+            parent = keys[index - 1] if index else self._root
+            tokens = token_ids[index * self.page_size : (index + 1) * self.page_size]
+            self._listener.on_stored(keys[index], parent, tokens, group)
+        return stored
+
+    def _keep(self, table: BlockTable, group: int, index: int, token_ids: list[int]) -> None:
+        """A full page without a key is about to be released: let it, or the page its key has now, count as just used."""
+        if table.hasher is not None and not self._store(table, group, index, token_ids):
+            self._prefix.touch(group, table.hasher.keys[index])
+
+    def _slide(self, table: BlockTable, num_computed: int) -> list[int]:
+        dead: list[int] = []
+        for number, group in enumerate(self.groups):
+            start, column = table.first_live[number], table.pages[number]
+            end = group.first_live(num_computed, self.page_size)
+            if end > start:
+                dead += column[start:end]
+                column[start:end] = [-1] * (end - start)
+                table.first_live[number] = end
+        return dead

@@ -48,6 +48,11 @@ class PagePool:
     def num_idle(self) -> int:
         return len(self._idle)
 
+    @property
+    def num_available(self) -> int:
+        """Pages that nobody holds: free or idle."""
+        return len(self._free) + len(self._idle)
+
     def state(self, page: int) -> PageState:
         self._check_known(page)
         return self._states[page]
@@ -74,9 +79,9 @@ class PagePool:
         return pages
 
     def acquire(self, page: int) -> None:
-        """Add a reference to a cached page."""
-        if self.state(page) is not PageState.CACHED:
-            raise RuntimeError(f"page {page} is {self._states[page].name}, only a CACHED page is shared")
+        """Add a reference to a page that is held, or idle."""
+        if self.state(page) is PageState.FREE:
+            raise RuntimeError(f"page {page} is FREE and cannot be shared")
         self._refs[page] += 1
         self._idle.pop(page, None)
 

@@ -42,6 +42,9 @@ class EngineConfig:
         None, "bytes of KV cache; by default a quarter of the free memory, at most what all sequences could fill"
     )
     enable_prefix_caching: bool = _setting(True, "reuse the KV of shared prompt prefixes")
+    target_itl_ms: float | None = _setting(
+        None, "while something decodes, feed prompts in chunks that keep a step within this many milliseconds"
+    )
     seed: int | None = _setting(None, "makes requests that name no seed repeatable")
 
     def __post_init__(self) -> None:
@@ -82,6 +85,8 @@ def default_of(name: str) -> Any:
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
     wanted = hint.__args__ if hasattr(hint, "__args__") else (hint,)
+    if float in wanted:
+        wanted = (*wanted, int)
     if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
         names = " or ".join("none" if kind is type(None) else kind.__name__ for kind in wanted)
         raise ConfigError(f"{flag(name)} must be {names}, got {value!r}")

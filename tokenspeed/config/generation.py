@@ -9,8 +9,8 @@ from typing import Any
 from tokenspeed.contracts.errors import FormatError, ParameterError
 from tokenspeed.contracts.sampling import SamplingParams
 
-HONOURED = ("temperature", "top_k", "top_p")
-NOT_YET = {"repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0, "no_repeat_ngram_size": 0}
+HONOURED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+NOT_YET = {"typical_p": 1.0, "no_repeat_ngram_size": 0}
 """Settings with an effect that are not supported yet, and the value that means none."""
 
 
@@ -41,12 +41,10 @@ def generation_from_gguf(metadata: Mapping[str, Any]) -> GenerationDefaults:
     """
     keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
     ids = list(dict.fromkeys(metadata[key] for key in keys if key in metadata))
-    names = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p"}
+    names = {"temp": "temperature", "penalty_repeat": "repetition_penalty"} | {name: name for name in HONOURED[1:4]}
     prefix = "general.sampling."
     sampling = {ours: metadata[prefix + key] for key, ours in names.items() if prefix + key in metadata}
-    extra = {key.removeprefix(prefix): metadata[key] for key in metadata if key.startswith(prefix)}
-    named = {"repetition_penalty": extra.get("penalty_repeat"), "min_p": extra.get("min_p")}
-    return _checked(ids, sampling, named)
+    return _checked(ids, sampling, {})
 
 
 def _checked(eos: list[Any], sampling: dict[str, Any], settings: Mapping[str, Any]) -> GenerationDefaults:

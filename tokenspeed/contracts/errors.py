@@ -36,3 +36,11 @@ class ModelNotFoundError(TokenSpeedError):
 
 class MemoryLimitError(TokenSpeedError):
     """Not enough memory; the message says what is needed, what is free and which flag helps."""
+
+
+class EngineDeadError(TokenSpeedError):
+    """The engine process ended or failed while it was needed; the message says how. Nothing more comes from it."""
+
+
+class EngineClosedError(TokenSpeedError):
+    """The engine takes no new requests: it is draining or closed."""

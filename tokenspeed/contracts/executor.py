@@ -18,6 +18,11 @@ class StepHandle(Protocol):
 class Executor(Protocol):
     """Runs steps in the order they are launched. Owns every tensor; the caller owns every page id and slot."""
 
+    @property
+    def max_in_flight(self) -> int:
+        """Steps that may be launched before the first of them is waited for; 1 where launching waits anyway."""
+        ...
+
     def launch(self, plan: StepPlan) -> StepHandle:
         """Apply the plan's delta, start its rows, return without waiting where the device allows."""
         ...

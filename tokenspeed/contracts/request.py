@@ -9,8 +9,8 @@ from tokenspeed.contracts.step import TokenLogprobs
 
 
 class Request(msgspec.Struct, kw_only=True):
-    """One sequence to complete. `prompt_token_ids` is not empty; `params` holds final values (defaults already
-    applied)."""
+    """`params.n` sequences to complete from one prompt. `prompt_token_ids` is not empty; `params` holds final values
+    (defaults already applied)."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -20,16 +20,20 @@ class Request(msgspec.Struct, kw_only=True):
     eos_token_ids: list[int] = []
     cache_salt: str = ""
     """Part of the prefix key: requests of different salts never share pages."""
+    priority: int = 0
+    """Lower runs earlier; waiting makes up for it in time."""
 
 
-class SequenceUpdate(msgspec.Struct, kw_only=True):
-    """What one step brought for one request."""
+class SequenceUpdate(msgspec.Struct, kw_only=True, gc=False):
+    """What one step brought for one sequence of a request."""
 
     request_id: str
+    index: int = 0
+    """Which of the request's n samples."""
     new_token_ids: list[int] = []
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []
-    """Of prompt positions 1.. in order, as chunks of the prompt are computed."""
+    """Of prompt positions 1.. in order, as chunks of the prompt are computed; reported with index 0 only."""
     finish_reason: str | None = None
     """None while it runs; "stop" (eos or a stop id), "length", "abort"."""
     stop_reason: int | None = None

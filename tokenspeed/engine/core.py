@@ -1,19 +1,35 @@
-"""The step loop: schedule, launch, update. It knows requests and updates, and nothing of text."""
+"""The step loop: schedule, launch, update. It knows requests and updates, and nothing of text.
+
+`python -m tokenspeed.engine.core` is the engine in a process of its own; see `engine.loop`.
+"""
 
 from __future__ import annotations
 
+import sys
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import msgspec
+
+from tokenspeed.cache.groups import GroupSpec
 from tokenspeed.cache.keys import root_key
 from tokenspeed.cache.manager import CacheManager
 from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import ParameterError, PromptError
+from tokenspeed.contracts.executor import Executor, StepHandle
 from tokenspeed.contracts.request import Request, SequenceUpdate
-from tokenspeed.runner.build import ModelFiles, build_executor
+from tokenspeed.contracts.step import ResultRow, StepPlan, StepResult
+from tokenspeed.engine.capacity import fit_capacity
+from tokenspeed.engine.messages import EngineInfo
+from tokenspeed.runner.build import ModelFiles, Prepared, open_model, prepare
 from tokenspeed.scheduler.config import SchedulerConfig
+from tokenspeed.scheduler.records import StepRecord
 from tokenspeed.scheduler.scheduler import Scheduler
+
+RING = 1024
+"""Steps that are remembered."""
 
 
 @dataclass
@@ -27,7 +43,7 @@ class StepClock:
     decode_s: float = 0.0
 
     def add(self, fed: list[int], sampled: int, seconds: float) -> None:
-        """One step: tokens fed per row, tokens sampled, wall seconds."""
+        """One step: most tokens fed per row, tokens sampled, wall seconds."""
         if all(count == 1 for count in fed) and sampled == len(fed):
             self.decode_tokens += sampled
             self.decode_steps += 1
@@ -37,62 +53,191 @@ class StepClock:
             self.prefill_s += seconds
 
 
-@dataclass
-class EngineCore:
-    """One model, one scheduler, one executor."""
+@dataclass(frozen=True)
+class TimedStep:
+    """A retired step: what was planned, tokens sampled, seconds since the step before retired (or since it was
+    launched, where that is shorter)."""
 
-    config: EngineConfig
-    files: ModelFiles
-    progress: Callable[[int, int], None] | None = None
-    clock: StepClock = field(default_factory=StepClock)
+    record: StepRecord
+    num_sampled: int
+    seconds: float
 
-    def __post_init__(self) -> None:
-        built = build_executor(self.files, self.config, self.progress)
-        self.executor, self.model = built.executor, built.model
-        self.max_model_len, self.kv_dtype, self.num_pages = built.max_model_len, built.kv_dtype, built.num_pages
-        root = root_key(self.files.digest, f"{built.kv_dtype} {built.model.dtype}", self.config.block_size)
-        self.cache = CacheManager(
-            built.num_pages, self.config.block_size, root, enable_prefix_caching=self.config.enable_prefix_caching
-        )
-        limits = SchedulerConfig(self.config.max_num_seqs, self.config.max_num_batched_tokens, self.max_model_len)
-        self.scheduler = Scheduler(limits, self.cache)
-        self.vocab_size = self.files.definition.config.vocab_size
 
-    def check(self, request: Request) -> None:
-        """Raise PromptError or ParameterError for ids that are not in the vocabulary."""
-        for token in request.prompt_token_ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
-                raise PromptError(f"prompt token id {token!r} is not in the vocabulary (0 to {self.vocab_size - 1})")
-        for token in request.params.stop_token_ids:
-            if token >= self.vocab_size:
-                raise ParameterError(f"stop token id {token} is not in the vocabulary (0 to {self.vocab_size - 1})")
+@dataclass(frozen=True)
+class _InFlight:
+    plan: StepPlan
+    record: StepRecord
+    handle: StepHandle
+    launched: float
+
+
+class StepLoop:
+    """A scheduler and an executor. Keeps up to `executor.max_in_flight` steps under way."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self.clock = StepClock()
+        self.ring: deque[TimedStep] = deque(maxlen=RING)
+        self._in_flight: deque[_InFlight] = deque()
+        self._retired = 0.0
+        self._alive: set[str] = set()
 
     def add(self, request: Request) -> None:
         """Queue a request; a refused one leaves no trace."""
-        self.check(request)
         self.scheduler.add(request)
+        self._alive.add(request.request_id)
 
-    def abort(self, request_id: str) -> SequenceUpdate | None:
-        """End a request now."""
-        return self.scheduler.abort(request_id)
+    def abort(self, request_id: str, index: int | None = None) -> list[SequenceUpdate]:
+        """End a request, or one of its sequences, now."""
+        if index is None:
+            self._alive.discard(request_id)
+        return self.scheduler.abort(request_id, index)
 
     @property
     def has_work(self) -> bool:
-        """Whether a request waits or runs."""
-        return self.scheduler.has_work
+        """Whether a request waits or runs, or a step is in flight."""
+        return bool(self._in_flight) or self.scheduler.has_work
 
     def step(self) -> list[SequenceUpdate]:
-        """One step; what it brought for each request."""
-        started = time.perf_counter()
-        plan = self.scheduler.schedule()
-        if plan is None:
-            return []
-        result = self.executor.launch(plan).result()
-        updates = self.scheduler.update(result)
-        sampled = sum(len(row.token_ids) for row in result.rows)
-        self.clock.add([row.num_fed for row in result.rows], sampled, time.perf_counter() - started)
-        return updates
+        """Launch what fits, then wait for the oldest step; what it brought.
+
+        When it raises, or is interrupted, every request is gone: how far the step came is not known, so nothing may
+        build on it.
+        """
+        try:
+            self._launch()
+            if not self._in_flight:
+                return []
+            oldest = self._in_flight[0]
+            result = oldest.handle.result()
+        except BaseException:
+            self._drop_all()
+            raise
+        self._in_flight.popleft()
+        self._time(oldest, result)
+        return self.scheduler.update(result)
 
     def close(self) -> None:
         """Release the executor."""
         self.executor.close()
+
+    def _launch(self) -> None:
+        while len(self._in_flight) < self.executor.max_in_flight:
+            plan = self.scheduler.schedule()
+            if plan is None:
+                return
+            record, started = self.scheduler.record, time.perf_counter()
+            # Counts as in flight even while the launch raises: the scheduler waits for its result.
+            self._in_flight.append(_InFlight(plan, record, _Unfinished(), started))
+            self._in_flight[-1] = _InFlight(plan, record, self.executor.launch(plan), started)
+
+    def _time(self, step: _InFlight, result: StepResult) -> None:
+        now = time.perf_counter()
+        seconds = now - max(step.launched, self._retired)
+        self._retired = now
+        fed = [row.max_tokens for row in step.plan.rows]
+        sampled = sum(len(row.token_ids) for row in result.rows)
+        self.clock.add(fed, sampled, seconds)
+        self.ring.append(TimedStep(step.record, sampled, seconds))
+        self.scheduler.observe(sum(fed), seconds)
+
+    def _drop_all(self) -> None:
+        for request_id in tuple(self._alive):
+            self.abort(request_id)
+        while self._in_flight:
+            plan = self._in_flight.popleft().plan
+            self.scheduler.update(StepResult(plan.step_id, [ResultRow(row.slot, 0, []) for row in plan.rows]))
+
+
+class _Unfinished:
+    def result(self) -> StepResult:
+        raise RuntimeError("this step was never launched")
+
+
+class EngineCore(StepLoop):
+    """One model with its own executor, cache and scheduler."""
+
+    def __init__(
+        self, config: EngineConfig, files: ModelFiles, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Load the model and size the KV cache. Raises the errors of `contracts.errors`."""
+        self.config, self.files = config, files
+        prepared = prepare(files, config, progress)
+        self.model, self.kv_dtype = prepared.model, prepared.shape.dtype
+        groups = tuple(GroupSpec(window) for window in prepared.shape.layout.windows)
+        self.capacity = fit_capacity(
+            groups,
+            config.block_size,
+            prepared.shape.page_bytes,
+            cache_bytes=prepared.cache_bytes,
+            free_bytes=prepared.free_bytes,
+            asked_len=config.max_model_len,
+            context=files.definition.config.context,
+            max_num_seqs=config.max_num_seqs,
+        )
+        self.cache = CacheManager(
+            self.capacity.num_pages,
+            config.block_size,
+            _root(files, prepared, config),
+            groups,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        limits = SchedulerConfig(
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            self.capacity.max_model_len,
+            target_itl_ms=config.target_itl_ms,
+        )
+        super().__init__(Scheduler(limits, self.cache), prepared.executor(self.capacity.num_pages))
+        self.vocab_size = files.definition.config.vocab_size
+
+    @property
+    def info(self) -> EngineInfo:
+        """What others have to know of the model."""
+        source = self.files.source
+        return EngineInfo(
+            model=self.files.name,
+            path=str(source.path) if source else None,
+            format=source.format if source else None,
+            max_model_len=self.capacity.max_model_len,
+            vocab_size=self.vocab_size,
+            eos_token_ids=list(self.files.generation.eos_token_ids),
+            sampling_defaults=dict(self.files.generation.sampling),
+            max_num_seqs=self.config.max_num_seqs,
+            num_pages=self.capacity.num_pages,
+            block_size=self.config.block_size,
+        )
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises PromptError or ParameterError for ids that are not in the vocabulary."""
+        for token in request.prompt_token_ids:
+            if type(token) is not int or not 0 <= token < self.vocab_size:
+                raise PromptError(f"prompt token id {token!r} is not in the vocabulary (0 to {self.vocab_size - 1})")
+        for name, ids in request.params.token_ids().items():
+            for token in ids:
+                if token >= self.vocab_size:
+                    raise ParameterError(
+                        f"{name}: token id {token} is not in the vocabulary (0 to {self.vocab_size - 1})"
+                    )
+        super().add(request)
+
+    def stats(self) -> dict[str, float]:
+        """Counters and gauges by name."""
+        return {name: float(value) for name, value in msgspec.structs.asdict(self.scheduler.stats()).items()}
+
+
+def _root(files: ModelFiles, prepared: Prepared, config: EngineConfig) -> bytes:
+    return root_key(files.digest, f"{prepared.shape.dtype} {prepared.model.dtype}", config.block_size)
+
+
+def build(config: EngineConfig, progress: Callable[[int, int], None]) -> tuple[EngineCore, EngineInfo]:
+    """Open and load a model."""
+    core = EngineCore(config, open_model(config), progress)
+    return core, core.info
+
+
+if __name__ == "__main__":
+    from tokenspeed.engine.loop import run
+
+    sys.exit(run(build))

@@ -5,17 +5,18 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
 from tokenspeed.config.engine import EngineConfig
-from tokenspeed.contracts.errors import ModelNotFoundError, ParameterError, PromptError
+from tokenspeed.contracts.errors import ParameterError, PromptError
 from tokenspeed.contracts.request import Request
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.core import EngineCore
+from tokenspeed.engine.intake import Intake, open_tokenizer
 from tokenspeed.engine.output import OutputBuilder, RequestOutput
 from tokenspeed.runner.build import ModelFiles, open_model
 from tokenspeed.tokenizer.base import Tokenizer
@@ -37,10 +38,12 @@ class LLM:
         files = open_model(self.config)
         self.generation = files.generation
         _warn_unsupported(files)
-        self._tokenizer = _load_tokenizer(files)
-        self.core = EngineCore(self.config, files, progress)
+        with ThreadPoolExecutor(1) as pool:  # beside the weights, whose unpacking leaves the interpreter free
+            tokenizer = pool.submit(_load_tokenizer, files)
+            self.core = EngineCore(self.config, files, progress)
+            self._tokenizer = tokenizer.result()
+        self._intake = Intake(self.core.info, self._tokenizer, self.config.seed)
         self._numbers = itertools.count()
-        self._seeds = _seeds(self.config.seed)
         self._unfinished: dict[str, OutputBuilder] = {}
 
     def get_tokenizer(self) -> Tokenizer:
@@ -105,9 +108,17 @@ class LLM:
                 yield text, output
 
     def _step(self) -> None:
-        for update in self.core.step():
-            builder = self._unfinished[update.request_id]
-            builder.update(update)
+        try:
+            updates = self.core.step()
+        except BaseException:
+            self._abort(list(self._unfinished.values()))
+            raise
+        for update in updates:
+            builder = self._unfinished.get(update.request_id)
+            if builder is None:
+                continue
+            if builder.update(update).abort:
+                self.core.abort(update.request_id, update.index)
             if builder.output.finished:
                 del self._unfinished[update.request_id]
 
@@ -116,9 +127,14 @@ class LLM:
         try:
             yield
         finally:
-            for builder in builders:
-                request_id = builder.output.request_id
-                if self._unfinished.pop(request_id, None) and (update := self.core.abort(request_id)):
+            self._abort(builders)
+
+    def _abort(self, builders: list[OutputBuilder]) -> None:
+        for builder in builders:
+            request_id = builder.output.request_id
+            if self._unfinished.pop(request_id, None):
+                self.core.abort(request_id)
+                for update in builder.abort_updates():
                     builder.update(update)
 
     def _submit(
@@ -155,20 +171,9 @@ class LLM:
     def _request(self, prompt: Prompt, params: SamplingParams) -> tuple[Request, str | None]:
         text, ids = _read_prompt(prompt)
         if ids is None:
-            ids = self.get_tokenizer().encode(text or "")
-        seed = params.seed if params.seed is not None else next(self._seeds)
-        request = Request(
-            request_id=str(next(self._numbers)),
-            prompt_token_ids=ids,
-            params=params,
-            seed=seed % 2**64,
-            eos_token_ids=self._eos_token_ids(),
-        )
-        return request, text
-
-    def _eos_token_ids(self) -> list[int]:
-        known = self._tokenizer.eos_token_ids if self._tokenizer else ()
-        return list(dict.fromkeys([*self.generation.eos_token_ids, *known]))
+            self.get_tokenizer()
+        given = ids if ids is not None else text or ""
+        return self._intake.request(str(next(self._numbers)), given, params, priority=0, cache_salt=""), text
 
 
 def _warn_unsupported(files: ModelFiles) -> None:
@@ -178,24 +183,8 @@ def _warn_unsupported(files: ModelFiles) -> None:
 
 
 def _load_tokenizer(files: ModelFiles) -> Tokenizer | None:
-    """The model's tokenizer, or None for a model without one: it then takes and gives ids alone."""
-    if files.source is None or (files.metadata is not None and "tokenizer.ggml.model" not in files.metadata):
-        return None
-    from tokenspeed.tokenizer.load import load_tokenizer
-
-    try:
-        return load_tokenizer(files.source, files.metadata)
-    except ModelNotFoundError:
-        return None
-
-
-def _seeds(seed: int | None) -> Iterator[int]:
-    """Seeds of requests that name none: fresh ones, or a sequence that `seed` repeats."""
-    if seed is None:
-        while True:
-            yield secrets.randbits(64)
-    for number in itertools.count():
-        yield (seed * 0x9E3779B97F4A7C15 + number) % 2**64
+    source = files.source
+    return None if source is None else open_tokenizer(str(source.path), source.format, source.name)
 
 
 def _prompt_list(prompts: Any, prompt_token_ids: Any) -> list[Prompt]:

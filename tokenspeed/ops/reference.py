@@ -22,9 +22,10 @@ Tensors = tuple[torch.Tensor, ...]
 class StepView:
     """What a step's ops see besides activations. T tokens of S sequences, packed one sequence after the other.
 
-    tokens, positions, slots: int64 [T]; slot = page * page_size + offset of the token's own KV entry.
-    query_start: S + 1 offsets into T. context: per sequence, KV entries after this step.
-    block_tables: per sequence int64 [pages]. kv: [pages, layers, 2, page_size, kv_heads, head_dim].
+    tokens, positions: int64 [T]. query_start: S + 1 offsets into T. context: per sequence, KV entries after this step.
+    places: per layer its page group and its index in it. kv: [pages, layers per group, 2, page_size, kv_heads, head_dim].
+    slots: int64 [groups, T]; page * page_size + offset of the token's own KV entry.
+    block_tables: per sequence and group int64 [pages]; entries behind the group's window may be -1.
     rows: int64 [R], the tokens whose logits are wanted.
     """
 
@@ -33,7 +34,8 @@ class StepView:
     slots: torch.Tensor
     query_start: list[int]
     context: list[int]
-    block_tables: list[torch.Tensor]
+    block_tables: list[list[torch.Tensor]]
+    places: tuple[tuple[int, int], ...]
     kv: torch.Tensor
     rows: torch.Tensor
     angles: dict[tuple[Rope, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
@@ -90,9 +92,10 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int
 
 
 def kv_write(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
-    layer = view.kv[:, attrs["layer"]]
+    group, index = view.places[attrs["layer"]]
+    layer = view.kv[:, index]
     page_size = layer.shape[2]
-    pages, offsets = view.slots // page_size, view.slots % page_size
+    pages, offsets = view.slots[group] // page_size, view.slots[group] % page_size
     for which, x in enumerate(inputs):
         layer[pages, which, offsets] = x.reshape(x.shape[0], attrs["kv_heads"], attrs["head_dim"]).to(layer.dtype)
     return (layer,)
@@ -101,11 +104,12 @@ def kv_write(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[t
 def attention(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
     """softmax(q k^T * scale) v per sequence over its pages; query at position p sees p - window + 1 .. p."""
     query, layer = inputs
+    group, _ = view.places[attrs["layer"]]
     out = torch.empty_like(query)
     for i, context in enumerate(view.context):
         start, end = view.query_start[i], view.query_start[i + 1]
         q = query[start:end].reshape(end - start, attrs["heads"], attrs["head_dim"])
-        out[start:end] = _attend(q, layer, view.block_tables[i], context, attrs).reshape(end - start, -1)
+        out[start:end] = _attend(q, layer, view.block_tables[i][group], context, attrs).reshape(end - start, -1)
     return (out,)
 
 

@@ -2,64 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
-from tokenspeed.contracts.errors import MemoryLimitError
+from tokenspeed.runner.layout import PageLayout
 
 
-class Arena:
-    """One tensor [pages, layers, 2, page_size, kv_heads, head_dim]; index 2 is key, value. A page is one chunk."""
+@dataclass(frozen=True)
+class PageShape:
+    """What one page holds: keys and values of `page_size` tokens for the layers of one group."""
 
-    def __init__(
-        self,
-        num_pages: int,
-        num_layers: int,
-        page_size: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        # Left uninitialised: untouched pages cost no memory, and no position is read before it is written.
-        self.kv = torch.empty(num_pages, num_layers, 2, page_size, kv_heads, head_dim, dtype=dtype, device=device)
+    layout: PageLayout
+    page_size: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page over all layers."""
-        return self.kv.stride(0) * self.kv.element_size()
+        """Bytes of one page."""
+        elements = self.layout.layers_per_group * 2 * self.page_size * self.kv_heads * self.head_dim
+        return elements * self.dtype.itemsize
 
 
-def page_bytes(num_layers: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one page over all layers, keys and values."""
-    return num_layers * 2 * page_size * kv_heads * head_dim * dtype.itemsize
+class Arena:
+    """One tensor [pages, layers per group, 2, page_size, kv_heads, head_dim]; index 2 is key, value."""
 
+    def __init__(self, num_pages: int, shape: PageShape, device: torch.device) -> None:
+        # Left uninitialised: untouched pages cost no memory, and no position is read before it is written.
+        size = (num_pages, shape.layout.layers_per_group, 2, shape.page_size, shape.kv_heads, shape.head_dim)
+        self.kv = torch.empty(size, dtype=shape.dtype, device=device)
+        self.shape = shape
 
-def fit_pages(
-    *,
-    bytes_per_page: int,
-    page_size: int,
-    budget: int,
-    free: int,
-    asked_len: int | None,
-    context: int,
-    max_num_seqs: int,
-) -> tuple[int, int]:
-    """Number of pages and max_model_len for a budget of bytes.
-
-    A length that was asked for must fit; the model's own context is lowered to what fits. Raises MemoryLimitError with
-    what is needed, what is there, and the flags that help.
-    """
-    pages = budget // bytes_per_page
-    length = asked_len if asked_len is not None else min(context, pages * page_size)
-    needed = -(-length // page_size)
-    if pages < max(1, needed) or length < 2:
-        raise MemoryLimitError(
-            f"the KV cache of one sequence of {max(length, page_size)} tokens needs "
-            f"{_mib(max(1, needed) * bytes_per_page)} MiB; {_mib(budget)} MiB are set aside, {_mib(free)} MiB free: "
-            "raise --kv-cache-memory-bytes, or lower --max-model-len or --kv-cache-dtype"
-        )
-    return min(pages, needed * max_num_seqs), length
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.1f}"
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy pages, given as (from, to)."""
+        sources, targets = (list(side) for side in zip(*pairs, strict=True))
+        self.kv[targets] = self.kv[sources]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,11 @@ from tokenspeed.formats.gguf import GGUFFile, open_gguf
 from tokenspeed.formats.safetensors import open_safetensors
 from tokenspeed.models.registry import Definition, define, define_from_hf, read_json, shipped_configs
 from tokenspeed.observability.memory import free_memory
-from tokenspeed.runner.arena import Arena, fit_pages, page_bytes
+from tokenspeed.runner.arena import Arena, PageShape
 from tokenspeed.runner.executor import LocalExecutor
+from tokenspeed.runner.layout import page_layout
 from tokenspeed.runner.model import LoadedModel, Progress, compute_dtype, load_model
 
-logger = logging.getLogger("tokenspeed")
 DEFAULT_CACHE_SHARE = 0.25
 
 
@@ -71,46 +70,36 @@ def open_model(config: EngineConfig) -> ModelFiles:
 
 
 @dataclass(frozen=True)
-class Built:
-    """An executor and the capacity it was built with."""
+class Prepared:
+    """A loaded model, the shape of its KV pages, and the bytes set aside and free for them."""
 
-    executor: LocalExecutor
     model: LoadedModel
-    num_pages: int
-    max_model_len: int
-    kv_dtype: torch.dtype
+    shape: PageShape
+    cache_bytes: int
+    free_bytes: int
+
+    def executor(self, num_pages: int) -> LocalExecutor:
+        """Reserve the pages and make the executor."""
+        return LocalExecutor(self.model, Arena(num_pages, self.shape, self.model.device))
 
 
-def build_executor(files: ModelFiles, config: EngineConfig, progress: Progress | None = None) -> Built:
-    """Load the weights and reserve the KV cache.
+def prepare(files: ModelFiles, config: EngineConfig, progress: Progress | None = None) -> Prepared:
+    """Load the weights and see how much memory is left for the KV cache.
 
-    Raises ConfigError for a length beyond the model's context, MemoryLimitError where one sequence does not fit.
+    Raises ConfigError for a length beyond the model's context, MemoryLimitError for more cache than there is memory.
     """
     shape = files.definition.config
     if config.max_model_len is not None and config.max_model_len > shape.context:
         raise ConfigError(f"--max-model-len {config.max_model_len} is more than the model's context of {shape.context}")
     checkpoint = None if config.load_format == "dummy" else files.checkpoint
     model = load_model(files.definition, checkpoint, config, progress)
-    kv_dtype = _kv_dtype(config, model)
     free = free_memory(model.device)
     budget = config.kv_cache_memory_bytes or int(free * DEFAULT_CACHE_SHARE)
     if budget > free:
         raise MemoryLimitError(f"--kv-cache-memory-bytes {budget} is more than the {free} that are free: lower it")
-    num_pages, max_model_len = fit_pages(
-        bytes_per_page=page_bytes(shape.num_layers, config.block_size, shape.num_kv_heads, shape.head_dim, kv_dtype),
-        page_size=config.block_size,
-        budget=budget,
-        free=free,
-        asked_len=config.max_model_len,
-        context=shape.context,
-        max_num_seqs=config.max_num_seqs,
-    )
-    if config.max_model_len is None and max_model_len < shape.context:
-        logger.warning("max_model_len is %d: the KV cache cannot hold the model's %d", max_model_len, shape.context)
-    arena = Arena(
-        num_pages, shape.num_layers, config.block_size, shape.num_kv_heads, shape.head_dim, kv_dtype, model.device
-    )
-    return Built(LocalExecutor(model, arena), model, num_pages, max_model_len, kv_dtype)
+    layout = page_layout(shape.windows)
+    page = PageShape(layout, config.block_size, shape.num_kv_heads, shape.head_dim, _kv_dtype(config, model))
+    return Prepared(model, page, budget, free)
 
 
 def _kv_dtype(config: EngineConfig, model: LoadedModel) -> torch.dtype:

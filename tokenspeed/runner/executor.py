@@ -6,15 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenspeed.contracts.step import ResultRow, StepPlan, StepResult, TokenLogprobs
+from tokenspeed.contracts.step import ResultRow, StepPlan, StepResult
 from tokenspeed.kernels import ref
 from tokenspeed.kernels.registry import Registry, Situation
 from tokenspeed.ops.reference import StepView
 from tokenspeed.program.plan import Plan, Planned, bucket_of, plan
 from tokenspeed.runner.arena import Arena
+from tokenspeed.runner.edits import SampledRow
 from tokenspeed.runner.inputs import FedRow, SlotTable, num_prompt_logprobs
+from tokenspeed.runner.logprobs import token_logprobs
 from tokenspeed.runner.model import LoadedModel
-from tokenspeed.runner.sampler import Wanted, sample_row, token_logprobs
+from tokenspeed.runner.sampler import sample, sampler_inputs
 
 LOGITS_BYTES = 256 * 2**20
 """Most bytes of float32 logits at once; more rows are taken in turns."""
@@ -34,10 +36,12 @@ class Finished:
 class LocalExecutor:
     """The executor of one process and one device."""
 
+    max_in_flight = 1
+
     def __init__(self, model: LoadedModel, arena: Arena) -> None:
         self._model = model
         self._arena = arena
-        self._table = SlotTable(arena.kv.shape[3])
+        self._table = SlotTable(arena)
         self._registry = Registry()
         ref.register(self._registry)
         self._plans: dict[int, Plan] = {}
@@ -64,7 +68,7 @@ class LocalExecutor:
         return self._plans[bucket]
 
     def _run(self, fed: list[FedRow]) -> list[ResultRow]:
-        view = self._table.view(fed, self._arena.kv)
+        view = self._table.view(fed)
         steps = self.plan_for(len(view.tokens)).steps
         head = next(i for i, step in enumerate(steps) if step.record.op == "select")
         values = {self._model.program.inputs["tokens"]: view.tokens}
@@ -89,7 +93,7 @@ class LocalExecutor:
         """Run the head over the wanted rows, a bounded number at a time, and sample."""
         wanted = view.rows
         chunk = max(1, LOGITS_BYTES // (4 * self._model.definition.config.vocab_size))
-        results = [ResultRow(row.number, row.count, [], [], []) for row in fed]
+        results = [ResultRow(row.number, row.start + row.count, [], [], []) for row in fed]
         jobs = [job for row, result in zip(fed, results, strict=True) for job in _jobs(row, result)]
         for first in range(0, len(jobs), chunk):
             view.rows = wanted[first : first + chunk]
@@ -115,20 +119,31 @@ def _jobs(row: FedRow, result: ResultRow) -> list[_Job]:
 
 
 def _sample(logits: torch.Tensor, jobs: list[_Job]) -> None:
-    """Sample and score; logits float32 [jobs, vocabulary]."""
-    wanted: list[Wanted] = []
-    into: list[list[TokenLogprobs]] = []
-    for at, job in enumerate(jobs):
-        sampling = job.row.slot.sampling
-        if job.prompt_token is not None:
-            wanted.append(Wanted(at, job.prompt_token, sampling.prompt_logprobs))
-            into.append(job.result.prompt_logprobs)
-            continue
-        token = sample_row(logits[at], sampling, job.row.start + job.row.count)
-        job.row.slot.tokens.append(token)
+    """Score and sample; logits float32 [jobs, vocabulary]."""
+    scored = [at for at, job in enumerate(jobs) if job.prompt_token is not None]
+    if scored:
+        _score(logits[scored], [jobs[at] for at in scored])
+    drawn = [at for at, job in enumerate(jobs) if job.prompt_token is None]
+    if drawn:
+        _draw(logits if len(drawn) == len(jobs) else logits[drawn], [jobs[at] for at in drawn])
+
+
+def _score(logits: torch.Tensor, jobs: list[_Job]) -> None:
+    tops = [job.row.slot.sampling.prompt_logprobs for job in jobs]
+    ids = torch.tensor([job.prompt_token for job in jobs], device=logits.device)
+    for job, found in zip(jobs, token_logprobs(logits, ids, max(tops)).to_structs(tops), strict=True):
+        job.result.prompt_logprobs.append(found)
+
+
+def _draw(logits: torch.Tensor, jobs: list[_Job]) -> None:
+    slots = [job.row.slot for job in jobs]
+    rows = [SampledRow(slot.sampling, slot.tokens, slot.num_prompt, len(slot.tokens), slot.seen) for slot in slots]
+    inputs = sampler_inputs(rows, logits.shape[1], logits.device)
+    sampled = sample(logits, inputs)
+    for job, token in zip(jobs, sampled.tokens.tolist(), strict=True):
+        job.row.slot.append(token)
         job.result.token_ids.append(token)
-        if sampling.logprobs >= 0:
-            wanted.append(Wanted(at, token, sampling.logprobs))
-            into.append(job.result.logprobs)
-    for found, target in zip(token_logprobs(logits, wanted), into, strict=True):
-        target.append(found)
+    if sampled.logprobs is not None:
+        asking = [job for job in jobs if job.row.slot.sampling.logprobs >= 0]
+        for job, found in zip(asking, sampled.logprobs.to_structs(inputs.tops), strict=True):
+            job.result.logprobs.append(found)

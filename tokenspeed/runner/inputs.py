@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from tokenspeed.contracts.step import PlanRow, SamplingRow, StepDelta
 from tokenspeed.ops.reference import StepView
+from tokenspeed.runner.arena import Arena
+from tokenspeed.runner.edits import SeenTokens, has_penalties
 
 
 @dataclass
 class Slot:
-    """One sequence: its known tokens, how many are computed, its block table, and how to sample it."""
+    """One sequence: its known tokens, how many are computed, a block table per page group, and how to sample it.
+
+    seen: counts of its tokens, kept where penalties need them.
+    """
 
     tokens: list[int]
     num_computed: int
     num_prompt: int
     sampling: SamplingRow
-    pages: list[int] = field(default_factory=list)
+    tables: list[list[int]]
+    seen: SeenTokens | None = None
+
+    def append(self, token: int) -> None:
+        """Take in a sampled token."""
+        self.tokens.append(token)
+        if self.seen is not None:
+            self.seen.extend([token])
 
 
 @dataclass(frozen=True)
@@ -36,23 +49,31 @@ class FedRow:
 class SlotTable:
     """The state of all slots; changed by deltas and by the tokens that steps sample."""
 
-    def __init__(self, page_size: int) -> None:
-        self._page_size = page_size
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
         self._slots: dict[int, Slot] = {}
 
     def apply(self, delta: StepDelta) -> None:
         """Apply a delta in its order. Raises RuntimeError where it contradicts the state."""
         for number in delta.freed:
-            del self._slots[number]
+            self._slots.pop(number, None)  # Absent when the step that brought it was interrupted before it began.
+        for copies in delta.copies:
+            self._arena.copy(copies.pages)
+        groups = len(self._arena.shape.layout.windows)
         for new in delta.new:
             if new.slot in self._slots:
                 raise RuntimeError(f"slot {new.slot} is in use")
-            self._slots[new.slot] = Slot(list(new.token_ids), new.num_computed, len(new.token_ids), new.sampling)
+            tables: list[list[int]] = [[] for _ in range(groups)]
+            slot = Slot(list(new.token_ids), new.num_computed, new.num_prompt, new.sampling, tables)
+            if has_penalties(new.sampling):
+                slot.seen = SeenTokens(slot.tokens[: slot.num_prompt])
+                slot.seen.extend(slot.tokens[slot.num_prompt :])
+            self._slots[new.slot] = slot
         for grant in delta.grants:
-            pages = self._slots[grant.slot].pages
-            if len(pages) != grant.first:
-                raise RuntimeError(f"slot {grant.slot} holds {len(pages)} pages, grant starts at {grant.first}")
-            pages.extend(grant.pages)
+            table = self._slots[grant.slot].tables[grant.group]
+            if len(table) != grant.first:
+                raise RuntimeError(f"slot {grant.slot} holds {len(table)} pages, grant starts at {grant.first}")
+            table.extend(grant.pages)
 
     def feed(self, rows: list[PlanRow]) -> list[FedRow]:
         """How many tokens each row really feeds. Raises RuntimeError where a page is missing for one."""
@@ -60,40 +81,45 @@ class SlotTable:
         for row in rows:
             slot = self._slots[row.slot]
             count = min(row.max_tokens, len(slot.tokens) - slot.num_computed)
-            if slot.num_computed + count > len(slot.pages) * self._page_size:
-                raise RuntimeError(f"slot {row.slot} has no page for position {slot.num_computed + count - 1}")
-            samples = slot.num_computed + count == len(slot.tokens)
-            fed.append(FedRow(row.slot, slot, slot.num_computed, count, samples))
+            end = slot.num_computed + count
+            held = min(map(len, slot.tables)) * self._arena.shape.page_size
+            if end > min(row.num_reserved, held):
+                raise RuntimeError(f"slot {row.slot} has no page for position {end - 1}")
+            fed.append(FedRow(row.slot, slot, slot.num_computed, count, end == len(slot.tokens)))
         return fed
 
-    def view(self, fed: list[FedRow], kv: torch.Tensor) -> StepView:
-        """Inputs of the step, on the device of `kv`; the wanted rows are the last of each row that samples, and those
-        of prompt log-probabilities, in the order of `wanted_rows`."""
-        device, size = kv.device, self._page_size
-        tokens: list[int] = []
-        positions: list[int] = []
-        where: list[int] = []
-        for row in fed:
-            end = row.start + row.count
-            tokens += row.slot.tokens[row.start : end]
-            positions += range(row.start, end)
-            where += [row.slot.pages[p // size] * size + p % size for p in range(row.start, end)]
+    def view(self, fed: Sequence[FedRow]) -> StepView:
+        """Inputs of the step, on the arena's device; wanted rows in the order of `wanted_rows`."""
+        layout, device = self._arena.shape.layout, self._arena.kv.device
         starts = [0]
         for row in fed:
             starts.append(starts[-1] + row.count)
+        spans = [range(row.start, row.start + row.count) for row in fed]
+        tokens = [token for row in fed for token in row.slot.tokens[row.start : row.start + row.count]]
+        slots = [self._page_slots(fed, spans, group) for group in range(len(layout.windows))]
+        tables = [[torch.tensor(table, device=device) for table in row.slot.tables] for row in fed]
         return StepView(
             tokens=torch.tensor(tokens, device=device),
-            positions=torch.tensor(positions, device=device),
-            slots=torch.tensor(where, device=device),
+            positions=torch.tensor([p for span in spans for p in span], device=device),
+            slots=torch.tensor(slots, device=device),
             query_start=starts,
-            context=[row.start + row.count for row in fed],
-            block_tables=[torch.tensor(row.slot.pages, device=device) for row in fed],
-            kv=kv,
+            context=[span.stop for span in spans],
+            block_tables=tables,
+            places=layout.places,
+            kv=self._arena.kv,
             rows=torch.tensor(wanted_rows(fed), dtype=torch.int64, device=device),
         )
 
+    def _page_slots(self, fed: Sequence[FedRow], spans: list[range], group: int) -> list[int]:
+        size = self._arena.shape.page_size
+        return [
+            row.slot.tables[group][p // size] * size + p % size
+            for row, span in zip(fed, spans, strict=True)
+            for p in span
+        ]
 
-def wanted_rows(fed: list[FedRow]) -> list[int]:
+
+def wanted_rows(fed: Sequence[FedRow]) -> list[int]:
     """Offsets into the step's tokens whose logits are wanted: per row the prompt's, then the one that samples."""
     wanted: list[int] = []
     offset = 0

@@ -1,99 +1,150 @@
 """From logits to tokens: Gumbel-max with counter-based noise, so a token depends on its key and logits alone.
 
 The noise of token v at position p is a pure function of (seed, sample index, p, v). Hence equal logits give equal
-tokens in any batch, slot or order, and temperature 0 is the argmax without noise.
+tokens in any batch, slot or order, and temperature 0 is the argmax without noise. The order of everything is vLLM's:
+allowed and banned ids and mask, logit_bias, penalties, min_tokens, divide by T, min_p, top_k, top_p, then the argmax of
+the result and the noise. Of equal values the lowest id wins, which is also what a row gets that allows no token at all.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from tokenspeed.contracts.step import SamplingRow, TokenLogprobs
+from tokenspeed.runner.draw import DrawRows, draw
+from tokenspeed.runner.edits import LogitEdits, SampledRow, logit_edits
+from tokenspeed.runner.logprobs import Logprobs, token_logprobs
+from tokenspeed.runner.noise import noise_keys
+from tokenspeed.runner.tiles import tile
 
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
-_LOW = 0xFFFFFFFF
-
-
-def philox(seed: int, sample: int, position: int, count: int, device: torch.device) -> torch.Tensor:
-    """uint32 words 0..count-1 of a stream, as int64 [count]: Philox4x32-10 (Salmon et al., SC 2011).
-
-    Counter (v // 4, position, sample, 0) and key `seed` give the words of tokens 4 (v // 4) .. + 3.
-    """
-    blocks = -(-count // 4)
-    c0 = torch.arange(blocks, dtype=torch.int64, device=device)
-    c1, c2, c3 = (torch.full_like(c0, word) for word in (position & _LOW, sample & _LOW, 0))
-    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
-    for _ in range(10):
-        p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = _high(p1) ^ c1 ^ k0, p1 & _LOW, _high(p0) ^ c3 ^ k1, p0 & _LOW
-        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-    return torch.stack((c0, c1, c2, c3), dim=1).reshape(-1)[:count]
-
-
-def _high(product: torch.Tensor) -> torch.Tensor:
-    return (product >> 32) & _LOW
-
-
-def gumbel(seed: int, sample: int, position: int, count: int, device: torch.device) -> torch.Tensor:
-    """Standard Gumbel noise of tokens 0..count-1, float32 [count].
-
-    -log(-log(1 - u)) with u on the grid (word + 1/2) / 2^32: small u, that is large noise, keep full precision.
-    """
-    u = (philox(seed, sample, position, count, device).float() + 0.5) * 2.0**-32
-    return -torch.log(-torch.log1p(-u.clamp_(max=1 - 2.0**-24)))
-
-
-def sample_row(logits: torch.Tensor, row: SamplingRow, position: int, sample: int = 0) -> int:
-    """The token at `position` from float32 logits [vocabulary]: divide by T, top_k, top_p, then argmax with noise."""
-    if row.temperature == 0:
-        return int(logits.argmax())
-    scaled = logits / row.temperature
-    if row.top_k and row.top_k < scaled.numel():
-        scaled = keep_top_k(scaled, row.top_k)
-    if row.top_p < 1:
-        scaled = keep_top_p(scaled, row.top_p)
-    return int((scaled + gumbel(row.seed, sample, position, scaled.numel(), scaled.device)).argmax())
-
-
-def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """All below the k-th largest become -inf; ties with it stay."""
-    threshold = logits.topk(k).values[-1]
-    return logits.masked_fill(logits < threshold, -torch.inf)
-
-
-def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep the smallest set of largest logits whose probability reaches p; ties with the last kept one stay."""
-    ordered = logits.sort(descending=True).values
-    before = ordered.softmax(-1).cumsum(-1).roll(1)
-    before[0] = 0.0
-    threshold = ordered[int((before < p).sum()) - 1]
-    return logits.masked_fill(logits < threshold, -torch.inf)
+SMALL_TOP_K = 1024
+"""Rows that keep at most this many tokens are drawn apart from those that may keep the whole vocabulary."""
+_ELEMENTS_AT_ONCE = 2**20
+"""Logits looked at together by rows that may keep the whole vocabulary; bounds the memory their filters take."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A token whose log-probability was asked for: its row of logits, its id, and how many alternatives."""
+class DrawGroup:
+    """Rows drawn together: their numbers int64 [n], or None for all rows of the step, and their parameters."""
 
-    row: int
-    token_id: int
-    top: int
+    rows: torch.Tensor | None
+    draw: DrawRows
 
 
-def token_logprobs(logits: torch.Tensor, wanted: list[Wanted]) -> list[TokenLogprobs]:
-    """Log-probabilities under raw float32 logits [rows, vocabulary]; rank 1 is the argmax."""
-    if not wanted:
-        return []
-    chosen = logits[[w.row for w in wanted]]
-    total = chosen.logsumexp(-1, keepdim=True)
-    ids = torch.tensor([w.token_id for w in wanted], device=logits.device)[:, None]
-    own = chosen.gather(1, ids)
-    ranks = (chosen > own).sum(-1).add(1).tolist()
-    top = chosen.topk(min(max(w.top for w in wanted), chosen.shape[1]), dim=-1)
-    logprobs, top_ids, top_logprobs = (own - total)[:, 0].tolist(), top.indices.tolist(), (top.values - total).tolist()
-    return [
-        TokenLogprobs(w.token_id, logprobs[i], ranks[i], top_ids[i][: w.top], top_logprobs[i][: w.top])
-        for i, w in enumerate(wanted)
-    ]
+@dataclass(frozen=True)
+class SamplerInputs:
+    """What the rows of a step ask for, as tensors on its device; sizes and absences are known to the host.
+
+    greedy: numbers of rows at temperature 0, int64 [n]; None for all rows. logprob_rows: rows that want
+    log-probabilities, int64 [n], and `tops`, the alternatives of each; None for none.
+    """
+
+    num_rows: int
+    greedy: torch.Tensor | None
+    groups: list[DrawGroup]
+    edits: LogitEdits | None
+    logprob_rows: torch.Tensor | None
+    tops: list[int]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Token ids int64 [rows], and the log-probabilities that were asked for, in the order of their rows."""
+
+    tokens: torch.Tensor
+    logprobs: Logprobs | None
+
+
+def sampler_inputs(rows: Sequence[SampledRow], vocab_size: int, device: torch.device) -> SamplerInputs:
+    """Inputs of `sample` for one row of logits each. Waits for nothing."""
+    greedy: list[int] = []
+    small: list[int] = []
+    large: list[int] = []
+    for number, row in enumerate(rows):
+        kind = greedy if row.sampling.temperature == 0 else small if 0 < row.sampling.top_k <= SMALL_TOP_K else large
+        kind.append(number)
+    step = max(1, _ELEMENTS_AT_ONCE // vocab_size)
+    parts = [small, *(large[i : i + step] for i in range(0, len(large), step))]
+    wanted = [number for number, row in enumerate(rows) if row.sampling.logprobs >= 0]
+    return SamplerInputs(
+        num_rows=len(rows),
+        greedy=_numbers(greedy, len(rows), device),
+        groups=[_group(part, rows, device) for part in parts if part],
+        edits=logit_edits(rows, device),
+        logprob_rows=torch.tensor(wanted, device=device) if wanted else None,
+        tops=[rows[number].sampling.logprobs for number in wanted],
+    )
+
+
+def sample(
+    logits: torch.Tensor, inputs: SamplerInputs, mask: torch.Tensor | None = None, narrow: bool | None = None
+) -> Sampled:
+    """One token per row of raw float32 logits [rows, vocabulary], which are not changed.
+
+    mask: tokens that may be sampled, bool [rows, vocabulary], or int32 [rows, ceil(vocabulary / 32)] with the lowest
+    bit for the lowest id. narrow: see `draw`; by default on the CPU alone, where waiting costs nothing.
+    """
+    narrow = logits.device.type == "cpu" if narrow is None else narrow
+    edited = logits if inputs.edits is None else inputs.edits.apply(logits)
+    if mask is not None:
+        edited = edited.masked_fill(~_unpacked(mask, logits.shape[1]), -torch.inf)
+    if inputs.greedy is None:
+        tokens = tile(edited).first_argmax()
+    else:
+        tokens = torch.zeros(inputs.num_rows, dtype=torch.int64, device=logits.device)
+        if len(inputs.greedy):
+            tokens[inputs.greedy] = tile(edited[inputs.greedy]).first_argmax()
+    for group in inputs.groups:
+        if group.rows is None:
+            tokens = draw(edited, group.draw, narrow)
+        else:
+            tokens[group.rows] = draw(edited[group.rows], group.draw, narrow)
+    return Sampled(tokens, _logprobs(logits, tokens, inputs))
+
+
+def _logprobs(logits: torch.Tensor, tokens: torch.Tensor, inputs: SamplerInputs) -> Logprobs | None:
+    rows = inputs.logprob_rows
+    if rows is None:
+        return None
+    chosen = logits if len(rows) == inputs.num_rows else logits[rows]
+    return token_logprobs(chosen, tokens[rows], max(inputs.tops))
+
+
+def _unpacked(mask: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    if mask.dtype == torch.bool:
+        return mask
+    bits = (mask[:, :, None] >> torch.arange(32, device=mask.device, dtype=mask.dtype)) & 1
+    return bits.flatten(1)[:, :vocab_size].bool()
+
+
+def _numbers(rows: list[int], total: int, device: torch.device) -> torch.Tensor | None:
+    return None if len(rows) == total else torch.tensor(rows, dtype=torch.int64, device=device)
+
+
+def _group(numbers: list[int], rows: Sequence[SampledRow], device: torch.device) -> DrawGroup:
+    chosen = [rows[number] for number in numbers]
+    params = [row.sampling for row in chosen]
+
+    def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)[:, None]
+
+    return DrawGroup(
+        rows=_numbers(numbers, len(rows), device),
+        draw=DrawRows(
+            temperature=column([each.temperature for each in params], torch.float32),
+            log_min_p=column([math.log(each.min_p) if each.min_p else -math.inf for each in params], torch.float32),
+            top_k=column([each.top_k for each in params], torch.int64),
+            top_p=column([each.top_p for each in params], torch.float64),
+            keys=noise_keys(
+                [each.seed for each in params],
+                [each.sample_index for each in params],
+                [row.position for row in chosen],
+                device,
+            ),
+            max_top_k=max(each.top_k for each in params),
+            any_top_p=any(each.top_p < 1 for each in params),
+        ),
+    )

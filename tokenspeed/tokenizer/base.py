@@ -36,6 +36,11 @@ class Tokenizer(Protocol):
         """Texts that a chat template may name: `bos_token`, `eos_token` and the like."""
         ...
 
+    @property
+    def token_bytes(self) -> Mapping[int, bytes]:
+        """The bytes of each id; they may be a part of a character."""
+        ...
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text; special tokens written in it are recognised. `add_special_tokens` adds the bos or eos the
         model was trained with. Raises PromptError on text that is not valid Unicode."""

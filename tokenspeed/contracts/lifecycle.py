@@ -6,20 +6,23 @@ from enum import IntEnum
 
 
 class Status(IntEnum):
-    """WAITING_REMOTE: its KV is computed elsewhere. LOADING: its KV is on the way into its pages."""
+    """WAITING_REMOTE: its KV is computed elsewhere. LOADING: its KV is on the way into its pages. PREEMPTED: it lost its
+    pages to another and waits again as soon as the steps that still name it have retired."""
 
     WAITING = 0
     WAITING_REMOTE = 1
     LOADING = 2
     RUNNING = 3
-    FINISHED = 4
+    PREEMPTED = 4
+    FINISHED = 5
 
 
 TRANSITIONS: dict[Status, frozenset[Status]] = {
     Status.WAITING: frozenset({Status.WAITING_REMOTE, Status.LOADING, Status.RUNNING, Status.FINISHED}),
     Status.WAITING_REMOTE: frozenset({Status.LOADING, Status.FINISHED}),
     Status.LOADING: frozenset({Status.RUNNING, Status.FINISHED}),
-    Status.RUNNING: frozenset({Status.FINISHED}),
+    Status.RUNNING: frozenset({Status.PREEMPTED, Status.FINISHED}),
+    Status.PREEMPTED: frozenset({Status.WAITING, Status.FINISHED}),
     Status.FINISHED: frozenset(),
 }
 

@@ -1,0 +1,238 @@
+"""An engine process that dies, hangs, raises or does not start; and what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.engine.async_tools import ROOT, alive, command, deltas, fake_engine, importable, read, run, until
+from tests.engine.fake_core import FATAL, said
+from tokenspeed.config.engine import EngineConfig
+from tokenspeed.contracts.errors import ConfigError, EngineDeadError, ModelNotFoundError
+from tokenspeed.engine.async_engine import AsyncEngine
+
+__all__ = ["importable"]
+FOREVER = 10**6
+PARENT = """
+import asyncio, sys, time
+from tests.engine.async_tools import command
+from tokenspeed.config.engine import EngineConfig
+from tokenspeed.engine.async_engine import AsyncEngine
+
+async def main():
+    engine = await AsyncEngine.start(EngineConfig(), core_command=command("ok"))
+    print(engine.pid, flush=True)
+    time.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the folders of sockets are made."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_a_killed_engine_fails_its_streams_within_three_seconds(sockets: Path) -> None:
+    async def main() -> None:
+        async with fake_engine(step_s=0.001) as engine:
+            assert engine.pid is not None
+            streams = [engine.submit([number, 2], deltas(FOREVER)) for number in range(1, 9)]
+            for stream in streams:
+                await anext(stream)
+            os.kill(engine.pid, signal.SIGKILL)
+            async with asyncio.timeout(3):
+                for stream in streams:
+                    with pytest.raises(EngineDeadError, match=r"killed by signal 9 \(SIGKILL\)"):
+                        await read(stream)
+            health = engine.health()
+            assert not health.ok
+            assert "SIGKILL" in health.reason
+            with pytest.raises(EngineDeadError, match="SIGKILL"):
+                engine.submit([1], deltas())
+            assert not alive(engine.pid)
+            assert await engine.drain(timeout=1) == 0
+        assert list(sockets.iterdir()) == []
+
+    run(main())
+
+
+def test_an_engine_that_exits_says_its_status() -> None:
+    async def main() -> None:
+        async with fake_engine("exit") as engine:
+            with pytest.raises(EngineDeadError, match="ended with status 7"):
+                await read(engine.submit([FATAL], deltas()))
+
+    run(main())
+
+
+def test_a_step_that_raises_fails_all_and_is_in_the_log(capfd: pytest.CaptureFixture[str]) -> None:
+    async def main() -> None:
+        async with fake_engine("raise", step_s=0.001) as engine:
+            assert engine.pid is not None
+            bystander = engine.submit([1, 2], deltas(FOREVER))
+            await anext(bystander)
+            fatal = engine.submit([FATAL], deltas())
+            for stream in (fatal, bystander):
+                with pytest.raises(EngineDeadError, match="the engine failed: RuntimeError: the bolt broke"):
+                    await read(stream)
+            assert "the bolt broke" in engine.health().reason
+            pid = engine.pid
+            await until(lambda: not alive(pid))
+
+    run(main())
+    log = capfd.readouterr().err
+    assert "Traceback" in log
+    assert "in _go_wrong" in log
+
+
+def test_a_stuck_step_is_unhealthy_and_shows_its_stacks(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with fake_engine("hang", stuck_after_s=0.2) as engine:
+            assert engine.pid is not None
+            await read(engine.submit([1], deltas(3)))
+            stream = engine.submit([FATAL], deltas())
+            await until(lambda: not engine.health().ok)
+            assert "stuck" in engine.health().reason
+            assert "1 requests wait" in engine.health().reason
+            log = ""
+            while "in _go_wrong" not in log:
+                log += capfd.readouterr().err
+                await asyncio.sleep(0.01)
+            # The abort cannot reach it; it stays unhealthy as long as it does not answer.
+            stream.abort()
+            assert not engine.health().ok
+            await engine.close()
+            assert not alive(engine.pid)
+
+    run(main())
+    assert [record.levelname for record in caplog.records if "stuck" in record.message] == ["ERROR"]
+
+
+def test_an_engine_that_works_long_is_healthy_as_long_as_it_steps() -> None:
+    async def main() -> None:
+        async with fake_engine(step_s=0.05, stuck_after_s=2) as engine:
+            stream = engine.submit([1, 2], deltas(50))
+            while not stream.output.finished:
+                assert engine.health() == (True, "running")
+                await asyncio.sleep(0.05)
+
+    run(main())
+
+
+def test_signals_to_the_engine_are_left_to_its_parent() -> None:
+    async def main() -> None:
+        async with fake_engine(step_s=0.001) as engine:
+            assert engine.pid is not None
+            stream = engine.submit([1, 2], deltas(100))
+            await anext(stream)
+            os.kill(engine.pid, signal.SIGINT)
+            os.kill(engine.pid, signal.SIGTERM)
+            await read(stream)
+            assert stream.output.outputs[0].token_ids == said([1, 2], 0, 100)
+            assert os.getpgid(engine.pid) != os.getpgid(0)
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "mode, error, text",
+    [
+        ("no-model", ModelNotFoundError, r"^no model at nowhere$"),
+        ("build-error", EngineDeadError, "the engine failed: ZeroDivisionError: a wheel came off"),
+    ],
+)
+def test_a_start_that_fails(
+    sockets: Path, capfd: pytest.CaptureFixture[str], mode: str, error: type[Exception], text: str
+) -> None:
+    async def main() -> None:
+        with pytest.raises(error, match=text):
+            await AsyncEngine.start(EngineConfig(model="nowhere"), core_command=command(mode))
+
+    run(main())
+    assert list(sockets.iterdir()) == []
+    # A user's mistake is one line, told by who asked; a bug has its traceback.
+    assert ("Traceback" in capfd.readouterr().err) == (mode == "build-error")
+
+
+def test_a_process_that_never_connects(sockets: Path) -> None:
+    async def main() -> None:
+        with pytest.raises(EngineDeadError, match="ended with status 5"):
+            await AsyncEngine.start(EngineConfig(), core_command=[sys.executable, "-c", "raise SystemExit(5)"])
+
+    run(main())
+    assert list(sockets.iterdir()) == []
+
+
+def test_a_cancelled_start_leaves_nothing(sockets: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    note = tmp_path_factory.mktemp("pid") / "pid"
+    code = f"import os, pathlib, time; pathlib.Path({str(note)!r}).write_text(str(os.getpid())); time.sleep(600)"
+
+    async def main() -> None:
+        starting = asyncio.create_task(AsyncEngine.start(EngineConfig(), core_command=[sys.executable, "-c", code]))
+        await until(lambda: note.exists() and note.read_text() != "")
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+
+    run(main())
+    assert not alive(int(note.read_text()))
+    assert list(sockets.iterdir()) == []
+
+
+def test_the_socket_is_private_and_goes_with_the_engine(sockets: Path) -> None:
+    async def main() -> None:
+        async with fake_engine():
+            (folder,) = sockets.iterdir()
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+            assert [path.is_socket() for path in folder.iterdir()] == [True]
+
+    run(main())
+    assert list(sockets.iterdir()) == []
+
+
+def test_a_temporary_directory_too_deep_for_a_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("d" * 60) / ("e" * 60)
+    deep.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+
+    async def main() -> None:
+        with pytest.raises(ConfigError, match="TMPDIR"):
+            await AsyncEngine.start(EngineConfig(), core_command=command("ok"))
+
+    run(main())
+    assert list(deep.iterdir()) == []
+
+
+def test_an_engine_that_does_not_stop_is_killed() -> None:
+    async def main() -> None:
+        async with fake_engine("slow-close") as engine:
+            assert engine.pid is not None
+            await engine.close(timeout=0.1)
+            assert not alive(engine.pid)
+
+    run(main())
+
+
+def test_an_engine_ends_with_its_parent(sockets: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(sockets)}
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, env=environment)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    assert alive(pid)
+    parent.kill()
+    # The engine holds the other end of this pipe, too: reading ends when both are gone.
+    assert parent.communicate(timeout=20)[0] == ""
+    assert list(sockets.iterdir()) == []

@@ -1,0 +1,175 @@
+"""An engine without a model, in the event loop of the server under test, that a test can hold, break and look into."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tokenspeed.contracts.errors import EngineClosedError, EngineDeadError
+from tokenspeed.contracts.request import Request, SequenceUpdate
+from tokenspeed.contracts.sampling import SamplingParams
+from tokenspeed.contracts.step import TokenLogprobs
+from tokenspeed.engine.async_engine import Health
+from tokenspeed.engine.intake import Intake
+from tokenspeed.engine.messages import EngineInfo
+from tokenspeed.engine.stream import Outbox, RequestStream
+from tokenspeed.tokenizer.base import VocabularyTokenizer
+from tokenspeed.tokenizer.detokenizer import TokenBytes
+
+IDLE = Health(True, "idle")
+EOS = 256
+VOCAB_SIZE = 257
+MAX_MODEL_LEN = 200
+CACHED = 3
+"""Prompt tokens that the fake says it had in its cache."""
+REFUSED = 7
+"""A prompt that begins with this id is refused by the engine itself, after it was submitted."""
+
+
+class _Bytes:
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return list(text.encode())
+
+
+def byte_tokenizer(chat_template: str | None = None) -> VocabularyTokenizer:
+    """An id per byte, and one more that ends a text."""
+    return VocabularyTokenizer(
+        encoder=_Bytes(),
+        token_bytes=TokenBytes(lambda token: bytes([token]) if token < EOS else b"<eos>", VOCAB_SIZE),
+        vocab_size=VOCAB_SIZE,
+        special_ids=frozenset({EOS}),
+        strip_leading_space=False,
+        bos_token_id=None,
+        eos_token_ids=[EOS],
+        chat_template=chat_template,
+        special_tokens={},
+    )
+
+
+def shout(request: Request, index: int) -> list[int]:
+    """The default answer: the prompt in capitals (samples after the first: repeated index + 1 times), then eos."""
+    return list(bytes(token % 256 for token in request.prompt_token_ids).upper()) * (index + 1) + [EOS]
+
+
+def logprob(token: int, top: int) -> TokenLogprobs:
+    """Made up: the token is the likeliest of all, its successors follow."""
+    tops = [(token + step) % VOCAB_SIZE for step in range(top)]
+    return TokenLogprobs(token, -token / 512, 1, tops, [-(token + step) / 512 for step in range(top)])
+
+
+@dataclass
+class FakeEngine:
+    """Implements `server.engine.Engine`: a token per sample and turn of the loop, as long as `open` is set."""
+
+    tokenizer: VocabularyTokenizer | None = field(default_factory=byte_tokenizer)
+    answer: Callable[[Request, int], list[int]] = shout
+    defaults: dict[str, object] = field(default_factory=dict)
+    tokens_at_once: int = 1
+    held_after: int | None = None
+    """Samples stop after this many tokens until `open` is set."""
+    open: asyncio.Event = field(default_factory=asyncio.Event)
+    requests: list[Request] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    well: Health = IDLE
+    death: EngineDeadError | None = None
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.info = EngineInfo(
+            model="fake", max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, sampling_defaults=self.defaults
+        )
+        self._intake = Intake(self.info, self.tokenizer, 0)
+        self._outboxes: dict[str, Outbox] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def submit(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> RequestStream:
+        if self.death or self.closed:
+            raise self.death or EngineClosedError("the engine is closed")
+        assert request_id is not None
+        request = self._intake.request(request_id, prompt, params, priority, cache_salt)
+        self.requests.append(request)
+        outbox = self._outboxes[request_id] = Outbox(request, request_id, None, self.tokenizer)
+        task = asyncio.ensure_future(self._play(request, outbox))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return RequestStream(outbox, lambda: self._abort(request_id))
+
+    @property
+    def running(self) -> list[str]:
+        """Ids of requests that have not ended."""
+        return [name for name, outbox in self._outboxes.items() if not outbox.finished]
+
+    def die(self, error: EngineDeadError) -> None:
+        """End, and every request with it."""
+        self.death, self.well = error, Health(False, str(error))
+        for outbox in self._outboxes.values():
+            if not outbox.finished:
+                outbox.fail(error)
+
+    def health(self) -> Health:
+        return self.well
+
+    def stats(self) -> dict[str, float]:
+        return {"num_requests_running": float(len(self.running)), "num_preemptions": 4.0}
+
+    async def drain(self, timeout: float) -> int:
+        left = self.running
+        for name in left:
+            self._abort(name)
+        return len(left)
+
+    async def close(self) -> None:
+        self.closed = True
+
+    def _abort(self, name: str) -> None:
+        outbox = self._outboxes[name]
+        if not outbox.finished:
+            self.aborted.append(name)
+            outbox.abort()
+
+    async def _play(self, request: Request, outbox: Outbox) -> None:
+        if request.prompt_token_ids[0] == REFUSED:
+            outbox.fail(EngineClosedError("refused by the engine"))
+            return
+        if request.params.prompt_logprobs is not None:
+            top = request.params.prompt_logprobs
+            found = [logprob(token, top) for token in request.prompt_token_ids[1:]]
+            for half in (found[:2], found[2:]):
+                outbox.take(SequenceUpdate(request_id=request.request_id, prompt_logprobs=half))
+                await asyncio.sleep(0)
+        await asyncio.gather(*(self._play_sample(request, outbox, index) for index in range(request.params.n)))
+
+    async def _play_sample(self, request: Request, outbox: Outbox, index: int) -> None:
+        params, done = request.params, 0
+        limit = min(params.max_tokens or MAX_MODEL_LEN, MAX_MODEL_LEN - len(request.prompt_token_ids))
+        answer = self.answer(request, index)[:limit]
+        while done < len(answer):
+            if self.held_after is not None and done >= self.held_after:
+                await self.open.wait()
+            if outbox.finished or outbox.output.outputs[index].finished():
+                return
+            new = answer[done : done + self.tokens_at_once]
+            done += len(new)
+            reason = None
+            if done == len(answer):
+                reason = "stop" if new[-1] in request.eos_token_ids else "length"
+            outbox.take(
+                SequenceUpdate(
+                    request_id=request.request_id,
+                    index=index,
+                    new_token_ids=new,
+                    logprobs=[logprob(token, params.logprobs) for token in new] if params.logprobs is not None else [],
+                    finish_reason=reason,
+                    num_cached_tokens=CACHED,
+                )
+            )
+            await asyncio.sleep(0)

@@ -1,0 +1,154 @@
+"""`tokenspeed serve` as a process, its engine a fake one in another process: loading, signals, death."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.server.server_process import GUARD_S, ServerProcess, alive, started
+
+PROMPT = [1, 2, 3]
+
+
+def fake(mode: str, step_s: float, *flags: str) -> Any:
+    return started("tests.server.serve_fake", [mode, str(step_s), *flags])
+
+
+@contextmanager
+def streaming(server: ServerProcess, tokens: int) -> Iterator[Iterator[Any]]:
+    """Events of a stream; two have been read."""
+    body = {"prompt": PROMPT, "max_tokens": tokens, "stream": True, "return_token_ids": True}
+
+    def events(response: httpx2.Response) -> Iterator[Any]:
+        for line in response.iter_lines():
+            if line:
+                yield line if line == "data: [DONE]" else json.loads(line.removeprefix("data: "))
+
+    with httpx2.stream("POST", f"{server.url}/v1/completions", json=body, timeout=GUARD_S) as response:
+        found = events(response)
+        next(found)
+        next(found)
+        yield found
+
+
+def ask_until_refused(server: ServerProcess) -> None:
+    end = time.monotonic() + GUARD_S
+    while time.monotonic() < end:
+        server.get("/health")
+
+
+def test_while_it_loads_and_a_signal_then() -> None:
+    with fake("slow-start", 0) as server:
+        response = server.get("/health")
+        assert (response.status_code, response.json()["status"]) == (503, "unavailable")
+        assert response.json()["reason"].startswith("loading the model")
+        assert server.post("/v1/completions", prompt=PROMPT).json()["error"]["code"] == "loading"
+        assert server.get("/v1/models").status_code == 503
+        assert server.get("/metrics").status_code == 200
+        assert server.get("/version").status_code == 200
+        (engine,) = server.children()
+        assert server.terminate() == 0, server.log
+        assert not alive(engine)
+
+
+def test_idle_running_and_drained() -> None:
+    with fake("ok", 0.01) as server:
+        server.wait_until_ready()
+        assert server.get("/health").json() == {"status": "ok", "reason": "idle"}
+        (engine,) = server.children()
+        with streaming(server, 60) as events:
+            assert server.get("/health").json() == {"status": "ok", "reason": "running"}
+            server.process.send_signal(signal.SIGTERM)
+            *parts, done = events
+            assert done == "data: [DONE]"
+            assert parts[-1]["choices"][0]["finish_reason"] == "length"
+        assert server.wait() == 0, server.log
+        assert not alive(engine)
+        with pytest.raises(httpx2.ConnectError):
+            server.get("/health")
+
+
+def test_nothing_is_accepted_while_it_drains_and_the_rest_is_told_why() -> None:
+    with fake("ok", 0.01, "--drain-timeout", "1.5") as server:
+        server.wait_until_ready()
+        with streaming(server, 4000) as events:
+            server.process.send_signal(signal.SIGTERM)
+            with pytest.raises(httpx2.ConnectError):
+                ask_until_refused(server)
+            *_, error, done = events
+        assert (error["error"]["code"], done) == ("shutting_down", "data: [DONE]")
+        assert server.wait() == 0, server.log
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    with fake("ok", 0.01, "--drain-timeout", "500") as server:
+        server.wait_until_ready()
+        with streaming(server, 4000) as events:
+            server.process.send_signal(signal.SIGTERM)
+            next(events)
+            assert server.terminate() == 0, server.log
+
+
+def test_death_of_the_engine_process() -> None:
+    with fake("ok", 0.01) as server:
+        server.wait_until_ready()
+        (engine,) = server.children()
+        with streaming(server, 4000) as events:
+            os.kill(engine, signal.SIGKILL)
+            *_, error, done = events
+        assert error["error"]["code"] == "engine_dead"
+        assert "SIGKILL" in error["error"]["message"]
+        assert done == "data: [DONE]"
+        response = server.get("/health")
+        assert response.status_code == 503
+        assert "SIGKILL" in response.json()["reason"]
+        assert server.post("/v1/completions", prompt=PROMPT).status_code == 503
+        assert server.terminate() == 0, server.log
+
+
+def test_a_client_that_leaves_is_aborted_in_the_engine() -> None:
+    with fake("ok", 0.005) as server:
+        server.wait_until_ready()
+        with streaming(server, 4000):
+            pass
+        end = time.monotonic() + GUARD_S
+        while 'finished_reason="abort",model_name="fake"} 1.0' not in server.get("/metrics").text:
+            assert time.monotonic() < end
+        while server.get("/health").json()["reason"] != "idle":
+            assert time.monotonic() < end
+        body = server.post("/v1/completions", prompt=PROMPT, max_tokens=2, return_token_ids=True).json()
+        assert body["choices"][0]["token_ids"] == [1, 2]
+        assert server.terminate() == 0, server.log
+
+
+@pytest.mark.parametrize(
+    "mode, flags, complaint",
+    [
+        ("no-model", ("some/where",), "tokenspeed: error: no model at some/where"),
+        ("ok", ("--host", "256.0.0.1"), "tokenspeed: error: cannot listen on --host 256.0.0.1 --port 0"),
+        ("ok", ("a", "--model", "b"), "tokenspeed: error: two models: a and --model b"),
+        ("ok", ("--drain-timeout", "-1"), "tokenspeed: error: --drain-timeout must be at least 0"),
+    ],
+)
+def test_what_keeps_it_from_starting(mode: str, flags: tuple[str, ...], complaint: str) -> None:
+    with fake(mode, 0, *flags) as server:
+        assert server.wait() == 1
+        assert server.log[-1].startswith(complaint)
+        assert "Traceback" not in "\n".join(server.log)
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with fake("ok", 0, "--port", port) as server:
+            assert server.wait() == 1
+            assert f"--port {port}" in server.log[-1]

@@ -1,0 +1,72 @@
+"""`tokenspeed serve`: the model behind an HTTP server that OpenAI's clients know."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from typing import Any
+
+from tokenspeed.cli.flags import add_engine_flags, engine_settings
+from tokenspeed.config.engine import EngineConfig
+from tokenspeed.contracts.errors import ConfigError
+
+
+def add_parser(commands: Any) -> None:
+    """Register the subcommand."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description="Serve a model with OpenAI's endpoints: /v1/completions, /v1/chat/completions, /v1/models; and "
+        "/health, /metrics, /version. SIGTERM finishes what runs, then ends. Without a model: Gemma 3 270M.",
+    )
+    parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    group.add_argument("--port", type=int, default=8000, metavar="N", help="port; 0 takes a free one (default: 8000)")
+    group.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        default=[],
+        help="names that requests may use, the first one is answered (default: the model as given)",
+    )
+    group.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds that running requests get after SIGTERM (default: 30)",
+    )
+    add_engine_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Listen, load, serve."""
+    config = EngineConfig.from_kwargs(engine_settings(options) | {"model": _model(options)})
+    if not options.drain_timeout >= 0:
+        raise ConfigError(f"--drain-timeout must be at least 0, got {options.drain_timeout}")
+    from tokenspeed.engine.async_engine import AsyncEngine
+    from tokenspeed.server.engine import Engine, Progress
+    from tokenspeed.server.run import listen, run
+    from tokenspeed.server.state import ServerState
+
+    async def start(progress: Progress) -> Engine:
+        return await AsyncEngine.start(config, progress=progress)
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    listening = listen(options.host, options.port)
+    host, port = listening.getsockname()[:2]
+    logging.getLogger("tokenspeed.server").info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    state = ServerState(tuple(dict.fromkeys(options.served_model_name)), config.chat_template)
+    run(state, start, listening, options.drain_timeout)
+
+
+def _model(options: argparse.Namespace) -> str | None:
+    named, flagged = options.model_argument, options.model
+    if named is not None and flagged is not None and named != flagged:
+        raise ConfigError(f"two models: {named} and --model {flagged}")
+    return named if named is not None else flagged

@@ -1,0 +1,298 @@
+"""`AsyncEngine`: the engine in a process of its own, and a stream of outputs for each request. No torch here."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+from tokenspeed.config.engine import EngineConfig
+from tokenspeed.contracts.errors import EngineClosedError, EngineDeadError, TokenSpeedError
+from tokenspeed.contracts.request import SequenceUpdate
+from tokenspeed.contracts.sampling import SamplingParams
+from tokenspeed.engine.intake import Intake, open_tokenizer
+from tokenspeed.engine.ipc import ServingChannel
+from tokenspeed.engine.loop import FAILED
+from tokenspeed.engine.messages import (
+    Abort,
+    EngineInfo,
+    Failed,
+    FromEngine,
+    Loading,
+    Ready,
+    Refused,
+    Step,
+    Stop,
+    Submit,
+)
+from tokenspeed.engine.process import EngineProcess, exit_text
+from tokenspeed.engine.stream import Outbox, RequestStream
+from tokenspeed.tokenizer.base import Tokenizer
+
+logger = logging.getLogger("tokenspeed")
+STUCK_AFTER_S = 60.0
+"""A slow processor may need tens of seconds for one step of a long prompt."""
+CLOSE_S = 5.0
+"""How long a process that was told to stop may take before it is killed."""
+_LAST_WORDS_S = 1.0
+Progress = Callable[[int, int], None]
+
+
+class Health(NamedTuple):
+    """ok: a step finished lately, or there is nothing to do. reason: what the engine does, or what is wrong."""
+
+    ok: bool
+    reason: str
+
+
+class AsyncEngine:
+    """One engine process and the streams of its requests. Made by `start`; used from the event loop it was started
+    on."""
+
+    info: EngineInfo
+    tokenizer: Tokenizer | None
+    """None for a model without one: it takes and gives ids alone."""
+
+    def __init__(self, config: EngineConfig, progress: Progress | None, stuck_after_s: float) -> None:
+        self.config = config
+        self._report = progress
+        self._stuck_after_s = stuck_after_s
+        self._channel = ServingChannel(self._receive)
+        self._process: EngineProcess | None = None
+        self._watchers: list[asyncio.Task[None]] = []
+        self._ready: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
+        self._failed = asyncio.Event()
+        self._refusal: TokenSpeedError | None = None
+        self._death: EngineDeadError | None = None
+        self._closed = False
+        self._outboxes: dict[str, Outbox] = {}
+        self._emptied = asyncio.Event()
+        self._emptied.set()
+        self._numbers = itertools.count()
+        self._num_sent = 0
+        self._idle_after: int | None = 0
+        self._progressed = time.monotonic()
+        self._stats: dict[str, float] = {}
+
+    @classmethod
+    async def start(
+        cls,
+        config: EngineConfig,
+        *,
+        core_command: Sequence[str] | None = None,
+        progress: Progress | None = None,
+        stuck_after_s: float = STUCK_AFTER_S,
+    ) -> AsyncEngine:
+        """Start the process and wait until the model is loaded.
+
+        core_command: what to run instead of `python -m tokenspeed.engine.core`. progress: called while it loads, with
+        bytes (done, total). stuck_after_s: an engine with work and no finished step for this long is unwell.
+        Raises what the start raised in the process: ModelNotFoundError, ConfigError, MemoryLimitError and so on;
+        EngineDeadError where it ended otherwise.
+        """
+        engine = cls(config, progress, stuck_after_s)
+        try:
+            await engine._launch(core_command)
+        except BaseException:
+            await engine._end(timeout=0)
+            raise
+        return engine
+
+    async def _launch(self, core_command: Sequence[str] | None) -> None:
+        self._process = await EngineProcess.start(self._channel.endpoint, self.config, core_command)
+        self._watchers = [
+            asyncio.create_task(self._watch_process(self._process)),
+            asyncio.create_task(self._watch_progress(self._process)),
+        ]
+        info = self.info = await self._ready
+        self.tokenizer = None
+        if info.path is not None and info.format is not None:
+            self.tokenizer = await asyncio.to_thread(open_tokenizer, info.path, info.format, info.model)
+        self._intake = Intake(info, self.tokenizer, self.config.seed)
+
+    def default_sampling_params(self) -> SamplingParams:
+        """SamplingParams with the defaults the checkpoint states."""
+        return SamplingParams.from_dict(dict(self.info.sampling_defaults))
+
+    def submit(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> RequestStream:
+        """Queue a request, and give the stream of its outputs, cumulative or not as `params.output_kind` says.
+
+        Raises PromptError and ParameterError on what is seen to be wrong here, EngineClosedError, EngineDeadError. What
+        the engine itself refuses is raised by the stream.
+        """
+        if self._refusal is not None:
+            raise self._refusal.with_traceback(None)
+        number = next(self._numbers)
+        shown_id = str(number) if request_id is None else request_id
+        # Ids that users chose may come again while late updates of an aborted request are still under way.
+        wire_id = f"{shown_id}-{number:x}"
+        request = self._intake.request(wire_id, prompt, params, priority, cache_salt)
+        text = prompt if isinstance(prompt, str) else None
+        outbox = Outbox(request, shown_id, text, self.tokenizer)
+        self._outboxes[wire_id] = outbox
+        self._emptied.clear()
+        self._send(Submit(request))
+        return RequestStream(outbox, lambda: self._abort(wire_id))
+
+    def health(self) -> Health:
+        """Whether the engine makes progress, as of now."""
+        if self._death is not None:
+            return Health(False, str(self._death))
+        if self._closed:
+            return Health(False, "the engine is closed")
+        self._channel.drain()  # what has come while this loop was busy counts
+        if not self._busy:
+            return Health(True, "idle")
+        silent = time.monotonic() - self._progressed
+        if silent > self._stuck_after_s:
+            waiting = f"{len(self._outboxes)} requests wait"
+            return Health(False, f"the engine is stuck: no step finished for {silent:.0f} s, {waiting}")
+        return Health(True, "running")
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine process."""
+        return None if self._process is None else self._process.pid
+
+    def stats(self) -> dict[str, float]:
+        """The engine's counters, at most a quarter of a second old while it works."""
+        return dict(self._stats)
+
+    async def drain(self, timeout: float) -> int:
+        """Take no new requests, let those that run finish for `timeout` seconds, abort the others; how many those
+        were."""
+        self._refusal = self._refusal or EngineClosedError("the engine is draining and takes no new requests")
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._emptied.wait(), timeout)
+        left = list(self._outboxes)
+        for wire_id in left:
+            self._abort(wire_id)
+        return len(left)
+
+    async def close(self, timeout: float = CLOSE_S) -> None:
+        """End every stream with EngineClosedError, and the process, which is killed after `timeout` seconds, or at once
+        when it is stuck. May be called again."""
+        await self._end(timeout if self.health().ok else 0)
+
+    async def _end(self, timeout: float) -> None:
+        closed = EngineClosedError("the engine is closed")
+        self._closed = True
+        self._refusal = self._death or closed
+        self._fail_all(closed)
+        self._ready.cancel()
+        if self._process is not None:
+            self._channel.send(Stop())
+            await self._process.end(timeout)
+        for watcher in self._watchers:
+            watcher.cancel()
+        self._channel.close()
+
+    @property
+    def _busy(self) -> bool:
+        return self._idle_after != self._num_sent
+
+    def _send(self, message: Submit | Abort) -> None:
+        if not self._busy:
+            self._progressed = time.monotonic()
+        self._num_sent += 1
+        self._channel.send(message)
+
+    def _receive(self, message: FromEngine) -> None:
+        if isinstance(message, Step):
+            self._take_step(message)
+        elif isinstance(message, Refused):
+            outbox = self._forget(message.request_id)
+            if outbox is not None:
+                outbox.fail(message.error.rebuild())
+        elif isinstance(message, Loading):
+            if self._report is not None:
+                self._report(message.done, message.total)
+        elif isinstance(message, Ready):
+            if not self._ready.done():
+                self._ready.set_result(message.info)
+        elif isinstance(message, Failed):
+            self._failed.set()
+            if self._ready.done():
+                self._die(message.error.fatal())
+            else:
+                self._ready.set_exception(message.error.rebuild())
+
+    def _take_step(self, step: Step) -> None:
+        self._progressed, self._idle_after = time.monotonic(), step.idle_after
+        if step.stats is not None:
+            self._stats = step.stats
+        for update in step.updates:
+            self._deliver(update)
+
+    def _deliver(self, update: SequenceUpdate) -> None:
+        outbox = self._outboxes.get(update.request_id)
+        if outbox is None:
+            return  # aborted meanwhile
+        try:
+            stopped = outbox.take(update)
+        except Exception as error:  # one request's text must not cost the others theirs
+            self._abort(update.request_id)
+            outbox.fail(error)
+            return
+        if stopped:
+            self._send(Abort(update.request_id, update.index))
+        if outbox.finished:
+            self._forget(update.request_id)
+
+    def _abort(self, wire_id: str) -> None:
+        outbox = self._forget(wire_id)
+        if outbox is not None:
+            self._send(Abort(wire_id))
+            outbox.abort()
+
+    def _forget(self, wire_id: str) -> Outbox | None:
+        outbox = self._outboxes.pop(wire_id, None)
+        if not self._outboxes:
+            self._emptied.set()
+        return outbox
+
+    def _fail_all(self, error: TokenSpeedError) -> None:
+        for wire_id in list(self._outboxes):
+            outbox = self._forget(wire_id)
+            if outbox is not None:
+                outbox.fail(error)
+
+    def _die(self, error: EngineDeadError) -> None:
+        if self._death is not None or self._closed:
+            return
+        self._death = self._refusal = error
+        if not self._ready.done():
+            self._ready.set_exception(error)
+        self._fail_all(error)
+
+    async def _watch_process(self, process: EngineProcess) -> None:
+        status = await process.wait()
+        if status == FAILED:  # it says why before it ends, and the socket may be slower than the news of its end
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._failed.wait(), _LAST_WORDS_S)
+        self._channel.drain()
+        self._die(EngineDeadError(f"the engine process {exit_text(status)}"))
+
+    async def _watch_progress(self, process: EngineProcess) -> None:
+        told = False
+        while True:
+            await asyncio.sleep(min(1.0, self._stuck_after_s / 4))
+            ok, reason = self.health()
+            if self._death is not None or self._closed:
+                return
+            if not ok and not told:
+                logger.error("%s; the stacks of its threads follow", reason)
+                process.dump_stacks()
+            told = not ok

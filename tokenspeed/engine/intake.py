@@ -1,0 +1,103 @@
+"""From what a caller gives to a Request: prompts become ids, defaults are filled in. No torch."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenspeed.config.source import ModelFormat, ModelSource
+from tokenspeed.contracts.errors import ModelNotFoundError, ParameterError, PromptError
+from tokenspeed.contracts.request import Request
+from tokenspeed.contracts.sampling import SamplingParams, resolve_bad_words
+from tokenspeed.engine.messages import EngineInfo
+from tokenspeed.formats.gguf import open_gguf
+from tokenspeed.tokenizer.base import Tokenizer
+from tokenspeed.tokenizer.load import load_tokenizer
+
+
+def open_tokenizer(path: str, format: ModelFormat, name: str) -> Tokenizer | None:
+    """The tokenizer that lies beside a model's weights; None for a model without one, which takes and gives ids alone.
+
+    Raises FormatError on a broken one, UnsupportedError on a kind that is not supported.
+    """
+    source = ModelSource(Path(path), format, name)
+    metadata = open_gguf(source.path).metadata if format == "gguf" else None
+    if metadata is not None and "tokenizer.ggml.model" not in metadata:
+        return None
+    try:
+        return load_tokenizer(source, metadata)
+    except ModelNotFoundError:
+        return None
+
+
+class Intake:
+    """Makes the requests of one loaded model, and refuses the prompts that it cannot take.
+
+    seed: makes requests that name none repeatable, in the order of their coming.
+    """
+
+    def __init__(self, info: EngineInfo, tokenizer: Tokenizer | None, seed: int | None) -> None:
+        self._info = info
+        self._tokenizer = tokenizer
+        self._seeds = _seeds(seed)
+        self._eos = list(dict.fromkeys([*info.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())]))
+
+    def request(
+        self, request_id: str, prompt: str | list[int], params: SamplingParams, priority: int, cache_salt: str
+    ) -> Request:
+        """Raises PromptError on a prompt that is empty, too long, or outside the vocabulary, and on text for a model
+        without a tokenizer; ParameterError on token ids outside the vocabulary."""
+        ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self._check_prompt(ids)
+        self._check_ids(params)
+        tokenizer = self._tokenizer
+        if tokenizer is not None and params.bad_words:
+            params = resolve_bad_words(params, lambda text: tokenizer.encode(text, add_special_tokens=False))
+        seed = params.seed if params.seed is not None else next(self._seeds)
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=ids,
+            params=params,
+            seed=seed % 2**64,
+            eos_token_ids=self._eos,
+            cache_salt=cache_salt,
+            priority=priority,
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        if self._tokenizer is None:
+            raise PromptError("this model has no tokenizer: give token ids")
+        if not text:
+            raise PromptError("the prompt is empty")
+        return self._tokenizer.encode(text)
+
+    def _check_ids(self, params: SamplingParams) -> None:
+        for name, ids in params.token_ids().items():
+            for token in ids:
+                if token >= self._info.vocab_size:
+                    raise ParameterError(
+                        f"{name}: token id {token} is not in the vocabulary (0 to {self._info.vocab_size - 1})"
+                    )
+
+    def _check_prompt(self, ids: list[int]) -> None:
+        info = self._info
+        if not ids:
+            raise PromptError("the prompt is empty")
+        if len(ids) >= info.max_model_len:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens, "
+                f"max_model_len {info.max_model_len} allows {info.max_model_len - 1} and one sampled token"
+            )
+        for token in ids:
+            if type(token) is not int or not 0 <= token < info.vocab_size:
+                raise PromptError(f"prompt token id {token!r} is not in the vocabulary (0 to {info.vocab_size - 1})")
+
+
+def _seeds(seed: int | None) -> Iterator[int]:
+    if seed is None:
+        while True:
+            yield secrets.randbits(64)
+    for number in itertools.count():
+        yield (seed * 0x9E3779B97F4A7C15 + number) % 2**64

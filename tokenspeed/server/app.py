@@ -1,0 +1,80 @@
+"""The application: routes, and what is answered in OpenAI's error shape."""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter, FastAPI, Request
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from tokenspeed import __version__
+from tokenspeed.contracts.errors import TokenSpeedError
+from tokenspeed.server.errors import ApiError, on_bug, on_engine_error, on_http_error
+from tokenspeed.server.openai.chat import chat
+from tokenspeed.server.openai.completions import complete
+from tokenspeed.server.openai.responses import Model, ModelList
+from tokenspeed.server.state import ServerState
+
+
+def create_app(state: ServerState) -> FastAPI:
+    """Everything that answers before, while and after `state` has an engine."""
+    app = FastAPI(title="TokenSpeed", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
+    app.include_router(openai_routes(state))
+    app.include_router(operator_routes(state))
+    app.add_exception_handler(TokenSpeedError, on_engine_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_bug)
+    return app
+
+
+def openai_routes(state: ServerState) -> APIRouter:
+    """The endpoints that OpenAI's clients call."""
+    router = APIRouter(prefix="/v1")
+
+    @router.post("/completions")
+    async def completions(request: Request) -> Response:
+        return await complete(state, await json_body(request))
+
+    @router.post("/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await chat(state, await json_body(request))
+
+    @router.get("/models")
+    async def models() -> Response:
+        info = state.ready().info
+        listed = [
+            Model(id=name, created=state.created, root=info.model, max_model_len=info.max_model_len)
+            for name in state.names
+        ]
+        return Response(msgspec.json.encode(ModelList(data=listed)), media_type="application/json")
+
+    return router
+
+
+def operator_routes(state: ServerState) -> APIRouter:
+    """What an operator and a load balancer ask."""
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> Response:
+        ok, reason = state.health()
+        return JSONResponse({"status": "ok" if ok else "unavailable", "reason": reason}, 200 if ok else 503)
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return Response(state.metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+    @router.get("/version")
+    async def version() -> Response:
+        return JSONResponse({"version": __version__})
+
+    return router
+
+
+async def json_body(request: Request) -> bytes:
+    """The body. Raises ApiError 415 for another type: a page of another site can send those without asking."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, f"Content-Type must be application/json, got {kind or 'none'}")
+    return await request.body()

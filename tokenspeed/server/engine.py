@@ -1,0 +1,90 @@
+"""What the server knows of an engine: the async one, a fake of a test, later a router over several."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+from tokenspeed.contracts.sampling import SamplingParams
+from tokenspeed.engine.output import RequestOutput
+from tokenspeed.tokenizer.base import Tokenizer
+
+
+class Info(Protocol):
+    """What a loaded model is."""
+
+    @property
+    def model(self) -> str:
+        """Its name, as the user gave it."""
+        ...
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of one sequence, prompt and output."""
+        ...
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        """Fields of SamplingParams that the checkpoint states."""
+        ...
+
+
+class Health(Protocol):
+    """Whether the engine makes progress or has nothing to do."""
+
+    @property
+    def ok(self) -> bool: ...
+
+    @property
+    def reason(self) -> str: ...
+
+
+class Stream(Protocol):
+    """One request: its outputs in delta form, until it has finished or an error of `contracts.errors` ends it."""
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
+
+    def abort(self) -> None:
+        """End the request now; nothing happens when it has ended already."""
+        ...
+
+
+class Engine(Protocol):
+    """A model that takes requests."""
+
+    @property
+    def info(self) -> Info: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None for a model without one, which takes and gives ids alone."""
+        ...
+
+    def submit(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Stream:
+        """Queue a request. Raises an error of `contracts.errors` for one that cannot be taken."""
+        ...
+
+    def health(self) -> Health: ...
+
+    def stats(self) -> Mapping[str, float]:
+        """Counters and gauges by name."""
+        ...
+
+    async def drain(self, timeout: float) -> int:
+        """Take no new requests, finish those that run within `timeout` seconds, abort the rest; how many those were."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+Progress = Callable[[int, int], None]
+StartEngine = Callable[[Progress], Awaitable[Engine]]
+"""Loads a model and reports (done, total) on the way."""

@@ -1,0 +1,159 @@
+"""The first set of metrics: vLLM's names after the prefix `tokenspeed:`, with their meaning.
+
+Names: https://docs.vllm.ai/en/latest/usage/metrics.html. Requests are counted per sample, as there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from tokenspeed.engine.output import CompletionOutput, RequestOutput
+from tokenspeed.observability.metrics import Histogram
+
+PREFIX = "tokenspeed:"
+TTFT_BOUNDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
+TOKEN_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
+E2E_BOUNDS = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0)
+
+STATS = {
+    "num_requests_running": ("num_requests_running", "Sequences being computed."),
+    "num_requests_waiting": ("num_requests_waiting", "Requests waiting to be computed."),
+    "kv_cache_usage": ("kv_cache_usage_perc", "Share of KV pages that running sequences hold; 1 is all."),
+}
+"""Gauges by their name in the engine's stats."""
+STAT_COUNTERS = {
+    "num_preemptions": ("num_preemptions", "Sequences that had to give their pages back."),
+    "prefix_cache_queries": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
+    "prefix_cache_hits": ("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+}
+
+
+def _no_stats() -> Mapping[str, float]:
+    return {}
+
+
+@dataclass
+class ServerMetrics:
+    """Counters of one server. Only the event loop's thread touches them."""
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+    """Samples by finish reason; "abort": the client left, or a shutdown ended it; "error": the engine refused it or
+    died."""
+    ttft: Histogram = field(default_factory=lambda: Histogram(TTFT_BOUNDS))
+    itl: Histogram = field(default_factory=lambda: Histogram(TOKEN_BOUNDS))
+    tpot: Histogram = field(default_factory=lambda: Histogram(TOKEN_BOUNDS))
+    e2e: Histogram = field(default_factory=lambda: Histogram(E2E_BOUNDS))
+    _model: str = ""
+    _stats: Callable[[], Mapping[str, float]] = _no_stats
+
+    def serve(self, model: str, stats: Callable[[], Mapping[str, float]]) -> None:
+        """Name the model, and where the engine's own figures come from."""
+        self._model, self._stats = model, stats
+
+    def render(self) -> bytes:
+        """Prometheus' text format, version 0.0.4."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_Families(self._families))
+        return generate_latest(registry)
+
+    def _families(self) -> Iterable[Metric]:
+        stats = self._stats()
+        for key, (name, text) in STATS.items():
+            if key in stats:
+                yield self._gauge(name, text, stats[key])
+        for key, (name, text) in STAT_COUNTERS.items():
+            if key in stats:
+                yield self._counter(name, text, stats[key])
+        yield self._counter("prompt_tokens", "Prompt tokens of requests that gave output.", self.prompt_tokens)
+        yield self._counter("generation_tokens", "Tokens generated.", self.generation_tokens)
+        finished = CounterMetricFamily(
+            f"{PREFIX}request_success", "Samples that ended, by reason.", labels=["model_name", "finished_reason"]
+        )
+        for reason in ("stop", "length", "abort", "error"):
+            finished.add_metric([self._model, reason], self.finished[reason])
+        yield finished
+        yield self._histogram("time_to_first_token_seconds", "Arrival to first token.", self.ttft)
+        yield self._histogram("inter_token_latency_seconds", "Between two outputs of a sample.", self.itl)
+        yield self._histogram(
+            "request_time_per_output_token_seconds", "Mean time per token after the first.", self.tpot
+        )
+        yield self._histogram("e2e_request_latency_seconds", "Arrival to last token.", self.e2e)
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(PREFIX + name, text, labels=["model_name"])
+        family.add_metric([self._model], value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(PREFIX + name, text, labels=["model_name"])
+        family.add_metric([self._model], value)
+        return family
+
+    def _histogram(self, name: str, text: str, histogram: Histogram) -> Metric:
+        family = HistogramMetricFamily(PREFIX + name, text, labels=["model_name"])
+        family.add_metric([self._model], histogram.cumulative(), histogram.total)
+        return family
+
+
+class _Families(Collector):
+    def __init__(self, families: Callable[[], Iterable[Metric]]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families()
+
+
+class RequestMeter:
+    """Times of one request's samples. `arrival`: seconds of the clock that `observe` is given."""
+
+    def __init__(self, metrics: ServerMetrics, arrival: float) -> None:
+        self._metrics, self._arrival = metrics, arrival
+        self._samples: dict[int, _Sample] = {}
+
+    def observe(self, output: RequestOutput, now: float) -> None:
+        """Take in what came of the request at `now`."""
+        if not self._samples:
+            self._metrics.prompt_tokens += len(output.prompt_token_ids)
+        for completion in output.outputs:
+            self._observe(completion, now)
+
+    def end(self, samples: int, reason: str) -> None:
+        """The request ends here; those of its `samples` that had not finished did so for this reason."""
+        self._metrics.finished[reason] += samples - sum(sample.ended for sample in self._samples.values())
+
+    def _observe(self, completion: CompletionOutput, now: float) -> None:
+        metrics, tokens = self._metrics, len(completion.token_ids)
+        sample = self._samples.get(completion.index)
+        if sample is None:
+            self._samples[completion.index] = sample = _Sample()
+        if tokens and sample.tokens == 0:
+            sample.first = now
+            metrics.ttft.observe(now - self._arrival)
+        elif tokens:
+            metrics.itl.observe(now - sample.last)
+        if tokens:
+            metrics.generation_tokens += tokens
+            sample.tokens += tokens
+            sample.last = now
+        if completion.finish_reason is not None and not sample.ended:
+            sample.ended = True
+            metrics.finished[completion.finish_reason] += 1
+            metrics.e2e.observe(now - self._arrival)
+            if sample.tokens > 1:
+                metrics.tpot.observe((sample.last - sample.first) / (sample.tokens - 1))
+
+
+@dataclass(slots=True)
+class _Sample:
+    tokens: int = 0
+    first: float = 0.0
+    last: float = 0.0
+    ended: bool = False

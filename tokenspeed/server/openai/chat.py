@@ -1,0 +1,115 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator
+
+from msgspec import UNSET
+from starlette.responses import Response
+
+from tokenspeed.engine.output import CompletionOutput
+from tokenspeed.server.generation import Generation
+from tokenspeed.server.openai.gather import UsageCount, gather
+from tokenspeed.server.openai.logprobs import chat_logprobs
+from tokenspeed.server.openai.prompts import chat_prompt, check_length
+from tokenspeed.server.openai.requests import ChatRequest, decode_chat
+from tokenspeed.server.openai.responses import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+)
+from tokenspeed.server.openai.sampling import chat_params
+from tokenspeed.server.sse import event, event_reply, json_reply
+from tokenspeed.server.state import ServerState
+
+
+async def chat(state: ServerState, body: bytes) -> Response:
+    """Answer a request. Raises ApiError and the errors of `contracts.errors` for one that is refused."""
+    request = decode_chat(body)
+    engine = state.ready(request.model)
+    prompt = await chat_prompt(request, state)
+    check_length([prompt], engine, "messages")
+    params = chat_params(request, engine.info.sampling_defaults)
+    reply = _Reply(request, state, prompt)
+    generation = Generation(
+        engine,
+        state.metrics,
+        [prompt],
+        params,
+        request_id=reply.id,
+        priority=request.priority or 0,
+        cache_salt=request.cache_salt or "",
+    )
+    return event_reply(reply.events(generation)) if request.stream else json_reply(reply.whole(generation))
+
+
+class _Reply:
+    """Makes the response of one request, whole or as events."""
+
+    def __init__(self, request: ChatRequest, state: ServerState, prompt: list[int]) -> None:
+        self.id = f"chatcmpl-{secrets.token_hex(12)}"
+        self._created = int(time.time())
+        self._request, self._prompt = request, prompt
+        self._model = request.model or state.names[0]
+        self._tokenizer = state.tokenizer
+        self._with_ids = bool(request.return_token_ids)
+
+    async def whole(self, generation: Generation) -> ChatCompletion:
+        (output,), count = await gather(generation)
+        return ChatCompletion(
+            id=self.id,
+            created=self._created,
+            model=self._model,
+            choices=[self._choice(sample) for sample in output.outputs],
+            usage=count.usage(),
+            prompt_token_ids=self._prompt if self._with_ids else UNSET,
+        )
+
+    async def events(self, generation: Generation) -> AsyncGenerator[bytes, None]:
+        """An event for each piece of each sample; the first of a sample names the role."""
+        count, begun = UsageCount(), set[int]()
+        head = ChatChunk(id=self.id, created=self._created, model=self._model, choices=[])
+        head.usage = None if self._request.include_usage else UNSET
+        head.prompt_token_ids = self._prompt if self._with_ids else UNSET
+        with generation:
+            async for number, output in generation.outputs():
+                count.add(number, output)
+                for new in output.outputs:
+                    head.choices = [self._chunk_choice(new, first=new.index not in begun)]
+                    begun.add(new.index)
+                    yield event(head)
+                    head.prompt_token_ids = UNSET
+        if self._request.include_usage:
+            head.choices, head.usage = [], count.usage()
+            yield event(head)
+
+    def _choice(self, sample: CompletionOutput) -> ChatChoice:
+        return ChatChoice(
+            index=sample.index,
+            message=ChatMessage(content=sample.text),
+            logprobs=self._logprobs(sample),
+            finish_reason=sample.finish_reason,
+            stop_reason=sample.stop_reason,
+            token_ids=sample.token_ids if self._with_ids else UNSET,
+        )
+
+    def _chunk_choice(self, new: CompletionOutput, first: bool) -> ChatChunkChoice:
+        return ChatChunkChoice(
+            index=new.index,
+            delta=ChatDelta(role="assistant" if first else None, content=new.text),
+            logprobs=self._logprobs(new),
+            finish_reason=new.finish_reason,
+            stop_reason=new.stop_reason,
+            token_ids=new.token_ids if self._with_ids else UNSET,
+        )
+
+    def _logprobs(self, new: CompletionOutput) -> ChatLogprobs | None:
+        if new.logprobs is None:
+            return None
+        return chat_logprobs(new.token_ids, new.logprobs, self._request.top_logprobs or 0, self._tokenizer)

@@ -1,0 +1,34 @@
+"""The fields of each endpoint: those of its request struct are honoured, the rest is here. Everything else is refused.
+
+Source: OpenAI's API reference for completions and chat completions; vLLM's extra parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+WITHOUT_EFFECT = frozenset(
+    {"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user"}
+)
+"""Accepted: they change nothing about the output."""
+
+CHAT_WITHOUT_EFFECT = WITHOUT_EFFECT | {"parallel_tool_calls"}
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",), "prompt_logprobs": ()}
+"""Known fields that are not supported, with the values (besides null) that ask for nothing."""
+
+CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "prediction": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}

@@ -1,0 +1,76 @@
+"""From the prompts and messages of a request to token ids."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from tokenspeed.contracts.errors import ParameterError, PromptError
+from tokenspeed.server.engine import Engine
+from tokenspeed.server.errors import ApiError
+from tokenspeed.server.openai.requests import ChatRequest, Message
+from tokenspeed.server.state import ServerState
+from tokenspeed.tokenizer.base import Tokenizer
+
+SHORT_TEXT = 16384
+"""Characters that are encoded at once, in a few ms; longer texts go to a thread and hold up no other stream."""
+RESERVED_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
+
+
+async def completion_prompts(prompt: str | list[str | int | list[int]], state: ServerState) -> list[list[int]]:
+    """Ids of each prompt. Raises PromptError for no prompt, an empty one, or a list of mixed kinds; ParameterError for
+    text where the model has no tokenizer."""
+    return [each if isinstance(each, list) else await _encode(each, state.tokenizer) for each in _listed(prompt)]
+
+
+async def chat_prompt(request: ChatRequest, state: ServerState) -> list[int]:
+    """Ids of a conversation under the model's template. Raises ParameterError where there is no template, or it refuses
+    the messages."""
+    template = state.chat_template
+    variables = request.chat_template_kwargs or {}
+    taken = sorted(RESERVED_VARIABLES & set(variables))
+    if taken:
+        raise ParameterError(f"chat_template_kwargs must not hold {', '.join(taken)}")
+    if not request.messages:
+        raise ApiError(400, "messages is empty", "messages")
+    text = template.render([_plain(message) for message in request.messages], None, **variables)
+    return await _encode(text, state.tokenizer, add_special_tokens=False)
+
+
+def check_length(prompts: Sequence[Sequence[int]], engine: Engine, param: str) -> None:
+    """Raise ApiError, with OpenAI's code, for a prompt that leaves no room for output."""
+    limit = engine.info.max_model_len
+    for prompt in prompts:
+        if len(prompt) >= limit:
+            message = f"{param}: {len(prompt)} tokens, but this model takes {limit} at most, prompt and output"
+            raise ApiError(400, message, param, "context_length_exceeded")
+
+
+def _listed(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    if isinstance(prompt, str):
+        return [prompt]
+    kinds = {type(each) for each in prompt}
+    if kinds == {int}:
+        return [[each for each in prompt if isinstance(each, int)]]
+    if kinds in ({str}, {list}):
+        return [each for each in prompt if not isinstance(each, int)]
+    raise PromptError("prompt must be a text, a list of token ids, or a list of either that is not empty")
+
+
+async def _encode(text: str, tokenizer: Tokenizer, add_special_tokens: bool = True) -> list[int]:
+    if not text:
+        raise PromptError("prompt is empty")
+    if len(text) <= SHORT_TEXT:
+        return tokenizer.encode(text, add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """As templates expect it: text in one piece, and no role that only newer APIs know."""
+    content = message.content
+    if not isinstance(content, str):
+        content = "".join(part.text for part in content)
+    role = "system" if message.role == "developer" else message.role
+    named = {"name": message.name} if message.name is not None else {}
+    return {"role": role, "content": content} | named

@@ -1,0 +1,150 @@
+"""Bodies of requests: what is honoured, with its types. Decoding names whatever else a body holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Set
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from tokenspeed.server.errors import ApiError
+from tokenspeed.server.openai.fields import CHAT_NEUTRAL, CHAT_WITHOUT_EFFECT, NEUTRAL, WITHOUT_EFFECT
+
+Request = TypeVar("Request", bound="GenerationRequest")
+_PLACE = re.compile(r"(?P<problem>.*) - at (`key` in )?`\$\.?(?P<path>.*)`", re.DOTALL)
+_MISSING = re.compile(r"missing required field `(\w+)`")
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """include_obfuscation is accepted: there is none."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class GenerationRequest(msgspec.Struct, kw_only=True):
+    """What both endpoints take. null is the same as leaving a field out."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    skip_special_tokens: bool | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    return_token_ids: bool | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class CompletionRequest(GenerationRequest, kw_only=True):
+    """/v1/completions. prompt: a text, token ids, or a list of either."""
+
+    prompt: str | list[str | int | list[int]]
+    echo: bool | None = None
+    logprobs: int | None = None
+
+
+class TextPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A part of a message; other types than text are not supported yet."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """One message of a conversation. refusal is what an assistant's message of ours carries: always null."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+    refusal: None = None
+
+
+class ChatRequest(GenerationRequest, kw_only=True):
+    """/v1/chat/completions. chat_template_kwargs: variables for the template."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+_completion = msgspec.json.Decoder(CompletionRequest)
+_chat = msgspec.json.Decoder(ChatRequest)
+
+
+def decode_completion(body: bytes) -> CompletionRequest:
+    """Raises ApiError naming every field that is unknown, or the one that has a wrong type."""
+    return _decode(body, _completion, CompletionRequest.__struct_fields__, WITHOUT_EFFECT, NEUTRAL)
+
+
+def decode_chat(body: bytes) -> ChatRequest:
+    """Raises ApiError naming every field that is unknown, or the one that has a wrong type."""
+    return _decode(body, _chat, ChatRequest.__struct_fields__, CHAT_WITHOUT_EFFECT, CHAT_NEUTRAL)
+
+
+def _decode(
+    body: bytes,
+    decoder: msgspec.json.Decoder[Request],
+    honoured: tuple[str, ...],
+    without_effect: Set[str],
+    neutral: Mapping[str, tuple[Any, ...]],
+) -> Request:
+    try:
+        given = _fields.decode(body)
+        _refuse(given, set(honoured) | without_effect, neutral)
+        request = decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise _type_error(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(400, "stream_options needs stream", "stream_options")
+    return request
+
+
+def _refuse(given: Mapping[str, msgspec.Raw], known: Set[str], neutral: Mapping[str, tuple[Any, ...]]) -> None:
+    unknown = sorted(set(given) - known - set(neutral))
+    if unknown:
+        raise ApiError(400, f"unknown field: {', '.join(unknown)}", unknown[0], "unknown_parameter")
+    for name, asks_nothing in neutral.items():
+        if name in given and msgspec.json.decode(given[name]) not in (None, *asks_nothing):
+            raise ApiError(400, f"{name} is not supported", name, "unsupported_parameter")
+
+
+def _type_error(text: str) -> ApiError:
+    missing = _MISSING.search(text)
+    place = _PLACE.fullmatch(text)
+    path = place["path"] if place else ""
+    if missing:
+        path = f"{path}.{missing[1]}" if path else missing[1]
+        return ApiError(400, f"{path} is missing", path)
+    if place is None:
+        return ApiError(400, f"the body must be a JSON object: {text}")
+    return ApiError(400, f"{path}: {place['problem']}", path)

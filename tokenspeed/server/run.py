@@ -1,0 +1,135 @@
+"""One server's life: listen, load, serve, drain, end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import signal
+import socket
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+import uvicorn
+import uvloop
+
+from tokenspeed.contracts.errors import ConfigError
+from tokenspeed.server.app import create_app
+from tokenspeed.server.engine import StartEngine
+from tokenspeed.server.state import ServerState
+
+logger = logging.getLogger("tokenspeed.server")
+KEEP_ALIVE_S = 75
+"""Longer than the idle limit of common proxies and clients, so that they close first and no request meets a close."""
+LAST_WRITES_S = 5.0
+"""How long clients may take to read what was left when the engine had drained."""
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, without its own way with signals: it would end the process with the signal it got."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises ConfigError naming host and port."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind, protocol)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        made.listen(2048)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise ConfigError(f"cannot listen on --host {host} --port {port}: {error}") from None
+    made.setblocking(False)
+    return made
+
+
+def run(state: ServerState, start: StartEngine, listening: socket.socket, drain_timeout: float) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what runs within `drain_timeout` seconds; a second one ends at once.
+
+    HTTP answers from the first moment on: /health tells of the loading. Raises what the start of the engine raises.
+    """
+    uvloop.run(Life(state, start, listening, drain_timeout).run())
+
+
+class Life:
+    """The tasks of one server."""
+
+    def __init__(self, state: ServerState, start: StartEngine, listening: socket.socket, drain_timeout: float) -> None:
+        self._state, self._start, self._listening, self._drain_timeout = state, start, listening, drain_timeout
+        self._http = HttpServer(
+            uvicorn.Config(
+                create_app(state),
+                loop="none",
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                log_level="warning",
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+            )
+        )
+        self._signals = 0
+        self._stop, self._hurry = asyncio.Event(), asyncio.Event()
+
+    async def run(self) -> None:
+        """See `run`."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        serving = asyncio.ensure_future(self._http.serve([self._listening]))
+        loading = asyncio.ensure_future(self._load())
+        stopping = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait({serving, loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                loading.result()
+                await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await self._end(serving, loading, stopping)
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+    async def _load(self) -> None:
+        await self._state.load(self._start)
+        # What is loaded stays: the collector need not walk it again.
+        gc.collect()
+        gc.freeze()
+        logger.info("ready: %s", ", ".join(self._state.names))
+
+    async def _end(
+        self, serving: asyncio.Future[None], loading: asyncio.Future[None], stopping: asyncio.Future[Any]
+    ) -> None:
+        self._state.draining = True
+        self._http.should_exit = True
+        stopping.cancel()
+        loading.cancel()
+        await asyncio.wait({loading})
+        engine = self._state.engine
+        if engine is not None:
+            logger.info("finishing what runs, within %g s", self._drain_timeout)
+            await self._unless_hurried(engine.drain(self._drain_timeout))
+        await self._unless_hurried(asyncio.wait({serving}, timeout=LAST_WRITES_S))
+        self._http.force_exit = True
+        if engine is not None:
+            await engine.close()
+        await serving
+
+    async def _unless_hurried(self, work: Coroutine[Any, Any, object]) -> None:
+        task, hurry = asyncio.ensure_future(work), asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait({task, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+        elif error := task.exception():
+            logger.error("draining failed", exc_info=error)
