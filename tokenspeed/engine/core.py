@@ -164,7 +164,7 @@ class EngineCore(StepLoop):
         """Load the model and size the KV cache. Raises the errors of `contracts.errors`."""
         self.config, self.files = config, files
         prepared = prepare(files, config, progress)
-        self.model, self.kv_dtype = prepared.model, prepared.shape.dtype
+        self.model, self.backend, self.kv_dtype = prepared.model, prepared.backend, prepared.shape.dtype
         groups = tuple(GroupSpec(window) for window in prepared.shape.layout.windows)
         self.capacity = fit_capacity(
             groups,

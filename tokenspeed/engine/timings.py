@@ -13,7 +13,7 @@ from tokenspeed.ops.definitions import Cost, Workload
 def decode_bytes(core: EngineCore, context: int) -> tuple[float, float]:
     """Bytes a decode step of one sequence must read: as the weights lie in memory, and as their file stores them."""
     model = core.model
-    in_memory = {name: float(w.numel() * w.element_size()) for name, w in model.weights.items()}
+    in_memory = core.backend.weight_bytes
     sizes = (model.dtype.itemsize, core.kv_dtype.itemsize)
     totals = []
     for weight_bytes in (in_memory, model.file_bytes):
@@ -30,8 +30,8 @@ def run_timings(core: EngineCore, output: RequestOutput, ceilings: Ceilings | No
     """
     clock, completion = core.clock, output.outputs[0]
     timings: dict[str, Any] = {
-        "backend": "ref",
-        "fallback_ops": [],
+        "backend": core.backend.name,
+        "fallback_ops": list(core.backend.fallback_ops),
         "prompt_tokens": len(output.prompt_token_ids),
         "cached_tokens": output.num_cached_tokens,
         "completion_tokens": len(completion.token_ids),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,17 @@ from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.formats.digest import checkpoint_digest
 from tokenspeed.formats.gguf import GGUFFile, open_gguf
 from tokenspeed.formats.safetensors import open_safetensors
+from tokenspeed.kernels.cpu.registration import extension_available
 from tokenspeed.models.registry import Definition, define, define_from_hf, read_json, shipped_configs
 from tokenspeed.observability.memory import free_memory
 from tokenspeed.runner.arena import Arena, PageShape
+from tokenspeed.runner.cpu_backend import CpuBackend, why_not
 from tokenspeed.runner.executor import LocalExecutor
 from tokenspeed.runner.layout import page_layout
 from tokenspeed.runner.model import LoadedModel, Progress, compute_dtype, load_model
+from tokenspeed.runner.ref_backend import RefBackend
 
+logger = logging.getLogger("tokenspeed")
 DEFAULT_CACHE_SHARE = 0.25
 
 
@@ -71,16 +76,19 @@ def open_model(config: EngineConfig) -> ModelFiles:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A loaded model, the shape of its KV pages, and the bytes set aside and free for them."""
+    """A loaded model with its backend, the shape of its KV pages, and the bytes set aside and free for them."""
 
     model: LoadedModel
+    backend: RefBackend | CpuBackend
     shape: PageShape
     cache_bytes: int
     free_bytes: int
 
     def executor(self, num_pages: int) -> LocalExecutor:
         """Reserve the pages and make the executor."""
-        return LocalExecutor(self.model, Arena(num_pages, self.shape, self.model.device))
+        arena = Arena(num_pages, self.shape, self.model.device)
+        self.backend.bind(arena)
+        return LocalExecutor(self.backend, arena, self.model.definition.config.vocab_size)
 
 
 def prepare(files: ModelFiles, config: EngineConfig, progress: Progress | None = None) -> Prepared:
@@ -92,17 +100,35 @@ def prepare(files: ModelFiles, config: EngineConfig, progress: Progress | None =
     if config.max_model_len is not None and config.max_model_len > shape.context:
         raise ConfigError(f"--max-model-len {config.max_model_len} is more than the model's context of {shape.context}")
     checkpoint = None if config.load_format == "dummy" else files.checkpoint
-    model = load_model(files.definition, checkpoint, config, progress)
+    model = load_model(files.definition, checkpoint, config)
+    kv_dtype = _kv_dtype(config, model)
+    backend = choose_backend(model, config, kv_dtype, progress)
     free = free_memory(model.device)
     budget = config.kv_cache_memory_bytes or int(free * DEFAULT_CACHE_SHARE)
     if budget > free:
         raise MemoryLimitError(f"--kv-cache-memory-bytes {budget} is more than the {free} that are free: lower it")
     layout = page_layout(shape.windows)
-    page = PageShape(layout, config.block_size, shape.num_kv_heads, shape.head_dim, _kv_dtype(config, model))
-    return Prepared(model, page, budget, free)
+    page = PageShape(layout, config.block_size, shape.num_kv_heads, shape.head_dim, kv_dtype)
+    return Prepared(model, backend, page, budget, free)
 
 
 def _kv_dtype(config: EngineConfig, model: LoadedModel) -> torch.dtype:
     if config.kv_cache_dtype == "auto":
         return model.dtype
     return compute_dtype(config.kv_cache_dtype, model.device, "--kv-cache-dtype")
+
+
+def choose_backend(
+    model: LoadedModel, config: EngineConfig, kv_dtype: torch.dtype, progress: Progress | None
+) -> RefBackend | CpuBackend:
+    """The fast backend where it takes the whole model, else the reference, which is said once.
+
+    --dtype float32 asks for plain float32 arithmetic, which only the reference does.
+    """
+    if model.device.type != "cpu" or config.dtype == "float32":
+        return RefBackend(model, progress=progress)
+    missing = why_not(model, kv_dtype) if extension_available() else ["all: the C++ extension is not built"]
+    if not missing:
+        return CpuBackend(model, progress=progress)
+    logger.warning("the slow reference runs this model; no fast kernel for: %s", ", ".join(missing))
+    return RefBackend(model, fallback_ops=missing, progress=progress)

@@ -7,15 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from tokenspeed.contracts.step import ResultRow, StepPlan, StepResult
-from tokenspeed.kernels import ref
-from tokenspeed.kernels.registry import Registry, Situation
-from tokenspeed.ops.reference import StepView
-from tokenspeed.program.plan import Plan, Planned, bucket_of, plan
 from tokenspeed.runner.arena import Arena
+from tokenspeed.runner.backend import Backend
 from tokenspeed.runner.edits import SampledRow
-from tokenspeed.runner.inputs import FedRow, SlotTable, num_prompt_logprobs
+from tokenspeed.runner.inputs import FedRow, SlotTable, num_prompt_logprobs, wanted_rows
 from tokenspeed.runner.logprobs import token_logprobs
-from tokenspeed.runner.model import LoadedModel
 from tokenspeed.runner.sampler import sample, sampler_inputs
 
 LOGITS_BYTES = 256 * 2**20
@@ -38,13 +34,10 @@ class LocalExecutor:
 
     max_in_flight = 1
 
-    def __init__(self, model: LoadedModel, arena: Arena) -> None:
-        self._model = model
-        self._arena = arena
+    def __init__(self, backend: Backend, arena: Arena, vocab_size: int) -> None:
+        self.backend = backend
         self._table = SlotTable(arena)
-        self._registry = Registry()
-        ref.register(self._registry)
-        self._plans: dict[int, Plan] = {}
+        self._chunk = max(1, LOGITS_BYTES // (4 * vocab_size))
 
     def launch(self, plan: StepPlan) -> Finished:
         """Run the step to its end."""
@@ -55,51 +48,18 @@ class LocalExecutor:
         return Finished(StepResult(plan.step_id, rows))
 
     def close(self) -> None:
-        """Drop plans and state."""
-        self._plans.clear()
-
-    def plan_for(self, tokens: int) -> Plan:
-        """The plan of the bucket that holds `tokens`; made on first use."""
-        bucket = bucket_of(tokens)
-        if bucket not in self._plans:
-            dtype = str(self._model.dtype).removeprefix("torch.")
-            situation = Situation(self._model.device.type, dtype, bucket, self._model.formats)
-            self._plans[bucket] = plan(self._model.program, self._registry, situation)
-        return self._plans[bucket]
+        """Nothing to release: memory goes with the objects."""
 
     def _run(self, fed: list[FedRow]) -> list[ResultRow]:
-        view = self._table.view(fed)
-        steps = self.plan_for(len(view.tokens)).steps
-        head = next(i for i, step in enumerate(steps) if step.record.op == "select")
-        values = {self._model.program.inputs["tokens"]: view.tokens}
-        self._walk(steps[:head], view, values)
+        self.backend.body(fed)
         for row in fed:
             row.slot.num_computed += row.count
-        return self._finish(fed, view, steps[head:], values)
-
-    def _walk(self, steps: tuple[Planned, ...], view: StepView, values: dict[int, torch.Tensor]) -> None:
-        weights = self._model.weights
-        for step in steps:
-            record = step.record
-            inputs = [values[v] for v in record.inputs]
-            outputs = step.implementation.run(view, inputs, [weights[name] for name in record.weights], record.attrs)
-            values.update(zip(record.outputs, outputs, strict=True))
-            for value in step.frees:
-                del values[value]
-
-    def _finish(
-        self, fed: list[FedRow], view: StepView, head: tuple[Planned, ...], values: dict[int, torch.Tensor]
-    ) -> list[ResultRow]:
-        """Run the head over the wanted rows, a bounded number at a time, and sample."""
-        wanted = view.rows
-        chunk = max(1, LOGITS_BYTES // (4 * self._model.definition.config.vocab_size))
         results = [ResultRow(row.number, row.start + row.count, [], [], []) for row in fed]
+        wanted = wanted_rows(fed)
         jobs = [job for row, result in zip(fed, results, strict=True) for job in _jobs(row, result)]
-        for first in range(0, len(jobs), chunk):
-            view.rows = wanted[first : first + chunk]
-            state = dict(values)
-            self._walk(head, view, state)
-            _sample(state[self._model.program.outputs["logits"]].float(), jobs[first : first + chunk])
+        for first in range(0, len(jobs), self._chunk):
+            part = slice(first, first + self._chunk)
+            _sample(self.backend.logits(wanted[part]), jobs[part])
         return results
 
 

@@ -88,35 +88,34 @@ class SlotTable:
             fed.append(FedRow(row.slot, slot, slot.num_computed, count, end == len(slot.tokens)))
         return fed
 
-    def view(self, fed: Sequence[FedRow]) -> StepView:
-        """Inputs of the step, on the arena's device; wanted rows in the order of `wanted_rows`."""
-        layout, device = self._arena.shape.layout, self._arena.kv.device
-        starts = [0]
-        for row in fed:
-            starts.append(starts[-1] + row.count)
-        spans = [range(row.start, row.start + row.count) for row in fed]
-        tokens = [token for row in fed for token in row.slot.tokens[row.start : row.start + row.count]]
-        slots = [self._page_slots(fed, spans, group) for group in range(len(layout.windows))]
-        tables = [[torch.tensor(table, device=device) for table in row.slot.tables] for row in fed]
-        return StepView(
-            tokens=torch.tensor(tokens, device=device),
-            positions=torch.tensor([p for span in spans for p in span], device=device),
-            slots=torch.tensor(slots, device=device),
-            query_start=starts,
-            context=[span.stop for span in spans],
-            block_tables=tables,
-            places=layout.places,
-            kv=self._arena.kv,
-            rows=torch.tensor(wanted_rows(fed), dtype=torch.int64, device=device),
-        )
 
-    def _page_slots(self, fed: Sequence[FedRow], spans: list[range], group: int) -> list[int]:
-        size = self._arena.shape.page_size
-        return [
-            row.slot.tables[group][p // size] * size + p % size
-            for row, span in zip(fed, spans, strict=True)
-            for p in span
-        ]
+def step_view(arena: Arena, fed: Sequence[FedRow]) -> StepView:
+    """Inputs of the step for the references, on the arena's device. No row is wanted yet."""
+    layout, device = arena.shape.layout, arena.kv.device
+    starts = [0]
+    for row in fed:
+        starts.append(starts[-1] + row.count)
+    spans = [range(row.start, row.start + row.count) for row in fed]
+    tokens = [token for row in fed for token in row.slot.tokens[row.start : row.start + row.count]]
+    slots = [_page_slots(fed, spans, group, arena.shape.page_size) for group in range(len(layout.windows))]
+    tables = [[torch.tensor(table, device=device) for table in row.slot.tables] for row in fed]
+    return StepView(
+        tokens=torch.tensor(tokens, device=device),
+        positions=torch.tensor([p for span in spans for p in span], device=device),
+        slots=torch.tensor(slots, device=device),
+        query_start=starts,
+        context=[span.stop for span in spans],
+        block_tables=tables,
+        places=layout.places,
+        kv=arena.kv,
+        rows=torch.empty(0, dtype=torch.int64, device=device),
+    )
+
+
+def _page_slots(fed: Sequence[FedRow], spans: list[range], group: int, size: int) -> list[int]:
+    return [
+        row.slot.tables[group][p // size] * size + p % size for row, span in zip(fed, spans, strict=True) for p in span
+    ]
 
 
 def wanted_rows(fed: Sequence[FedRow]) -> list[int]:

@@ -1,4 +1,4 @@
-"""A model made ready to run: definition, fused program, and its weights as the reference backend holds them."""
+"""A model read in: definition, fused program, and its weights as the file has them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokenspeed.program.fuse import fuse
 from tokenspeed.program.program import Program
 from tokenspeed.weights.dummy import dummy_weights
 from tokenspeed.weights.loader import load_weights
-from tokenspeed.weights.unpacked import unpack_all
+from tokenspeed.weights.packed import Weight
 
 Progress = Callable[[int, int], None]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -23,15 +23,24 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """weights: matrices [rows, cols] in the compute dtype, vectors in float32. file_bytes: bytes of each as stored."""
+    """packed: every weight in its file's own formats, mostly views of the file. dtype: of computing, where a backend
+    leaves the choice."""
 
     definition: Definition
     program: Program
-    weights: Mapping[str, torch.Tensor]
-    formats: Mapping[str, tuple[str, ...]]
-    file_bytes: Mapping[str, float]
+    packed: Mapping[str, Weight]
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def formats(self) -> dict[str, tuple[str, ...]]:
+        """Formats of each weight."""
+        return {name: weight.formats for name, weight in self.packed.items()}
+
+    @property
+    def file_bytes(self) -> dict[str, float]:
+        """Bytes of each weight in the file."""
+        return {name: float(weight.nbytes) for name, weight in self.packed.items()}
 
 
 def compute_device(config: EngineConfig) -> torch.device:
@@ -50,24 +59,11 @@ def compute_dtype(name: str, device: torch.device, flag: str = "--dtype") -> tor
     return DTYPES["bfloat16" if name == "auto" else name]
 
 
-def load_model(
-    definition: Definition, checkpoint: Checkpoint | None, config: EngineConfig, progress: Progress | None = None
-) -> LoadedModel:
-    """Load or make up the weights, unpack each once. `progress(done, total)` counts bytes of the file."""
+def load_model(definition: Definition, checkpoint: Checkpoint | None, config: EngineConfig) -> LoadedModel:
+    """Map the weights, or make them up."""
     device = compute_device(config)
-    dtype = compute_dtype(config.dtype, device)
     if checkpoint is None:
         packed = dummy_weights(definition.weights, seed=config.seed or 0, device=str(device))
     else:
         packed = load_weights(checkpoint, definition.weights)
-    tensors = {name: tensor.to(device) for name, tensor in unpack_all(packed, dtype, progress).items()}
-    return LoadedModel(
-        definition,
-        fuse(definition.program()),
-        tensors,
-        {name: tuple(weight.formats) for name, weight in packed.items()},
-        {name: float(weight.nbytes) for name, weight in packed.items()},
-        dtype,
-        device,
-    )
-
+    return LoadedModel(definition, fuse(definition.program()), packed, compute_dtype(config.dtype, device), device)

@@ -1,0 +1,40 @@
+"""What the executor asks of a backend: run a step's tokens through the model, then give logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from tokenspeed.runner.arena import Arena
+from tokenspeed.runner.inputs import FedRow
+
+
+class Backend(Protocol):
+    """One model on one device, with its weights as its kernels read them."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weight_bytes(self) -> Mapping[str, float]:
+        """Bytes of each weight in memory."""
+        ...
+
+    @property
+    def fallback_ops(self) -> Sequence[str]:
+        """Ops for which a fast backend had no kernel, so that this slower one runs."""
+        ...
+
+    def bind(self, arena: Arena) -> None:
+        """Use an arena's pages."""
+        ...
+
+    def body(self, fed: Sequence[FedRow]) -> None:
+        """Run everything before the head for the tokens of a step; writes their KV."""
+        ...
+
+    def logits(self, rows: Sequence[int]) -> torch.Tensor:
+        """Float32 logits [rows, vocabulary] of some of the step's tokens, by their place in it."""
+        ...

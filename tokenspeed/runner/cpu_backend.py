@@ -1,0 +1,255 @@
+"""The `cpu` backend: the planned program is handed to C++ once, and every step is two calls into it.
+
+Activations are float32 and multiply packed weights as integers of 16 bits per block; KV is bfloat16 or float32.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokenspeed.contracts.errors import ConfigError
+from tokenspeed.kernels.cpu.registration import FORMATS, forced_isa, register
+from tokenspeed.kernels.registry import Registry, Situation
+from tokenspeed.ops.rope import Rope
+from tokenspeed.program.plan import Plan, plan
+from tokenspeed.program.program import Record
+from tokenspeed.runner.arena import Arena
+from tokenspeed.runner.inputs import FedRow
+from tokenspeed.runner.model import LoadedModel, Progress
+from tokenspeed.weights.packed import Weight
+
+BLOCK = 32
+"""Columns of a block of packed weights."""
+HEAD_UNIT = 16
+"""Head sizes are whole vectors."""
+
+
+def why_not(model: LoadedModel, kv_dtype: torch.dtype) -> list[str]:
+    """Ops and formats of a model that the C++ walk has no kernel for; empty when it takes all."""
+    missing = [f"kv_cache_dtype {kv_dtype}"] if kv_dtype not in (torch.bfloat16, torch.float32) else []
+    shape = model.definition.config
+    if shape.head_dim % HEAD_UNIT:
+        missing.append(f"head_dim {shape.head_dim}")
+    registry, situation = Registry(), Situation("cpu", "float32", 1, model.formats)
+    register(registry)
+    for record in model.program.records:
+        missing += _unplanned(model, record, registry, situation)
+    return list(dict.fromkeys(missing))
+
+
+def _unplanned(model: LoadedModel, record: Record, registry: Registry, situation: Situation) -> list[str]:
+    if registry.choose(record.op, model.program.operands(record), situation) is not None:
+        return []
+    return [op for part in record.parts for op in _unplanned(model, part, registry, situation)] or [record.op]
+
+
+class CpuBackend:
+    """Packed weights and the program, in C++."""
+
+    name = "cpu"
+    fallback_ops: Sequence[str] = ()
+
+    def __init__(self, model: LoadedModel, threads: int | None = None, progress: Progress | None = None) -> None:
+        """threads: by default those this process may use. Raises ConfigError for an unknown instruction set."""
+        from tokenspeed.kernels.cpu import _walk
+
+        self._model = model
+        self._walk = _walk
+        try:
+            self._native = _walk.Model(threads or len(os.sched_getaffinity(0)), forced_isa())
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        self._matrices: dict[str, int] = {}
+        self._vectors: dict[str, int] = {}
+        self._ropes: dict[Rope, int] = {}
+        self._pack(progress)
+        self.weight_bytes = {name: float(weight.nbytes) for name, weight in model.packed.items()}
+        self._plan = self._make_plan()
+        self._values = self._add_values()
+        for step in self._plan.steps:
+            self._add(step.record)
+        self._arena: Arena | None = None
+
+    @property
+    def isa(self) -> str:
+        """The instruction set whose kernels run."""
+        return self._native.isa
+
+    def bind(self, arena: Arena) -> None:
+        """Use an arena's pages."""
+        kv, layout = arena.kv, arena.shape.layout
+        size = kv.element_size()
+        strides = [kv.stride(axis) * size for axis in range(4)]
+        groups, places = ([place[i] for place in layout.places] for i in range(2))
+        self._native.set_cache(
+            kv.data_ptr(),
+            strides,
+            arena.shape.page_size,
+            arena.shape.head_dim * size,
+            kv.dtype == torch.float32,
+            groups,
+            places,
+        )
+        self._arena = arena
+
+    def body(self, fed: Sequence[FedRow]) -> None:
+        tokens = [token for row in fed for token in row.slot.tokens[row.start : row.start + row.count]]
+        positions = [p for row in fed for p in range(row.start, row.start + row.count)]
+        starts = np.cumsum([0] + [row.count for row in fed])
+        tables = [table for row in fed for table in row.slot.tables]
+        ends = np.cumsum([0] + [len(table) for table in tables])
+        flat = np.fromiter((page for table in tables for page in table), np.int32, int(ends[-1]))
+        groups = len(fed[0].slot.tables)
+        self._native.body(
+            np.array(tokens, np.int32),
+            np.array(positions, np.int32),
+            starts.astype(np.int32),
+            flat,
+            ends[:-1].astype(np.int64),
+            groups,
+        )
+
+    def logits(self, rows: Sequence[int]) -> torch.Tensor:
+        out = torch.empty(len(rows), self._model.definition.config.vocab_size)
+        self._native.head(np.array(rows, dtype=np.int32), out.numpy())
+        return out
+
+    def _pack(self, progress: Progress | None) -> None:
+        total, done = sum(weight.nbytes for weight in self._model.packed.values()), 0
+        for name, weight in self._model.packed.items():
+            if weight.spec.kind == "vector":
+                self._vectors[name] = self._native.add_vector(weight.unpacked(torch.float32).numpy())
+            else:
+                self._matrices[name] = self._pack_matrix(weight)
+            done += weight.nbytes
+            if progress is not None:
+                progress(done, total)
+
+    def _pack_matrix(self, weight: Weight) -> int:
+        matrix = self._native.add_matrix(weight.shape[1])
+        for segment in weight.segments:
+            self._native.add_segment(matrix, FORMATS.index(segment.fmt), segment.data.numpy())
+        return matrix
+
+    def _make_plan(self) -> Plan:
+        registry = Registry()
+        register(registry)
+        return plan(self._model.program, registry, Situation("cpu", "float32", 1, self._model.formats))
+
+    def _add_values(self) -> dict[int, int]:
+        """Every value of the plan as a place in a buffer; views of columns share their base's."""
+        places: dict[int, tuple[int, int, int]] = {}
+        handles: dict[int, int] = {}
+        shapes = self._model.program.shapes
+        for step in self._plan.steps:
+            record, offset = step.record, 0
+            for value in record.outputs:
+                if not shapes[value]:
+                    continue
+                width = int(shapes[value][-1])
+                if record.op == "split":
+                    buffer, start, stride = places[record.inputs[0]]
+                    places[value] = (buffer, start + offset, stride)
+                    offset += width
+                else:
+                    places[value] = (self._plan.buffers[value], 0, width)
+                buffer, start, stride = places[value]
+                handles[value] = self._native.add_value(buffer, start, width, stride)
+        return handles
+
+    def _add(self, record: Record) -> None:
+        if record.op == "split":
+            return
+        kinds = self._walk.Kind
+        if record.op.endswith(("linear", "linear_act")):
+            op = self._linear(record)
+        elif record.op.endswith("rope_write"):
+            op = self._rope_write(record)
+        elif record.op == "attention":
+            op = self._attention(record)
+        else:
+            op = self._walk.Op({"act_mul": kinds.ActMul}.get(record.op) or getattr(kinds, record.op.capitalize()))
+            op.x, op.out = self._values.get(record.inputs[0], -1), self._values[record.outputs[0]]
+            if record.op == "add":
+                op.branch = self._values[record.inputs[1]]
+            elif record.op == "embed":
+                op.matrix, op.scale = self._matrices[record.weights[0]], record.attrs["scale"]
+            elif record.op == "norm":
+                op.norm, op.eps, op.per_head = (
+                    self._vectors[record.weights[0]],
+                    record.attrs["eps"],
+                    record.attrs["per_head"],
+                )
+            elif record.op == "act_mul":
+                op.act = _act(record)
+        self._native.add_op(op)
+
+    def _linear(self, record: Record) -> Any:
+        """Any projection: what is fused before and after it are optional fields."""
+        op = self._walk.Op(self._walk.Kind.Linear)
+        parts = {part.op: part for part in record.plain()}
+        norms = [part for part in record.plain() if part.op == "norm"]
+        linear = parts["linear"]
+        op.matrix = self._matrices[linear.weights[0]]
+        if len(linear.weights) > 1:
+            op.bias = self._vectors[linear.weights[1]]
+        if norms:
+            op.norm, op.eps = self._vectors[norms[-1].weights[0]], norms[-1].attrs["eps"]
+        if "add" in parts:
+            self._join(op, parts["add"], norms)
+        else:
+            op.x = self._values[(norms[-1] if norms else linear).inputs[0]]
+        if "act_mul" in parts:
+            op.act = _act(parts["act_mul"])
+        op.out = self._values[(parts.get("act_mul") or linear).outputs[0]]
+        return op
+
+    def _join(self, op: Any, add: Record, norms: list[Record]) -> None:
+        op.sum = self._values[add.outputs[0]]
+        x, branch = add.inputs
+        if len(norms) == 2:
+            normed = norms[0]
+            x, branch = (x, normed.inputs[0]) if branch == normed.outputs[0] else (branch, normed.inputs[0])
+            op.branch_norm, op.branch_eps = self._vectors[normed.weights[0]], normed.attrs["eps"]
+        op.x, op.branch = self._values[x], self._values[branch]
+
+    def _rope_write(self, record: Record) -> Any:
+        op = self._walk.Op(self._walk.Kind.RopeWrite)
+        parts = list(record.plain())
+        rope, write = parts[-2], parts[-1]
+        q, k = rope.inputs
+        for part in parts[:-2]:
+            if part.outputs[0] == q:
+                q, op.norm, op.eps = part.inputs[0], self._vectors[part.weights[0]], part.attrs["eps"]
+            else:
+                k, op.branch_norm = part.inputs[0], self._vectors[part.weights[0]]
+        op.x, op.branch, op.v = self._values[q], self._values[k], self._values[write.inputs[1]]
+        op.out, op.rope, op.layer = self._values[rope.outputs[0]], self._rope(rope.attrs["rope"]), write.attrs["layer"]
+        op.head_dim, op.kv_heads = write.attrs["head_dim"], write.attrs["kv_heads"]
+        op.heads = int(self._model.program.shapes[rope.outputs[0]][-1]) // op.head_dim
+        return op
+
+    def _attention(self, record: Record) -> Any:
+        op = self._walk.Op(self._walk.Kind.Attention)
+        op.x, op.out = self._values[record.inputs[0]], self._values[record.outputs[0]]
+        for name in ("layer", "heads", "kv_heads", "head_dim", "window", "scale"):
+            setattr(op, name, record.attrs[name])
+        return op
+
+    def _rope(self, rope: Rope) -> int:
+        if rope not in self._ropes:
+            exponent = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
+            frequency = 1.0 / rope.theta**exponent
+            if rope.divisors:
+                frequency = frequency / torch.tensor(rope.divisors, dtype=torch.float32)
+            self._ropes[rope] = self._native.add_rope(frequency.numpy())
+        return self._ropes[rope]
+
+
+def _act(record: Record) -> int:
+    return ("silu", "gelu_tanh").index(record.attrs["act"])
