@@ -11,6 +11,7 @@ from tokenspeed.cache.manager import CacheManager
 from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import ParameterError, PromptError
 from tokenspeed.contracts.request import Request, SequenceUpdate
+from tokenspeed.contracts.step import ResultRow, StepPlan, StepResult
 from tokenspeed.runner.build import ModelFiles, build_executor
 from tokenspeed.scheduler.config import SchedulerConfig
 from tokenspeed.scheduler.scheduler import Scheduler
@@ -57,6 +58,7 @@ class EngineCore:
         limits = SchedulerConfig(self.config.max_num_seqs, self.config.max_num_batched_tokens, self.max_model_len)
         self.scheduler = Scheduler(limits, self.cache)
         self.vocab_size = self.files.definition.config.vocab_size
+        self._alive: set[str] = set()
 
     def check(self, request: Request) -> None:
         """Raise PromptError or ParameterError for ids that are not in the vocabulary."""
@@ -71,9 +73,11 @@ class EngineCore:
         """Queue a request; a refused one leaves no trace."""
         self.check(request)
         self.scheduler.add(request)
+        self._alive.add(request.request_id)
 
     def abort(self, request_id: str) -> SequenceUpdate | None:
         """End a request now."""
+        self._alive.discard(request_id)
         return self.scheduler.abort(request_id)
 
     @property
@@ -82,16 +86,27 @@ class EngineCore:
         return self.scheduler.has_work
 
     def step(self) -> list[SequenceUpdate]:
-        """One step; what it brought for each request."""
+        """One step; what it brought for each request. When it raises, or is interrupted, every request is gone."""
         started = time.perf_counter()
         plan = self.scheduler.schedule()
         if plan is None:
             return []
-        result = self.executor.launch(plan).result()
+        try:
+            result = self.executor.launch(plan).result()
+        except BaseException:
+            self._drop_all(plan)
+            raise
         updates = self.scheduler.update(result)
+        self._alive.difference_update(update.request_id for update in updates if update.finish_reason is not None)
         sampled = sum(len(row.token_ids) for row in result.rows)
         self.clock.add([row.num_fed for row in result.rows], sampled, time.perf_counter() - started)
         return updates
+
+    def _drop_all(self, failed: StepPlan) -> None:
+        """End every request: how far the failed step came is not known, so nothing may build on it."""
+        for request_id in tuple(self._alive):
+            self.abort(request_id)
+        self.scheduler.update(StepResult(failed.step_id, [ResultRow(row.slot, 0, []) for row in failed.rows]))
 
     def close(self) -> None:
         """Release the executor."""

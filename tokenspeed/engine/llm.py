@@ -105,7 +105,12 @@ class LLM:
                 yield text, output
 
     def _step(self) -> None:
-        for update in self.core.step():
+        try:
+            updates = self.core.step()
+        except BaseException:
+            self._abort(list(self._unfinished.values()))
+            raise
+        for update in updates:
             builder = self._unfinished[update.request_id]
             builder.update(update)
             if builder.output.finished:
@@ -116,10 +121,14 @@ class LLM:
         try:
             yield
         finally:
-            for builder in builders:
-                request_id = builder.output.request_id
-                if self._unfinished.pop(request_id, None) and (update := self.core.abort(request_id)):
-                    builder.update(update)
+            self._abort(builders)
+
+    def _abort(self, builders: list[OutputBuilder]) -> None:
+        for builder in builders:
+            request_id = builder.output.request_id
+            if self._unfinished.pop(request_id, None):
+                self.core.abort(request_id)
+                builder.abort()
 
     def _submit(
         self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None

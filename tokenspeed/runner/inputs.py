@@ -43,7 +43,7 @@ class SlotTable:
     def apply(self, delta: StepDelta) -> None:
         """Apply a delta in its order. Raises RuntimeError where it contradicts the state."""
         for number in delta.freed:
-            del self._slots[number]
+            self._slots.pop(number, None)  # Absent when the step that brought it was interrupted before it began.
         for new in delta.new:
             if new.slot in self._slots:
                 raise RuntimeError(f"slot {new.slot} is in use")

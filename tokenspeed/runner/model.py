@@ -70,4 +70,3 @@ def load_model(
         dtype,
         device,
     )
-
