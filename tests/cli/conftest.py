@@ -6,7 +6,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,17 +65,32 @@ def cli(
 
 
 @pytest.fixture
-def child(cli: Cli) -> Callable[..., subprocess.Popen[bytes]]:
+def child(cli: Cli) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """child(*arguments) starts `tokenspeed` as a process of its own, with the environment of `cli`."""
+    started: list[subprocess.Popen[bytes]] = []
 
     def start(*arguments: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tokenspeed.cli.main", *arguments],
+        process = subprocess.Popen(
+            # A parent that ignores Ctrl-C, as shells do for background jobs, hands that down.
+            [sys.executable, "-c", _WITH_CTRL_C, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
         )
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+_WITH_CTRL_C = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from tokenspeed.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""

@@ -23,7 +23,7 @@ def test_stream_and_json_give_the_same_text(cli: Cli) -> None:
     whole = cli(*SHORT, "--json", PROMPT)
     assert (streamed.status, whole.status) == (0, 0)
     found = json.loads(whole.out)
-    assert found["text"] == streamed.out.rstrip("\n")
+    assert streamed.out == found["text"] + "\n"
     assert found["text"].startswith(" red, blue")
     assert found["prompt"] == PROMPT
     assert len(found["token_ids"]) == 6

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.seeds import SEED
 
+from tests.seeds import SEED
 from tokenspeed.bench.hf import hf_model
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM

@@ -81,9 +81,9 @@ def test_logprobs_hold_the_sampled_token_beside_the_best(llm: LLM, count: int) -
     assert output.prompt_logprobs is not None
     for token, entries in zip(completion.token_ids, completion.logprobs, strict=True):
         assert len(entries) == count + (entries[token].rank > count)
-    for token, entries in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True):
-        assert entries is not None
-        assert len(entries) == count + (entries[token].rank > count)
+    for token, scored in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True):
+        assert scored is not None
+        assert len(scored) == count + (scored[token].rank > count)
 
 
 def test_prompt_logprobs_do_not_depend_on_chunks_or_cache(llm: LLM) -> None:

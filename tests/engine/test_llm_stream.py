@@ -71,6 +71,30 @@ def test_a_bad_prompt_is_refused_before_the_first_piece(llm: LLM) -> None:
         llm.stream([999])
 
 
+@pytest.mark.parametrize("where", ["launch", "_run"])
+def test_a_step_that_fails_ends_every_request_and_the_next_call_works(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    ids = random_ids(43, 25, 9)
+    expected = run(llm, ids, GREEDY)
+    llm.core.cache.reset_prefix_cache()
+    paused = llm.stream(ids[0], LONG)
+    _, output = next(paused)
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.core.executor, where, fail)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(prompt_token_ids=ids[1:], sampling_params=LONG, use_tqdm=False)
+    assert not llm.core.has_work
+    llm.core.cache.check_idle()
+    assert output.outputs[0].finish_reason == "abort"
+    assert len(list(paused)) == 1
+    assert run(llm, ids, GREEDY) == expected
+
+
 def test_an_interrupted_batch_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = random_ids(42, 5, 9)
     steps = iter(range(3))

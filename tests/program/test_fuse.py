@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.program.tools import random_step, random_weights, run
@@ -36,7 +38,7 @@ def shapes_of(config: DenseConfig) -> dict[str, tuple[int, ...]]:
 
 
 def build(family: str, adapters: dict[str, int] | None = None, capture: tuple[str, ...] = ()) -> Program:
-    variants = {
+    variants: dict[str, tuple[dict[str, Any], Any]] = {
         "llama": ({}, llama_wire),
         "qwen3": ({"qk_norm": True}, llama_wire),
         "qwen2": ({"qkv_bias": True}, llama_wire),

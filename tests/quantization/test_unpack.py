@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.seeds import SEED
 from tests.quantization.blocks_data import oracle, random_rows
+from tests.seeds import SEED
 from tokenspeed.contracts.errors import FormatError, UnsupportedError
 from tokenspeed.formats.blocks import BLOCKS, row_bytes
 from tokenspeed.quantization import unpack as module

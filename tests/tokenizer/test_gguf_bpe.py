@@ -8,12 +8,13 @@ import pytest
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import pre_tokenizers
 
+from tests.seeds import SEED
 from tests.tokenizer.bpe_models import CONTROL, HARD, LLAMA3, QWEN2, gguf_metadata, random_text, split_with, train
 from tokenspeed.contracts.errors import FormatError, UnsupportedError
 from tokenspeed.tokenizer.bpe import PRE_TOKENIZERS, build_bpe
 from tokenspeed.tokenizer.gguf import tokenizer_from_gguf
 
-SEEDS = [random.SystemRandom().randrange(2**32) for _ in range(3)]
+SEEDS = [SEED + i for i in range(3)]
 KINDS = ["llama-bpe", "qwen2", "deepseek-r1-qwen", "gpt-2", "smollm"]
 
 

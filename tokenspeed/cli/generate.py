@@ -70,7 +70,8 @@ def report(llm: LLM, output: RequestOutput, as_json: bool) -> None:
         json.dump(_as_dict(output) | {"timings": timings}, sys.stdout, indent=2, ensure_ascii=False)
         print()
     else:
-        print(f"\n\n{timings_line(timings)}", file=sys.stderr)
+        print(flush=True)
+        print(f"\n{timings_line(timings)}", file=sys.stderr)
 
 
 def _prompt(options: argparse.Namespace) -> str:

@@ -71,20 +71,20 @@ class Family:
 
 def hf_config(config: Mapping[str, Any], **variant: Any) -> DenseConfig:
     """From config.json in the common names; `variant` sets what the family does differently."""
-    hidden, heads, layers = (need(config, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    head_dim = variant.get("head_dim") or config.get("head_dim") or hidden // heads
+    hidden, heads, layers = (size(config, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    head_dim = variant.get("head_dim") or size(config, "head_dim", hidden // heads)
     if "act" not in variant:
         refuse_other(config, "hidden_act", "silu")
     fields: dict[str, Any] = {
-        "vocab_size": need(config, "vocab_size"),
+        "vocab_size": size(config, "vocab_size"),
         "hidden_size": hidden,
         "num_layers": layers,
         "num_heads": heads,
-        "num_kv_heads": config.get("num_key_value_heads") or heads,
+        "num_kv_heads": size(config, "num_key_value_heads", heads),
         "head_dim": head_dim,
-        "ff_size": need(config, "intermediate_size"),
+        "ff_size": size(config, "intermediate_size"),
         "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "context": config.get("max_position_embeddings", 2048),
+        "context": size(config, "max_position_embeddings", 2048),
         "ropes": variant.get("ropes") or (hf_rope(config, head_dim),) * layers,
         "windows": (0,) * layers,
         "attention_scale": head_dim**-0.5,
@@ -106,6 +106,14 @@ def need(config: Mapping[str, Any], key: str) -> Any:
     if config.get(key) is None:
         raise FormatError(f"config.json has no {key}")
     return config[key]
+
+
+def size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A positive integer of config.json. Raises FormatError naming it."""
+    value = need(config, key) if default is None or config.get(key) is not None else default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise FormatError(f"config.json: {key} must be a positive integer, got {value!r}")
+    return value
 
 
 def refuse_other(config: Mapping[str, Any], key: str, wanted: str) -> None:

@@ -9,7 +9,7 @@ from tokenspeed.contracts.errors import FormatError, UnsupportedError
 from tokenspeed.layers.attention import attention_block
 from tokenspeed.layers.decoder import decoder
 from tokenspeed.layers.mlp import gated_mlp
-from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig, gguf_config, hf_config, need, refuse_other
+from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig, gguf_config, hf_config, need, refuse_other, size
 from tokenspeed.ops.rope import Rope, rope_from_hf
 from tokenspeed.program.recorder import Recorder, Scope, Value
 
@@ -36,12 +36,12 @@ def from_hf(config: Mapping[str, Any]) -> DenseConfig:
     for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention", "attention_bias"):
         if config.get(key):
             raise UnsupportedError(f"gemma3 with {key} is not supported")
-    head_dim, layers = config.get("head_dim", 256), need(config, "num_hidden_layers")
+    head_dim, layers = size(config, "head_dim", 256), size(config, "num_hidden_layers")
     kinds = config.get("layer_types") or _kinds(layers, config.get("sliding_window_pattern") or PATTERN)
     if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
         raise FormatError(f"layer_types must be {layers} of sliding_attention and full_attention, got {kinds}")
     refuse_other(config, "hidden_activation", "gelu_pytorch_tanh")
-    window = need(config, "sliding_window")
+    window = size(config, "sliding_window")
     ropes = config.get("rope_parameters") or {}
     if "full_attention" in ropes:
         full, local = (_typed_rope(ropes, kind, head_dim) for kind in ("full_attention", "sliding_attention"))

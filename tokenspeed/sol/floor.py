@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tokenspeed.contracts.errors import ConfigError
+from tokenspeed.contracts.errors import ConfigError, WeightError
 from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.observability.ceilings import Ceilings, read_ceilings
 from tokenspeed.ops.definitions import OPS, Cost, Workload
@@ -49,8 +49,11 @@ def _weight_bytes(spec: WeightSpec, checkpoint: Checkpoint | None, quantization:
         return elements + SCALE_BYTES * spec.shape[0]
     if checkpoint is None:
         return elements * (4 if spec.kind == "vector" else 2)
-    sources = spec.gguf if checkpoint.format == "gguf" else spec.hf
-    return sum(checkpoint.tensors[source.name].nbytes for source in sources)
+    names = [source.name for source in (spec.gguf if checkpoint.format == "gguf" else spec.hf)]
+    missing = [name for name in names if name not in checkpoint.tensors]
+    if missing:
+        raise WeightError(f"{checkpoint.path}: the checkpoint lacks {', '.join(missing)}")
+    return sum(checkpoint.tensors[name].nbytes for name in names)
 
 
 def decode_work(

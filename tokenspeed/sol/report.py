@@ -60,7 +60,8 @@ class StepReport:
             rows.append(_row(op, floor))
         rate = f"{self.work.batch / self.total.seconds:.1f} tok/s"
         weights, kv = cost.weight_bytes / 1e9, cost.kv_bytes / 1e9
-        closing = f"floor {ms:.3f} ms per token, {rate}; {weights:.3f} GB of weights, {kv:.3f} GB of KV"
+        step = f"floor {ms:.3f} ms per step of {self.work.batch} tokens, {rate}"
+        closing = f"{step}; {weights:.3f} GB of weights, {kv:.3f} GB of KV"
         return "\n".join([head, "", *rows, _row("total", self.total), "", closing])
 
 

@@ -30,7 +30,13 @@ void nibbles(const uint8_t* p, uint8_t* q) {  // elements 0..15 low, 16..31 high
 }
 
 void fifth_bits(const uint8_t* p, uint8_t* q) {
-  for (int i = 0; i < 32; ++i) q[i] |= static_cast<uint8_t>((p[i / 8] >> (i % 8) & 1) << 4);
+  for (int b = 0; b < 4; ++b) {  // bit i of a byte to bit 4 of byte i: copy the byte eight times, keep one bit of each
+    uint64_t lanes = p[b] * 0x0101010101010101ull & 0x8040201008040201ull, codes;
+    lanes = (lanes + 0x7f7f7f7f7f7f7f7full) >> 3 & 0x1010101010101010ull;
+    std::memcpy(&codes, q + 8 * b, 8);
+    codes |= lanes;
+    std::memcpy(q + 8 * b, &codes, 8);
+  }
 }
 
 // Scale and min j of the twelve bytes that hold eight 6-bit pairs in Q4_K and Q5_K.
@@ -56,7 +62,7 @@ void read_small(Format f, const uint8_t* p, Columns* c) {
   c->half[1] = f == Format::Q4_1 || f == Format::Q5_1 ? half_at(p + 2) : uint16_t{0};
   switch (f) {
     case Format::Q8_0:
-      for (int i = 0; i < 32; ++i) c->q[i] = p[2 + i] ^ 0x80;
+      for (int i = 0; i < 32; ++i) c->q[i] = p[2 + i] ^ 0x80;  // raised by 128
       break;
     case Format::Q4_0:
     case Format::IQ4_NL: nibbles(p + 2, c->q); break;
@@ -140,21 +146,48 @@ int file_block_bytes(Format f) {
   }
 }
 
-// Put the codes of one row into the block, in the bit layout that load_quads reads.
-void place(int bits, const uint8_t* q, int row, uint8_t* out) {
-  for (int k = 0; k < kBlock; ++k) {
-    const int i = k / 4, lane = 4 * row + k % 4;  // quad, byte within its 64
-    const uint8_t v = q[k];
-    if (bits == 8) {
-      out[64 * i + lane] = v;
-    } else if (bits >= 4) {
-      out[64 * (i % 4) + lane] |= static_cast<uint8_t>((v & 15) << (i / 4 * 4));
-      if (bits == 5) out[256 + lane] |= static_cast<uint8_t>((v >> 4 & 1) << i);
-      if (bits == 6) out[256 + 64 * (i / 4) + lane] |= static_cast<uint8_t>((v >> 4 & 3) << (i % 4 * 2));
-    } else {
-      out[64 * (i / 4) + lane] |= static_cast<uint8_t>((v & 3) << (i % 4 * 2));
-      if (bits == 3) out[128 + lane] |= static_cast<uint8_t>((v >> 2 & 1) << i);
+// Put the codes of one row into the block, a quad at a time, in the bit layout that load_quads reads.
+template <int Bits>
+void place_bits(const uint8_t* q, int row, uint8_t* out) {
+  const auto put = [row, out](int vector, uint32_t bits) { std::memcpy(out + 64 * vector + 4 * row, &bits, 4); };
+  uint32_t quads[8];
+  std::memcpy(quads, q, 32);
+  if constexpr (Bits == 8) {
+    for (int i = 0; i < 8; ++i) put(i, quads[i]);
+  } else if constexpr (Bits >= 4) {
+    for (int i = 0; i < 4; ++i) put(i, (quads[i] & 0x0f0f0f0fu) | (quads[i + 4] & 0x0f0f0f0fu) << 4);
+    if constexpr (Bits == 5) {
+      uint32_t top = 0;
+      for (int i = 0; i < 8; ++i) top |= (quads[i] >> 4 & 0x01010101u) << i;
+      put(4, top);
     }
+    if constexpr (Bits == 6) {
+      uint32_t top[2] = {};
+      for (int i = 0; i < 8; ++i) top[i / 4] |= (quads[i] >> 4 & 0x03030303u) << (2 * (i % 4));
+      put(4, top[0]);
+      put(5, top[1]);
+    }
+  } else {
+    uint32_t low[2] = {};
+    for (int i = 0; i < 8; ++i) low[i / 4] |= (quads[i] & 0x03030303u) << (2 * (i % 4));
+    put(0, low[0]);
+    put(1, low[1]);
+    if constexpr (Bits == 3) {
+      uint32_t top = 0;
+      for (int i = 0; i < 8; ++i) top |= (quads[i] >> 2 & 0x01010101u) << i;
+      put(2, top);
+    }
+  }
+}
+
+void place(int bits, const uint8_t* q, int row, uint8_t* out) {
+  switch (bits) {
+    case 2: return place_bits<2>(q, row, out);
+    case 3: return place_bits<3>(q, row, out);
+    case 4: return place_bits<4>(q, row, out);
+    case 5: return place_bits<5>(q, row, out);
+    case 6: return place_bits<6>(q, row, out);
+    default: return place_bits<8>(q, row, out);
   }
 }
 
@@ -174,17 +207,6 @@ void pack_plain(int size, const uint8_t* source, int64_t rows, int64_t cols, int
   }
 }
 
-// Q8_0 is most of many files: move four columns at a time.
-void pack_q8_0(const uint8_t* p, int row, uint8_t* out) {
-  for (int i = 0; i < 8; ++i) {
-    uint32_t v;
-    std::memcpy(&v, p + 2 + 4 * i, 4);
-    v ^= 0x80808080u;
-    std::memcpy(out + 64 * i + 4 * row, &v, 4);
-  }
-  std::memcpy(out + 512 + 2 * row, p, 2);
-}
-
 }  // namespace
 
 int64_t file_row_bytes(Format f, int64_t cols) {
@@ -202,11 +224,7 @@ void pack_tile(Format f, const uint8_t* source, int64_t rows, int64_t cols, int6
     uint8_t* at = out;
     uint8_t* super = nullptr;
     for (int64_t b = 0; b < cols / kBlock; ++b, at += step) {
-      if (f == Format::Q8_0) {
-        pack_q8_0(p + b * 34, r, at);
-        continue;
-      }
-      Columns c{};
+      Columns c;
       if (l.has_super()) {
         if (b % kSuper == 0) {
           super = at;

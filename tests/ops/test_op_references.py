@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tokenspeed.ops.rope import Rope, llama3_rope
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 6, 2, 8, 2
 
 
-def call(op: str, view: StepView, *inputs: torch.Tensor, weights: tuple[torch.Tensor, ...] = (), **attrs: object):  # type: ignore[no-untyped-def]
+def call(op: str, view: StepView, *inputs: torch.Tensor, weights: tuple[torch.Tensor, ...] = (), **attrs: Any) -> Any:
     outputs = REFERENCE[op](view, inputs, weights, attrs)
     return outputs[0] if len(outputs) == 1 else outputs
 
@@ -117,7 +118,7 @@ def test_attention_over_scattered_pages(dtype: torch.dtype, window: int, layer: 
     view = step(seed=window)
     view.kv = view.kv.to(dtype)
     q = torch.randn(9, HEADS * HEAD_DIM).to(dtype)
-    attrs = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "scale": 0.4, "window": window}
+    attrs: dict[str, Any] = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "scale": 0.4, "window": window}
     got = call("attention", view, q, view.kv[:, layer], layer=layer, **attrs)
     assert error(got, naive_attention(view, q, layer, window)) < TOLERANCE[dtype]
 
