@@ -5,8 +5,8 @@ PROMPT ?= The three primary colors are
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-INSTALL_INPUTS := pyproject.toml constraints.txt
+PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALL_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard tokenspeed/kernels/cpu/src/*)
 # Two workers share the machine, one thread each: more threads than cores slow every test down.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15
 
