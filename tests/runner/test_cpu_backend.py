@@ -1,0 +1,208 @@
+"""The C++ walk against the reference, on random models: every family, mixed steps, windows, page sizes, KV types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.seeds import SEED
+from tokenspeed.contracts.step import NewSequence, PageGrant, PlanRow, SamplingRow, StepDelta
+from tokenspeed.models.dense import DenseConfig, Family, dense_weights
+from tokenspeed.models.gemma3 import FAMILY as GEMMA3
+from tokenspeed.models.llama import FAMILY as LLAMA
+from tokenspeed.models.qwen2 import FAMILY as QWEN2
+from tokenspeed.models.registry import Definition
+from tokenspeed.ops.rope import Rope
+from tokenspeed.program.fuse import fuse
+from tokenspeed.runner.arena import Arena, PageShape
+from tokenspeed.runner.backend import Backend
+from tokenspeed.runner.cpu_backend import CpuBackend, why_not
+from tokenspeed.runner.inputs import SlotTable
+from tokenspeed.runner.layout import page_layout
+from tokenspeed.runner.model import LoadedModel
+from tokenspeed.runner.ref_backend import RefBackend
+from tokenspeed.weights.dummy import dummy_weights
+from tokenspeed.weights.spec import WeightSpec
+
+GREEDY = SamplingRow(0.0, 0, 1.0, 0)
+BASE = DenseConfig(
+    vocab_size=203,
+    hidden_size=96,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=32,
+    ff_size=160,
+    norm_eps=1e-6,
+    context=4096,
+    ropes=(Rope(10000.0, 32), Rope(100.0, 32, tuple(1.0 + i for i in range(16))), Rope(10000.0, 16)),
+    windows=(0, 0, 0),
+    attention_scale=0.2,
+    tied=False,
+)
+VARIANTS: dict[str, tuple[Family, dict[str, Any]]] = {
+    "llama": (LLAMA, {}),
+    "qwen2": (QWEN2, {"qkv_bias": True}),
+    "qwen3": (LLAMA, {"qk_norm": True, "tied": True}),
+    "gemma3": (
+        GEMMA3,
+        {
+            "qk_norm": True,
+            "post_norms": True,
+            "act": "gelu_tanh",
+            "tied": True,
+            "embed_scale": 9.8,
+            "windows": (37, 0, 37),
+        },
+    ),
+}
+
+
+def make_model(name: str, formats: str | Mapping[str, str] = "F32", **changes: Any) -> LoadedModel:
+    family, variant = VARIANTS[name]
+    config = replace(BASE, **variant | changes)
+    definition = Definition(family, config, dense_weights(config))
+    packed = dummy_weights(definition.weights, formats, seed=SEED)
+    for weight in packed.values():
+        if weight.spec.kind == "vector":  # far from 1 and 0, so that a missing one shows
+            weight.segments[0].data.view(torch.float32).mul_(torch.rand(weight.spec.shape) + 0.5)
+    return LoadedModel(definition, fuse(definition.program()), packed, torch.float32, torch.device("cpu"))
+
+
+class Stepper:
+    """Feeds the same steps to a backend of its own pages."""
+
+    def __init__(self, model: LoadedModel, backend: RefBackend | CpuBackend, page_size: int, kv: torch.dtype) -> None:
+        config = model.definition.config
+        self.layout = page_layout(config.windows)
+        shape = PageShape(self.layout, page_size, config.num_kv_heads, config.head_dim, kv)
+        self.arena = Arena(4096, shape, model.device)
+        self.arena.kv.fill_(torch.nan)  # what is read before it is written shows in the logits
+        backend.bind(self.arena)
+        self.backend: Backend = backend
+        self.table = SlotTable(self.arena)
+        self.free = torch.randperm(4096, generator=torch.Generator().manual_seed(page_size)).tolist()
+
+    def start(self, slot: int, tokens: list[int], room: int) -> None:
+        size = self.arena.shape.page_size
+        grants = [
+            PageGrant(slot, group, 0, [self.free.pop() for _ in range(-(-room // size))])
+            for group in range(len(self.layout.windows))
+        ]
+        new = NewSequence(slot, tokens, 0, len(tokens), GREEDY)
+        self.table.apply(StepDelta(new=[new], grants=grants))
+
+    def step(self, counts: dict[int, int]) -> torch.Tensor:
+        """Feed up to `counts` tokens of each slot; logits of every token."""
+        fed = self.table.feed([PlanRow(slot, count, 10**6) for slot, count in counts.items()])
+        self.backend.body(fed)
+        for row in fed:
+            row.slot.num_computed += row.count
+        return self.backend.logits(list(range(sum(row.count for row in fed)))).clone()
+
+
+def steppers(model: LoadedModel, page_size: int = 16, kv: torch.dtype = torch.float32, threads: int = 2) -> list[Stepper]:
+    return [
+        Stepper(model, RefBackend(model), page_size, kv),
+        Stepper(model, CpuBackend(model, threads), page_size, kv),
+    ]
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    assert got.shape == expected.shape
+    error = (got.double() - expected.double()).norm(dim=1) / expected.double().norm(dim=1)
+    assert error.max() < tolerance, error
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, BASE.vocab_size, (length,), generator=torch.Generator().manual_seed(SEED + seed)).tolist()
+
+
+@pytest.mark.parametrize("page_size", [1, 5, 16])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_mixed_steps(name: str, page_size: int) -> None:
+    """A long chunk, decodes and short chunks together, past the window and over several splits of the context."""
+    ref, cpu = steppers(make_model(name), page_size)
+    for stepper in (ref, cpu):
+        for slot, length in ((3, 300), (0, 20), (7, 41)):
+            stepper.start(slot, prompt(length, slot), 310)
+    for counts in ({3: 290, 0: 19}, {3: 7, 0: 1, 7: 40}, {7: 1, 3: 1}, {3: 2}):
+        close(cpu.step(counts), ref.step(counts), 2e-4)
+
+
+@pytest.mark.parametrize("fmt", ["BF16", "F16", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q6_K"])
+def test_formats(fmt: str) -> None:
+    changes = {"hidden_size": 256, "ff_size": 256, "head_dim": 64, "num_heads": 4} if fmt.endswith("_K") else {}
+    ropes = tuple(Rope(10000.0, 32) for _ in range(3))
+    ref, cpu = steppers(make_model("llama", fmt, ropes=ropes, **changes))
+    for stepper in (ref, cpu):
+        stepper.start(0, prompt(40), 48)
+    close(cpu.step({0: 39}), ref.step({0: 39}), 5e-4)
+    close(cpu.step({0: 1}), ref.step({0: 1}), 5e-4)
+
+
+def test_formats_mixed_within_a_projection() -> None:
+    """The q, k and v of real files differ in format."""
+    model = make_model("gemma3", "Q8_0")
+    weight = model.packed["layers.1.qkv"]
+    halves = [dummy_weights_of(weight.spec, fmt).segments[0] for fmt in ("Q5_0", "Q8_0")]
+    rows = weight.shape[0]
+    cut = 64
+    segments = [
+        replace(halves[0], data=halves[0].data[:cut], rows=cut),
+        replace(halves[1], data=halves[1].data[cut:].contiguous(), rows=rows - cut),
+    ]
+    object.__setattr__(weight, "segments", segments)
+    ref, cpu = steppers(model)
+    for stepper in (ref, cpu):
+        stepper.start(0, prompt(10), 16)
+    close(cpu.step({0: 10}), ref.step({0: 10}), 5e-4)
+
+
+def dummy_weights_of(spec: WeightSpec, fmt: str) -> Any:
+    from tokenspeed.weights.spec import WeightTable
+
+    table = WeightTable()
+    table.add(spec)
+    return dummy_weights(table, fmt, seed=SEED + 9)[spec.name]
+
+
+def test_bfloat16_pages() -> None:
+    ref, cpu = steppers(make_model("gemma3"), kv=torch.bfloat16)
+    for stepper in (ref, cpu):
+        stepper.start(0, prompt(100), 112)
+    close(cpu.step({0: 99}), ref.step({0: 99}), 2e-3)
+    close(cpu.step({0: 1}), ref.step({0: 1}), 2e-3)
+    written = ~cpu.arena.kv.isnan()
+    assert (written == ~ref.arena.kv.isnan()).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_bits_do_not_depend_on_threads_batch_or_chunks(name: str) -> None:
+    model = make_model(name, "Q8_0")
+    logits = []
+    for threads, chunks in ((1, [64]), (3, [64]), (2, [1] * 64), (2, [7] * 9 + [1])):
+        stepper = Stepper(model, CpuBackend(model, threads), 16, torch.bfloat16)
+        stepper.start(0, prompt(64), 64)
+        stepper.start(1, prompt(30, 5), 64)
+        parts = [stepper.step({0: count} if i else {1: 30, 0: count}) for i, count in enumerate(chunks)]
+        parts[0] = parts[0][30:]
+        logits.append(torch.cat(parts))
+    for other in logits[1:]:
+        assert (other == logits[0]).all()
+
+
+def test_what_it_does_not_take_is_named() -> None:
+    assert why_not(make_model("llama"), torch.bfloat16) == []
+    assert why_not(make_model("llama"), torch.float16) == ["kv_cache_dtype torch.float16"]
+    odd = make_model("llama", head_dim=24, ropes=tuple(Rope(10000.0, 24) for _ in range(3)))
+    assert why_not(odd, torch.bfloat16) == ["head_dim 24"]
+    captured = make_model("llama")
+    program = fuse(captured.definition.program(capture=("layers.0.o",)))
+    assert why_not(replace(captured, program=program), torch.bfloat16) == []
+    between = captured.definition.program(adapters={"layers.0.qkv": 4})
+    assert why_not(replace(captured, program=fuse(between)), torch.bfloat16) == []
