@@ -91,11 +91,11 @@ class FakeHandle:
 
 @dataclass
 class FakeExecutor:
-    """Implements `Executor`. An entry of a page holds its group and a digest of the whole prefix, as real KV depends on it.
+    """Implements `Executor`. An entry of a page holds its group and a digest of the whole prefix, on which KV depends.
 
-    Breaches of the contract are AssertionErrors. Plans and results pass through msgpack as between processes. A row that
-    reaches the end feeds and accepts a random number of drafts within its plan; a step is ready after a random number of
-    polls.
+    Breaches of the contract are AssertionErrors. Plans and results pass through msgpack as between processes. A row
+    that reaches the end feeds and accepts a random number of drafts within its plan; a step is ready after a random
+    number of polls.
     """
 
     num_pages: int

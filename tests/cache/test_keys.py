@@ -67,3 +67,12 @@ def test_extending_in_pieces_equals_hashing_once_and_any_change_shows(tokens, pa
 def test_pages_that_are_not_full_are_refused():
     with pytest.raises(RuntimeError, match="2 pages need 8 tokens, the sequence has 7"):
         ChainHasher(ROOT, 4).extend([0] * 7, 2)
+
+
+def test_a_copy_goes_its_own_way():
+    hasher = ChainHasher(ROOT, 4)
+    hasher.extend(list(range(12)), 3)
+    twin = hasher.copy(2)
+    twin.extend([*range(8), 99, 99, 99, 99], 3)
+    assert twin.keys == keys_of([*range(8), 99, 99, 99, 99])
+    assert hasher.keys == keys_of(list(range(12)))

@@ -54,13 +54,23 @@ def test_eviction_takes_the_least_recently_used():
         pool.evict(3)
 
 
+def test_a_page_is_free_when_its_last_holder_lets_go():
+    pool = PagePool(2)
+    (page,) = pool.allocate(1)
+    pool.acquire(page)
+    pool.release(page)
+    assert (pool.references(page), pool.num_available) == (1, 1)
+    pool.release(page)
+    assert (pool.state(page), pool.num_available) == (PageState.FREE, 2)
+
+
 def test_misuse_raises():
     pool = PagePool(2)
     (page,) = pool.allocate(1)
     with pytest.raises(RuntimeError, match="FILLING to CACHED"):
         pool.mark_cached(page)
-    with pytest.raises(RuntimeError, match="only a CACHED page"):
-        pool.acquire(page)
+    with pytest.raises(RuntimeError, match="is FREE and cannot be shared"):
+        pool.acquire(1 - page)
     pool.mark_ready(page)
     with pytest.raises(RuntimeError, match="READY to READY"):
         pool.mark_ready(page)

@@ -22,7 +22,7 @@ MAX_MODEL_LEN = 4096
 REFUSED = 13
 """A prompt that begins with this id is refused by the engine itself."""
 FATAL = 14
-"""A prompt that begins with this id makes the next step raise, or hang, or kills the process."""
+"""A prompt that begins with this id makes the next step raise, hang, do nothing, or end the process."""
 
 
 def said(prompt: list[int], index: int, count: int) -> list[int]:
@@ -54,6 +54,8 @@ class FakeCore:
     def step(self) -> list[SequenceUpdate]:
         time.sleep(self.step_s)
         if any(request.prompt_token_ids[0] == FATAL for request, _ in self.running.values()):
+            if self.mode == "livelock":
+                return []
             self._go_wrong()
         self.counts["steps"] += 1
         return [self._advance(key) for key in list(self.running)]
@@ -75,6 +77,10 @@ class FakeCore:
         if self.mode == "exit":
             os._exit(7)
         raise RuntimeError("the bolt broke")
+
+    @property
+    def num_steps(self) -> int:
+        return self.counts["steps"]
 
     @property
     def has_work(self) -> bool:

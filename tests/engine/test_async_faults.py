@@ -121,6 +121,20 @@ def test_a_stuck_step_is_unhealthy_and_shows_its_stacks(
     assert [record.levelname for record in caplog.records if "stuck" in record.message] == ["ERROR"]
 
 
+def test_an_engine_that_turns_round_without_a_step_is_stuck() -> None:
+    async def main() -> None:
+        async with fake_engine("livelock", step_s=0.01, stuck_after_s=0.7) as engine:
+            engine.submit([1], deltas(1))
+            stream = engine.submit([FATAL], deltas())
+            await until(lambda: not engine.health().ok)
+            assert "stuck" in engine.health().reason
+            # Its loop still answers: an abort makes it idle, and well.
+            stream.abort()
+            await until(lambda: engine.health() == (True, "idle"))
+
+    run(main())
+
+
 def test_an_engine_that_works_long_is_healthy_as_long_as_it_steps() -> None:
     async def main() -> None:
         async with fake_engine(step_s=0.05, stuck_after_s=2) as engine:

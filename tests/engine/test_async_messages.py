@@ -98,8 +98,8 @@ def test_messages_to_the_engine_round_trip(message: ToEngine) -> None:
     [
         Loading(1, 2**60),
         Ready(INFO),
-        Step([UPDATE, SequenceUpdate(request_id="b")], 7, {"running": 2.0}),
-        Step([]),
+        Step([UPDATE, SequenceUpdate(request_id="b")], 3, 7, {"running": 2.0}),
+        Step([], 0),
         Refused("a", ErrorInfo("PromptError", "no")),
         Failed(ErrorInfo("ValueError", "")),
     ],
@@ -172,6 +172,7 @@ def test_one_message_per_step_for_all_sequences() -> None:
     steps = [[(update.request_id, update.new_token_ids) for update in step.updates] for step in channel.sent]
     assert steps == [[("a", [1]), ("b", [4])], [("a", [2]), ("b", [4])], [("a", [1])]]
     assert [step.idle_after for step in channel.sent] == [None, None, 2]
+    assert [step.num_steps for step in channel.sent] == [1, 2, 3]
     assert channel.sent[-1].stats["running"] == 0
 
 

@@ -10,21 +10,26 @@ from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.contracts.step import PlanRow, ResultRow, StepPlan, StepResult
 from tokenspeed.scheduler.config import SchedulerConfig
-from tokenspeed.scheduler.lifecycle import Status, check_transition
 from tokenspeed.scheduler.scheduler import Scheduler
+
+
+def counting(tokens: list[int], sample_index: int) -> int:
+    return 1000 * (1 + sample_index) + len(tokens)
 
 
 class Engine:
     """A scheduler on a fake executor whose sampled tokens count up: 1000, 1001, ... by position."""
 
-    def __init__(self, num_pages=64, page_size=4, seqs=8, budget=64, max_len=64, threshold=0, caching=True):
-        self.cache = CacheManager(num_pages, page_size, root_key("model", "f32", page_size), caching)
-        self.config = SchedulerConfig(seqs, budget, max_len, threshold)
+    def __init__(self, num_pages=64, page_size=4, seqs=8, budget=64, max_len=64, threshold=0, caching=True, **config):
+        self.cache = CacheManager(
+            num_pages, page_size, root_key("model", "f32", page_size), enable_prefix_caching=caching
+        )
+        self.config = SchedulerConfig(seqs, budget, max_len, threshold, **config)
         self.scheduler = Scheduler(self.config, self.cache)
-        self.executor = FakeExecutor(num_pages, page_size, seqs, budget, next_token=lambda tokens: 1000 + len(tokens))
+        self.executor = FakeExecutor(num_pages, page_size, seqs, budget, next_token=counting)
         self.plans: list[StepPlan] = []
 
-    def add(self, request_id: str, prompt: int | list[int], eos=(), salt="", **params) -> Request:
+    def add(self, request_id: str, prompt: int | list[int], eos=(), salt="", priority=0, **params) -> Request:
         tokens = list(range(prompt)) if isinstance(prompt, int) else prompt
         request = Request(
             request_id=request_id,
@@ -33,9 +38,18 @@ class Engine:
             seed=0,
             eos_token_ids=list(eos),
             cache_salt=salt,
+            priority=priority,
         )
         self.scheduler.add(request)
         return request
+
+    def plan(self, rows: list[ResultRow] | None = None) -> StepPlan:
+        """Schedule; with `rows`, take them for the result at once."""
+        plan = self.scheduler.schedule()
+        assert plan is not None
+        if rows is not None:
+            self.scheduler.update(StepResult(plan.step_id, rows))
+        return plan
 
     def step(self) -> list[SequenceUpdate]:
         plan = self.scheduler.schedule()
@@ -89,7 +103,7 @@ def test_the_threshold_bounds_one_sequence_not_the_step():
     engine.add("a", 5, max_tokens=1)
     engine.add("b", [50, 51, 52, 53], max_tokens=1)
     engine.drain()
-    assert engine.fed() == [[(0, 3), (1, 3)], [(0, 2), (1, 1)]]
+    assert engine.fed() == [[(0, 3), (1, 3)], [(1, 1), (0, 2)]]
 
 
 def test_no_more_sequences_run_than_slots_or_budget_allow():
@@ -138,11 +152,13 @@ def test_stops(eos, params, expected):
 
 
 def test_several_accepted_tokens_end_at_the_first_stop():
-    engine = Engine()
+    engine = Engine(max_draft_tokens=3)
     engine.add("a", 4, eos=[8], max_tokens=9)
+    engine.plan([ResultRow(0, 4, [5])])
     plan = engine.scheduler.schedule()
     assert plan is not None
-    (update,) = engine.scheduler.update(StepResult(plan.step_id, [ResultRow(0, 4, [7, 8, 9])]))
+    assert plan.rows == [PlanRow(0, 4, 8)]
+    (update,) = engine.scheduler.update(StepResult(plan.step_id, [ResultRow(0, 7, [7, 8, 9])]))
     assert (update.new_token_ids, update.finish_reason) == ([7, 8], "stop")
     engine.cache.check_idle()
 
@@ -156,7 +172,8 @@ def test_a_prefix_is_reused_and_reported():
     assert [update.num_cached_tokens for update in updates] == [8, 8]
     assert engine.fed()[2] == [(0, 3)]
     assert engine.plans[2].delta.new[0].num_computed == 8
-    assert engine.scheduler.num_cached_tokens == 8
+    stats = engine.scheduler.stats()
+    assert (stats.prefix_queries, stats.prefix_queried_tokens, stats.prefix_hit_tokens) == (2, 21, 8)
 
 
 def test_the_last_sampled_token_is_not_in_the_cache():
@@ -174,11 +191,10 @@ def test_an_abort_keeps_what_was_computed_and_nothing_else():
     engine.add("a", 16, max_tokens=1)
     engine.step()
     assert engine.scheduler.schedule() is not None  # in flight: positions 6 to 11
-    update = engine.scheduler.abort("a")
-    assert update is not None
+    (update,) = engine.scheduler.abort("a")
     assert (update.request_id, update.finish_reason, update.new_token_ids) == ("a", "abort", [])
-    assert engine.scheduler.update(StepResult(1, [ResultRow(0, 6, [])])) == []
-    assert engine.scheduler.abort("a") is None
+    assert engine.scheduler.update(StepResult(1, [ResultRow(0, 12, [])])) == []
+    assert engine.scheduler.abort("a") == []
     engine.cache.check_idle()
     assert engine.cache.num_cached_pages == 1
 
@@ -188,8 +204,7 @@ def test_a_waiting_request_can_be_aborted_and_its_id_reused():
     for request_id in "abc":
         engine.add(request_id, 4, max_tokens=2)
     engine.step()
-    update = engine.scheduler.abort("b")
-    assert update is not None
+    (update,) = engine.scheduler.abort("b")
     assert update.finish_reason == "abort"
     engine.add("b", 4, max_tokens=1)
     finished = [update.request_id for update in engine.drain() if update.finish_reason]
@@ -207,15 +222,16 @@ def test_prompt_logprobs_cover_the_prompt_whatever_is_cached():
     assert updates[0].num_cached_tokens == 0
 
 
-def test_admission_waits_for_the_longest_run_in_order():
-    engine = Engine(num_pages=4, max_len=16)
-    engine.add("a", [1], max_tokens=9)  # feeds 9 tokens: 3 pages
-    engine.add("b", [2], max_tokens=8)  # 2 pages: must wait
+def test_who_does_not_fit_holds_back_only_those_after_it():
+    engine = Engine(num_pages=8, max_len=32)
+    engine.add("a", 20, max_tokens=4)  # 5 pages, then 6
+    engine.add("b", [2] * 14, max_tokens=4)  # 4 pages: must wait
     engine.add("c", [3], max_tokens=2)  # 1 page: would fit, but came later
+    engine.add("d", [4], max_tokens=2, priority=-1)
     engine.step()
-    assert (engine.scheduler.num_running, engine.scheduler.num_waiting) == (1, 2)
+    assert (engine.scheduler.num_running, engine.scheduler.num_waiting) == (2, 2)
     finished = [update.request_id for update in engine.drain() if update.finish_reason]
-    assert finished == ["a", "c", "b"]
+    assert finished == ["d", "a", "c", "b"]
 
 
 def test_requests_that_can_never_run_are_refused_and_leave_no_trace():
@@ -245,26 +261,32 @@ def test_a_prompt_one_short_of_the_limit_gets_one_token():
     assert (update.new_token_ids, update.finish_reason) == ([1008], "length")
 
 
-def test_results_that_do_not_fit_the_plan_raise():
-    rows = {
-        "slot": [ResultRow(1, 4, [9])],
-        "too many fed": [ResultRow(0, 5, [9])],
-        "sampled early": [ResultRow(0, 3, [9])],
-        "no token at the end": [ResultRow(0, 4, [])],
-        "too few rows": [],
-    }
-    for bad in rows.values():
-        engine = Engine()
-        engine.add("a", 4)
-        plan = engine.scheduler.schedule()
-        assert plan is not None
-        assert plan.rows == [PlanRow(0, 4)]
-        with pytest.raises(RuntimeError, match="in flight: 0"):
-            engine.scheduler.update(StepResult(1, [ResultRow(0, 4, [9])]))
-        with pytest.raises(RuntimeError, match="no result yet"):
-            engine.scheduler.schedule()
-        with pytest.raises(RuntimeError):
-            engine.scheduler.update(StepResult(0, bad))
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [ResultRow(1, 4, [9])],
+        [ResultRow(0, 5, [9])],
+        [ResultRow(0, 5, [9, 9])],
+        [ResultRow(0, 3, [9])],
+        [ResultRow(0, 3, [])],
+        [ResultRow(0, 4, [])],
+        [],
+    ],
+    ids=["slot", "too far", "more than planned", "sampled early", "short", "no token at the end", "too few rows"],
+)
+def test_results_that_do_not_fit_the_plan_raise(rows):
+    engine = Engine()
+    engine.add("a", 4)
+    plan = engine.scheduler.schedule()
+    assert plan is not None
+    assert plan.rows == [PlanRow(0, 4, 4)]
+    with pytest.raises(RuntimeError, match="in flight: 0"):
+        engine.scheduler.update(StepResult(1, [ResultRow(0, 4, [9])]))
+    with pytest.raises(RuntimeError):
+        engine.scheduler.update(StepResult(0, rows))
+
+
+def test_a_result_without_a_step_raises():
     with pytest.raises(RuntimeError, match="in flight: none"):
         Engine().scheduler.update(StepResult(0, []))
 
@@ -277,16 +299,9 @@ def test_config_limits(name):
         SchedulerConfig(**{**values, name: values[name] - 1})
 
 
-def test_lifecycle_goes_forward_only():
-    check_transition(Status.WAITING, Status.RUNNING)
-    for old, new in ((Status.FINISHED, Status.RUNNING), (Status.RUNNING, Status.RUNNING)):
-        with pytest.raises(RuntimeError, match=old.name):
-            check_transition(old, new)
-
-
 def test_equals_a_model_that_runs_alone_for_one_request():
     engine = Engine()
     request = engine.add("a", 7, eos=[1009], max_tokens=20)
-    alone = expected_completion(request, engine.config.max_model_len, lambda tokens: 1000 + len(tokens))
+    alone = expected_completion(request, engine.config.max_model_len, 0, counting)
     updates = engine.drain()
     assert (tokens_of(updates, "a"), updates[-1].finish_reason, updates[-1].stop_reason) == alone

@@ -14,7 +14,7 @@ from tokenspeed.contracts.step import CopyPlan
 class CacheManager:
     """Block tables of all groups over one pool of equal pages.
 
-    It knows nothing of steps: whoever calls `free` or `release` has waited for the steps that may still touch the pages.
+    It knows nothing of steps: whoever calls `free` or `release` has waited for the steps that may touch the pages.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class CacheManager:
         return len(self.groups) if num_tokens % self.page_size else 0
 
     def fork(self, table: BlockTable, num_tokens: int) -> tuple[BlockTable, CopyPlan]:
-        """A table of its own for the same first `num_tokens` positions: full pages are shared, partly filled ones copied.
+        """A table for the same first `num_tokens` positions: full pages are shared, partly filled ones copied.
 
         The copies are valid once the steps that write those positions are launched. Their sources stay held: pass them
         to `release` when the copies are done. Raises RuntimeError when the pages are gone, or none is available.
@@ -189,7 +189,7 @@ class CacheManager:
         return forked, CopyPlan(list(zip(sources, twins, strict=True)))
 
     def free(self, table: BlockTable, token_ids: list[int]) -> None:
-        """Give everything back; the table is empty again. Last entry first, so that a chain is evicted from its tail."""
+        """Give everything back; the table is empty again. Last entry first: a chain is evicted from its tail."""
         for index in reversed(range(table.num_entries)):
             for group, column in enumerate(table.pages):
                 if (page := column[index]) < 0:
@@ -246,7 +246,7 @@ class CacheManager:
         return stored
 
     def _keep(self, table: BlockTable, group: int, index: int, token_ids: list[int]) -> None:
-        """A full page without a key is about to be released: let it, or the page its key has now, count as just used."""
+        """A full page without a key is about to be released: it, or the page its key has now, counts as just used."""
         if table.hasher is not None and not self._store(table, group, index, token_ids):
             self._prefix.touch(group, table.hasher.keys[index])
 

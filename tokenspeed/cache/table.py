@@ -9,10 +9,8 @@ from tokenspeed.cache.keys import ChainHasher
 
 @dataclass(slots=True)
 class BlockTable:
-    """The pages of one sequence: a table per group, all with the same entries; entry i is of positions i * page_size on.
-    Made by `CacheManager.open` and `fork`, changed by the manager only.
-
-    -1 is a page outside the group's window.
+    """The pages of one sequence: a column per group, all of the same length; entry i is of positions i * page_size on.
+    -1 is a page outside the group's window. Made by `CacheManager.open` and `fork`, changed by the manager only.
     """
 
     hasher: ChainHasher | None

@@ -10,10 +10,15 @@ from tokenspeed.config.engine import EngineConfig, flag
 from tokenspeed.contracts.errors import ConfigError
 
 SAMPLING: dict[str, tuple[type, str]] = {
-    "max_tokens": (int, "most tokens to generate (default: the model's, else 128)"),
+    "max_tokens": (int, "most tokens to generate (default: the model's, else {max_tokens})"),
     "temperature": (float, "0 is greedy (default: the model's, else 1)"),
     "top_k": (int, "keep the k best tokens; 0 keeps all (default: the model's, else 0)"),
     "top_p": (float, "keep the best tokens up to this probability; 1 keeps all (default: the model's, else 1)"),
+    "min_p": (float, "keep tokens of at least this probability, as a part of the best one's; 0 keeps all (default: 0)"),
+    "presence_penalty": (float, "subtracted from the logits of tokens in the output (default: 0)"),
+    "frequency_penalty": (float, "the same, for each time they occur there (default: 0)"),
+    "repetition_penalty": (float, "above 1 makes tokens of prompt and output less likely (default: 1)"),
+    "min_tokens": (int, "no end before this many tokens (default: 0)"),
     "logprobs": (int, "report this many alternatives per token (needs --json)"),
     "prompt_logprobs": (int, "the same for the prompt (needs --json)"),
 }
@@ -45,12 +50,19 @@ def engine_settings(options: argparse.Namespace) -> dict[str, Any]:
     return {setting.name: given[setting.name] for setting in fields(EngineConfig) if setting.name in given}
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of SamplingParams."""
+def add_sampling_flags(
+    parser: argparse.ArgumentParser, max_tokens: str = "128", leave_out: tuple[str, ...] = ()
+) -> None:
+    """Flags of SamplingParams. max_tokens: what the help says of its default."""
     group = parser.add_argument_group("sampling")
     for name, (kind, text) in SAMPLING.items():
-        group.add_argument(flag(name), type=kind, metavar="N" if kind is int else "X", dest=name, help=text)
+        if name not in leave_out:
+            shown = text.format(max_tokens=max_tokens)
+            group.add_argument(flag(name), type=kind, metavar="N" if kind is int else "X", dest=name, help=shown)
     group.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
+    group.add_argument(
+        "--stop", nargs="+", metavar="TEXT", default=[], help="texts that end the output, and are left out of it"
+    )
     group.add_argument(
         "--stop-token-ids", type=int, nargs="+", metavar="ID", default=[], help="token ids that end the text"
     )
@@ -58,8 +70,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 def sampling_settings(options: argparse.Namespace) -> dict[str, Any]:
     """What was given of SamplingParams."""
-    given = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
-    return given | {"ignore_eos": options.ignore_eos, "stop_token_ids": options.stop_token_ids}
+    values = vars(options)
+    given = {name: values[name] for name in SAMPLING if values.get(name) is not None}
+    return given | {"ignore_eos": options.ignore_eos, "stop": options.stop, "stop_token_ids": options.stop_token_ids}
 
 
 def add_floor_flags(parser: argparse.ArgumentParser) -> None:

@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     for name in ("logprobs", "prompt_logprobs"):
         if name in settings and not options.json:
             raise ParameterError(f"{flag(name)} needs --json: streamed text has no place for it")
-    llm = _load(engine_settings(options))
+    llm = load_llm(engine_settings(options))
     defaults = {"max_tokens": DEFAULT_MAX_TOKENS} | dict(llm.generation.sampling)
     params = SamplingParams.from_dict(defaults | settings)
     outputs = []
@@ -56,16 +56,23 @@ def run(options: argparse.Namespace) -> None:
     report(llm, outputs[0], options.json)
 
 
-def report(llm: LLM, output: RequestOutput, as_json: bool) -> None:
-    """The closing line on stderr, or everything as JSON on stdout."""
+def measured_timings(llm: LLM, output: RequestOutput) -> dict[str, Any]:
+    """`timings` of a request that ran alone, against the ceilings of this machine, which are measured once."""
     from tokenspeed.bench.ceilings import measure_cpu
-    from tokenspeed.engine.timings import run_timings, timings_line
+    from tokenspeed.engine.timings import run_timings
     from tokenspeed.observability.ceilings import read_ceilings
 
     ceilings = None
     if llm.core.model.device.type == "cpu":
         ceilings = read_ceilings() or measure_cpu()
-    timings = run_timings(llm.core, output, ceilings)
+    return run_timings(llm.core, output, ceilings)
+
+
+def report(llm: LLM, output: RequestOutput, as_json: bool) -> None:
+    """The closing line on stderr, or everything as JSON on stdout."""
+    from tokenspeed.engine.timings import timings_line
+
+    timings = measured_timings(llm, output)
     if as_json:
         json.dump(_as_dict(output) | {"timings": timings}, sys.stdout, indent=2, ensure_ascii=False)
         print()
@@ -87,7 +94,8 @@ def _prompt(options: argparse.Namespace) -> str:
     return prompt
 
 
-def _load(settings: dict[str, Any]) -> LLM:
+def load_llm(settings: dict[str, Any]) -> LLM:
+    """Load a model, with a progress bar on a terminal."""
     from tqdm import tqdm
 
     from tokenspeed.engine.llm import LLM

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from tokenspeed import __version__
-from tokenspeed.cli import doctor, generate, plan, sol
+from tokenspeed.cli import chat, doctor, generate, plan, sol
 from tokenspeed.contracts.errors import TokenSpeedError
 
-COMMANDS = (generate, plan, sol, doctor)
+COMMANDS = (generate, chat, plan, sol, doctor)
 
 
 class OneLineParser(argparse.ArgumentParser):

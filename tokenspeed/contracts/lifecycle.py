@@ -6,8 +6,8 @@ from enum import IntEnum
 
 
 class Status(IntEnum):
-    """WAITING_REMOTE: its KV is computed elsewhere. LOADING: its KV is on the way into its pages. PREEMPTED: it lost its
-    pages to another and waits again as soon as the steps that still name it have retired."""
+    """WAITING_REMOTE: its KV is computed elsewhere. LOADING: its KV is on the way into its pages. PREEMPTED: it loses
+    its pages to another, and waits again as soon as the steps that still name it have retired."""
 
     WAITING = 0
     WAITING_REMOTE = 1

@@ -24,7 +24,7 @@ class Request(msgspec.Struct, kw_only=True):
     """Lower runs earlier; waiting makes up for it in time."""
 
 
-class SequenceUpdate(msgspec.Struct, kw_only=True, gc=False):
+class SequenceUpdate(msgspec.Struct, kw_only=True, array_like=True, gc=False):
     """What one step brought for one sequence of a request."""
 
     request_id: str

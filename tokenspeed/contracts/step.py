@@ -1,8 +1,9 @@
 """Plans and results of one engine step: plain data, small ints, no tensor. They cross process borders as msgpack.
 
-Device lengths are the truth, and several steps may be under way: a plan names upper bounds. The executor feeds a sequence
-its known tokens that are not computed, then drafts of its own if it has any, `max_tokens` at most and never past
-`num_reserved` positions; whenever that reaches the end of what is known it samples, one token per fed row that it accepts.
+Device lengths are the truth, and several steps may be under way: a plan names upper bounds. The executor feeds a
+sequence its known tokens that are not computed, then drafts of its own if it has any, `max_tokens` at most and never
+past `num_reserved` positions; whenever that reaches the end of what is known it samples, one token per fed row that it
+accepts.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import msgspec
 class SamplingRow(msgspec.Struct, array_like=True, frozen=True):
     """What the sampler needs of one sequence; the fields of SamplingParams, resolved.
 
-    `stop_ids`: eos and stop ids, which cannot be sampled before `min_tokens`. `logprobs`, `prompt_logprobs`: alternatives
-    to report, -1 for none. `masked`: a mask of allowed ids comes with each step. `bad_words`: token sequences whose
-    last token cannot follow the others where these were sampled.
+    `stop_ids`: eos and stop ids, which cannot be sampled before `min_tokens`. `logprobs`, `prompt_logprobs`: how many
+    alternatives to report, -1 for none. `masked`: a mask of allowed ids comes with each step. `bad_words`: token
+    sequences whose last token cannot follow the others where these were sampled.
     """
 
     temperature: float
@@ -107,9 +108,9 @@ class ResultRow(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """What a step gave one slot: positions that are now computed for good, tokens sampled or accepted, and the
     log-probabilities that were asked for.
 
-    A step that did not reach the end of what is known has no tokens. One that did has k >= 1, and its computed positions
-    end one before the last of them. `prompt_logprobs[i]` belongs to the token at position `first computed + 1 + i`, as
-    far as it is a prompt token.
+    A step that did not reach the end of what is known has no tokens. One that did has k >= 1, and its computed
+    positions end one before the last of them. `prompt_logprobs[i]` belongs to the token at position
+    `first computed + 1 + i`, as far as it is a prompt token.
     """
 
     slot: int

@@ -73,7 +73,7 @@ class AsyncEngine:
         self._emptied = asyncio.Event()
         self._emptied.set()
         self._numbers = itertools.count()
-        self._num_sent = 0
+        self._num_sent = self._num_steps = 0
         self._idle_after: int | None = 0
         self._progressed = time.monotonic()
         self._stats: dict[str, float] = {}
@@ -230,7 +230,9 @@ class AsyncEngine:
                 self._ready.set_exception(message.error.rebuild())
 
     def _take_step(self, step: Step) -> None:
-        self._progressed, self._idle_after = time.monotonic(), step.idle_after
+        self._idle_after = step.idle_after
+        if step.num_steps != self._num_steps:
+            self._progressed, self._num_steps = time.monotonic(), step.num_steps
         if step.stats is not None:
             self._stats = step.stats
         for update in step.updates:

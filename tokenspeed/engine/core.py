@@ -79,6 +79,8 @@ class StepLoop:
         self.executor = executor
         self.clock = StepClock()
         self.ring: deque[TimedStep] = deque(maxlen=RING)
+        self.num_steps = 0
+        """Retired since the start."""
         self._in_flight: deque[_InFlight] = deque()
         self._retired = 0.0
         self._alive: set[str] = set()
@@ -115,6 +117,7 @@ class StepLoop:
             self._drop_all()
             raise
         self._in_flight.popleft()
+        self.num_steps += 1
         self._time(oldest, result)
         return self.scheduler.update(result)
 

@@ -37,7 +37,7 @@ from tokenspeed.engine.messages import (
 )
 
 REPORT_S = 0.25
-"""Longest silence of an engine whose steps return, and the interval of its counters, in seconds."""
+"""Longest silence of an engine that is not caught in a step, and the interval of its counters, in seconds."""
 FAILED = 1
 """Exit status after a start or a step that failed."""
 ORPHANED = 3
@@ -57,6 +57,11 @@ class Core(Protocol):
 
     def step(self) -> list[SequenceUpdate]:
         """Launch or finish a step; what it brought."""
+        ...
+
+    @property
+    def num_steps(self) -> int:
+        """Steps finished since the start: the proof of progress."""
         ...
 
     @property
@@ -131,7 +136,8 @@ def serve(core: Core, channel: EngineChannel) -> None:
         idle, now = not core.has_work, time.monotonic()
         due = idle or now - reported >= REPORT_S
         if updates or due:
-            channel.send(Step(updates, taken if idle else None, dict(core.stats()) if due else None))
+            stats = dict(core.stats()) if due else None
+            channel.send(Step(updates, core.num_steps, taken if idle else None, stats))
             reported = now if due else reported
 
 

@@ -104,11 +104,13 @@ class Ready(msgspec.Struct, tag="ready", array_like=True):
 class Step(msgspec.Struct, tag="step", array_like=True):
     """What one step brought for all sequences, and at times the counters of the engine.
 
-    `idle_after`: with nothing left to do, how many messages were taken in until then. An engine with work sends one of
-    these at least every `loop.REPORT_S` seconds as long as its steps return.
+    num_steps: finished since the start; it stands still where the engine turns round without getting anywhere.
+    idle_after: with nothing left to do, how many messages were taken in until then. An engine with work sends one of
+    these at least every `loop.REPORT_S` seconds, unless it is caught in a step.
     """
 
     updates: list[SequenceUpdate]
+    num_steps: int
     idle_after: int | None = None
     stats: dict[str, float] | None = None
 

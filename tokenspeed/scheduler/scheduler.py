@@ -23,9 +23,9 @@ from tokenspeed.scheduler.step import Step
 class Scheduler:
     """Turns requests into step plans and step results into updates.
 
-    There are no phases: a sequence has num_computed < num_tokens, and a step feeds it some of the difference. Sequences
-    with one token to feed come first, each gets a row; then longer remainders in order, then waiting sequences in order,
-    as far as budget, slots and the admission policy allow. The first that must wait holds back those after it.
+    There are no phases: a sequence has num_computed < num_tokens, and a step feeds it some of the difference. Those
+    with one token to feed come first, each gets a row; then longer remainders in order, then waiting sequences in
+    order, as far as budget, slots and the admission policy allow. The first that must wait holds back those after it.
 
     `schedule` may be called again before `update`: plans use upper bounds. Results are taken in the order of launches.
     Pages and slots that a launched step names are given back only when the last such step has retired (its fence).
@@ -58,6 +58,16 @@ class Scheduler:
         return bool(self._requests)
 
     @property
+    def num_running(self) -> int:
+        """Sequences that have a slot and were not preempted."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait, for their fence after preemption too."""
+        return self._num_alive - len(self._running)
+
+    @property
     def num_in_flight(self) -> int:
         """Steps planned whose results have not been taken."""
         return len(self._in_flight)
@@ -72,7 +82,7 @@ class Scheduler:
         cache, prefix = self._cache, self._cache.stats
         return SchedulerStats(
             num_running=len(self._running),
-            num_waiting=self._num_alive - len(self._running),
+            num_waiting=self.num_waiting,
             num_steps_in_flight=len(self._in_flight),
             num_preemptions=self._num_preemptions,
             pages_total=cache.num_pages,
@@ -315,7 +325,7 @@ class Scheduler:
         return True
 
     def _advance(self, sequence: Sequence, max_tokens: int, row: ResultRow) -> SequenceUpdate | None:
-        """What a result row means for a sequence that is alive, preempted ones included: what they computed is right."""
+        """What a result row means for a sequence that is alive; one that was preempted has computed rightly, too."""
         start = sequence.num_computed
         new_token_ids, finish = sequence.advance(row, max_tokens)
         table = sequence.table
@@ -349,6 +359,7 @@ class Scheduler:
         self._admission.ended(sequence.num_output, cut)
         if not live.alive:
             del self._requests[live.request_id]
+            live.sequences.clear()  # each refers to `live`: without this cycle they are freed at once
         elif live.unforked and len(live.unforked) == len(live.alive):
             self._waiting.add(live.unforked.pop(0))
 

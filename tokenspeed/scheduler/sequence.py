@@ -55,7 +55,7 @@ class LiveRequest:
 class Sequence:
     """Known tokens (prompt, then sampled ones), of which the first `num_computed` have their KV in the pages.
 
-    That is what the host knows. The rows in flight will compute up to `ahead` positions more, so the next row is planned
+    That is what the host knows. Rows in flight will compute up to `ahead` positions more, so the next row is planned
     from `planned`, an upper bound, which is exact as long as no row in flight reaches the end of what is known.
     """
 

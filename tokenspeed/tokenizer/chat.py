@@ -25,15 +25,21 @@ PLAIN = """\
 """
 """A transcript for models trained without a chat format. Used only when asked for by the name `plain`."""
 BUILT_IN = {"plain": PLAIN}
+STOPS = {"plain": ["\nUser:"]}
+"""Texts that end a turn, where no token does."""
 
 
 class ChatTemplate:
-    """A compiled template. `name` says in errors where it came from."""
+    """A compiled template. `name` says in errors where it came from; `stop` holds texts that end a turn, for templates
+    in which no token does."""
 
-    def __init__(self, text: str, special_tokens: Mapping[str, str], name: str = "chat template") -> None:
+    def __init__(
+        self, text: str, special_tokens: Mapping[str, str], name: str = "chat template", stop: Sequence[str] = ()
+    ) -> None:
         """Compile. Raises ConfigError, with the line, where the text is not a template."""
         from jinja2 import TemplateSyntaxError
 
+        self.stop = list(stop)
         self._name = name
         self._special_tokens = dict(special_tokens)
         try:
@@ -75,7 +81,9 @@ def load_chat_template(tokenizer: Tokenizer, argument: str | None = None) -> Cha
             raise ConfigError("this model has no chat template; a base model can be given --chat-template plain")
         return ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, "the model's chat template")
     if argument in BUILT_IN:
-        return ChatTemplate(BUILT_IN[argument], tokenizer.special_tokens, f"chat template {argument}")
+        return ChatTemplate(
+            BUILT_IN[argument], tokenizer.special_tokens, f"chat template {argument}", STOPS.get(argument, ())
+        )
     if "{" in argument or "\n" in argument:
         return ChatTemplate(argument, tokenizer.special_tokens, "the given chat template")
     return ChatTemplate(_read(Path(argument)), tokenizer.special_tokens, f"chat template {argument}")
