@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tokenspeed.config.engine import EngineConfig
 from tokenspeed.ops.reference import StepView
 from tokenspeed.program.program import Program
-from tokenspeed.runner.arena import Arena
+from tokenspeed.runner.arena import Arena, PageShape
 from tokenspeed.runner.build import open_model
-from tokenspeed.runner.executor import LocalExecutor
+from tokenspeed.runner.layout import page_layout
 from tokenspeed.runner.model import LoadedModel, load_model
+from tokenspeed.runner.ref_backend import RefBackend
 
 VOCAB, CONTEXT, WINDOW = 199, 128, 8
 PROMPT_LENGTHS = (21, 40)
@@ -287,43 +289,47 @@ def load(path: Path, dtype: str = "float32") -> LoadedModel:
 
 
 class Walker:
-    """Runs a program as the executor plans it, for one sequence, and gives the logits of every position."""
+    """Runs a program as the reference backend plans it, for one sequence, and gives the logits of every position."""
 
-    def __init__(self, model: LoadedModel, program: Program | None = None, page_size: int = 4) -> None:
-        """program: instead of the model's own (fused) one."""
+    def __init__(
+        self,
+        model: LoadedModel,
+        program: Program | None = None,
+        page_size: int = 4,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """program: instead of the model's own (fused) one. weights: beside or instead of the model's own."""
         self.model = model if program is None else replace(model, program=program)
-        shape, self.page_size = model.definition.config, page_size
-        pages = -(-CONTEXT // page_size)
-        sizes = (shape.num_layers, page_size, shape.num_kv_heads, shape.head_dim)
-        self.arena = Arena(pages, *sizes, dtype=model.dtype, device=model.device)
+        config, self.page_size = model.definition.config, page_size
+        layout = page_layout(config.windows)
+        shape = PageShape(layout, page_size, config.num_kv_heads, config.head_dim, model.dtype)
+        groups, entries = len(layout.windows), -(-CONTEXT // page_size)
+        self.arena = Arena(groups * entries, shape, model.device)
         self.arena.kv.fill_(torch.nan)  # what is read before it is written shows in the logits
-        self.pages = torch.randperm(pages, generator=torch.Generator().manual_seed(pages))
-        self.executor = LocalExecutor(self.model, self.arena)
+        order = torch.randperm(groups * entries, generator=torch.Generator().manual_seed(entries))
+        self.tables = list(order.view(groups, entries))
+        self.backend = RefBackend(self.model)
+        self.backend.weights |= dict(weights or {})
 
     def feed(self, token_ids: list[int], start: int = 0) -> dict[str, torch.Tensor]:
         """Outputs by name, [tokens, columns] each, for tokens at positions start..; earlier ones were fed before."""
         positions = torch.arange(start, start + len(token_ids))
+        entries, offsets = positions // self.page_size, positions % self.page_size
         view = StepView(
             tokens=torch.tensor(token_ids),
             positions=positions,
-            slots=self.pages[positions // self.page_size] * self.page_size + positions % self.page_size,
+            slots=torch.stack([table[entries] * self.page_size + offsets for table in self.tables]),
             query_start=[0, len(token_ids)],
             context=[start + len(token_ids)],
-            block_tables=[self.pages],
+            block_tables=[self.tables],
+            places=self.arena.shape.layout.places,
             kv=self.arena.kv,
             rows=torch.arange(len(token_ids)),
         )
         program = self.model.program
         values = {program.inputs["tokens"]: view.tokens}
         with torch.inference_mode():
-            for step in self.executor.plan_for(len(token_ids)).steps:
-                record = step.record
-                weights = [self.model.weights[name] for name in record.weights]
-                inputs = [values[v] for v in record.inputs]
-                outputs = step.implementation.run(view, inputs, weights, record.attrs)
-                values.update(zip(record.outputs, outputs, strict=True))
-                for dead in step.frees:
-                    del values[dead]
+            self.backend.walk(self.backend.plan_for(len(token_ids)).steps, view, values)
         return {name: values[v] for name, v in program.outputs.items()}
 
     def logits(self, token_ids: list[int], chunk: int | None = None) -> torch.Tensor:

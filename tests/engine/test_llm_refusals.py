@@ -53,7 +53,7 @@ def test_a_bad_prompt_stops_its_whole_batch_and_nothing_else(
     llm: LLM, bad: Any, error: type[TokenSpeedError], message: str
 ) -> None:
     before = run(llm, [GOOD], GREEDY)
-    llm.core.cache.reset_prefix_cache()
+    llm.core.cache.reset()
     with pytest.raises(error, match=message):
         llm.generate([{"prompt_token_ids": GOOD}, bad, {"prompt_token_ids": GOOD}], GREEDY, use_tqdm=False)
     assert not llm.core.has_work
@@ -107,7 +107,7 @@ def test_bad_sampling_parameters(fields: dict[str, Any], message: str) -> None:
 
 def test_the_constructor_names_an_unknown_parameter() -> None:
     with pytest.raises(TypeError, match="'n'"):
-        SamplingParams(n=2)  # type: ignore[call-arg]
+        SamplingParams(n=2)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_cache_too_small_for_one_request(tiny_path: Path) -> None:
     with pytest.raises(MemoryLimitError, match="one sequence of 100 tokens"):
         LLM(str(tiny_path), dtype="float32", max_model_len=100, kv_cache_memory_bytes=6 * page)
     llm = LLM(str(tiny_path), dtype="float32", kv_cache_memory_bytes=6 * page + 1)
-    assert (llm.core.num_pages, llm.core.max_model_len) == (6, 96)
+    assert (llm.core.capacity.num_pages, llm.core.capacity.max_model_len) == (6, 96)
     with pytest.raises(PromptError, match="96 tokens, max_model_len 96"):
         llm.generate([0] * 96, use_tqdm=False)
     assert len(run(llm, random_ids(50, 95), GREEDY)[0]) == 1

@@ -77,7 +77,7 @@ def test_a_step_that_fails_ends_every_request_and_the_next_call_works(
 ) -> None:
     ids = random_ids(43, 25, 9)
     expected = run(llm, ids, GREEDY)
-    llm.core.cache.reset_prefix_cache()
+    llm.core.cache.reset()
     paused = llm.stream(ids[0], LONG)
     _, output = next(paused)
 

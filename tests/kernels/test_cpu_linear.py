@@ -109,7 +109,7 @@ def test_extremes_of_the_codes() -> None:
             import gguf
 
             kind = gguf.GGMLQuantizationType[fmt]
-            block, size = gguf.GGML_QUANT_SIZES[kind]
+            size = gguf.GGML_QUANT_SIZES[kind][1]
             for at in FACTORS[fmt]:
                 extreme.reshape(16, -1, size)[:, :, at : at + 2] = np.array([0.01], np.float16).view(np.uint8)
             values = gguf.dequantize(extreme, kind).astype(np.float64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
@@ -48,10 +47,10 @@ def projections(oracle, name):
     }[weight]
 
 
-def with_adapters(model, names, seed):
+def adapter_weights(model, names, seed):
     made = {name: factors(model.definition.weights.specs[name].shape, seed + i) for i, name in enumerate(names)}
     extra = {f"{name}.lora_{'ab'[i]}": values for name, pair in made.items() for i, values in enumerate(pair)}
-    return replace(model, weights={**model.weights, **extra}), made
+    return extra, made
 
 
 @pytest.mark.parametrize("adapted", [["layers.0.qkv"], ["layers.1.o", "layers.0.gate_up", "layers.1.down"]])
@@ -59,7 +58,8 @@ def with_adapters(model, names, seed):
 def test_adapters(tiny, name, adapted):
     checkpoint = tiny(name, "F32")
     prompt = random_prompt(21, checkpoint.case.seed)
-    model, made = with_adapters(load(checkpoint.path), adapted, checkpoint.case.seed)
+    model = load(checkpoint.path)
+    extra, made = adapter_weights(model, adapted, checkpoint.case.seed)
     with ExitStack() as stack:
         for weight, pair in made.items():
             stack.enter_context(delta_on(projections(checkpoint.oracle, weight), *pair))
@@ -67,7 +67,7 @@ def test_adapters(tiny, name, adapted):
     assert (expected - oracle_logits(checkpoint.oracle, prompt)).abs().max() > 0.1, "the delta must matter"
     program = model.definition.program(adapters=dict.fromkeys(adapted, RANK))
     for variant in (program, fuse(program)):
-        torch.testing.assert_close(Walker(model, variant).logits(prompt), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(Walker(model, variant, weights=extra).logits(prompt), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,12 +116,13 @@ def test_an_addition_stops_the_fusion_it_breaks_and_no_other(tiny, name, what):
 def test_captured_state_of_an_adapted_weight(tiny):
     """The delta by hand, inside one program: y = plain y + B A x, with x as captured."""
     checkpoint = tiny("qwen3", "F32")
-    model, made = with_adapters(load(checkpoint.path), ["layers.0.o"], 9)
+    model = load(checkpoint.path)
+    extra, made = adapter_weights(model, ["layers.0.o"], 9)
     prompt = random_prompt(21, 9)
     capture = ("layers.0.o", "layers.0.mlp_norm")
     plain = Walker(model, model.definition.program(capture=capture)).feed(prompt)
     program = model.definition.program(adapters={"layers.0.o": RANK}, capture=capture)
-    adapted = Walker(model, program).feed(prompt)
+    adapted = Walker(model, program, weights=extra).feed(prompt)
     down, up = made["layers.0.o"]
     delta = plain["hidden.layers.0.o"] @ down.T @ up.T
     torch.testing.assert_close(

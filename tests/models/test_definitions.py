@@ -129,7 +129,7 @@ def copy_weights(model, oracle):
     parameters = dict(oracle.named_parameters())
     with torch.no_grad():
         for name, spec in model.definition.weights.specs.items():
-            rows = model.weights[name].split([source.rows for source in spec.hf])
+            rows = model.packed[name].unpacked(torch.float32).split([source.rows for source in spec.hf])
             for source, values in zip(spec.hf, rows, strict=True):
                 parameters.pop(source.name).copy_(values - float(source.transform == "add_one"))
     assert not parameters

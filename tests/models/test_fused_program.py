@@ -46,6 +46,6 @@ def test_a_plan_serves_its_whole_bucket(tiny):
     prompt = random_prompt(40, 5)
     whole = Walker(model)
     expected = whole.logits(prompt)
-    assert whole.executor.plan_for(40).bucket == 64
+    assert whole.backend.plan_for(40).bucket == 64
     for chunk in (1, 2, 5, 17):
         torch.testing.assert_close(Walker(model).logits(prompt, chunk), expected, atol=1e-5, rtol=1e-5)

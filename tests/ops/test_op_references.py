@@ -104,7 +104,7 @@ def test_kv_write_puts_each_token_where_its_slot_says_and_touches_nothing_else()
     k, v = torch.randn(9, KV_HEADS * HEAD_DIM), torch.randn(9, KV_HEADS * HEAD_DIM)
     call("kv_write", view, k, v, layer=1, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
     written = torch.zeros(view.kv.shape[:4], dtype=torch.bool)
-    for i, slot in enumerate(view.slots.tolist()):
+    for i, slot in enumerate(view.slots[0].tolist()):
         assert (view.kv[slot // 4, 1, 0, slot % 4].flatten() == k[i]).all()
         assert (view.kv[slot // 4, 1, 1, slot % 4].flatten() == v[i]).all()
         written[slot // 4, 1, :, slot % 4] = True
@@ -126,7 +126,7 @@ def test_attention_over_scattered_pages(dtype: torch.dtype, window: int, layer: 
 def naive_attention(view: StepView, q: torch.Tensor, layer: int, window: int) -> torch.Tensor:
     """One query, one head, one key at a time, in float64."""
     out = torch.zeros(q.shape, dtype=torch.float64)
-    for i, table in enumerate(view.block_tables):
+    for i, (table,) in enumerate(view.block_tables):
         for t in range(view.query_start[i], view.query_start[i + 1]):
             position = int(view.positions[t])
             for head in range(HEADS):

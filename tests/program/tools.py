@@ -52,10 +52,11 @@ def random_step(
         return StepView(
             tokens=tokens,
             positions=torch.tensor(positions),
-            slots=torch.tensor(slots),
+            slots=torch.tensor([slots]),
             query_start=[0, 3, 4, 9],
             context=[f + b for f, b in zip(fed, before, strict=True)],
-            block_tables=[torch.tensor(table) for table in tables],
+            block_tables=[[torch.tensor(table)] for table in tables],
+            places=tuple((0, layer) for layer in range(layers)),
             kv=kv.clone(),
             rows=torch.tensor([2, 3, 8]),
         )

@@ -105,10 +105,12 @@ class Stepper:
         return self.backend.logits(list(range(sum(row.count for row in fed)))).clone()
 
 
-def steppers(model: LoadedModel, page_size: int = 16, kv: torch.dtype = torch.float32, threads: int = 2) -> list[Stepper]:
+def steppers(
+    model: LoadedModel, page_size: int = 16, kv: torch.dtype = torch.float32, threads: int = 2
+) -> list[Stepper]:
     return [
         Stepper(model, RefBackend(model), page_size, kv),
-        Stepper(model, CpuBackend(model, threads), page_size, kv),
+        Stepper(model, CpuBackend(model, 2), page_size, kv),
     ]
 
 

@@ -23,7 +23,8 @@ class StepView:
     """What a step's ops see besides activations. T tokens of S sequences, packed one sequence after the other.
 
     tokens, positions: int64 [T]. query_start: S + 1 offsets into T. context: per sequence, KV entries after this step.
-    places: per layer its page group and its index in it. kv: [pages, layers per group, 2, page_size, kv_heads, head_dim].
+    places: per layer its page group and its index in it.
+    kv: [pages, layers per group, 2, page_size, kv_heads, head_dim].
     slots: int64 [groups, T]; page * page_size + offset of the token's own KV entry.
     block_tables: per sequence and group int64 [pages]; entries behind the group's window may be -1.
     rows: int64 [R], the tokens whose logits are wanted.
