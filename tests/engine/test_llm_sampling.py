@@ -124,8 +124,8 @@ def test_eos_of_config_where_generation_config_has_none(tmp_path: Path, eos: tup
 
 
 def test_defaults_that_are_not_supported_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    LLM(str(write_tiny(tmp_path, SEED, {"repetition_penalty": 1.25, "top_p": 0.5})), dtype="float32")
-    assert "repetition_penalty 1.25" in caplog.text
+    LLM(str(write_tiny(tmp_path, SEED, {"typical_p": 0.25, "top_p": 0.5})), dtype="float32")
+    assert "typical_p 0.25" in caplog.text
     assert "top_p" not in caplog.text
 
 
@@ -181,6 +181,6 @@ def test_eos_and_defaults_of_gguf(tmp_path: Path, eos_id: int, count: int) -> No
     assert output.outputs[0].finish_reason == ("stop" if eos_id == 0 else "length")
 
 
-def test_gguf_defaults_that_are_not_supported() -> None:
-    found = generation_from_gguf({"general.sampling.penalty_repeat": 1.1, "general.sampling.top_k": 7})
-    assert (found.sampling, found.unsupported) == ({"top_k": 7}, {"repetition_penalty": 1.1})
+def test_gguf_defaults_of_penalty_and_min_p() -> None:
+    found = generation_from_gguf({"general.sampling.penalty_repeat": 1.1, "general.sampling.min_p": 0.125})
+    assert found.sampling == {"repetition_penalty": 1.1, "min_p": 0.125}
