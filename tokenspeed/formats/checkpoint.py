@@ -45,6 +45,10 @@ class Checkpoint(Protocol):
         """The tensor's bytes: uint8 [nbytes], a read-only view of the map. KeyError for an unknown name."""
         ...
 
+    def drop_pages(self) -> None:
+        """Give the map's pages back to the system; they are read again where they are needed."""
+        ...
+
 
 def map_file(path: Path) -> Bytes:
     """Map a whole file: uint8 [size], read-only. ModelNotFoundError if it cannot be read, FormatError if empty."""
@@ -55,6 +59,13 @@ def map_file(path: Path) -> Bytes:
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
     except OSError as error:
         raise ModelNotFoundError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def drop_pages(mapped: Bytes) -> None:
+    """Give the pages of a map of `map_file` back to the system."""
+    owner = mapped.base.obj if isinstance(mapped.base, memoryview) else mapped.base
+    if isinstance(owner, mmap.mmap):
+        owner.madvise(mmap.MADV_DONTNEED)
 
 
 def check_overlap(path: Path, tensors: Iterable[TensorInfo]) -> list[TensorInfo]:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from tokenspeed.contracts.errors import FormatError, UnsupportedError
 from tokenspeed.formats.blocks import BLOCKS, GGML_NAMES, SUPPORTED, row_bytes
-from tokenspeed.formats.checkpoint import Bytes, TensorInfo, check_overlap, map_file
+from tokenspeed.formats.checkpoint import Bytes, TensorInfo, check_overlap, drop_pages, map_file
 from tokenspeed.formats.gguf_metadata import Cursor, Metadata, read_metadata
 
 MAGIC = b"GGUF"
@@ -38,6 +38,9 @@ class GGUFFile:
         """The tensor's bytes: uint8 [nbytes], a read-only view of the map."""
         info = self.tensors[name]
         return self._file[info.offset : info.offset + info.nbytes]
+
+    def drop_pages(self) -> None:
+        drop_pages(self._file)
 
 
 def open_gguf(path: str | Path) -> GGUFFile:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from tokenspeed.contracts.errors import FormatError, ModelNotFoundError, UnsupportedError
-from tokenspeed.formats.checkpoint import Bytes, TensorInfo, check_overlap, map_file
+from tokenspeed.formats.checkpoint import Bytes, TensorInfo, check_overlap, drop_pages, map_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -45,6 +45,10 @@ class SafetensorsFile:
         """The tensor's bytes: uint8 [nbytes], a read-only view of the map."""
         info = self.tensors[name]
         return self._files[name][info.offset : info.offset + info.nbytes]
+
+    def drop_pages(self) -> None:
+        for mapped in self._files.values():
+            drop_pages(mapped)
 
 
 def open_safetensors(path: str | Path) -> SafetensorsFile:

@@ -103,6 +103,8 @@ def prepare(files: ModelFiles, config: EngineConfig, progress: Progress | None =
     model = load_model(files.definition, checkpoint, config)
     kv_dtype = _kv_dtype(config, model)
     backend = choose_backend(model, config, kv_dtype, progress)
+    if checkpoint is not None:
+        checkpoint.drop_pages()  # the backend has its own copy by now
     free = free_memory(model.device)
     budget = config.kv_cache_memory_bytes or int(free * DEFAULT_CACHE_SHARE)
     if budget > free:
