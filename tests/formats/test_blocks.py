@@ -16,5 +16,5 @@ def test_row_bytes():
     assert row_bytes("BF16", 3) == 6
     with pytest.raises(FormatError, match="Q5_0 row holds a multiple of 32 elements, not 33"):
         row_bytes("Q5_0", 33)
-    with pytest.raises(UnsupportedError, match=r"IQ4_XS.*Q4_K, Q6_K"):
-        row_bytes("IQ4_XS", 256)
+    with pytest.raises(UnsupportedError, match=r"IQ2_XS.*Q4_K, Q5_K, Q6_K"):
+        row_bytes("IQ2_XS", 256)

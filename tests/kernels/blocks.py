@@ -6,21 +6,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-FACTORS: dict[str, tuple[int, ...]] = {
-    "Q8_0": (0,),
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q5_0": (0,),
-    "Q5_1": (0, 2),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-    "IQ4_NL": (0,),
-    "IQ4_XS": (0,),
-}
-"""Where the float16 factors of a block lie; any bytes will do elsewhere."""
+from tests.quantization.blocks_data import FACTORS_AT as FACTORS
 
 
 def random_rows(

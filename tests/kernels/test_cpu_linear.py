@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.kernels.blocks import FACTORS, random_rows
+from tests.kernels.blocks import random_rows
+from tests.quantization.blocks_data import FACTORS_AT as FACTORS
 from tests.seeds import SEED
 from tokenspeed.kernels.cpu import _walk
 from tokenspeed.kernels.cpu.registration import FORMATS

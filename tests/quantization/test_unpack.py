@@ -53,8 +53,8 @@ def test_no_rows():
 
 
 def test_refuses_formats_widths_and_shapes():
-    with pytest.raises(UnsupportedError, match=r"Q2_K.*supported: F32, F16, BF16"):
-        unpack(torch.empty(1, 84, dtype=torch.uint8), "Q2_K", 256, torch.float32)
+    with pytest.raises(UnsupportedError, match=r"IQ2_S.*supported: F32, F16, BF16"):
+        unpack(torch.empty(1, 82, dtype=torch.uint8), "IQ2_S", 256, torch.float32)
     with pytest.raises(FormatError, match="multiple of 256 elements, not 640"):
         unpack(torch.empty(1, 360, dtype=torch.uint8), "Q4_K", 640, torch.float32)
     data = torch.empty(3, 34, dtype=torch.uint8)

@@ -41,8 +41,8 @@ def test_format_per_weight_and_refusals():
     weights = dummy_weights(TABLE, {"up": "Q4_K"})
     assert weights["up"].formats == ("Q4_K",)
     assert weights["embed"].formats == ("BF16",)
-    with pytest.raises(UnsupportedError, match="Q3_K"):
-        dummy_weights(TABLE, "Q3_K")
+    with pytest.raises(UnsupportedError, match="IQ1_S"):
+        dummy_weights(TABLE, "IQ1_S")
     narrow = WeightTable()
     narrow.add(WeightSpec("w", (3, 640), "linear", (), ()))
     with pytest.raises(FormatError, match="multiple of 256"):

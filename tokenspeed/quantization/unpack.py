@@ -100,6 +100,100 @@ def _minus_16_where_clear(packed: torch.Tensor) -> torch.Tensor:
     return lanes.view(torch.int8).bitwise_right_shift_(3)
 
 
+def _unpack_q4_1(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    """[d: f16][m: f16][16 bytes of nibbles as in Q4_0]; value = d * q + m."""
+    packed = blocks[:, 4:]
+    out[:, :16] = packed & 15
+    out[:, 16:] = packed >> 4
+    out.mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+
+
+def _unpack_q5_1(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    """[d: f16][m: f16][4 bytes of fifth bits][16 bytes of nibbles], both as in Q5_0; value = d * q + m."""
+    packed = blocks[:, 8:]
+    sign = _minus_16_where_clear(blocks[:, 4:8])
+    out[:, :16] = (packed & 15).view(torch.int8).bitwise_or_(sign[:, :16]).add_(16)
+    out[:, 16:] = (packed >> 4).view(torch.int8).bitwise_or_(sign[:, 16:]).add_(16)
+    out.mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+
+
+def _bit_pairs(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, 64] to codes 0..3, uint8 [n, 8, 32]: each 32 bytes hold four runs of 32, lowest bits first."""
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=packed.device)[:, None]
+    return (packed.unflatten(1, (2, 1, 32)) >> shifts).bitwise_and_(3).flatten(1, 2)
+
+
+def _unpack_q2_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    """[16 bytes: 4-bit scale, 4-bit min][64 bytes of bit pairs][d: f16][dmin: f16]; value = d * scale * q - dmin * min.
+
+    A scale and a min cover 16 elements.
+    """
+    out.unflatten(1, (8, 32)).copy_(_bit_pairs(blocks[:, 16:80]))
+    by_sixteen = out.unflatten(1, (16, 16))
+    by_sixteen.mul_((_half(blocks, 80) * (blocks[:, :16] & 15)).unsqueeze(-1))
+    by_sixteen.sub_((_half(blocks, 82) * (blocks[:, :16] >> 4)).unsqueeze(-1))
+
+
+def _unpack_q3_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    """[32 bytes: bit j of byte i is the third bit of element 32 j + i][64 bytes of bit pairs][12 bytes: 16 x 6-bit
+    scale][d: f16]; value = d * (scale - 32) * (q - 4).
+
+    The low nibbles of the scales are those of bytes 0..7 (low ones first), their top pairs lie in bytes 8..11.
+    """
+    shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)[:, None]
+    third = (blocks[:, None, :32] >> shifts).bitwise_and_(1).bitwise_left_shift_(2)
+    out.unflatten(1, (8, 32)).copy_(_signed(_bit_pairs(blocks[:, 32:96]).bitwise_or_(third), 4))
+    packed = blocks[:, 96:108]
+    low = torch.cat((packed[:, :8] & 15, packed[:, :8] >> 4), dim=1)
+    top = (packed[:, None, 8:] >> shifts[:4] * 2).bitwise_and_(3).flatten(1)
+    scales = _signed(low | top << 4, 32).float().mul_(_half(blocks, 108))
+    out.unflatten(1, (16, 16)).mul_(scales.unsqueeze(-1))
+
+
+def _unpack_q5_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    """[d: f16][dmin: f16][12 bytes as in Q4_K][32 bytes: bit j of byte i is the fifth bit of element 32 j + i]
+    [128 bytes of nibbles as in Q4_K]; value = d * scale * q - dmin * min."""
+    scale, least = _six_bit_pairs(blocks[:, 4:16])
+    shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)[:, None]
+    fifth = (blocks[:, None, 16:48] >> shifts).bitwise_and_(1).bitwise_left_shift_(4)
+    packed = blocks[:, 48:].unflatten(1, (4, 1, 32))
+    nibbles = torch.cat((packed & 15, packed >> 4), dim=2).flatten(1, 2)
+    by_sub_block = out.unflatten(1, (8, 32))
+    by_sub_block.copy_(nibbles.bitwise_or_(fifth))
+    by_sub_block.mul_((_half(blocks, 0) * scale).unsqueeze(-1))
+    by_sub_block.sub_((_half(blocks, 2) * least).unsqueeze(-1))
+
+
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""What the sixteen codes of IQ4_NL and IQ4_XS stand for."""
+
+
+def _looked_up(codes: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(IQ4_VALUES, dtype=torch.float32, device=codes.device)[codes.int()]
+
+
+def _unpack_iq4_nl(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    """[d: f16][16 bytes of codes as in Q4_0]; value = d * table[code]."""
+    packed = blocks[:, 2:]
+    out[:, :16] = _looked_up(packed & 15)
+    out[:, 16:] = _looked_up(packed >> 4)
+    out.mul_(_half(blocks, 0))
+
+
+def _unpack_iq4_xs(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    """[d: f16][2 bytes: top pairs of 8 x 6-bit scale][4 bytes: their low nibbles][128 bytes: 8 x 16 bytes of codes as
+    in Q4_0]; value = d * (scale - 32) * table[code]."""
+    even = torch.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), dim=2).flatten(1)
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)
+    top = (blocks[:, 2:4, None] >> shifts).bitwise_and_(3).flatten(1)
+    scales = _signed(even | top << 4, 32).float().mul_(_half(blocks, 0))
+    packed = blocks[:, 8:].unflatten(1, (8, 16))
+    values = out.unflatten(1, (8, 2, 16))
+    values[:, :, 0] = _looked_up(packed & 15)
+    values[:, :, 1] = _looked_up(packed >> 4)
+    out.unflatten(1, (8, 32)).mul_(scales.unsqueeze(-1))
+
+
 def _unpack_q4_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
     """[d: f16][dmin: f16][12 bytes: 8 x 6-bit scale and min][128 bytes]; value = d * scale * q - dmin * min.
 
@@ -147,7 +241,14 @@ def _unpack_q6_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
 _UNPACKERS: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {
     "Q8_0": _unpack_q8_0,
     "Q4_0": _unpack_q4_0,
+    "Q4_1": _unpack_q4_1,
     "Q5_0": _unpack_q5_0,
+    "Q5_1": _unpack_q5_1,
+    "Q2_K": _unpack_q2_k,
+    "Q3_K": _unpack_q3_k,
     "Q4_K": _unpack_q4_k,
+    "Q5_K": _unpack_q5_k,
     "Q6_K": _unpack_q6_k,
+    "IQ4_NL": _unpack_iq4_nl,
+    "IQ4_XS": _unpack_iq4_xs,
 }
