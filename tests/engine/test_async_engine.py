@@ -32,7 +32,6 @@ def test_one_request_from_start_to_end() -> None:
             assert engine.default_sampling_params() == SamplingParams(temperature=0.5)
             assert engine.health() == (True, "idle")
             stream = engine.submit([5, 6, 7], deltas(8), request_id="mine")
-            assert engine.health() == (True, "running")
             outputs = [output async for output in stream]
             assert {output.request_id for output in outputs} == {"mine"}
             assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
@@ -77,6 +76,7 @@ def test_one_client_leaves_and_another_goes_on() -> None:
                 break
             await until(lambda: engine.stats().get("aborts") == 1)
             assert engine.stats()["running"] == 1
+            assert engine.health() == (True, "running")
             ids = [token for _ in range(5) for token in (await anext(staying)).outputs[0].token_ids]
             assert ids == said([1, 2, 3], 0, len(ids))
             assert not staying.output.finished
@@ -85,11 +85,14 @@ def test_one_client_leaves_and_another_goes_on() -> None:
 
 
 async def _cancel(engine: AsyncEngine) -> None:
-    task = asyncio.create_task(read(engine.submit([1, 2], deltas(FOREVER))))
+    stream = engine.submit([1, 2], deltas(FOREVER))
+    task = asyncio.create_task(read(stream))
     await until(lambda: engine.stats().get("running") == 1)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    await until(lambda: engine.stats().get("aborts") == 1)
+    assert stream.output.outputs[0].finish_reason == "abort"
 
 
 async def _close(engine: AsyncEngine) -> None:
