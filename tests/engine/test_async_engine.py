@@ -68,6 +68,29 @@ def test_256_streams_at_once_are_complete_and_in_order() -> None:
     run(main())
 
 
+def test_256_streams_of_a_real_scheduler_and_half_of_them_leave() -> None:
+    async def stay(engine: AsyncEngine, number: int) -> None:
+        prompt = [number] * (1 + number % 50)
+        found = await read(engine.submit(prompt, deltas(60, ignore_eos=True)))
+        assert found == [position % VOCAB_SIZE for position in range(len(prompt), len(prompt) + 60)]
+
+    async def leave(engine: AsyncEngine, number: int) -> None:
+        stream = engine.submit([number] * (1 + number % 50), deltas(3000, ignore_eos=True))
+        for _ in range(number % 5):
+            await anext(stream)
+
+    async def main() -> None:
+        config = EngineConfig(max_num_seqs=100, max_num_batched_tokens=256)
+        async with fake_engine("null", config=config) as engine:
+            await asyncio.gather(*((leave if number % 2 else stay)(engine, number) for number in range(256)))
+            await until(lambda: engine.health() == (True, "idle"))
+            stats = engine.stats()
+            assert stats["pages_held"] == stats["num_running"] == stats["num_waiting"] == 0
+            assert stats["pages_available"] == stats["pages_total"] > 0
+
+    run(main())
+
+
 def test_one_client_leaves_and_another_goes_on() -> None:
     async def main() -> None:
         async with fake_engine(step_s=0.001) as engine:
