@@ -24,8 +24,6 @@ class Step:
     grants: list[PageGrant] = field(default_factory=list)
     forked: list[Sequence] = field(default_factory=list)
     """Sequences that run from the next step on."""
-    stalled: bool = False
-    """A running sequence found no page: nobody may join."""
 
     def add(self, sequence: Sequence, count: int) -> None:
         """A row of at most `count` tokens, for which the sequence has pages."""
