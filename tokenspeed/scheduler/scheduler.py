@@ -194,7 +194,10 @@ class Scheduler:
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
         for sequence in self._running:
-            (prefilling if sequence.num_uncomputed > 1 else decoding).append(sequence)
+            if len(sequence.token_ids) - sequence.planned > 1:  # num_uncomputed; this loop is the hottest
+                prefilling.append(sequence)
+            else:
+                decoding.append(sequence)
         if decoding:
             # Each sequence must find a token, so drafts get no more than a fair share of what is left over.
             share = (step.budget - len(prefilling)) // len(decoding)

@@ -31,7 +31,10 @@ class Step:
             self._enter(sequence)
         if sequence.num_granted < sequence.table.num_entries:
             self._grant(sequence)
-        self.rows.append(PlanRow(sequence.slot, count, sequence.plan(self.step_id, count)))
+        sequence.last_step = self.step_id
+        sequence.ahead += count
+        sequence.planned += count
+        self.rows.append(PlanRow(sequence.slot, count, sequence.planned))
         self.sequences.append(sequence)
         self.num_tokens += count
         self.budget -= count
