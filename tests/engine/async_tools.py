@@ -25,7 +25,9 @@ T = TypeVar("T")
 
 
 def command(mode: str, step_s: float = 0.0) -> list[str]:
-    """The command of a fake engine process."""
+    """The command of a fake engine process; with mode "null", of one that has a real scheduler."""
+    if mode == "null":
+        return [sys.executable, "-m", "tests.engine.null_core"]
     return [sys.executable, "-m", "tests.engine.fake_core", mode, str(step_s)]
 
 

@@ -32,7 +32,6 @@ def test_one_request_from_start_to_end() -> None:
             assert engine.default_sampling_params() == SamplingParams(temperature=0.5)
             assert engine.health() == (True, "idle")
             stream = engine.submit([5, 6, 7], deltas(8), request_id="mine")
-            assert engine.health() == (True, "running")
             outputs = [output async for output in stream]
             assert {output.request_id for output in outputs} == {"mine"}
             assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
@@ -69,6 +68,29 @@ def test_256_streams_at_once_are_complete_and_in_order() -> None:
     run(main())
 
 
+def test_256_streams_of_a_real_scheduler_and_half_of_them_leave() -> None:
+    async def stay(engine: AsyncEngine, number: int) -> None:
+        prompt = [number] * (1 + number % 50)
+        found = await read(engine.submit(prompt, deltas(60, ignore_eos=True)))
+        assert found == [position % VOCAB_SIZE for position in range(len(prompt), len(prompt) + 60)]
+
+    async def leave(engine: AsyncEngine, number: int) -> None:
+        stream = engine.submit([number] * (1 + number % 50), deltas(3000, ignore_eos=True))
+        for _ in range(number % 5):
+            await anext(stream)
+
+    async def main() -> None:
+        config = EngineConfig(max_num_seqs=100, max_num_batched_tokens=256)
+        async with fake_engine("null", config=config) as engine:
+            await asyncio.gather(*((leave if number % 2 else stay)(engine, number) for number in range(256)))
+            await until(lambda: engine.health() == (True, "idle"))
+            stats = engine.stats()
+            assert stats["pages_held"] == stats["num_running"] == stats["num_waiting"] == 0
+            assert stats["pages_available"] == stats["pages_total"] > 0
+
+    run(main())
+
+
 def test_one_client_leaves_and_another_goes_on() -> None:
     async def main() -> None:
         async with fake_engine(step_s=0.001) as engine:
@@ -77,6 +99,7 @@ def test_one_client_leaves_and_another_goes_on() -> None:
                 break
             await until(lambda: engine.stats().get("aborts") == 1)
             assert engine.stats()["running"] == 1
+            assert engine.health() == (True, "running")
             ids = [token for _ in range(5) for token in (await anext(staying)).outputs[0].token_ids]
             assert ids == said([1, 2, 3], 0, len(ids))
             assert not staying.output.finished
@@ -85,11 +108,14 @@ def test_one_client_leaves_and_another_goes_on() -> None:
 
 
 async def _cancel(engine: AsyncEngine) -> None:
-    task = asyncio.create_task(read(engine.submit([1, 2], deltas(FOREVER))))
+    stream = engine.submit([1, 2], deltas(FOREVER))
+    task = asyncio.create_task(read(stream))
     await until(lambda: engine.stats().get("running") == 1)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    await until(lambda: engine.stats().get("aborts") == 1)
+    assert stream.output.outputs[0].finish_reason == "abort"
 
 
 async def _close(engine: AsyncEngine) -> None:

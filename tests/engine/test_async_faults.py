@@ -9,7 +9,9 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -18,6 +20,9 @@ from tests.engine.fake_core import FATAL, said
 from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import ConfigError, EngineDeadError, ModelNotFoundError
 from tokenspeed.engine.async_engine import AsyncEngine
+from tokenspeed.engine.loop import FAILED
+from tokenspeed.engine.messages import ErrorInfo, Failed
+from tokenspeed.engine.process import EngineProcess
 
 __all__ = ["importable"]
 FOREVER = 10**6
@@ -63,6 +68,42 @@ def test_a_killed_engine_fails_its_streams_within_three_seconds(sockets: Path) -
             assert not alive(engine.pid)
             assert await engine.drain(timeout=1) == 0
         assert list(sockets.iterdir()) == []
+
+    run(main())
+
+
+def test_what_came_before_the_end_is_still_read() -> None:
+    async def main() -> None:
+        async with fake_engine(step_s=0.001) as engine:
+            assert engine.pid is not None
+            stream = engine.submit([1, 2, 3], deltas(FOREVER))
+            await until(lambda: len(stream.output.outputs[0].token_ids) >= 5)
+            os.kill(engine.pid, signal.SIGKILL)
+            await until(lambda: not engine.health().ok)
+            ids = (await anext(stream)).outputs[0].token_ids
+            assert ids == stream.output.outputs[0].token_ids == said([1, 2, 3], 0, len(ids))
+            assert len(ids) >= 5
+            for _ in range(2):
+                with pytest.raises(EngineDeadError, match="SIGKILL"):
+                    await anext(stream)
+
+    run(main())
+
+
+def test_news_of_the_end_may_overtake_its_reason() -> None:
+    class Ended:
+        async def wait(self) -> int:
+            return FAILED
+
+    async def main() -> None:
+        engine = AsyncEngine(EngineConfig(), None, 1.0)
+        watching = asyncio.create_task(engine._watch_process(cast(EngineProcess, Ended())))
+        await asyncio.sleep(0.02)
+        engine._receive(Failed(ErrorInfo.of(ModelNotFoundError("no model there"))))
+        await watching
+        with pytest.raises(ModelNotFoundError, match="no model there"):
+            await engine._ready
+        await engine.close()
 
     run(main())
 
@@ -114,7 +155,7 @@ def test_a_stuck_step_is_unhealthy_and_shows_its_stacks(
             # The abort cannot reach it; it stays unhealthy as long as it does not answer.
             stream.abort()
             assert not engine.health().ok
-            await engine.close()
+            await engine.close(timeout=600)  # nothing to wait for
             assert not alive(engine.pid)
 
     run(main())
@@ -135,12 +176,23 @@ def test_an_engine_that_turns_round_without_a_step_is_stuck() -> None:
     run(main())
 
 
+def test_a_loop_that_was_busy_itself_does_not_blame_the_engine() -> None:
+    async def main() -> None:
+        async with fake_engine(step_s=0.001, stuck_after_s=0.5) as engine:
+            stream = engine.submit([1, 2], deltas(FOREVER))
+            await anext(stream)
+            time.sleep(1.0)
+            assert engine.health() == (True, "running")
+
+    run(main())
+
+
 def test_an_engine_that_works_long_is_healthy_as_long_as_it_steps() -> None:
     async def main() -> None:
         async with fake_engine(step_s=0.05, stuck_after_s=2) as engine:
             stream = engine.submit([1, 2], deltas(50))
             while not stream.output.finished:
-                assert engine.health() == (True, "running")
+                assert engine.health().ok
                 await asyncio.sleep(0.05)
 
     run(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from dataclasses import Field, fields
 from typing import Any
@@ -234,6 +235,11 @@ def test_the_socket_keeps_order_and_bounds_what_is_taken_at_once() -> None:
                 engine.send(Loading(number, 300))
             await until(lambda: len(got) == 301)
             assert [message.done for message in got[1:] if isinstance(message, Loading)] == list(range(300))
+            # Sending looks into the socket, and takes the sign that something has come.
+            engine.send(Loading(300, 300))
+            time.sleep(0.1)
+            serving.send(Stop())
+            await until(lambda: len(got) == 302)
         finally:
             await asyncio.to_thread(engine.close)
             serving.close()

@@ -299,3 +299,29 @@ def test_results_are_taken_in_order():
     engine.launch()
     with pytest.raises(RuntimeError, match="result of step 1, in flight: 0"):
         engine.scheduler.update(StepResult(1, []))
+
+
+def test_pages_that_are_due_spare_the_next_victim():
+    """Two sequences miss a page in one step while the victim's pages are behind their fence: one victim is enough."""
+    engine = Engine(num_pages=8, caching=False)
+    for first, prompt in enumerate((7, 7, 14)):
+        engine.add("abc"[first], prompt, first=first, max_tokens=6)
+    plans = [engine.launch() for _ in range(3)]
+    assert [len(rows(plan)) for plan in plans[:2]] == [3, 3]
+    assert engine.preemptions == 1
+    assert engine.launch() is None
+    assert engine.preemptions == 1
+    engine.drain()
+    assert engine.preemptions == 1
+
+
+def test_a_victim_does_not_come_back_before_there_is_room():
+    engine = Engine(num_pages=4, caching=False)
+    engine.add("a", 8, max_tokens=9)
+    engine.add("b", 7, first=9, max_tokens=9)
+    while not engine.preemptions:
+        engine.launch()
+        engine.collect()
+    # "b" gave up two pages and would fit into one of them again at once.
+    assert (engine.scheduler.num_running, engine.scheduler.num_waiting) == (1, 1)
+    engine.drain()

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import httpx2
@@ -34,8 +35,12 @@ class Served:
     state: ServerState
     engine: FakeEngine
     client: httpx2.Client
-    openai: openai.OpenAI
     _loop: asyncio.AbstractEventLoop
+
+    @cached_property
+    def openai(self) -> openai.OpenAI:
+        """Made on first use: it takes its time."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=GUARD_S)
 
     def do(self, action: Callable[[], T]) -> T:
         """Run something in the server's event loop."""
@@ -104,14 +109,15 @@ def _start(engine: FakeEngine, state: ServerState) -> tuple[Served, Callable[[],
     thread.start()
     assert ready.wait(GUARD_S)
     ((loop, serving),) = started
-    client = httpx2.Client(base_url=url, timeout=GUARD_S)
-    api = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=GUARD_S)
+    client = httpx2.Client(base_url=url, timeout=GUARD_S, verify=False)  # or it reads all certificates
+    made = Served(url, state, engine, client, loop)
 
     def end() -> None:
         client.close()
-        api.close()
+        if "openai" in vars(made):
+            made.openai.close()
         loop.call_soon_threadsafe(serving.cancel)
         thread.join(GUARD_S)
         assert not thread.is_alive()
 
-    return Served(url, state, engine, client, api, loop), end
+    return made, end

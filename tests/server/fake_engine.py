@@ -119,7 +119,9 @@ class FakeEngine:
         return self.well
 
     def stats(self) -> dict[str, float]:
-        return {"num_requests_running": float(len(self.running)), "num_preemptions": 4.0}
+        pages = {"pages_total": 8.0, "pages_held": 2.0}
+        prefix = {"prefix_queried_tokens": 50.0, "prefix_hit_tokens": 20.0}
+        return {"num_running": float(len(self.running)), "num_waiting": 3.0, "num_preemptions": 4.0} | pages | prefix
 
     async def drain(self, timeout: float) -> int:
         left = self.running

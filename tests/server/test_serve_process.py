@@ -15,6 +15,7 @@ import httpx2
 import pytest
 
 from tests.server.server_process import GUARD_S, ServerProcess, alive, started
+from tokenspeed.cli.main import main
 
 PROMPT = [1, 2, 3]
 
@@ -73,7 +74,7 @@ def test_idle_running_and_drained() -> None:
             assert parts[-1]["choices"][0]["finish_reason"] == "length"
         assert server.wait() == 0, server.log
         assert not alive(engine)
-        with pytest.raises(httpx2.ConnectError):
+        with pytest.raises(httpx2.TransportError):
             server.get("/health")
 
 
@@ -82,7 +83,7 @@ def test_nothing_is_accepted_while_it_drains_and_the_rest_is_told_why() -> None:
         server.wait_until_ready()
         with streaming(server, 4000) as events:
             server.process.send_signal(signal.SIGTERM)
-            with pytest.raises(httpx2.ConnectError):
+            with pytest.raises(httpx2.TransportError):
                 ask_until_refused(server)
             *_, error, done = events
         assert (error["error"]["code"], done) == ("shutting_down", "data: [DONE]")
@@ -130,25 +131,30 @@ def test_a_client_that_leaves_is_aborted_in_the_engine() -> None:
         assert server.terminate() == 0, server.log
 
 
-@pytest.mark.parametrize(
-    "mode, flags, complaint",
-    [
-        ("no-model", ("some/where",), "tokenspeed: error: no model at some/where"),
-        ("ok", ("--host", "256.0.0.1"), "tokenspeed: error: cannot listen on --host 256.0.0.1 --port 0"),
-        ("ok", ("a", "--model", "b"), "tokenspeed: error: two models: a and --model b"),
-        ("ok", ("--drain-timeout", "-1"), "tokenspeed: error: --drain-timeout must be at least 0"),
-    ],
-)
-def test_what_keeps_it_from_starting(mode: str, flags: tuple[str, ...], complaint: str) -> None:
-    with fake(mode, 0, *flags) as server:
+def test_a_model_that_is_not_there_ends_the_start() -> None:
+    with fake("no-model", 0, "some/where") as server:
         assert server.wait() == 1
-        assert server.log[-1].startswith(complaint)
+        assert server.log[-1].startswith("tokenspeed: error: no model at some/where")
         assert "Traceback" not in "\n".join(server.log)
 
 
-def test_a_port_that_is_taken() -> None:
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (("a", "--model", "b"), "two models: a and --model b"),
+        (("--drain-timeout", "-1"), "--drain-timeout must be at least 0"),
+        (("--drain-timeout", "nan"), "--drain-timeout must be at least 0"),
+        (("--host", "256.0.0.1"), "cannot listen on --host 256.0.0.1 --port 8000"),
+        (("--target-itl-ms", "20.5", "--port", "70000"), "--port must be from 0 to 65535, got 70000"),
+    ],
+)
+def test_flags_that_cannot_be_used(flags: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", *flags]) == 1
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        with fake("ok", 0, "--port", port) as server:
-            assert server.wait() == 1
-            assert f"--port {port}" in server.log[-1]
+        assert main(["serve", "--port", port]) == 1
+    assert f"cannot listen on --host 127.0.0.1 --port {port}" in capsys.readouterr().err

@@ -233,6 +233,10 @@ def test_metrics_are_prometheus_text(served: Served) -> None:
     assert samples["tokenspeed:generation_tokens_total", None] == 4
     assert samples["tokenspeed:num_preemptions_total", None] == 4
     assert samples["tokenspeed:num_requests_running", None] == 0
+    assert samples["tokenspeed:num_requests_waiting", None] == 3
+    assert samples["tokenspeed:kv_cache_usage_perc", None] == 0.25
+    assert samples["tokenspeed:prefix_cache_queries_total", None] == 50
+    assert samples["tokenspeed:prefix_cache_hits_total", None] == 20
     assert samples["tokenspeed:request_success_total", "stop"] == 1
     assert samples["tokenspeed:time_to_first_token_seconds_count", None] == 1
     buckets = [s.value for s in families["tokenspeed:e2e_request_latency_seconds"].samples if "le" in s.labels]

@@ -9,7 +9,7 @@ import argparse
 import gc
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from tokenspeed.bench import record
@@ -132,11 +132,11 @@ def records() -> Iterator[record.Record]:
         )
 
 
-def main() -> None:
-    """Measure, print, write."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, write. arguments: by default the command line's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default=RESULTS, help=f"file to merge the records into (default {RESULTS})")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     found = []
     for entry in records():
         figures = summarise(entry.samples["figures"])

@@ -128,7 +128,7 @@ def text(report: Report) -> str:
     """The report as lines for a terminal."""
     lines = [
         f"{report.completed} of {report.requests} requests completed in {report.duration_s:.2f} s, {report.load}",
-        f"{report.requests_per_s:.2f} req/s, output {report.output_tok_s:.1f} tok/s, in all {report.total_tok_s:.1f} tok/s",
+        f"{report.requests_per_s:.2f} req/s, {report.output_tok_s:.1f} tok/s out, {report.total_tok_s:.1f} in all",
         f"input {report.input_tokens} tokens ({report.cached_tokens} cached), output {report.output_tokens}",
         "",
         f"{'ms':<26}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}",

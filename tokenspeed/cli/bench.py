@@ -24,6 +24,15 @@ def add_parser(commands: Any) -> None:
         description="Measure. `bench COMMAND --help` says more.",
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND", help="host or serve")
+    host: argparse.ArgumentParser = kinds.add_parser(
+        "host",
+        help="measure the host's share of a step",
+        description="The host's own work per step, with an executor that computes nothing; about a minute.",
+    )
+    host.add_argument(
+        "--output", metavar="FILE", help="file of records to add to (default: benchmarks/results/host.json)"
+    )
+    host.set_defaults(run=run_host)
     _add_serve(kinds)
 
 
@@ -66,6 +75,13 @@ def _add_work(work: Any) -> None:
     )
     work.add_argument("--ignore-eos", action="store_true", help="ask for all of --output-len (vLLM's extension)")
     work.add_argument("--extra-body", default="{}", metavar="JSON", help="fields to add to each request")
+
+
+def run_host(options: argparse.Namespace) -> None:
+    """Measure and record."""
+    from tokenspeed.bench import host
+
+    host.main(["--output", options.output] if options.output else [])
 
 
 def run_serve(options: argparse.Namespace) -> None:

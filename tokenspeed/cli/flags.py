@@ -39,8 +39,9 @@ def add_engine_flags(parser: argparse.ArgumentParser, leave_out: tuple[str, ...]
             group.add_argument(flag(setting.name), action=argparse.BooleanOptionalAction, **options)
             continue
         choices = setting.metadata["choices"]
-        kind = int if int in getattr(hints[setting.name], "__args__", (hints[setting.name],)) else str
-        metavar = None if choices else "N" if kind is int else setting.name.upper()
+        wanted = getattr(hints[setting.name], "__args__", (hints[setting.name],))
+        kind = next((kind for kind in (int, float) if kind in wanted), str)
+        metavar = None if choices else {int: "N", float: "X"}.get(kind, setting.name.upper())
         group.add_argument(flag(setting.name), type=kind, choices=choices or None, metavar=metavar, **options)
 
 

@@ -26,6 +26,8 @@ class NullExecutor:
     It trusts the plan: pages and grants are ignored. Only the lengths of its sequences are kept.
     """
 
+    max_in_flight = 1
+
     def __init__(self, vocab_size: int = VOCAB_SIZE) -> None:
         self._vocab_size = vocab_size
         self._computed: dict[int, int] = {}

@@ -43,6 +43,8 @@ class ScriptedExecutor:
     log-probabilities are all -1, without alternatives. Each step takes `delay_s` seconds, one after the other.
     """
 
+    max_in_flight = 1
+
     def __init__(self, scripts: Iterable[Iterable[int]], end_token_id: int, delay_s: float = 0.0) -> None:
         self._scripts = [list(script) for script in scripts]
         self._end_token_id = end_token_id

@@ -119,7 +119,7 @@ class Scheduler:
         """End a request, or one sequence of it, now. Returns their last updates; none for what is not alive."""
         live = self._requests.get(request_id)
         ended = [] if live is None else [s for s in live.alive if index is None or s.index == index]
-        for sequence in reversed(ended):  # the first computes the prompt for the others: none of these shall take over
+        for sequence in ended:
             self._finish(sequence, cut=False)
         return [sequence.update([], Finish("abort")) for sequence in ended]
 
@@ -194,7 +194,10 @@ class Scheduler:
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
         for sequence in self._running:
-            (prefilling if sequence.num_uncomputed > 1 else decoding).append(sequence)
+            if len(sequence.token_ids) - sequence.planned > 1:  # num_uncomputed; this loop is the hottest
+                prefilling.append(sequence)
+            else:
+                decoding.append(sequence)
         if decoding:
             # Each sequence must find a token, so drafts get no more than a fair share of what is left over.
             share = (step.budget - len(prefilling)) // len(decoding)
@@ -230,7 +233,7 @@ class Scheduler:
     def _feed(self, sequence: Sequence, want: int, step: Step) -> int:
         """Add a row of `want` tokens, or of as many as there are pages for. Returns how many."""
         if sequence.planned + want > sequence.table.num_positions:
-            want = self._find_pages(sequence, want, step)
+            want = self._find_pages(sequence, want)
             if not want:
                 return 0
         if sequence.copies is not None and sequence.copies.pages:
@@ -242,14 +245,13 @@ class Scheduler:
                 self._fork_siblings(sequence, step)
         return want
 
-    def _find_pages(self, sequence: Sequence, want: int, step: Step) -> int:
+    def _find_pages(self, sequence: Sequence, want: int) -> int:
         """Give a sequence pages for `want` more tokens, or for fewer but one. 0 when there are none yet.
 
         On a miss the sequence that is last in order is preempted, unless pages are due anyway from an earlier one. The
         last itself just keeps what it holds: whoever is before it may take that, and nobody else needs it.
         """
         while (count := min(want, self._cache.room(sequence.table) - sequence.planned)) < 1:
-            step.stalled = True
             if self._pages_due or self._running.last is sequence:
                 return 0
             self._preempt(self._running.last)
@@ -274,7 +276,7 @@ class Scheduler:
 
     def _may_start(self, step: Step) -> bool:
         has_place = len(self._running) + len(step.forked) < self._config.max_running
-        return has_place and bool(self._free_slots) and not step.stalled
+        return has_place and bool(self._free_slots)
 
     def _admit(self, sequence: Sequence, step: Step) -> bool:
         """Start a waiting sequence: from the pages of a running sibling, or from what the cache holds of it."""

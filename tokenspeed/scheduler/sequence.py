@@ -120,13 +120,6 @@ class Sequence:
         self.num_computed = self.ahead = self.planned = self.num_granted = 0
         self.entered = False
 
-    def plan(self, step_id: int, max_tokens: int) -> int:
-        """Take part in a step; returns the positions that must have pages by then."""
-        self.last_step = step_id
-        self.ahead += max_tokens
-        self.planned += max_tokens
-        return self.planned
-
     def advance(self, row: ResultRow, max_tokens: int) -> tuple[list[int], Finish | None]:
         """Take in the oldest row in flight. Returns the tokens it appended, and why it ended or None.
 
@@ -142,7 +135,7 @@ class Sequence:
         self.num_computed = end
         self.ahead -= max_tokens
         self.planned = end + self.ahead
-        return self.accept(row.token_ids)
+        return self.accept(row.token_ids) if num_new else ([], None)
 
     def accept(self, token_ids: list[int]) -> tuple[list[int], Finish | None]:
         """Append sampled tokens up to the one that ends it. Returns those appended, and why it ended or None."""

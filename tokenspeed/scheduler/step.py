@@ -24,8 +24,6 @@ class Step:
     grants: list[PageGrant] = field(default_factory=list)
     forked: list[Sequence] = field(default_factory=list)
     """Sequences that run from the next step on."""
-    stalled: bool = False
-    """A running sequence found no page: nobody may join."""
 
     def add(self, sequence: Sequence, count: int) -> None:
         """A row of at most `count` tokens, for which the sequence has pages."""
@@ -33,7 +31,10 @@ class Step:
             self._enter(sequence)
         if sequence.num_granted < sequence.table.num_entries:
             self._grant(sequence)
-        self.rows.append(PlanRow(sequence.slot, count, sequence.plan(self.step_id, count)))
+        sequence.last_step = self.step_id
+        sequence.ahead += count
+        sequence.planned += count
+        self.rows.append(PlanRow(sequence.slot, count, sequence.planned))
         self.sequences.append(sequence)
         self.num_tokens += count
         self.budget -= count

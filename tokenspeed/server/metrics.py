@@ -21,16 +21,15 @@ TTFT_BOUNDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
 TOKEN_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
 E2E_BOUNDS = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0)
 
-STATS = {
-    "num_requests_running": ("num_requests_running", "Sequences being computed."),
-    "num_requests_waiting": ("num_requests_waiting", "Requests waiting to be computed."),
-    "kv_cache_usage": ("kv_cache_usage_perc", "Share of KV pages that running sequences hold; 1 is all."),
+GAUGES = {
+    "num_requests_running": ("num_running", "Sequences being computed."),
+    "num_requests_waiting": ("num_waiting", "Sequences waiting to be computed."),
 }
-"""Gauges by their name in the engine's stats."""
-STAT_COUNTERS = {
+"""Names, and where the engine's stats have them."""
+COUNTERS = {
     "num_preemptions": ("num_preemptions", "Sequences that had to give their pages back."),
-    "prefix_cache_queries": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
-    "prefix_cache_hits": ("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+    "prefix_cache_queries": ("prefix_queried_tokens", "Prompt tokens looked up in the prefix cache."),
+    "prefix_cache_hits": ("prefix_hit_tokens", "Prompt tokens found in the prefix cache."),
 }
 
 
@@ -66,12 +65,12 @@ class ServerMetrics:
 
     def _families(self) -> Iterable[Metric]:
         stats = self._stats()
-        for key, (name, text) in STATS.items():
-            if key in stats:
-                yield self._gauge(name, text, stats[key])
-        for key, (name, text) in STAT_COUNTERS.items():
-            if key in stats:
-                yield self._counter(name, text, stats[key])
+        for name, (key, text) in GAUGES.items():
+            yield self._gauge(name, text, stats.get(key, 0))
+        usage = stats.get("pages_held", 0) / max(1, stats.get("pages_total", 0))
+        yield self._gauge("kv_cache_usage_perc", "KV pages that sequences hold; 1 is all of them.", usage)
+        for name, (key, text) in COUNTERS.items():
+            yield self._counter(name, text, stats.get(key, 0))
         yield self._counter("prompt_tokens", "Prompt tokens of requests that gave output.", self.prompt_tokens)
         yield self._counter("generation_tokens", "Tokens generated.", self.generation_tokens)
         finished = CounterMetricFamily(

@@ -36,13 +36,15 @@ class HttpServer(uvicorn.Server):
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. Raises ConfigError naming host and port."""
+    if not 0 <= port < 2**16:  # the system's own look-up would take the rest of a division
+        raise ConfigError(f"--port must be from 0 to 65535, got {port}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family, kind, protocol)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
         made.listen(2048)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigError(f"cannot listen on --host {host} --port {port}: {error}") from None
     made.setblocking(False)
     return made
