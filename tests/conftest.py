@@ -37,7 +37,7 @@ def loaded_demo(demo_path: Path) -> Iterator[LLM]:
 @pytest.fixture
 def demo_llm(loaded_demo: LLM) -> Iterator[LLM]:
     """The demo model in float32, with an empty prefix cache; afterwards no page may be held."""
-    loaded_demo.core.cache.reset_prefix_cache()
+    loaded_demo.core.cache.reset()
     yield loaded_demo
     assert not loaded_demo.core.has_work
     loaded_demo.core.cache.check_idle()

@@ -27,7 +27,7 @@ def loaded_tiny(tiny_path: Path) -> LLM:
 @pytest.fixture
 def llm(loaded_tiny: LLM) -> Iterator[LLM]:
     """The tiny model with an empty prefix cache; afterwards no page may be held."""
-    loaded_tiny.core.cache.reset_prefix_cache()
+    loaded_tiny.core.cache.reset()
     yield loaded_tiny
     assert not loaded_tiny.core.has_work
     loaded_tiny.core.cache.check_idle()

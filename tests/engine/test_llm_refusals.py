@@ -53,7 +53,7 @@ def test_a_bad_prompt_stops_its_whole_batch_and_nothing_else(
     llm: LLM, bad: Any, error: type[TokenSpeedError], message: str
 ) -> None:
     before = run(llm, [GOOD], GREEDY)
-    llm.core.cache.reset_prefix_cache()
+    llm.core.cache.reset()
     with pytest.raises(error, match=message):
         llm.generate([{"prompt_token_ids": GOOD}, bad, {"prompt_token_ids": GOOD}], GREEDY, use_tqdm=False)
     assert not llm.core.has_work
