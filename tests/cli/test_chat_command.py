@@ -116,6 +116,13 @@ def test_a_conversation_is_kept(talk) -> None:
     assert "/reset" in err
 
 
+def test_an_answer_is_kept_without_blank_ends(talk) -> None:
+    llm = ToldLLM(["\n A ", "\n"], ["B"])
+    talk(llm, ["one", "two"], "--chat-template", "{% for turn in messages %}[{{ turn.content }}]{% endfor %}")
+    assert llm.prompts == ["[one]", "[one][A][two]"]
+    assert llm.params[0].stop == []
+
+
 def test_commands(talk) -> None:
     llm = ToldLLM(["A"], ["B"], ["C"], ["D"])
     lines = ["one", "/reset", "two", "/system Be  brief.", "three", "/system", "/etc/hosts?", "/bogus x", "/exit", "no"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -29,6 +30,8 @@ STEPS = 128
 """Timed per run: each sequence fills eight pages, and Python's garbage collector comes by."""
 PAGE_SIZE = 16
 BUDGET = 8192
+PAIR = 4
+"""Steps before the other side of a pair has its turn: the machine keeps its speed that long."""
 CONTEXT = 8192
 DEPTH = 2
 """Steps in flight."""
@@ -61,13 +64,13 @@ class Loop:
         gc.collect()
         gc.freeze()  # as the engine's process does once it is up
 
-    def run(self) -> float:
+    def run(self, steps: int = STEPS) -> float:
         """Microseconds per step."""
         start = time.perf_counter()
-        for _ in range(STEPS):
+        for _ in range(steps):
             self._in_flight.append(self._launch())
             self._scheduler.update(self._in_flight.pop(0))
-        return (time.perf_counter() - start) / STEPS * 1e6
+        return (time.perf_counter() - start) / steps * 1e6
 
     def _launch(self) -> StepResult:
         plan = self._scheduler.schedule()
@@ -84,9 +87,9 @@ def measure_step(num_seqs: int, context: int) -> Samples:
 
 
 def measure_queue(num_waiting: int = 1000) -> Samples:
-    """Microseconds that so many waiting requests add to a step, in pairs with and without them."""
+    """Microseconds that so many waiting requests add to a step: the median of pairs of a few steps each."""
     plain, queued = Loop(16, 256), Loop(16, 256, num_waiting)
-    return _sample(lambda: queued.run() - plain.run())
+    return _sample(lambda: statistics.median(queued.run(PAIR) - plain.run(PAIR) for _ in range(STEPS // PAIR)))
 
 
 def measure_hash() -> Samples:

@@ -14,10 +14,16 @@ SAMPLING: dict[str, tuple[type, str]] = {
     "temperature": (float, "0 is greedy (default: the model's, else 1)"),
     "top_k": (int, "keep the k best tokens; 0 keeps all (default: the model's, else 0)"),
     "top_p": (float, "keep the best tokens up to this probability; 1 keeps all (default: the model's, else 1)"),
-    "min_p": (float, "keep tokens of at least this probability, as a part of the best one's; 0 keeps all (default: 0)"),
+    "min_p": (
+        float,
+        "keep tokens at least this likely, as a part of the best one; 0 keeps all (default: the model's, else 0)",
+    ),
     "presence_penalty": (float, "subtracted from the logits of tokens in the output (default: 0)"),
     "frequency_penalty": (float, "the same, for each time they occur there (default: 0)"),
-    "repetition_penalty": (float, "above 1 makes tokens of prompt and output less likely (default: 1)"),
+    "repetition_penalty": (
+        float,
+        "above 1 makes tokens of prompt and output less likely (default: the model's, else 1)",
+    ),
     "min_tokens": (int, "no end before this many tokens (default: 0)"),
     "logprobs": (int, "report this many alternatives per token (needs --json)"),
     "prompt_logprobs": (int, "the same for the prompt (needs --json)"),

@@ -285,6 +285,7 @@ class AsyncEngine:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._failed.wait(), _LAST_WORDS_S)
         self._channel.drain()
+        self._channel.close()
         self._die(EngineDeadError(f"the engine process {exit_text(status)}"))
 
     async def _watch_progress(self, process: EngineProcess) -> None:

@@ -14,8 +14,7 @@ from tokenspeed.scheduler.sequence import Sequence
 RISK = 2.0
 """Standard deviations of the forecast that must fit: the watermark. Measured by `tokenspeed.bench.simulate`, sequences
 at once as a part of what an oracle runs, and preemptions: 1.0 gives 100 % and 12 %, 1.5 99.8 % and 2.6 %, 2.0 99.2 %
-and 0.6 %, 3.0 97.4 % and none. Short prompts with outputs of mean 1,500: 2.0 gives 86 % and 1.7 %, 3.0 77 % and
-none."""
+and 0.6 %, 3.0 97.4 % and none. Short prompts, outputs of mean 1,500: 2.0 gives 86 % and 1.7 %, 3.0 77 % and none."""
 REFRESH_STEPS = 64
 """Steps that a forecast is used for while no sequence comes or goes."""
 HORIZONS = 23
