@@ -10,7 +10,7 @@ INSTALL_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard token
 # Two workers share the machine, one thread each: more threads than cores slow every test down.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15
 
-.PHONY: demo test test-full lint format clean
+.PHONY: demo test test-full bench-cpu lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -22,6 +22,9 @@ test: lint
 
 test-full: lint
 	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
+
+bench-cpu: $(VENV)/.installed-demo
+	$(BIN)/python -m tokenspeed.bench.cpu
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

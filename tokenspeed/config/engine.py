@@ -32,6 +32,7 @@ class EngineConfig:
     dtype: str = _setting("auto", "compute type; auto is bfloat16, float16 is for GPUs", DTYPES)
     kv_cache_dtype: str = _setting("auto", "type of the KV cache; auto is the compute type", KV_DTYPES)
     load_format: str = _setting("auto", "auto reads the weights; dummy makes up random ones", LOAD_FORMATS)
+    threads: int | None = _setting(None, "CPU threads; by default as many as this process may use")
     max_model_len: int | None = _setting(
         None, "most tokens of one sequence, prompt and output; by default the model's context as far as memory holds it"
     )
@@ -55,7 +56,7 @@ class EngineConfig:
             choices = setting.metadata["choices"]
             if choices and value not in choices:
                 raise ConfigError(f"{flag(setting.name)} must be one of {', '.join(choices)}, got {value!r}")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes"):
+        for name in ("threads", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes"):
             _at_least(name, getattr(self, name), 1)
         _at_least("max_model_len", self.max_model_len, 2)
         if self.revision is not None and self.model is None:

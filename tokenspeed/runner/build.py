@@ -127,10 +127,12 @@ def choose_backend(
 
     --dtype float32 asks for plain float32 arithmetic, which only the reference does.
     """
+    if model.device.type == "cpu" and config.threads is not None:
+        torch.set_num_threads(config.threads)
     if model.device.type != "cpu" or config.dtype == "float32":
         return RefBackend(model, progress=progress)
     missing = why_not(model, kv_dtype) if extension_available() else ["all: the C++ extension is not built"]
     if not missing:
-        return CpuBackend(model, progress=progress)
+        return CpuBackend(model, config.threads, progress)
     logger.warning("the slow reference runs this model; no fast kernel for: %s", ", ".join(missing))
     return RefBackend(model, fallback_ops=missing, progress=progress)

@@ -58,6 +58,8 @@ class CpuBackend:
         """threads: by default those this process may use. Raises ConfigError for an unknown instruction set."""
         from tokenspeed.kernels.cpu import _walk
 
+        # Torch's own threads spin after each op and would take the cores from ours; sampling is all that is left to it.
+        torch.set_num_threads(1)
         self._model = model
         self._walk = _walk
         try:
