@@ -20,6 +20,9 @@ from tokenspeed.tokenizer.detokenizer import TokenBytes
 IDLE = Health(True, "idle")
 EOS = 256
 VOCAB_SIZE = 257
+BEGIN = 1
+MARKED = "<"
+"""Texts that begin so get BEGIN before them, where special tokens are asked for."""
 MAX_MODEL_LEN = 200
 CACHED = 3
 """Prompt tokens that the fake says it had in its cache."""
@@ -29,7 +32,8 @@ REFUSED = 7
 
 class _Bytes:
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return list(text.encode())
+        ids = list(text.encode())
+        return [BEGIN, *ids] if add_special_tokens and text.startswith(MARKED) else ids
 
 
 def byte_tokenizer(chat_template: str | None = None) -> VocabularyTokenizer:
@@ -65,7 +69,8 @@ class FakeEngine:
     tokenizer: VocabularyTokenizer | None = field(default_factory=byte_tokenizer)
     answer: Callable[[Request, int], list[int]] = shout
     defaults: dict[str, object] = field(default_factory=dict)
-    tokens_at_once: int = 1
+    backwards: bool = False
+    """The last sample comes first."""
     held_after: int | None = None
     """Samples stop after this many tokens until `open` is set."""
     open: asyncio.Event = field(default_factory=asyncio.Event)
@@ -148,7 +153,8 @@ class FakeEngine:
             for half in (found[:2], found[2:]):
                 outbox.take(SequenceUpdate(request_id=request.request_id, prompt_logprobs=half))
                 await asyncio.sleep(0)
-        await asyncio.gather(*(self._play_sample(request, outbox, index) for index in range(request.params.n)))
+        order = range(request.params.n)[:: -1 if self.backwards else 1]
+        await asyncio.gather(*(self._play_sample(request, outbox, index) for index in order))
 
     async def _play_sample(self, request: Request, outbox: Outbox, index: int) -> None:
         params, done = request.params, 0
@@ -159,8 +165,8 @@ class FakeEngine:
                 await self.open.wait()
             if outbox.finished or outbox.output.outputs[index].finished():
                 return
-            new = answer[done : done + self.tokens_at_once]
-            done += len(new)
+            new = answer[done : done + 1]
+            done += 1
             reason = None
             if done == len(answer):
                 reason = "stop" if new[-1] in request.eos_token_ids else "length"

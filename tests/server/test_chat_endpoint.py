@@ -85,6 +85,21 @@ def test_messages_reach_the_template_as_it_expects_them(serve: Serve) -> None:
     assert reply.choices[0].message.content == "[SYSTEM - X][USER EVE AB]GLAD"
 
 
+def test_templates_write_special_tokens_themselves(serve: Serve) -> None:
+    served = serve(FakeEngine(byte_tokenizer("<{{ messages[0].content }}")))
+    served.openai.chat.completions.create(model="fake", messages=TALK)
+    assert served.engine.requests[0].prompt_token_ids == list(b"<hi")
+
+
+def test_texts_of_the_template_end_a_turn_too(served: Served) -> None:
+    served.engine.answer = lambda request, index: list(b"Well.\nUser: and?")
+    reply = served.openai.chat.completions.create(model="fake", messages=TALK, stop="xx")
+    assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == ("Well.", "stop")
+    assert served.engine.requests[0].params.stop == ["xx", "\nUser:"]
+    served.openai.chat.completions.create(model="fake", messages=TALK)
+    assert served.engine.requests[1].params.stop == ["\nUser:"]
+
+
 def test_an_answer_may_fill_the_model_but_not_overflow_it(served: Served) -> None:
     served.engine.answer = lambda request, index: [65] * 1000
     reply = served.openai.chat.completions.create(model="fake", messages=TALK)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.server.conftest import Serve, Served
-from tests.server.fake_engine import CACHED, EOS, FakeEngine
+from tests.server.fake_engine import BEGIN, CACHED, EOS, FakeEngine
 from tokenspeed.server.metrics import ServerMetrics
 
 
@@ -95,6 +95,15 @@ def test_several_prompts_with_several_samples(served: Served) -> None:
             finished += [choice["index"]] if choice["finish_reason"] else []
     assert streamed == expected
     assert sorted(finished) == [0, 1, 2, 3]
+
+
+def test_samples_are_in_order_whichever_came_first(serve: Serve) -> None:
+    served = serve(FakeEngine(backwards=True))
+    assert [choice["text"] for choice in post(served, prompt="ab", n=3)["choices"]] == ["AB", "ABAB", "ABABAB"]
+
+
+def test_special_tokens_are_added_to_completions(served: Served) -> None:
+    assert post(served, prompt="<a", return_token_ids=True)["choices"][0]["prompt_token_ids"] == [BEGIN, *b"<a"]
 
 
 def test_stop_strings(served: Served) -> None:

@@ -19,6 +19,8 @@ from tests.server.server_process import GUARD_S, ServerProcess, started
 from tests.tiny_llama import CONTEXT, write_tiny
 
 PROMPT = "The three primary colors are"
+BOS = 2
+WITH_IDS = {"return_token_ids": True}
 TALK: Any = [{"role": "user", "content": "Name a color."}]
 
 
@@ -150,7 +152,7 @@ def test_openais_client_chats(demo: ServerProcess) -> None:
     async def talk() -> tuple[Any, str]:
         async with openai.AsyncOpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0) as client:
             settings: Any = {"model": "demo", "messages": TALK, "max_tokens": 8, "temperature": 0}
-            whole = await client.chat.completions.create(**settings, logprobs=True, top_logprobs=3)
+            whole = await client.chat.completions.create(**settings, logprobs=True, top_logprobs=3, extra_body=WITH_IDS)
             text = ""
             async for chunk in await client.chat.completions.create(**settings, stream=True):
                 text += chunk.choices[0].delta.content or ""
@@ -158,7 +160,8 @@ def test_openais_client_chats(demo: ServerProcess) -> None:
 
     whole, text = asyncio.run(talk())
     assert whole.choices[0].message.content == text
-    assert whole.usage.prompt_tokens > 5
+    prompt = whole.prompt_token_ids
+    assert (prompt[0], prompt.count(BOS), len(prompt)) == (BOS, 1, whole.usage.prompt_tokens)
     entries = whole.choices[0].logprobs.content
     assert len(entries) == whole.usage.completion_tokens
     assert b"".join(bytes(entry.bytes) for entry in entries).decode().startswith(text)

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx2
@@ -45,6 +45,11 @@ def ask_until_refused(server: ServerProcess) -> None:
     end = time.monotonic() + GUARD_S
     while time.monotonic() < end:
         server.get("/health")
+
+
+def until_cut(events: Iterator[Any]) -> Iterator[Any]:
+    with suppress(httpx2.TransportError):
+        yield from events
 
 
 def test_while_it_loads_and_a_signal_then() -> None:
@@ -87,6 +92,7 @@ def test_nothing_is_accepted_while_it_drains_and_the_rest_is_told_why() -> None:
                 ask_until_refused(server)
             *_, error, done = events
         assert (error["error"]["code"], done) == ("shutting_down", "data: [DONE]")
+        assert "aborted" in error["error"]["message"]
         assert server.wait() == 0, server.log
 
 
@@ -97,6 +103,7 @@ def test_a_second_signal_does_not_wait() -> None:
             server.process.send_signal(signal.SIGTERM)
             next(events)
             assert server.terminate() == 0, server.log
+            assert not any("length" in str(event) for event in until_cut(events)), "it finished after all"
 
 
 def test_death_of_the_engine_process() -> None:

@@ -106,8 +106,8 @@ def test_plain_is_used_only_by_name(tokenizer: Tokenizer) -> None:
         load_chat_template(tokenizer)
     plain = load_chat_template(tokenizer, "plain")
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": " Hi?\n"}]
-    assert plain.render(messages) == "System: Be kind.\nUser: Hi?\nAssistant:"
-    assert plain.render(messages, add_generation_prompt=False) == "System: Be kind.\nUser: Hi?\n"
+    assert plain.render(messages) == "<|bos|>System: Be kind.\nUser: Hi?\nAssistant:"
+    assert plain.render(messages, add_generation_prompt=False) == "<|bos|>System: Be kind.\nUser: Hi?\n"
 
 
 def test_where_a_template_comes_from(tmp_path: Path) -> None:

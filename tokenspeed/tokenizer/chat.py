@@ -81,12 +81,16 @@ def load_chat_template(tokenizer: Tokenizer, argument: str | None = None) -> Cha
             raise ConfigError("this model has no chat template; a base model can be given --chat-template plain")
         return ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, "the model's chat template")
     if argument in BUILT_IN:
-        return ChatTemplate(
-            BUILT_IN[argument], tokenizer.special_tokens, f"chat template {argument}", STOPS.get(argument, ())
-        )
+        text = ("{{- bos_token }}" if _begins_with_bos(tokenizer) else "") + BUILT_IN[argument]
+        return ChatTemplate(text, tokenizer.special_tokens, f"chat template {argument}", STOPS.get(argument, ()))
     if "{" in argument or "\n" in argument:
         return ChatTemplate(argument, tokenizer.special_tokens, "the given chat template")
     return ChatTemplate(_read(Path(argument)), tokenizer.special_tokens, f"chat template {argument}")
+
+
+def _begins_with_bos(tokenizer: Tokenizer) -> bool:
+    """Whether the model was trained on texts that begin so."""
+    return "bos_token" in tokenizer.special_tokens and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
 
 
 def _read(path: Path) -> str:

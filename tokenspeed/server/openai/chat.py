@@ -35,7 +35,7 @@ async def chat(state: ServerState, body: bytes) -> Response:
     engine = state.ready(request.model)
     prompt = await chat_prompt(request, state)
     check_length([prompt], engine, "messages")
-    params = chat_params(request, engine.info.sampling_defaults)
+    params = chat_params(request, engine.info.sampling_defaults, state.chat_template.stop)
     reply = _Reply(request, state, prompt)
     generation = Generation(
         engine,

@@ -135,5 +135,5 @@ class _Choices:
             ids += new.token_ids
             entries += new.logprobs or []
         offset = self._offsets.get(choice.index, 0)
-        choice.logprobs = completion_logprobs(ids, entries, self._request.logprobs or 0, offset, self._tokenizer)
+        choice.logprobs = completion_logprobs(ids, entries, offset, self._tokenizer)
         self._offsets[choice.index] = offset + sum(map(len, choice.logprobs.tokens))

@@ -12,11 +12,10 @@ from tokenspeed.tokenizer.base import Tokenizer
 def completion_logprobs(
     token_ids: Sequence[int],
     alternatives: Sequence[TokenAlternatives | None],
-    top: int,
     offset: int,
     tokenizer: Tokenizer | None,
 ) -> CompletionLogprobs:
-    """One entry per token; `top` alternatives beside the token itself, by text. Texts are empty without a tokenizer.
+    """One entry per token, and its alternatives by text. Texts are empty without a tokenizer.
 
     alternatives: None for the first token of a prompt. offset: characters of the choice's text before the first token.
     Alternatives of the same text (parts of characters) share one entry, the likeliest.
@@ -26,17 +25,16 @@ def completion_logprobs(
         text = tokenizer.token_text(token_id) if tokenizer else ""
         found.tokens.append(text)
         found.token_logprobs.append(entries[token_id].logprob if entries else None)
-        found.top_logprobs.append(_by_text(entries, token_id, top) if entries else None)
+        found.top_logprobs.append(_by_text(entries) if entries else None)
         found.text_offset.append(offset)
         offset += len(text)
     return found
 
 
-def _by_text(entries: TokenAlternatives, token_id: int, top: int) -> dict[str, float]:
+def _by_text(entries: TokenAlternatives) -> dict[str, float]:
     texts: dict[str, float] = {}
-    for other, entry in entries.items():
-        if other == token_id or entry.rank <= top:
-            texts[entry.decoded_token] = max(entry.logprob, texts.get(entry.decoded_token, entry.logprob))
+    for entry in entries.values():
+        texts[entry.decoded_token] = max(entry.logprob, texts.get(entry.decoded_token, entry.logprob))
     return texts
 
 

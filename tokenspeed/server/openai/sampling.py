@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenspeed.contracts.errors import ParameterError
@@ -53,9 +53,15 @@ def completion_params(request: CompletionRequest, defaults: Mapping[str, Any]) -
     return SamplingParams.from_dict(settings)
 
 
-def chat_params(request: ChatRequest, defaults: Mapping[str, Any]) -> SamplingParams:
-    """Raises ParameterError on a value out of range or a contradiction."""
+def chat_params(request: ChatRequest, defaults: Mapping[str, Any], template_stop: Sequence[str] = ()) -> SamplingParams:
+    """template_stop: texts that end a turn under the chat template, besides those of the request.
+
+    Raises ParameterError on a value out of range or a contradiction.
+    """
     settings = {"max_tokens": None} | _given(request, defaults)
+    if template_stop:
+        stop = settings.get("stop", [])
+        settings["stop"] = [*([stop] if isinstance(stop, str) else stop), *template_stop]
     limit = request.max_completion_tokens
     if limit is not None:
         if request.max_tokens not in (None, limit):
