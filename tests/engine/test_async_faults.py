@@ -141,7 +141,7 @@ def test_a_stuck_step_is_unhealthy_and_shows_its_stacks(
     capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
-        async with fake_engine("hang", stuck_after_s=0.2) as engine:
+        async with fake_engine("hang", stuck_after_s=1.5) as engine:
             assert engine.pid is not None
             await read(engine.submit([1], deltas(3)))
             stream = engine.submit([FATAL], deltas())
