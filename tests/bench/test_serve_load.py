@@ -127,7 +127,7 @@ def test_poisson_arrivals_do_not_wait_for_answers() -> None:
     assert stub.most_running > 10
     sent = [request.sent for request in run.requests]
     assert sent == sorted(sent)
-    assert all(request.late >= 0 for request in run.requests)
+    assert all(0 < request.late < 10 for request in run.requests)
     gaps = [later - earlier for earlier, later in pairwise(sent)]
     assert len({round(gap, 6) for gap in gaps}) > 20, "Poisson gaps differ"
     # 40 exponential gaps of 2.5 ms: below 30 ms in sum happens once in ten million seeds.
