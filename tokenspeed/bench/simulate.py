@@ -14,10 +14,12 @@ import math
 import random
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from statistics import median
 
 import msgspec
 import numpy as np
 
+from tokenspeed.bench.record import Record, Target, surroundings, write
 from tokenspeed.cache.keys import root_key
 from tokenspeed.cache.manager import CacheManager
 from tokenspeed.contracts.request import Request
@@ -202,22 +204,57 @@ def _request(number: int, prompt: int, max_tokens: int) -> Request:
     )
 
 
+RESULTS = "benchmarks/results/scheduling.json"
+
+
 def main() -> None:
-    """Print both."""
+    """Print and record both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1, help="workloads per margin")
+    parser.add_argument("--seeds", type=int, default=3, help="workloads per margin")
     parser.add_argument("--risks", type=float, nargs="+", default=[1.0, 1.5, RISK, 3.0])
+    parser.add_argument("--output", default=RESULTS, help=f"file to merge the records into (default {RESULTS})")
     options = parser.parse_args()
-    print(simulate_interference())
-    for seed in range(options.seeds):
-        oracle = simulate_admission(Workload(), seed, None)
-        print(f"seed {seed}: oracle runs {oracle.mean_running:.1f}, {oracle.preemptions:.2%} preempted")
-        for risk in options.risks:
-            outcome = simulate_admission(Workload(), seed, risk)
-            share = outcome.mean_running / oracle.mean_running
-            print(
-                f"  risk {risk}: {share:.1%} of the oracle, {outcome.preemptions:.2%} preempted, {outcome.steps} steps"
+    found = simulate_interference()
+    print(found)
+    write(options.output, interference_records(found) + admission_records(options.seeds, options.risks))
+
+
+def interference_records(found: Interference) -> list[Record]:
+    """The slowest step, and the prefill rate as a part of what the cap gives alone."""
+    around = surroundings("python -m tokenspeed.bench.simulate")
+    slowest = Record(
+        id="sim.interference.step", value=found.slowest_ms, unit="ms", target=Target(at_most=20.0), **around
+    )
+    share = Record(
+        id="sim.interference.prefill", value=100 * found.prefill_share, unit="%", target=Target(at_least=80.0), **around
+    )
+    return [slowest, share]
+
+
+def admission_records(seeds: int, risks: list[float]) -> list[Record]:
+    """Per margin the running batch as a part of the oracle's, and the preempted requests; medians over workloads."""
+    around = surroundings("python -m tokenspeed.bench.simulate")
+    records = []
+    oracles = [simulate_admission(Workload(), seed, None) for seed in range(seeds)]
+    for risk in risks:
+        outcomes = [simulate_admission(Workload(), seed, risk) for seed in range(seeds)]
+        shares = [100 * o.mean_running / best.mean_running for o, best in zip(outcomes, oracles, strict=True)]
+        preempted = [100 * o.preemptions for o in outcomes]
+        name = "sim.admission.risk" + f"{risk:g}".replace(".", "_")
+        print(f"risk {risk}: {median(shares):.1f} % of the oracle, {median(preempted):.2f} % preempted")
+        bounds = (Target(at_least=85.0), Target(at_most=2.0)) if risk == RISK else (None, None)
+        for what, values, target in zip(("running", "preempted"), (shares, preempted), bounds, strict=True):
+            records.append(
+                Record(
+                    id=f"{name}.{what}",
+                    value=median(values),
+                    unit="%",
+                    target=target,
+                    samples={"by_seed": values},
+                    **around,
+                )
             )
+    return records
 
 
 if __name__ == "__main__":
