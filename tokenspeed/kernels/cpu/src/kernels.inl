@@ -107,6 +107,8 @@ inline Factors load_factors(const uint8_t* p, const uint8_t* super) {
   return f;
 }
 
+constexpr int kAhead = 2048;  // bytes: weights are read once, and the hardware's own prefetch stops at each 4 KiB
+
 // `Count` rows of activations against one tile. Each row's arithmetic is the same whatever Count is.
 template <Format Fmt, int Count>
 void tile_rows(const uint8_t* p, const Rows& rows, int64_t first, float* out, int64_t stride, int valid) {
@@ -123,6 +125,7 @@ void tile_rows(const uint8_t* p, const Rows& rows, int64_t first, float* out, in
         p += l.super_bytes();
       }
     }
+    for (int at = 0; at < l.block_bytes(); at += 64) __builtin_prefetch(p + kAhead + at);
     W w[8];
     load_quads<Fmt>(p, w);
     const Factors f = load_factors<Fmt>(p + l.weight_bytes(), super);

@@ -22,23 +22,27 @@ const Kernels* kernels_or_throw(const std::string& isa) {
 
 }  // namespace
 
-Bytes::Bytes(int64_t size) : size_(size) {
-  void* p = mmap(nullptr, static_cast<size_t>(size), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED) throw std::bad_alloc();
-  data_ = static_cast<uint8_t*>(p);
+uint8_t* Store::take(int64_t size) {
+  constexpr int64_t kMap = 64 << 20, kAlign = 4096;
+  size = (size + kAlign - 1) / kAlign * kAlign;
+  if (maps_.empty() || used_ + size > maps_.back().second) {
+    const int64_t bytes = std::max(kMap, size);
+    void* p = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-  madvise(p, static_cast<size_t>(size), MADV_HUGEPAGE);
+    madvise(p, static_cast<size_t>(bytes), MADV_HUGEPAGE);
 #endif
+    maps_.emplace_back(static_cast<uint8_t*>(p), bytes);
+    used_ = 0;
+  }
+  uint8_t* piece = maps_.back().first + used_;
+  used_ += size;
+  taken_ += size;
+  return piece;
 }
 
-Bytes& Bytes::operator=(Bytes&& other) noexcept {
-  std::swap(data_, other.data_);
-  std::swap(size_, other.size_);
-  return *this;
-}
-
-Bytes::~Bytes() {
-  if (data_ != nullptr) munmap(data_, static_cast<size_t>(size_));
+Store::~Store() {
+  for (const auto& [p, bytes] : maps_) munmap(p, static_cast<size_t>(bytes));
 }
 
 Model::Model(int threads, const std::string& isa) : kernels_(kernels_or_throw(isa)), pool_(threads) {}
@@ -52,16 +56,20 @@ int32_t Model::add_matrix(int64_t cols) {
 void Model::add_segment(int32_t matrix, Format format, const uint8_t* source, int64_t rows) {
   Matrix& m = matrices_.at(static_cast<size_t>(matrix));
   const int64_t tiles = (rows + kRows - 1) / kRows, size = tile_bytes(format, m.cols), bytes = file_row_bytes(format, m.cols);
-  Segment segment{format, rows, m.rows, tiles, Bytes(tiles * size)};
+  uint8_t* data = store_.take(tiles * size);
   pool_.run((tiles + 63) / 64, [&](int64_t item) {
     for (int64_t t = 64 * item; t < std::min(tiles, 64 * (item + 1)); ++t) {
-      pack_tile(format, source, rows, m.cols, bytes, t * kRows, segment.data.data() + t * size);
+      pack_tile(format, source, rows, m.cols, bytes, t * kRows, data + t * size);
     }
   });
+  const int64_t group = std::max<int64_t>(1, std::min(tiles / (4 * pool_.threads()), kItemBytes / size));
+  for (int64_t t = 0; t < tiles; t += group) {
+    m.shares.push_back({static_cast<int32_t>(m.segments.size()), t, std::min(tiles, t + group)});
+  }
   (is_plain(format) ? m.plain : m.integer) = true;
   m.rows += rows;
   m.tiles += tiles;
-  m.segments.push_back(std::move(segment));
+  m.segments.push_back({format, rows, m.rows - rows, tiles, data});
 }
 
 int32_t Model::add_vector(std::vector<float> values) {
@@ -82,12 +90,6 @@ int32_t Model::add_value(Value value) {
 void Model::add_op(Op op) {
   if (op.kind == Kind::Select) head_ = ops_.size();
   ops_.push_back(op);
-}
-
-int64_t Model::packed_bytes() const {
-  int64_t total = 0;
-  for (const auto& m : matrices_) for (const auto& s : m.segments) total += s.data.size();
-  return total;
 }
 
 float* Model::at(int32_t value, int64_t row) const {
@@ -182,7 +184,7 @@ void Model::unpack_row(int32_t matrix, int64_t row, float* out) const {
   for (const auto& s : m.segments) {
     const int64_t r = row - s.first_row;
     if (r < 0 || r >= s.rows) continue;
-    kernels_->unpack_row(s.format, s.data.data() + r / kRows * tile_bytes(s.format, m.cols), static_cast<int>(r % kRows), m.cols, out);
+    kernels_->unpack_row(s.format, s.data + r / kRows * tile_bytes(s.format, m.cols), static_cast<int>(r % kRows), m.cols, out);
   }
 }
 
@@ -242,22 +244,20 @@ void Model::each_tile(const Matrix& m, const Op& op, int64_t rows, float* out, i
       for (int64_t t = item * group; t < std::min(tiles, (item + 1) * group); ++t) pair_tiles(m, op, input, t, out, stride);
     });
   }
-  for (const auto& s : m.segments) {
-    const int64_t size = tile_bytes(s.format, m.cols);
-    const int64_t group = std::max<int64_t>(1, std::min(s.tiles / (4 * pool_.threads()), kItemBytes / size));
-    pool_.run((s.tiles + group - 1) / group, [&](int64_t item) {
-      for (int64_t t = item * group; t < std::min(s.tiles, (item + 1) * group); ++t) {
-        const int64_t first = t * kRows;
-        const int valid = static_cast<int>(std::min<int64_t>(kRows, s.rows - first));
-        float* to = out + s.first_row + first;
-        kernels_->tile(s.format, s.data.data() + t * size, input, to, stride, valid);
-        if (op.bias >= 0) {
-          const float* bias = vectors_[static_cast<size_t>(op.bias)].data() + s.first_row + first;
-          for (int64_t row = 0; row < rows; ++row) for (int r = 0; r < valid; ++r) to[row * stride + r] += bias[r];
-        }
+  pool_.run(static_cast<int64_t>(m.shares.size()), [&](int64_t item) {
+    const Share& share = m.shares[static_cast<size_t>(item)];
+    const Segment& s = m.segments[static_cast<size_t>(share.segment)];
+    for (int64_t t = share.first; t < share.last; ++t) {
+      const int64_t first = t * kRows;
+      const int valid = static_cast<int>(std::min<int64_t>(kRows, s.rows - first));
+      float* to = out + s.first_row + first;
+      kernels_->tile(s.format, s.data + t * tile_bytes(s.format, m.cols), input, to, stride, valid);
+      if (op.bias >= 0) {
+        const float* bias = vectors_[static_cast<size_t>(op.bias)].data() + s.first_row + first;
+        for (int64_t row = 0; row < rows; ++row) for (int r = 0; r < valid; ++r) to[row * stride + r] += bias[r];
       }
-    });
-  }
+    }
+  });
 }
 
 void Model::pair_tiles(const Matrix& m, const Op& op, const Rows& input, int64_t tile, float* out, int64_t stride) {
@@ -268,7 +268,7 @@ void Model::pair_tiles(const Matrix& m, const Op& op, const Rows& input, int64_t
     const int64_t row = h * half + tile * kRows;
     for (const auto& s : m.segments) {
       if (row < s.first_row || row >= s.first_row + s.rows) continue;
-      const uint8_t* data = s.data.data() + (row - s.first_row) / kRows * tile_bytes(s.format, m.cols);
+      const uint8_t* data = s.data + (row - s.first_row) / kRows * tile_bytes(s.format, m.cols);
       kernels_->tile(s.format, data, input, halves.data() + h * kRows, 2 * kRows, kRows);
     }
   }

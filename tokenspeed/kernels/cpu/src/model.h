@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -10,32 +11,37 @@
 
 namespace ts {
 
-// Memory for packed weights: pages of 2 MiB where the system gives them.
-class Bytes {
+// Memory for packed weights, handed out piece by piece from large maps, so that the system can use pages of 2 MiB.
+class Store {
  public:
-  Bytes() = default;
-  explicit Bytes(int64_t size);
-  Bytes(Bytes&& other) noexcept { *this = std::move(other); }
-  Bytes& operator=(Bytes&& other) noexcept;
-  ~Bytes();
-  uint8_t* data() const { return data_; }
-  int64_t size() const { return size_; }
+  Store() = default;
+  Store(const Store&) = delete;
+  Store& operator=(const Store&) = delete;
+  ~Store();
+  uint8_t* take(int64_t size);
+  int64_t taken() const { return taken_; }
 
  private:
-  uint8_t* data_ = nullptr;
-  int64_t size_ = 0;
+  std::vector<std::pair<uint8_t*, int64_t>> maps_;
+  int64_t used_ = 0, taken_ = 0;  // of the last map, and in all
 };
 
 struct Segment {  // rows of one format
   Format format;
   int64_t rows, first_row, tiles;
-  Bytes data;
+  const uint8_t* data;
+};
+
+struct Share {  // tiles of a segment that one thread takes at a time
+  int32_t segment;
+  int64_t first, last;
 };
 
 struct Matrix {
   int64_t rows = 0, cols = 0, tiles = 0;
   bool integer = false, plain = false;  // forms of activations its segments need
   std::vector<Segment> segments;
+  std::vector<Share> shares;
 };
 
 // Where a value lies: columns [offset, offset + width) of rows `stride` apart in a buffer.
@@ -96,7 +102,7 @@ class Model {
   int32_t add_value(Value value);
   void add_op(Op op);
   void set_cache(Cache cache) { cache_ = std::move(cache); }
-  int64_t packed_bytes() const;
+  int64_t packed_bytes() const { return store_.taken(); }
 
   // Everything before the head, for all tokens of a step.
   void body(const Step& step);
@@ -124,6 +130,7 @@ class Model {
 
   const Kernels* kernels_;
   Pool pool_;
+  Store store_;
   std::vector<Matrix> matrices_;
   std::vector<std::vector<float>> vectors_;
   std::vector<Rope> ropes_;
