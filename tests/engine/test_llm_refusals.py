@@ -72,6 +72,7 @@ def test_a_bad_prompt_stops_its_whole_batch_and_nothing_else(
         ({"prompts": GOOD, "sampling_params": {"temperature": 0}}, ParameterError, "sampling_params must be"),
         ({"prompts": GOOD, "sampling_params": [None]}, ParameterError, "sampling_params must be"),
         ({"prompts": GOOD, "sampling_params": SamplingParams(stop_token_ids=[VOCAB])}, ParameterError, str(VOCAB)),
+        ({"prompts": GOOD, "sampling_params": SamplingParams(stop="x")}, ParameterError, "stop needs a tokenizer"),
     ],
 )
 def test_bad_arguments(llm: LLM, arguments: dict[str, Any], error: type[TokenSpeedError], message: str) -> None:

@@ -142,6 +142,7 @@ class LLM:
     ) -> list[OutputBuilder]:
         params = self._params_list(sampling_params, len(prompts))
         made = [self._request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        builders = [OutputBuilder(request, text, self._tokenizer) for request, text in made]
         added: list[str] = []
         try:
             for request, _ in made:
@@ -151,7 +152,6 @@ class LLM:
             for request_id in added:
                 self.core.abort(request_id)
             raise
-        builders = [OutputBuilder(request, text, self._tokenizer) for request, text in made]
         self._unfinished |= {builder.output.request_id: builder for builder in builders}
         return builders
 
