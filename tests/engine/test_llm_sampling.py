@@ -42,7 +42,7 @@ def test_sampling_is_the_same_alone_and_in_a_batch(llm: LLM, fields: dict[str, A
     assert together == [run(llm, [each], [one])[0] for each, one in zip(ids, params, strict=True)]
 
 
-@pytest.mark.parametrize("fields", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-6}])
+@pytest.mark.parametrize("fields", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}])
 def test_narrow_sampling_is_greedy(llm: LLM, fields: dict[str, Any]) -> None:
     ids = random_ids(23, 4, 19)
     assert run(llm, ids, SamplingParams(seed=SEED, **(HOT | fields))) == run(llm, ids, greedy())
