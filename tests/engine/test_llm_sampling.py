@@ -92,7 +92,8 @@ def eos(tmp_path_factory: pytest.TempPathFactory, loaded_tiny: LLM) -> tuple[Pat
     (ids,) = random_ids(28, 13)
     (tokens,) = run(loaded_tiny, [ids], greedy(20))
     folder = tmp_path_factory.mktemp("eos")
-    wanted = {"eos_token_id": [VOCAB - 2, tokens[7]], "temperature": 0.5, "top_k": 9, "max_new_tokens": 20}
+    unused = next(token for token in range(VOCAB) if token not in tokens)
+    wanted = {"eos_token_id": [unused, tokens[7]], "temperature": 0.5, "top_k": 9, "max_new_tokens": 20}
     write_tiny(folder, SEED, wanted, eos_token_id=tokens[0])
     return folder, ids, tokens
 
