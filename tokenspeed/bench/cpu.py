@@ -1,14 +1,13 @@
 """This engine against llama.cpp on the CPU: the demo file, the same threads, in alternating pairs of one run.
 
-`make bench-cpu`, or `python -m tokenspeed.bench.cpu`. A decode rate of ours is (n - 1) / (T(n) - T(1)) through
-`LLM.generate`; llama.cpp's is what its own benchmark reports for the same work.
+`make bench-cpu`, or `python -m tokenspeed.bench.cpu`. A decode rate of ours counts the tokens after the first of every
+sequence, from the last first token to the end, through `LLM.generate`; llama.cpp's is what its own benchmark reports.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -20,6 +19,7 @@ from tokenspeed.bench.stats import paired
 from tokenspeed.config.demo import demo_model_path
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
+from tokenspeed.engine.output import RequestMetrics
 from tokenspeed.engine.timings import decode_bytes
 
 RESULTS = Path("benchmarks/results/cpu.json")
@@ -50,22 +50,22 @@ def workloads(llm: LLM, programs: Path, model: Path, threads: int) -> dict[str, 
     short, deep = _prompt(16), _prompt(2048)
     return {
         "decode128": (
-            lambda: _decode(llm, short, 129),
+            lambda: _decode(llm, [short], 129),
             lambda: llama_cpp.decode_rate(programs, model, threads),
             1.6,
         ),
         "decode_d2048": (
-            lambda: _decode(llm, deep, 33),
+            lambda: _decode(llm, [deep], 33),
             lambda: llama_cpp.decode_rate(programs, model, threads, 32, 2048),
             1.6 if threads == 1 else 1.5,
         ),
         "prefill512": (
-            lambda: 512 / _timed(llm, [_prompt(512)], 1),
+            lambda: _prefill(llm, _prompt(512)),
             lambda: llama_cpp.prefill_rate(programs, model, threads),
             1.5,
         ),
         "batch8": (
-            lambda: _batch(llm, [_prompt(16) for _ in range(8)], 65),
+            lambda: _decode(llm, [_prompt(16) for _ in range(8)], 65),
             lambda: llama_cpp.batch_rate(programs, model, threads, 8),
             1.5,
         ),
@@ -105,21 +105,21 @@ def _prompt(tokens: int) -> list[int]:
     return [2, *(random.randrange(1000, 200000) for _ in range(tokens - 1))]
 
 
-def _timed(llm: LLM, prompts: list[list[int]], tokens: int) -> float:
+def _run(llm: LLM, prompts: list[list[int]], tokens: int) -> list[RequestMetrics]:
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    start = time.perf_counter()
-    llm.generate(prompt_token_ids=prompts, sampling_params=params, use_tqdm=False)
-    return time.perf_counter() - start
+    outputs = llm.generate(prompt_token_ids=prompts, sampling_params=params, use_tqdm=False)
+    return [output.metrics for output in outputs]
 
 
-def _decode(llm: LLM, prompt: list[int], tokens: int) -> float:
-    first = _timed(llm, [prompt], 1)
-    return (tokens - 1) / (_timed(llm, [prompt], tokens) - first)
+def _prefill(llm: LLM, prompt: list[int]) -> float:
+    (metrics,) = _run(llm, [prompt], 1)
+    return len(prompt) / ((metrics.first_token_time or 0.0) - metrics.arrival_time)
 
 
-def _batch(llm: LLM, prompts: list[list[int]], tokens: int) -> float:
-    first = _timed(llm, prompts, 1)
-    return len(prompts) * (tokens - 1) / (_timed(llm, prompts, tokens) - first)
+def _decode(llm: LLM, prompts: list[list[int]], tokens: int) -> float:
+    runs = _run(llm, prompts, tokens)
+    started = max(metrics.first_token_time or 0.0 for metrics in runs)
+    return len(prompts) * (tokens - 1) / (max(metrics.finished_time or 0.0 for metrics in runs) - started)
 
 
 if __name__ == "__main__":
