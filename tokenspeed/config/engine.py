@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
 from tokenspeed.contracts.errors import ConfigError
@@ -75,13 +75,6 @@ class EngineConfig:
 def flag(name: str) -> str:
     """The command-line flag of a setting."""
     return "--" + name.replace("_", "-")
-
-
-def default_of(name: str) -> Any:
-    """Default of a setting."""
-    value = next(setting.default for setting in fields(EngineConfig) if setting.name == name)
-    assert value is not MISSING
-    return value
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
