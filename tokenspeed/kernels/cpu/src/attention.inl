@@ -1,0 +1,142 @@
+// Attention over pages, one task at a time, and the parts of a row put together.
+template <class T>
+inline const T* entry(const ts::AttentionTask& t, int64_t position, bool value) {
+  const uint8_t* page = t.kv + t.table[position / t.page_size] * t.page_bytes;
+  return reinterpret_cast<const T*>(page + (value ? t.value_bytes : 0) + position % t.page_size * t.token_bytes + t.head_bytes);
+}
+
+inline F widen(const uint16_t* p) { return load_bf16(p); }
+inline F widen(const float* p) { return load(p); }
+
+// Dot products of Q query rows and K keys, the sums kept apart until the end.
+template <class T, int Q, int K>
+inline void score_block(const float* const* q, const T* const* k, int head_dim, float (*out)[4]) {
+  F acc[Q][K];
+  for (auto& row : acc) for (auto& x : row) x = set(0.0f);
+  for (int d = 0; d < head_dim; d += 16) {
+    F keys[K];
+    for (int j = 0; j < K; ++j) keys[j] = widen(k[j] + d);
+    for (int i = 0; i < Q; ++i) {
+      const F x = load(q[i] + d);
+      for (int j = 0; j < K; ++j) acc[i][j] = fma(x, keys[j], acc[i][j]);
+    }
+  }
+  for (int i = 0; i < Q; ++i) for (int j = 0; j < K; ++j) out[i][j] = sum(acc[i][j]);
+}
+
+template <class T>
+inline void score_some(int rows, int keys, const float* const* q, const T* const* k, int head_dim, float (*out)[4]) {
+  if (rows == 4 && keys == 4) return score_block<T, 4, 4>(q, k, head_dim, out);
+  for (int i = 0; i < rows; ++i) {
+    if (keys == 4) {
+      score_block<T, 1, 4>(q + i, k, head_dim, out + i);
+    } else {
+      for (int j = 0; j < keys; ++j) {
+        float cell[1][4];
+        score_block<T, 1, 1>(q + i, k + j, head_dim, cell);
+        out[i][j] = cell[0][0];
+      }
+    }
+  }
+}
+
+inline bool sees(const ts::AttentionTask& t, int64_t query, int64_t key) {
+  return key <= query && (t.window == 0 || key > query - t.window);
+}
+
+// Scores of up to four rows; a key that a row does not see gets -inf.
+template <class T>
+void scores_of(const ts::AttentionTask& t, int first, int rows, int64_t width) {
+  const float none = -std::numeric_limits<float>::infinity();
+  const float* q[4];
+  for (int i = 0; i < rows; ++i) q[i] = t.q + (first + i) / t.group * t.q_stride + (first + i) % t.group * t.head_dim;
+  for (int i = 0; i < rows; ++i) std::fill_n(t.scores + (first + i) * width, width, none);
+  const int64_t last = t.first_position + (first + rows - 1) / t.group;
+  const int64_t end = std::min(t.end, last + 1);
+  for (int64_t key = t.live; key < end; key += 4) {
+    const int some = static_cast<int>(std::min<int64_t>(4, end - key));
+    const T* k[4];
+    for (int n = 0; n < some; ++n) k[n] = entry<T>(t, key + n, false);
+    float cells[4][4];
+    score_some<T>(rows, some, q, k, t.head_dim, cells);
+    for (int i = 0; i < rows; ++i) {
+      const int64_t query = t.first_position + (first + i) / t.group;
+      float* out = t.scores + (first + i) * width + key - t.begin;
+      for (int n = 0; n < some; ++n) if (sees(t, query, key + n)) out[n] = cells[i][n] * t.scale;
+    }
+  }
+}
+
+// exp(s - max) in place; a row that sees no key here has max -inf and sum 0.
+void soften(const ts::AttentionTask& t, int rows, int64_t width) {
+  const float none = -std::numeric_limits<float>::infinity();
+  for (int r = 0; r < rows; ++r) {
+    float* s = t.scores + r * width;
+    F top = set(none);
+    for (int64_t j = 0; j < width; j += 16) top = max(top, load(s + j));
+    t.max[r] = max_lane(top);
+    t.sum[r] = 0.0f;
+    if (t.max[r] == none) continue;
+    F total = set(0.0f);
+    for (int64_t j = 0; j < width; j += 16) {
+      const F e = exp_or_zero(sub(load(s + j), set(t.max[r])));
+      store(s + j, e);
+      total = add(total, e);
+    }
+    t.sum[r] = sum(total);
+  }
+}
+
+template <class T, int Q, int V>
+inline void weigh_block(const ts::AttentionTask& t, int first, int d, int64_t width) {
+  F acc[Q][V];
+  for (auto& row : acc) for (auto& x : row) x = set(0.0f);
+  const int64_t end = std::min(t.end, t.first_position + (first + Q - 1) / t.group + 1);
+  for (int64_t key = t.live; key < end; ++key) {
+    const T* v = entry<T>(t, key, true) + d;
+    F values[V];
+    for (int n = 0; n < V; ++n) values[n] = widen(v + 16 * n);
+    for (int i = 0; i < Q; ++i) {
+      const F p = set(t.scores[(first + i) * width + key - t.begin]);
+      for (int n = 0; n < V; ++n) acc[i][n] = fma(p, values[n], acc[i][n]);
+    }
+  }
+  for (int i = 0; i < Q; ++i) for (int n = 0; n < V; ++n) store(t.out + (first + i) * t.head_dim + d + 16 * n, acc[i][n]);
+}
+
+template <class T, int Q>
+void weigh(const ts::AttentionTask& t, int first, int64_t width) {
+  int d = 0;
+  for (; d + 64 <= t.head_dim; d += 64) weigh_block<T, Q, 4>(t, first, d, width);
+  for (; d < t.head_dim; d += 16) weigh_block<T, Q, 1>(t, first, d, width);
+}
+
+template <class T>
+void attend_to(const ts::AttentionTask& t) {
+  const int rows = t.queries * t.group;
+  const int64_t width = (t.end - t.begin + 15) / 16 * 16;
+  for (int first = 0; first < rows; first += 4) scores_of<T>(t, first, std::min(4, rows - first), width);
+  soften(t, rows, width);
+  int first = 0;
+  for (; first + 4 <= rows; first += 4) weigh<T, 4>(t, first, width);
+  for (; first < rows; ++first) weigh<T, 1>(t, first, width);
+}
+
+void attend(const ts::AttentionTask& t) {
+  if (t.wide) attend_to<float>(t);
+  else attend_to<uint16_t>(t);
+}
+
+// One row's parts, in order, to their softmax-weighted mean.
+void combine(const float* const* out, const float* maxima, const float* sums, int parts, int64_t stride, int head_dim, float* result) {
+  float top = -std::numeric_limits<float>::infinity(), total = 0.0f;
+  for (int p = 0; p < parts; ++p) top = std::max(top, maxima[p * stride]);
+  for (int i = 0; i < head_dim; i += 16) store(result + i, set(0.0f));
+  for (int p = 0; p < parts; ++p) {
+    if (sums[p * stride] == 0.0f) continue;
+    const float factor = std::exp(maxima[p * stride] - top);
+    total += factor * sums[p * stride];
+    for (int i = 0; i < head_dim; i += 16) store(result + i, fma(set(factor), load(out[p] + i), load(result + i)));
+  }
+  for (int i = 0; i < head_dim; i += 16) store(result + i, mul(load(result + i), set(1.0f / total)));
+}
