@@ -100,3 +100,16 @@ def test_float32_with_a_bfloat16_kv_cache_stays_nearer(demo_path: Path) -> None:
     llm = LLM(str(demo_path), dtype="float32", kv_cache_dtype="bfloat16", max_model_len=256)
     errors = differences(scored_positions(forced(llm)))
     assert FLOAT32_BOUND / 5 < sum(errors) / len(errors) <= BF16_KV_MEAN_BOUND
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_screened_head_gives_the_full_heads_tokens(temperature: float) -> None:
+    found = []
+    for head in ("full", "screened"):
+        llm = LLM(lm_head=head, max_model_len=512, enable_prefix_caching=False)
+        prompts = [item["prompt_ids"] for item in ITEMS]
+        params = SamplingParams(temperature=temperature, max_tokens=24, ignore_eos=True, seed=11)
+        outputs = [llm.generate(prompt_token_ids=[ids], sampling_params=params, use_tqdm=False)[0] for ids in prompts]
+        found.append([output.outputs[0].token_ids for output in outputs])
+        llm.close()
+    assert found[0] == found[1]

@@ -10,6 +10,7 @@ from tokenspeed.contracts.errors import ConfigError
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "dummy")
+LM_HEADS = ("screened", "full")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -33,6 +34,12 @@ class EngineConfig:
     kv_cache_dtype: str = _setting("auto", "type of the KV cache; auto is the compute type", KV_DTYPES)
     load_format: str = _setting("auto", "auto reads the weights; dummy makes up random ones", LOAD_FORMATS)
     threads: int | None = _setting(None, "CPU threads; by default as many as this process may use")
+    lm_head: str = _setting(
+        "screened",
+        "on the CPU, screened reads of a Q8_0 head only what may hold the next token (the token is the same); full "
+        "reads all of it",
+        LM_HEADS,
+    )
     max_model_len: int | None = _setting(
         None, "most tokens of one sequence, prompt and output; by default the model's context as far as memory holds it"
     )

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from tokenspeed.runner.arena import Arena
+from tokenspeed.runner.edits import SampledRow
 from tokenspeed.runner.inputs import FedRow
 
 
@@ -19,7 +20,7 @@ class Backend(Protocol):
 
     @property
     def weight_bytes(self) -> Mapping[str, float]:
-        """Bytes of each weight in memory."""
+        """Bytes of each weight that a decode step of one sequence reads."""
         ...
 
     @property
@@ -33,6 +34,11 @@ class Backend(Protocol):
 
     def body(self, fed: Sequence[FedRow]) -> None:
         """Run everything before the head for the tokens of a step; writes their KV."""
+        ...
+
+    def pick(self, rows: Sequence[int], asks: Sequence[SampledRow]) -> list[int] | None:
+        """Token ids of some of the step's tokens, the same that sampling from their logits gives; asked only for rows
+        that `drawn_plainly`. None where the backend has no shorter way than `logits`."""
         ...
 
     def logits(self, rows: Sequence[int]) -> torch.Tensor:

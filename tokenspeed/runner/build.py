@@ -133,6 +133,6 @@ def choose_backend(
         return RefBackend(model, progress=progress)
     missing = why_not(model, kv_dtype) if extension_available() else ["all: the C++ extension is not built"]
     if not missing:
-        return CpuBackend(model, config.threads, progress)
+        return CpuBackend(model, config.threads, config.lm_head, progress)
     logger.warning("the slow reference runs this model; no fast kernel for: %s", ", ".join(missing))
     return RefBackend(model, fallback_ops=missing, progress=progress)

@@ -19,12 +19,17 @@ from tokenspeed.ops.rope import Rope
 from tokenspeed.program.plan import Plan, plan
 from tokenspeed.program.program import Record
 from tokenspeed.runner.arena import Arena
+from tokenspeed.runner.edits import SampledRow
 from tokenspeed.runner.inputs import FedRow
 from tokenspeed.runner.model import LoadedModel, Progress
+from tokenspeed.runner.sampler import settle
 from tokenspeed.weights.packed import Weight
 
 BLOCK = 32
 """Columns of a block of packed weights."""
+_LOOK_BYTES, _CLOSE_BYTES = 304 / 16, 128
+"""Of a block of a screened head's row: what the first look reads, and the cache lines that an exact product adds."""
+_SEED, _COUNTER = 2**64 - 1, 2**32 - 1
 HEAD_UNIT = 16
 """Head sizes are whole vectors."""
 
@@ -54,8 +59,17 @@ class CpuBackend:
     name = "cpu"
     fallback_ops: Sequence[str] = ()
 
-    def __init__(self, model: LoadedModel, threads: int | None = None, progress: Progress | None = None) -> None:
-        """threads: by default those this process may use. Raises ConfigError for an unknown instruction set."""
+    def __init__(
+        self,
+        model: LoadedModel,
+        threads: int | None = None,
+        lm_head: str = "screened",
+        progress: Progress | None = None,
+    ) -> None:
+        """threads: by default those this process may use. lm_head: screened or full, as EngineConfig has it.
+
+        Raises ConfigError for an unknown instruction set.
+        """
         from tokenspeed.kernels.cpu import _walk
 
         # Torch's own threads spin after each op and would take the cores from ours; sampling is all that is left to it.
@@ -69,13 +83,27 @@ class CpuBackend:
         self._matrices: dict[str, int] = {}
         self._vectors: dict[str, int] = {}
         self._ropes: dict[Rope, int] = {}
+        self._screened = _screened_head(model) if lm_head == "screened" else None
         self._pack(progress)
-        self.weight_bytes = {name: float(weight.nbytes) for name, weight in model.packed.items()}
+        self._picks = self._rows_of_logits = 0
         self._plan = self._make_plan()
         self._values = self._add_values()
         for step in self._plan.steps:
             self._add(step.record)
         self._arena: Arena | None = None
+
+    @property
+    def weight_bytes(self) -> dict[str, float]:
+        """Bytes of each weight that a row reads; for a screened head the mean over all rows so far."""
+        bytes_ = {name: float(weight.nbytes) for name, weight in self._model.packed.items()}
+        if self._screened and self._picks:
+            rows, cols = self._model.packed[self._screened].shape
+            looks = (
+                self._picks * rows * cols / BLOCK * _LOOK_BYTES + self._native.rescored * cols / BLOCK * _CLOSE_BYTES
+            )
+            total = looks + self._rows_of_logits * bytes_[self._screened]
+            bytes_[self._screened] = total / (self._picks + self._rows_of_logits)
+        return bytes_
 
     @property
     def isa(self) -> str:
@@ -116,7 +144,25 @@ class CpuBackend:
             groups,
         )
 
+    def pick(self, rows: Sequence[int], asks: Sequence[SampledRow]) -> list[int] | None:
+        params = [ask.sampling for ask in asks]
+        self._picks += len(rows)
+        found = self._native.pick(
+            np.array(rows, np.int32),
+            np.array([each.temperature for each in params], np.float32),
+            np.array([each.seed & _SEED for each in params], np.uint64),
+            np.array([each.sample_index & _COUNTER for each in params], np.uint32),
+            np.array([ask.position & _COUNTER for ask in asks], np.uint32),
+        )
+        if not all(found):
+            return None  # logits that are not numbers: let the sampler say what that gives
+        return [
+            candidates[0][0] if len(candidates) == 1 else settle(candidates, ask)
+            for candidates, ask in zip(found, asks, strict=True)
+        ]
+
     def logits(self, rows: Sequence[int]) -> torch.Tensor:
+        self._rows_of_logits += len(rows)
         out = torch.empty(len(rows), self._model.definition.config.vocab_size)
         self._native.head(np.array(rows, dtype=np.int32), out.numpy())
         return out
@@ -127,13 +173,16 @@ class CpuBackend:
             if weight.spec.kind == "vector":
                 self._vectors[name] = self._native.add_vector(weight.unpacked(torch.float32).numpy())
             else:
-                self._matrices[name] = self._pack_matrix(weight)
+                self._matrices[name] = self._pack_matrix(weight, planes=name == self._screened)
             done += weight.nbytes
             if progress is not None:
                 progress(done, total)
 
-    def _pack_matrix(self, weight: Weight) -> int:
+    def _pack_matrix(self, weight: Weight, planes: bool) -> int:
         matrix = self._native.add_matrix(weight.shape[1])
+        if planes:
+            self._native.add_planes(matrix, weight.segments[0].data.numpy())
+            return matrix
         for segment in weight.segments:
             self._native.add_segment(matrix, FORMATS.index(segment.fmt), segment.data.numpy())
         return matrix
@@ -251,6 +300,13 @@ class CpuBackend:
                 frequency = frequency / torch.tensor(rope.divisors, dtype=torch.float32)
             self._ropes[rope] = self._native.add_rope(frequency.numpy())
         return self._ropes[rope]
+
+
+def _screened_head(model: LoadedModel) -> str | None:
+    """The name of the head's weight where it can be kept in planes."""
+    name = list(model.program.records[-1].plain())[-1].weights[0]
+    formats = [segment.fmt for segment in model.packed[name].segments]
+    return name if formats == ["Q8_0"] else None
 
 
 def _act(record: Record) -> int:

@@ -9,8 +9,8 @@ import torch
 from tokenspeed.contracts.step import ResultRow, StepPlan, StepResult
 from tokenspeed.runner.arena import Arena
 from tokenspeed.runner.backend import Backend
-from tokenspeed.runner.edits import SampledRow
-from tokenspeed.runner.inputs import FedRow, SlotTable, num_prompt_logprobs, wanted_rows
+from tokenspeed.runner.edits import SampledRow, drawn_plainly
+from tokenspeed.runner.inputs import FedRow, Slot, SlotTable, num_prompt_logprobs, wanted_rows
 from tokenspeed.runner.logprobs import token_logprobs
 from tokenspeed.runner.sampler import sample, sampler_inputs
 
@@ -59,8 +59,20 @@ class LocalExecutor:
         jobs = [job for row, result in zip(fed, results, strict=True) for job in _jobs(row, result)]
         for first in range(0, len(jobs), self._chunk):
             part = slice(first, first + self._chunk)
-            _sample(self.backend.logits(wanted[part]), jobs[part])
+            if not self._pick(wanted[part], jobs[part]):
+                _sample(self.backend.logits(wanted[part]), jobs[part])
         return results
+
+    def _pick(self, rows: list[int], jobs: list[_Job]) -> bool:
+        """Tokens without logits, where all rows are drawn plainly and the backend has a way."""
+        if any(job.prompt_token is not None for job in jobs):
+            return False
+        asks = [_sampled_row(job.row.slot) for job in jobs]
+        tokens = self.backend.pick(rows, asks) if all(map(drawn_plainly, asks)) else None
+        for job, token in zip(jobs, tokens or (), strict=False):
+            job.row.slot.append(token)
+            job.result.token_ids.append(token)
+        return tokens is not None
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,7 @@ def _score(logits: torch.Tensor, jobs: list[_Job]) -> None:
 
 def _draw(logits: torch.Tensor, jobs: list[_Job]) -> None:
     slots = [job.row.slot for job in jobs]
-    rows = [SampledRow(slot.sampling, slot.tokens, slot.num_prompt, len(slot.tokens), slot.seen) for slot in slots]
+    rows = [_sampled_row(slot) for slot in slots]
     inputs = sampler_inputs(rows, logits.shape[1], logits.device)
     sampled = sample(logits, inputs)
     for job, token in zip(jobs, sampled.tokens.tolist(), strict=True):
@@ -107,3 +119,7 @@ def _draw(logits: torch.Tensor, jobs: list[_Job]) -> None:
         asking = [job for job in jobs if job.row.slot.sampling.logprobs >= 0]
         for job, found in zip(asking, sampled.logprobs.to_structs(inputs.tops), strict=True):
             job.result.logprobs.append(found)
+
+
+def _sampled_row(slot: Slot) -> SampledRow:
+    return SampledRow(slot.sampling, slot.tokens, slot.num_prompt, len(slot.tokens), slot.seen)

@@ -11,6 +11,7 @@ from tokenspeed.kernels.registry import Registry, Situation
 from tokenspeed.ops.reference import StepView
 from tokenspeed.program.plan import Plan, Planned, bucket_of, plan
 from tokenspeed.runner.arena import Arena
+from tokenspeed.runner.edits import SampledRow
 from tokenspeed.runner.inputs import FedRow, step_view
 from tokenspeed.runner.model import LoadedModel, Progress
 from tokenspeed.weights.unpacked import unpack_all
@@ -61,6 +62,9 @@ class RefBackend:
         self._head = steps[head:]
         self._values = {self._model.program.inputs["tokens"]: self._view.tokens}
         self.walk(steps[:head], self._view, self._values)
+
+    def pick(self, rows: Sequence[int], asks: Sequence[SampledRow]) -> list[int] | None:
+        return None
 
     def logits(self, rows: Sequence[int]) -> torch.Tensor:
         assert self._view is not None

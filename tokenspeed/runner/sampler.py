@@ -17,7 +17,7 @@ import torch
 from tokenspeed.runner.draw import DrawRows, draw
 from tokenspeed.runner.edits import LogitEdits, SampledRow, logit_edits
 from tokenspeed.runner.logprobs import Logprobs, token_logprobs
-from tokenspeed.runner.noise import noise_keys
+from tokenspeed.runner.noise import TOKENS_PER_BLOCK, gumbel, noise_keys
 from tokenspeed.runner.tiles import tile
 
 SMALL_TOP_K = 1024
@@ -103,6 +103,18 @@ def sample(
         else:
             tokens[group.rows] = draw(edited[group.rows], group.draw, narrow)
     return Sampled(tokens, _logprobs(logits, tokens, inputs))
+
+
+def settle(candidates: Sequence[tuple[int, float]], row: SampledRow) -> int:
+    """The token that `sample` draws for a row that is `drawn_plainly`, out of those (id, logit) that it may be, in
+    ascending order of ids."""
+    sampling = row.sampling
+    ids, logits = (torch.tensor(column) for column in zip(*candidates, strict=True))
+    keys = noise_keys([sampling.seed], [sampling.sample_index], [row.position], ids.device)
+    noise = gumbel(keys, ids[None] // TOKENS_PER_BLOCK).view(-1, TOKENS_PER_BLOCK)
+    noisy = noise[torch.arange(len(ids)), ids % TOKENS_PER_BLOCK] + logits / sampling.temperature
+    values = noisy.tolist()
+    return int(ids[values.index(max(values))])
 
 
 def _logprobs(logits: torch.Tensor, tokens: torch.Tensor, inputs: SamplerInputs) -> Logprobs | None:

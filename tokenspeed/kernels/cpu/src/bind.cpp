@@ -1,6 +1,7 @@
 // The module `tokenspeed.kernels.cpu._walk`.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -26,6 +27,28 @@ ts::Step step_of(const Array1<int32_t>& tokens, const Array1<int32_t>& positions
     throw nb::value_error("the step's arrays do not fit each other");
   }
   return {static_cast<int64_t>(tokens.shape(0)), sequences, groups, tokens.data(), positions.data(), starts.data(), tables.data(), table_starts.data()};
+}
+
+std::vector<ts::Ask> asks_of(const Array1<float>& temperatures, const Array1<uint64_t>& seeds, const Array1<uint32_t>& samples,
+                             const Array1<uint32_t>& positions) {
+  std::vector<ts::Ask> asks;
+  for (size_t i = 0; i < temperatures.shape(0); ++i) asks.push_back({temperatures(i), samples(i), positions(i), seeds(i)});
+  return asks;
+}
+
+template <class Run>
+std::vector<std::vector<std::pair<int64_t, float>>> pairs_of(Run run) {
+  const std::vector<std::vector<ts::Pick>>* picks = nullptr;
+  {
+    nb::gil_scoped_release unlocked;
+    picks = &run();
+  }
+  std::vector<std::vector<std::pair<int64_t, float>>> result;
+  for (const auto& row : *picks) {
+    result.emplace_back();
+    for (const auto& each : row) result.back().emplace_back(each.token, each.logit);
+  }
+  return result;
 }
 
 }  // namespace
@@ -82,6 +105,26 @@ NB_MODULE(_walk, m) {
       .def("head", [](ts::Model& model, const Array1<int32_t>& rows, const Out2<float>& logits) {
         nb::gil_scoped_release unlocked;
         model.head(rows.data(), static_cast<int64_t>(rows.shape(0)), logits.data());
+      })
+      .def("pick", [](ts::Model& model, const Array1<int32_t>& rows, const Array1<float>& temperatures, const Array1<uint64_t>& seeds,
+                      const Array1<uint32_t>& samples, const Array1<uint32_t>& positions) {
+        const auto asks = asks_of(temperatures, seeds, samples, positions);
+        return pairs_of([&]() -> auto& { return model.pick(rows.data(), asks.data(), static_cast<int64_t>(asks.size())); });
+      })
+      .def("draw", [](ts::Model& model, int32_t matrix, const Array2<float>& x, const Array1<float>& temperatures,
+                      const Array1<uint64_t>& seeds, const Array1<uint32_t>& samples, const Array1<uint32_t>& positions) {
+        const auto asks = asks_of(temperatures, seeds, samples, positions);
+        return pairs_of([&]() -> auto& { return model.draw(matrix, x.data(), asks.data(), static_cast<int64_t>(asks.size())); });
+      })
+      .def("gumbel", [](const ts::Model& model, uint64_t seed, uint32_t sample, uint32_t position, int64_t first) {
+        std::vector<float> noise(64);
+        model.kernels().gumbel({seed, sample, position}, first, noise.data());
+        return noise;
+      })
+      .def_prop_ro("rescored", &ts::Model::rescored)
+      .def("add_planes", [](ts::Model& model, int32_t matrix, const Array2<uint8_t>& source) {
+        nb::gil_scoped_release unlocked;
+        model.add_planes(matrix, source.data(), static_cast<int64_t>(source.shape(0)));
       })
       .def("multiply", [](ts::Model& model, int32_t matrix, const Array2<float>& x, const Out2<float>& out) {
         nb::gil_scoped_release unlocked;

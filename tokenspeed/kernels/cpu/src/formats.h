@@ -9,7 +9,7 @@
 
 namespace ts {
 
-enum class Format : int32_t { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS };
+enum class Format : int32_t { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, Planes };
 
 constexpr int kRows = 16;   // rows of a tile
 constexpr int kBlock = 32;  // columns of a block
@@ -69,8 +69,17 @@ constexpr Layout layout(Format f) {
 constexpr bool is_plain(Format f) { return f == Format::F32 || f == Format::F16 || f == Format::BF16; }
 constexpr int plain_bytes(Format f) { return f == Format::F32 ? 4 : 2; }
 
+// Q8_0 in two planes, so that the high one can be read alone: q + 128 = 16 h + l. A block of the high plane is its nibbles
+// h as any 4-bit block, the float16 factors, and for each row the length of its l - 7.5 in sixths, rounded up. The low plane
+// of a tile is four parts of four rows each, so that few lines hold one row: part i has the rows i, i + 4, i + 8 and i + 12,
+// and of each row of a block 16 bytes, whose low nibbles are columns 0 to 15. The high planes of all tiles come first.
+constexpr int64_t kHighBlock = 256 + 32 + 16, kLowBlock = 256;
+constexpr int64_t high_bytes(int64_t cols) { return cols / kBlock * kHighBlock; }
+constexpr int64_t low_bytes(int64_t cols) { return cols / kBlock * kLowBlock; }
+
 // Bytes of one tile of `cols` columns.
 constexpr int64_t tile_bytes(Format f, int64_t cols) {
+  if (f == Format::Planes) return high_bytes(cols) + low_bytes(cols);
   if (is_plain(f)) return kRows * cols * plain_bytes(f);
   const Layout l = layout(f);
   return cols / kBlock * l.block_bytes() + cols / (kBlock * kSuper) * l.super_bytes();

@@ -92,7 +92,13 @@ inline Factors load_factors(const uint8_t* p, const uint8_t* super) {
   return f;
 }
 
-constexpr int kAhead = 2048;  // bytes: weights are read once, and the hardware's own prefetch stops at each 4 KiB
+// Weights are read once, and the hardware's own prefetch stops at each 4 KiB. Blocks of one size are followed best into
+// the second level (measured on Zen 4: 30 GB/s; 22 into the first); those with super-block factors between them the other way.
+template <Layout L>
+inline void prefetch(const uint8_t* p) {
+  constexpr int ahead = L.has_super() ? 2048 : 1024;
+  for (int at = 0; at < L.block_bytes(); at += 64) __builtin_prefetch(p + ahead + at, 0, L.has_super() ? 3 : 2);
+}
 
 // `Count` rows of activations against one tile. Each row's arithmetic is the same whatever Count is.
 template <Format Fmt, int Count>
@@ -110,7 +116,7 @@ void tile_rows(const uint8_t* p, const Rows& rows, int64_t first, float* out, in
         p += l.super_bytes();
       }
     }
-    for (int at = 0; at < l.block_bytes(); at += 64) __builtin_prefetch(p + kAhead + at);
+    prefetch<l>(p);
     W w[8];
     load_quads<Fmt>(p, w);
     const Factors f = load_factors<Fmt>(p + l.weight_bytes(), super);
@@ -229,6 +235,7 @@ void tile(Format format, const uint8_t* data, const Rows& rows, float* out, int6
 #define TS_CASE(name) case Format::name: return all_rows<Format::name>(data, rows, out, stride, valid);
     TS_EACH_FORMAT(TS_CASE)
 #undef TS_CASE
+    case Format::Planes: break;  // it has kernels of its own
   }
 }
 
@@ -237,5 +244,6 @@ void unpack_row(Format format, const uint8_t* data, int row, int64_t cols, float
 #define TS_CASE(name) case Format::name: return one_row<Format::name>(data, row, cols, out);
     TS_EACH_FORMAT(TS_CASE)
 #undef TS_CASE
+    case Format::Planes: break;  // it has kernels of its own
   }
 }

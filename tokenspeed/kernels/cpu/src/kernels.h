@@ -41,6 +41,11 @@ struct AttentionTask {
   float* sum;              // [queries * group]
 };
 
+struct NoiseKey {  // what decides a row's noise, beside the token
+  uint64_t seed;
+  uint32_t sample, position;
+};
+
 struct Kernels {
   const char* name;
   // out[m * stride + r] for the rows r of one tile, r < valid, m = 0 .. rows.count - 1.
@@ -55,6 +60,15 @@ struct Kernels {
   void (*attend)(const AttentionTask&);
   void (*combine)(const float* const* out, const float* max, const float* sum, int parts, int64_t stride, int head_dim, float* result);
   int64_t (*argmax)(const float* x, int64_t n);
+  // Weights in planes (formats.h): exact products, one row unpacked, a first look (products by the high plane alone and how
+  // far off they can be, given each block's `reach`), and exact products of one of a tile's four parts after that look.
+  void (*planes_tile)(const uint8_t* high, const uint8_t* low, const Rows& rows, float* out, int64_t stride, int valid);
+  void (*planes_row)(const uint8_t* high, const uint8_t* low, int row, int64_t cols, float* out);
+  void (*screen_tile)(const uint8_t* high, const Rows& rows, const float* reach, float* near, float* bound, int64_t stride);
+  void (*weigh_look)(const float* near, float* bound, const float* noise, float inverse, float* value, float* most);
+  void (*refine)(const uint8_t* high, const uint8_t* low, const Rows& rows, int64_t row, int part, const float* near, float* out);
+  // Gumbel noise of 64 tokens from `first`, a multiple of 64, within 1e-5 of the sampler's own.
+  void (*gumbel)(const NoiseKey& key, int64_t first, float* out);
 };
 
 const Kernels* generic_kernels();

@@ -15,11 +15,14 @@ using ts::Rows;
 using ts::Scales;
 
 #include "gemv.inl"
+#include "planes.inl"
 #include "rows.inl"
+#include "noise.inl"
 #include "attention.inl"
 
 constexpr ts::Kernels make(const char* name) {
-  return {name, tile, unpack_row, quantize, rms_norm, add_rows, act_mul, rotate, to_bf16, attend, combine, argmax};
+  return {name, tile, unpack_row, quantize, rms_norm, add_rows, act_mul, rotate, to_bf16, attend, combine, argmax, planes_tile, planes_row,
+          screen_tile, weigh_look, refine, gumbel};
 }
 
 }  // namespace

@@ -60,14 +60,19 @@ void Model::add_segment(int32_t matrix, Format format, const uint8_t* source, in
       pack_tile(format, source, rows, m.cols, bytes, t * kRows, data + t * size);
     }
   });
-  const int64_t group = std::max<int64_t>(1, std::min(tiles / (4 * pool_.threads()), kItemBytes / size));
+  place(m, {format, rows, m.rows, tiles, data}, size);
+}
+
+// A packed segment becomes the matrix's next; `size`: bytes of a tile.
+void Model::place(Matrix& m, Segment segment, int64_t size) {
+  const int64_t tiles = segment.tiles, group = std::max<int64_t>(1, std::min(tiles / (4 * pool_.threads()), kItemBytes / size));
   for (int64_t t = 0; t < tiles; t += group) {
     m.shares.push_back({static_cast<int32_t>(m.segments.size()), t, std::min(tiles, t + group)});
   }
-  (is_plain(format) ? m.plain : m.integer) = true;
-  m.rows += rows;
+  (is_plain(segment.format) ? m.plain : m.integer) = true;
+  m.rows += segment.rows;
   m.tiles += tiles;
-  m.segments.push_back({format, rows, m.rows - rows, tiles, data});
+  m.segments.push_back(segment);
 }
 
 int32_t Model::add_vector(std::vector<float> values) {
@@ -140,14 +145,19 @@ void Model::body(const Step& step) {
   for (size_t i = 0; i < head_; ++i) run(ops_[i], step.tokens);
 }
 
-void Model::head(const int32_t* rows, int64_t count, float* logits) {
+// Everything between the body and the last projection, which it returns.
+const Op& Model::before_head(const int32_t* rows, int64_t count) {
   const Op& select = ops_[head_];
   const Value& from = values_[static_cast<size_t>(select.x)];
   for (int64_t i = 0; i < count; ++i) {
     std::memcpy(at(select.out, i), at(select.x, rows[i]), sizeof(float) * static_cast<size_t>(from.width));
   }
   for (size_t i = head_ + 1; i + 1 < ops_.size(); ++i) run(ops_[i], count);
-  const Op& last = ops_.back();
+  return ops_.back();
+}
+
+void Model::head(const int32_t* rows, int64_t count, float* logits) {
+  const Op& last = before_head(rows, count);
   linear(last, count, logits, matrices_[static_cast<size_t>(last.matrix)].rows);
 }
 
@@ -182,6 +192,10 @@ void Model::unpack_row(int32_t matrix, int64_t row, float* out) const {
   for (const auto& s : m.segments) {
     const int64_t r = row - s.first_row;
     if (r < 0 || r >= s.rows) continue;
+    if (s.format == Format::Planes) {
+      const uint8_t* low = s.data + s.tiles * high_bytes(m.cols);
+      return kernels_->planes_row(s.data + r / kRows * high_bytes(m.cols), low + r / kRows * low_bytes(m.cols), static_cast<int>(r % kRows), m.cols, out);
+    }
     kernels_->unpack_row(s.format, s.data + r / kRows * tile_bytes(s.format, m.cols), static_cast<int>(r % kRows), m.cols, out);
   }
 }
@@ -222,14 +236,18 @@ void Model::linear(const Op& op, int64_t rows, float* out, int64_t stride) {
   each_tile(m, op, rows, out, stride);
 }
 
-void Model::multiply(int32_t matrix, const float* x, int64_t count, float* out) {
-  const Matrix& m = matrices_.at(static_cast<size_t>(matrix));
+void Model::prepare_plain(const Matrix& m, const float* x, int64_t count) {
   reserve(count);
   for (int64_t row = 0; row < count; ++row) {
     std::memcpy(normed_.data() + row * m.cols, x + row * m.cols, sizeof(float) * static_cast<size_t>(m.cols));
     const int64_t b = row * (m.cols / kBlock);
     if (m.integer) kernels_->quantize(x + row * m.cols, m.cols, hi_.data() + row * m.cols, lo_.data() + row * m.cols, scale_.data() + b, sums_.data() + 2 * b);
   }
+}
+
+void Model::multiply(int32_t matrix, const float* x, int64_t count, float* out) {
+  const Matrix& m = matrices_.at(static_cast<size_t>(matrix));
+  prepare_plain(m, x, count);
   each_tile(m, Op{Kind::Linear}, count, out, m.rows);
 }
 
@@ -249,7 +267,12 @@ void Model::each_tile(const Matrix& m, const Op& op, int64_t rows, float* out, i
       const int64_t first = t * kRows;
       const int valid = static_cast<int>(std::min<int64_t>(kRows, s.rows - first));
       float* to = out + s.first_row + first;
-      kernels_->tile(s.format, s.data + t * tile_bytes(s.format, m.cols), input, to, stride, valid);
+      if (s.format == Format::Planes) {
+        const uint8_t* low = s.data + s.tiles * high_bytes(m.cols);
+        kernels_->planes_tile(s.data + t * high_bytes(m.cols), low + t * low_bytes(m.cols), input, to, stride, valid);
+      } else {
+        kernels_->tile(s.format, s.data + t * tile_bytes(s.format, m.cols), input, to, stride, valid);
+      }
       if (op.bias >= 0) {
         const float* bias = vectors_[static_cast<size_t>(op.bias)].data() + s.first_row + first;
         for (int64_t row = 0; row < rows; ++row) for (int r = 0; r < valid; ++r) to[row * stride + r] += bias[r];

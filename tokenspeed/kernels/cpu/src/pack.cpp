@@ -1,5 +1,7 @@
 #include "pack.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace ts {
@@ -239,6 +241,29 @@ void pack_tile(Format f, const uint8_t* source, int64_t rows, int64_t cols, int6
       }
       place(l.bits, c.q, r, at);
       place_scales(l, c, r, at + l.weight_bytes());
+    }
+  }
+}
+
+void pack_planes(const uint8_t* source, int64_t rows, int64_t cols, int64_t first, uint8_t* high, uint8_t* low) {
+  const int64_t blocks = cols / kBlock;
+  std::memset(high, 0, static_cast<size_t>(high_bytes(cols)));
+  std::memset(low, 0, static_cast<size_t>(low_bytes(cols)));
+  const double rounding = static_cast<double>(2 * blocks + 8) * 724 * 0x1p-24;  // of the sums, per unit of the activations' length
+  for (int r = 0; r < kRows && first + r < rows; ++r) {
+    const uint8_t* p = source + (first + r) * blocks * 34;
+    for (int64_t b = 0; b < blocks; ++b, p += 34) {
+      uint8_t* coarse = high + b * kHighBlock;
+      uint8_t* fine = low + (r % 4 * blocks + b) * 64 + r / 4 * 16;
+      double squares = 0;
+      for (int k = 0; k < kBlock; ++k) {
+        const int q = static_cast<uint8_t>(p[2 + k] ^ 0x80), shift = 4 * (k / 16);
+        coarse[64 * (k % 16 / 4) + 4 * r + k % 4] |= static_cast<uint8_t>(q >> 4 << shift);
+        fine[k % 16] |= static_cast<uint8_t>((q & 15) << shift);
+        squares += (q % 16 - 7.5) * (q % 16 - 7.5);
+      }
+      std::memcpy(coarse + 256 + 2 * r, p, 2);
+      coarse[288 + r] = static_cast<uint8_t>(std::min(255.0, std::ceil(6 * (std::sqrt(squares) + rounding))));
     }
   }
 }

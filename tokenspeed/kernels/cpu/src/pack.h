@@ -13,4 +13,7 @@ void pack_tile(Format format, const uint8_t* source, int64_t rows, int64_t cols,
 // Bytes of a row in the file's format.
 int64_t file_row_bytes(Format format, int64_t cols);
 
+// Sixteen Q8_0 rows from `first` into a tile's part of the high plane and of the low one.
+void pack_planes(const uint8_t* source, int64_t rows, int64_t cols, int64_t first, uint8_t* high, uint8_t* low);
+
 }  // namespace ts

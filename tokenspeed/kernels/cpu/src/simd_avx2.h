@@ -52,6 +52,39 @@ inline I dot(I acc, W w, int32_t a) {
   const __m256i v = _mm256_set1_epi32(a);
   return {dot_half<Wide>(acc.a, w.a, v), dot_half<Wide>(acc.b, w.b, v)};
 }
+inline I int_add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+template <int Left>
+inline I int_shift(I v) { return {_mm256_slli_epi32(v.a, Left), _mm256_slli_epi32(v.b, Left)}; }
+inline I int_xor(I x, I y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
+template <int Right>
+inline I int_shift_right(I v) { return {_mm256_srai_epi32(v.a, Right), _mm256_srai_epi32(v.b, Right)}; }
+// The halves of unsigned 64-bit products of each lane with m.
+inline void mul_wide_half(__m256i a, __m256i by, __m256i* high, __m256i* low) {
+  const __m256i even = _mm256_mul_epu32(a, by), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), by);
+  *low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+}
+inline void mul_wide(I a, uint32_t m, I* high, I* low) {
+  const __m256i by = _mm256_set1_epi32(static_cast<int32_t>(m));
+  mul_wide_half(a.a, by, &high->a, &low->a);
+  mul_wide_half(a.b, by, &high->b, &low->b);
+}
+inline I bits_of(F v) { return {_mm256_castps_si256(v.a), _mm256_castps_si256(v.b)}; }
+inline F float_of_bits(I v) { return {_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)}; }
+inline __m256 unsigned_half(__m256i v) {  // by halves of 16 bits; both steps round at most once
+  const __m256 low = _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(0xffff)));
+  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(v, 16)), _mm256_set1_ps(65536.0f), low);
+}
+inline F unsigned_to_float(I v) { return {unsigned_half(v.a), unsigned_half(v.b)}; }
+// Sixteen activations for each group of four lanes; acc[r] += sum over j < 4 of w[4 r + j] * a[4 (r % 4) + j], w below 16.
+using A = __m256i;
+inline A load_lanes(const int8_t* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline I dot_lanes(I acc, W w, A a) { return {dot_half<false>(acc.a, w.a, a), dot_half<false>(acc.b, w.b, a)}; }
+// Lane 4 j + i is the sum of t_i's lanes 4 j to 4 j + 3.
+inline I gather_sums(I t0, I t1, I t2, I t3) {
+  return {_mm256_hadd_epi32(_mm256_hadd_epi32(t0.a, t1.a), _mm256_hadd_epi32(t2.a, t3.a)),
+          _mm256_hadd_epi32(_mm256_hadd_epi32(t0.b, t1.b), _mm256_hadd_epi32(t2.b, t3.b))};
+}
 inline F set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
 inline F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline F load_some(const float* p, int n) {

@@ -35,6 +35,33 @@ inline I int_scaled_add(I hi, I lo) { return _mm512_add_epi32(_mm512_slli_epi32(
 template <bool Wide>
 inline I dot(I acc, W w, int32_t a) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a)); }
 
+inline I int_add(I a, I b) { return _mm512_add_epi32(a, b); }
+template <int Left>
+inline I int_shift(I v) { return _mm512_slli_epi32(v, Left); }
+inline I int_xor(I a, I b) { return _mm512_xor_si512(a, b); }
+template <int Right>
+inline I int_shift_right(I v) { return _mm512_srai_epi32(v, Right); }
+// The halves of unsigned 64-bit products of each lane with m.
+inline void mul_wide(I a, uint32_t m, I* high, I* low) {
+  const I by = _mm512_set1_epi32(static_cast<int32_t>(m));
+  const I even = _mm512_mul_epu32(a, by), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), by);
+  *low = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  *high = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+}
+inline I bits_of(__m512 v) { return _mm512_castps_si512(v); }
+inline __m512 float_of_bits(I v) { return _mm512_castsi512_ps(v); }
+inline __m512 unsigned_to_float(I v) { return _mm512_cvtepu32_ps(v); }
+// Sixteen activations for each group of four lanes; acc[r] += sum over j < 4 of w[4 r + j] * a[4 (r % 4) + j], w below 16.
+using A = __m512i;
+inline A load_lanes(const int8_t* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline I dot_lanes(I acc, W w, A a) { return _mm512_dpbusd_epi32(acc, w, a); }
+// Lane 4 j + i is the sum of t_i's lanes 4 j to 4 j + 3.
+inline I gather_sums(I t0, I t1, I t2, I t3) {
+  const I a = int_add(_mm512_unpacklo_epi32(t0, t1), _mm512_unpackhi_epi32(t0, t1));
+  const I b = int_add(_mm512_unpacklo_epi32(t2, t3), _mm512_unpackhi_epi32(t2, t3));
+  return int_add(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
+
 inline F set(float v) { return _mm512_set1_ps(v); }
 inline F load(const float* p) { return _mm512_loadu_ps(p); }
 inline F load_some(const float* p, int n) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p); }

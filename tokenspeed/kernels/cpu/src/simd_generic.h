@@ -50,6 +50,41 @@ inline I dot(I acc, W w, int32_t a) {
   }
   return acc;
 }
+inline I int_add(I a, I b) { for (int i = 0; i < 16; ++i) a.v[i] += b.v[i]; return a; }
+template <int Left>
+inline I int_shift(I v) { for (auto& x : v.v) x *= 1 << Left; return v; }
+inline I int_xor(I a, I b) { for (int i = 0; i < 16; ++i) a.v[i] ^= b.v[i]; return a; }
+template <int Right>
+inline I int_shift_right(I v) { for (auto& x : v.v) x >>= Right; return v; }
+// The halves of unsigned 64-bit products of each lane with m.
+inline void mul_wide(I a, uint32_t m, I* high, I* low) {
+  for (int i = 0; i < 16; ++i) {
+    const uint64_t p = static_cast<uint64_t>(static_cast<uint32_t>(a.v[i])) * m;
+    high->v[i] = static_cast<int32_t>(p >> 32);
+    low->v[i] = static_cast<int32_t>(p);
+  }
+}
+inline I bits_of(F v) { I r; std::memcpy(r.v, v.v, 64); return r; }
+inline F float_of_bits(I v) { F r; std::memcpy(r.v, v.v, 64); return r; }
+inline F unsigned_to_float(I v) { return lanes([&](int i) { return static_cast<float>(static_cast<uint32_t>(v.v[i])); }); }
+// Sixteen activations for each group of four lanes; acc[r] += sum over j < 4 of w[4 r + j] * a[4 (r % 4) + j], w below 16.
+using A = const int8_t*;
+inline A load_lanes(const int8_t* p) { return p; }
+inline I dot_lanes(I acc, W w, A a) {
+  for (int k = 0; k < 64; ++k) acc.v[k / 4] += w.b[k] * a[k % 16];
+  return acc;
+}
+// Lane 4 j + i is the sum of t_i's lanes 4 j to 4 j + 3.
+inline I gather_sums(I t0, I t1, I t2, I t3) {
+  I r;
+  for (int j = 0; j < 4; ++j) {
+    for (int i = 0; i < 4; ++i) {
+      const int32_t* t = (i == 0 ? t0 : i == 1 ? t1 : i == 2 ? t2 : t3).v + 4 * j;
+      r.v[4 * j + i] = t[0] + t[1] + t[2] + t[3];
+    }
+  }
+  return r;
+}
 inline F set(float v) { return lanes([=](int) { return v; }); }
 inline F load(const float* p) { F r; std::memcpy(r.v, p, 64); return r; }
 inline F load_some(const float* p, int n) { return lanes([=](int i) { return i < n ? p[i] : 0.0f; }); }

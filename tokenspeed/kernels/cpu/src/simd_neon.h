@@ -44,6 +44,34 @@ inline I dot(I acc, W w, int32_t a) {
   }
 }
 
+inline I int_add(I a, I b) { return quarters<I>([&](int i) { return vaddq_s32(a.v[i], b.v[i]); }); }
+template <int Left>
+inline I int_shift(I v) { return quarters<I>([&](int i) { return vshlq_n_s32(v.v[i], Left); }); }
+inline I int_xor(I a, I b) { return quarters<I>([&](int i) { return veorq_s32(a.v[i], b.v[i]); }); }
+template <int Right>
+inline I int_shift_right(I v) { return quarters<I>([&](int i) { return vshrq_n_s32(v.v[i], Right); }); }
+// The halves of unsigned 64-bit products of each lane with m.
+inline void mul_wide(I a, uint32_t m, I* high, I* low) {
+  for (int i = 0; i < 4; ++i) {
+    const uint32x4_t v = vreinterpretq_u32_s32(a.v[i]);
+    const uint64x2_t left = vmull_n_u32(vget_low_u32(v), m), right = vmull_n_u32(vget_high_u32(v), m);
+    low->v[i] = vreinterpretq_s32_u32(vcombine_u32(vmovn_u64(left), vmovn_u64(right)));
+    high->v[i] = vreinterpretq_s32_u32(vcombine_u32(vshrn_n_u64(left, 32), vshrn_n_u64(right, 32)));
+  }
+}
+inline I bits_of(F v) { return quarters<I>([&](int i) { return vreinterpretq_s32_f32(v.v[i]); }); }
+inline F float_of_bits(I v) { return quarters<F>([&](int i) { return vreinterpretq_f32_s32(v.v[i]); }); }
+inline F unsigned_to_float(I v) { return quarters<F>([&](int i) { return vcvtq_f32_u32(vreinterpretq_u32_s32(v.v[i])); }); }
+// Sixteen activations for each group of four lanes; acc[r] += sum over j < 4 of w[4 r + j] * a[4 (r % 4) + j], w below 16.
+using A = int8x16_t;
+inline A load_lanes(const int8_t* p) { return vld1q_s8(p); }
+inline I dot_lanes(I acc, W w, A a) {
+  return quarters<I>([&](int i) { return vdotq_s32(acc.v[i], vreinterpretq_s8_u8(w.v[i]), a); });
+}
+// Lane 4 j + i is the sum of t_i's lanes 4 j to 4 j + 3.
+inline I gather_sums(I t0, I t1, I t2, I t3) {
+  return quarters<I>([&](int j) { return vpaddq_s32(vpaddq_s32(t0.v[j], t1.v[j]), vpaddq_s32(t2.v[j], t3.v[j])); });
+}
 inline F set(float v) { return quarters<F>([=](int) { return vdupq_n_f32(v); }); }
 inline F load(const float* p) { return quarters<F>([=](int i) { return vld1q_f32(p + 4 * i); }); }
 inline F load_some(const float* p, int n) {
