@@ -11,7 +11,7 @@ from tokenspeed.ops.definitions import Cost, Workload
 
 
 def decode_bytes(core: EngineCore, context: int) -> tuple[float, float]:
-    """Bytes a decode step of one sequence reads from memory, and those it had to read of weights as their file stores them."""
+    """Bytes that a decode step of one sequence reads, and those it had to read of weights as their file stores them."""
     model = core.model
     in_memory = core.backend.weight_bytes
     sizes = (model.dtype.itemsize, core.kv_dtype.itemsize)
