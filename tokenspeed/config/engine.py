@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 from tokenspeed.contracts.errors import ConfigError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
+KV_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8", "fp8", "fp8_e4m3")
 LOAD_FORMATS = ("auto", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -30,7 +30,11 @@ class EngineConfig:
     chat_template: str | None = _setting(None, "a template file, a template, or the built-in name 'plain'")
     device: str = _setting("auto", "where to run; auto takes a GPU if there is one", DEVICES)
     dtype: str = _setting("auto", "compute type; auto is bfloat16, float16 is for GPUs", DTYPES)
-    kv_cache_dtype: str = _setting("auto", "type of the KV cache; auto is the compute type", KV_DTYPES)
+    kv_cache_dtype: str = _setting(
+        "auto",
+        "type of the KV cache; auto is the compute type; int8 has a scale per 32 values, fp8 (e4m3) none",
+        KV_DTYPES,
+    )
     load_format: str = _setting("auto", "auto reads the weights; dummy makes up random ones", LOAD_FORMATS)
     threads: int | None = _setting(None, "CPU threads; by default as many as this process may use")
     max_model_len: int | None = _setting(

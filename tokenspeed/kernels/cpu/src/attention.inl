@@ -5,8 +5,20 @@ inline const T* entry(const ts::AttentionTask& t, int64_t position, bool value) 
   return reinterpret_cast<const T*>(page + (value ? t.value_bytes : 0) + position % t.page_size * t.token_bytes + t.head_bytes);
 }
 
-inline F widen(const uint16_t* p) { return load_bf16(p); }
-inline F widen(const float* p) { return load(p); }
+inline float bf16_at(const void* p, int i) {
+  uint16_t half;
+  std::memcpy(&half, static_cast<const uint8_t*>(p) + 2 * i, 2);
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Sixteen values of an entry, from column d on.
+inline F widen(const float* entry, int d, int) { return load(entry + d); }
+inline F widen(const uint16_t* entry, int d, int) { return load_bf16(entry + d); }
+inline F widen(const int8_t* entry, int d, int head_dim) { return mul(load_s8(entry + d), set(bf16_at(entry + head_dim, d / ts::kBlock))); }
+inline F widen(const uint8_t* entry, int d, int) { return mul(load_e4m3(entry + d), set(256.0f)); }
 
 // Dot products of Q query rows and K keys, the sums kept apart until the end.
 template <class T, int Q, int K>
@@ -15,7 +27,7 @@ inline void score_block(const float* const* q, const T* const* k, int head_dim, 
   for (auto& row : acc) for (auto& x : row) x = set(0.0f);
   for (int d = 0; d < head_dim; d += 16) {
     F keys[K];
-    for (int j = 0; j < K; ++j) keys[j] = widen(k[j] + d);
+    for (int j = 0; j < K; ++j) keys[j] = widen(k[j], d, head_dim);
     for (int i = 0; i < Q; ++i) {
       const F x = load(q[i] + d);
       for (int j = 0; j < K; ++j) acc[i][j] = fma(x, keys[j], acc[i][j]);
@@ -93,9 +105,9 @@ inline void weigh_block(const ts::AttentionTask& t, int first, int d, int64_t wi
   for (auto& row : acc) for (auto& x : row) x = set(0.0f);
   const int64_t end = std::min(t.end, t.first_position + (first + Q - 1) / t.group + 1);
   for (int64_t key = t.live; key < end; ++key) {
-    const T* v = entry<T>(t, key, true) + d;
+    const T* v = entry<T>(t, key, true);
     F values[V];
-    for (int n = 0; n < V; ++n) values[n] = widen(v + 16 * n);
+    for (int n = 0; n < V; ++n) values[n] = widen(v, d + 16 * n, t.head_dim);
     for (int i = 0; i < Q; ++i) {
       const F p = set(t.scores[(first + i) * width + key - t.begin]);
       for (int n = 0; n < V; ++n) acc[i][n] = fma(p, values[n], acc[i][n]);
@@ -123,8 +135,56 @@ void attend_to(const ts::AttentionTask& t) {
 }
 
 void attend(const ts::AttentionTask& t) {
-  if (t.wide) attend_to<float>(t);
-  else attend_to<uint16_t>(t);
+  switch (t.format) {
+    case KvFormat::F32: return attend_to<float>(t);
+    case KvFormat::BF16: return attend_to<uint16_t>(t);
+    case KvFormat::Int8: return attend_to<int8_t>(t);
+    case KvFormat::Fp8: return attend_to<uint8_t>(t);
+  }
+}
+
+// Scale: the largest magnitude of a block / 127, rounded first. A block too small for a normal scale becomes zeros.
+inline void store_int8(const float* x, int head_dim, int8_t* out) {
+  for (int from = 0; from < head_dim; from += ts::kBlock) {
+    const int end = std::min(head_dim, from + ts::kBlock);
+    F top = set(0.0f);
+    for (int i = from; i < end; i += 16) top = max(top, abs(load(x + i)));
+    const float least = std::numeric_limits<float>::min(), largest = max_lane(top) / 127.0f;
+    uint16_t half;
+    to_bf16(&largest, 1, &half);
+    const float scale = bf16_at(&half, 0);
+    const F inverse = set(scale >= least ? 1.0f / scale : 0.0f);
+    for (int i = from; i < end; i += 16) {
+      store_s8(out + i, max(set(-127.0f), min(set(127.0f), round(mul(load(x + i), inverse)))));
+    }
+    std::memcpy(out + head_dim + from / ts::kBlock * 2, &half, 2);
+  }
+}
+
+// To e4m3, nearest even; what is beyond 448, its largest, becomes that.
+inline uint8_t to_e4m3(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 24 & 0x80;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return static_cast<uint8_t>(sign | 0x7f);
+  const float magnitude = std::min(std::fabs(x), 448.0f);
+  const float shifted = magnitude * 512.0f + 8388608.0f;  // below 2^-6 steps are 2^-9: 2^23 has steps of 1
+  uint32_t small, normal;
+  std::memcpy(&small, &shifted, 4);
+  std::memcpy(&normal, &magnitude, 4);
+  normal = (normal + 0x7ffff + (normal >> 20 & 1)) >> 20;
+  return static_cast<uint8_t>(sign | (magnitude < 0.015625f ? small & 15 : normal - (120 << 3)));
+}
+
+void store_kv(KvFormat format, const float* x, int head_dim, uint8_t* out) {
+  switch (format) {
+    case KvFormat::F32: std::memcpy(out, x, sizeof(float) * static_cast<size_t>(head_dim)); return;
+    case KvFormat::BF16: return to_bf16(x, head_dim, reinterpret_cast<uint16_t*>(out));
+    case KvFormat::Int8: return store_int8(x, head_dim, reinterpret_cast<int8_t*>(out));
+    case KvFormat::Fp8:
+      for (int i = 0; i < head_dim; ++i) out[i] = to_e4m3(x[i]);
+  }
 }
 
 // One row's parts, in order, to their softmax-weighted mean.

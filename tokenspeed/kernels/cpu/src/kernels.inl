@@ -10,6 +10,7 @@ namespace {
 
 using namespace simd;
 using ts::Format;
+using ts::KvFormat;
 using ts::Layout;
 using ts::Rows;
 using ts::Scales;
@@ -19,7 +20,7 @@ using ts::Scales;
 #include "attention.inl"
 
 constexpr ts::Kernels make(const char* name) {
-  return {name, tile, unpack_row, quantize, rms_norm, add_rows, act_mul, rotate, to_bf16, attend, combine, argmax};
+  return {name, tile, unpack_row, quantize, rms_norm, add_rows, act_mul, rotate, store_kv, attend, combine, argmax};
 }
 
 }  // namespace
