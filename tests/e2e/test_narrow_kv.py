@@ -1,4 +1,4 @@
-"""The demo model with int8 and fp8 pages: how far its log-probabilities move, and that all else works as with others."""
+"""The demo model with int8 and fp8 pages: how far its log-probabilities move, and that all else works."""
 
 from __future__ import annotations
 

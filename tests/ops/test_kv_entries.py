@@ -29,7 +29,7 @@ def test_every_setting_has_a_type_and_a_size() -> None:
         assert KV_TORCH[kv_dtype_name(dtype)] == dtype
         scales = 2 * 2 if name == "int8" else 0
         assert entry_columns(dtype, 64) * dtype.itemsize == kv_entry_bytes(name, 64) == 64 * dtype.itemsize + scales
-    with pytest.raises(ValueError, match="cannot hold torch.int32"):
+    with pytest.raises(ValueError, match="cannot hold"):
         kv_dtype_name(torch.int32)
 
 

@@ -237,7 +237,8 @@ class EngineCore(StepLoop):
 
 
 def _root(files: ModelFiles, prepared: Prepared, config: EngineConfig) -> bytes:
-    return root_key(files.digest, f"{prepared.shape.dtype} {prepared.model.dtype}", config.block_size)
+    weights = files.digest if config.quantization is None else f"{files.digest} {config.quantization}"
+    return root_key(weights, f"{prepared.shape.dtype} {prepared.model.dtype}", config.block_size)
 
 
 def build(config: EngineConfig, progress: Callable[[int, int], None]) -> tuple[EngineCore, EngineInfo]:

@@ -57,7 +57,8 @@ class Cost:
 class Workload:
     """The step a cost is asked for: `batch` sequences, each feeding tokens/batch tokens and then holding `context`.
 
-    act_bytes, kv_bytes: bytes per activation and KV element, scales included. weight_bytes: bytes of a stored weight by name.
+    act_bytes, kv_bytes: bytes per activation and KV element, scales included. weight_bytes: bytes of a stored weight by
+    name.
     """
 
     tokens: int

@@ -7,7 +7,8 @@ from tokenspeed.contracts.errors import ConfigError
 GROUP = 32
 """Columns that share a scale."""
 MODES = {"int8": "Q8_0", "int4": "Q4_1"}
-"""int4 has a least value per group beside its scale: against Q4_0, 11 % more bytes and 15 to 20 % less error."""
+"""int4 has a least value per group beside its scale: against Q4_0, 11 % more bytes and 9 to 19 % less error on normal
+to heavy-tailed weights."""
 ENDS = "Q8_0"
 """Of the embedding and the head, in every mode."""
 PLAIN = ("F32", "F16", "BF16")

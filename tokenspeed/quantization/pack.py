@@ -17,7 +17,7 @@ def pack(values: torch.Tensor, fmt: str, out: torch.Tensor | None = None) -> tor
     """Rows of blocks, uint8 [rows, row_bytes(fmt, cols)], from floating point [rows, cols]; into `out` where given.
 
     Codes are the nearest for the float16 factors as they are stored. With d the factor of a block: Q8_0 is off by at
-    most d / 2, Q4_1 and Q4_0 by d / 2 and the rounding of the factors (2^-11 of the block's largest magnitude for each).
+    most d / 2, Q4_1 by d / 2 and the rounding of the factors (2^-11 of the block's largest magnitude each).
     Raises WeightError for values that are not finite or too large for float16 factors, KeyError for other formats,
     FormatError when the columns are no whole blocks.
     """
@@ -57,13 +57,6 @@ def _pack_q8_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
     out[:, 2:] = (blocks * _inverse(step)).round_().clamp_(-127, 127).to(torch.int8).view(torch.uint8)
 
 
-def _pack_q4_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
-    """The value of largest magnitude gets code 0, which is -8 steps: so d has the sign opposite to it."""
-    low, high = torch.aminmax(blocks, dim=1)
-    step = _put_factor(out, 0, torch.where(high > -low, high, low) / -8)
-    out[:, 2:] = _nibbles((blocks * _inverse(step)).round_().add_(8).clamp_(0, 15))
-
-
 def _pack_q4_1(blocks: torch.Tensor, out: torch.Tensor) -> None:
     low, high = torch.aminmax(blocks, dim=1)
     least = _put_factor(out, 2, low)
@@ -73,6 +66,5 @@ def _pack_q4_1(blocks: torch.Tensor, out: torch.Tensor) -> None:
 
 _PACKERS: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {
     "Q8_0": _pack_q8_0,
-    "Q4_0": _pack_q4_0,
     "Q4_1": _pack_q4_1,
 }

@@ -39,7 +39,7 @@ class PageShape:
 
 
 class Arena:
-    """One tensor [pages, layers per group, 2, page_size, kv_heads, entry]; index 2 is key, value. Entries as in `ops.kv`."""
+    """One tensor [pages, layers per group, 2, page_size, kv_heads, entry]; index 2 is key, value; see `ops.kv`."""
 
     def __init__(self, num_pages: int, shape: PageShape, device: torch.device) -> None:
         # Left uninitialised: untouched pages cost no memory, and no position is read before it is written.

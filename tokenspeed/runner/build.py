@@ -106,6 +106,8 @@ def prepare(files: ModelFiles, config: EngineConfig, progress: Progress | None =
     backend = choose_backend(model, config, kv_dtype, progress)
     if checkpoint is not None:
         checkpoint.drop_pages()  # the backend has its own copy by now
+    if checkpoint is None or config.quantization is not None:
+        model.release()
     free = free_memory(model.device)
     budget = config.kv_cache_memory_bytes or int(free * DEFAULT_CACHE_SHARE)
     if budget > free:
@@ -116,7 +118,7 @@ def prepare(files: ModelFiles, config: EngineConfig, progress: Progress | None =
 
 
 def kv_cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type of KV pages beside activations of `dtype`. Raises ConfigError for one that has no kernels on the device."""
+    """The type of KV pages beside activations of `dtype`. Raises ConfigError for one the device does not take."""
     name = config.kv_cache_dtype
     if name == "auto":
         return dtype
