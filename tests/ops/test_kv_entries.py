@@ -38,7 +38,7 @@ def test_every_setting_has_a_type_and_a_size() -> None:
 def test_int8_is_within_half_a_step_of_its_group(head_dim: int, columns: int, seed: int) -> None:
     x = random_values(37, head_dim, seed)
     entries = encode(x, torch.int8)
-    assert entries.shape == (37, columns)
+    assert entries.shape == (37, columns) == (37, entry_columns(torch.int8, head_dim))
     error = (decode(entries, head_dim, torch.float64) - x.double()).abs()
     for start in range(0, head_dim, 32):
         group = slice(start, start + 32)

@@ -1,8 +1,17 @@
 // Attention over pages, one task at a time, and the parts of a row put together.
-template <class T>
-inline const T* entry(const ts::AttentionTask& t, int64_t position, bool value) {
-  const uint8_t* page = t.kv + t.table[position / t.page_size] * t.page_bytes;
-  return reinterpret_cast<const T*>(page + (value ? t.value_bytes : 0) + position % t.page_size * t.token_bytes + t.head_bytes);
+// Where the task's keys lie, by position - begin, from `live` on. A division per key would cost more than its sums.
+inline const uint8_t* const* find_keys(const ts::AttentionTask& t) {
+  thread_local std::vector<const uint8_t*> places;
+  places.resize(static_cast<size_t>(t.end - t.begin));
+  int64_t page = t.live / t.page_size, offset = t.live % t.page_size;
+  for (int64_t key = t.live; key < t.end; ++key) {
+    places[static_cast<size_t>(key - t.begin)] = t.kv + t.table[page] * t.page_bytes + offset * t.token_bytes + t.head_bytes;
+    if (++offset == t.page_size) {
+      offset = 0;
+      ++page;
+    }
+  }
+  return places.data();
 }
 
 inline float bf16_at(const void* p, int i) {
@@ -58,7 +67,7 @@ inline bool sees(const ts::AttentionTask& t, int64_t query, int64_t key) {
 
 // Scores of up to four rows; a key that a row does not see gets -inf.
 template <class T>
-void scores_of(const ts::AttentionTask& t, int first, int rows, int64_t width) {
+void scores_of(const ts::AttentionTask& t, const uint8_t* const* keys, int first, int rows, int64_t width) {
   const float none = -std::numeric_limits<float>::infinity();
   const float* q[4];
   for (int i = 0; i < rows; ++i) q[i] = t.q + (first + i) / t.group * t.q_stride + (first + i) % t.group * t.head_dim;
@@ -68,7 +77,7 @@ void scores_of(const ts::AttentionTask& t, int first, int rows, int64_t width) {
   for (int64_t key = t.live; key < end; key += 4) {
     const int some = static_cast<int>(std::min<int64_t>(4, end - key));
     const T* k[4];
-    for (int n = 0; n < some; ++n) k[n] = entry<T>(t, key + n, false);
+    for (int n = 0; n < some; ++n) k[n] = reinterpret_cast<const T*>(keys[key + n - t.begin]);
     float cells[4][4];
     score_some<T>(rows, some, q, k, t.head_dim, cells);
     for (int i = 0; i < rows; ++i) {
@@ -100,12 +109,12 @@ void soften(const ts::AttentionTask& t, int rows, int64_t width) {
 }
 
 template <class T, int Q, int V>
-inline void weigh_block(const ts::AttentionTask& t, int first, int d, int64_t width) {
+inline void weigh_block(const ts::AttentionTask& t, const uint8_t* const* keys, int first, int d, int64_t width) {
   F acc[Q][V];
   for (auto& row : acc) for (auto& x : row) x = set(0.0f);
   const int64_t end = std::min(t.end, t.first_position + (first + Q - 1) / t.group + 1);
   for (int64_t key = t.live; key < end; ++key) {
-    const T* v = entry<T>(t, key, true);
+    const T* v = reinterpret_cast<const T*>(keys[key - t.begin] + t.value_bytes);
     F values[V];
     for (int n = 0; n < V; ++n) values[n] = widen(v, d + 16 * n, t.head_dim);
     for (int i = 0; i < Q; ++i) {
@@ -117,21 +126,22 @@ inline void weigh_block(const ts::AttentionTask& t, int first, int d, int64_t wi
 }
 
 template <class T, int Q>
-void weigh(const ts::AttentionTask& t, int first, int64_t width) {
+void weigh(const ts::AttentionTask& t, const uint8_t* const* keys, int first, int64_t width) {
   int d = 0;
-  for (; d + 64 <= t.head_dim; d += 64) weigh_block<T, Q, 4>(t, first, d, width);
-  for (; d < t.head_dim; d += 16) weigh_block<T, Q, 1>(t, first, d, width);
+  for (; d + 64 <= t.head_dim; d += 64) weigh_block<T, Q, 4>(t, keys, first, d, width);
+  for (; d < t.head_dim; d += 16) weigh_block<T, Q, 1>(t, keys, first, d, width);
 }
 
 template <class T>
 void attend_to(const ts::AttentionTask& t) {
   const int rows = t.queries * t.group;
   const int64_t width = (t.end - t.begin + 15) / 16 * 16;
-  for (int first = 0; first < rows; first += 4) scores_of<T>(t, first, std::min(4, rows - first), width);
+  const uint8_t* const* const keys = find_keys(t);
+  for (int first = 0; first < rows; first += 4) scores_of<T>(t, keys, first, std::min(4, rows - first), width);
   soften(t, rows, width);
   int first = 0;
-  for (; first + 4 <= rows; first += 4) weigh<T, 4>(t, first, width);
-  for (; first < rows; ++first) weigh<T, 1>(t, first, width);
+  for (; first + 4 <= rows; first += 4) weigh<T, 4>(t, keys, first, width);
+  for (; first < rows; ++first) weigh<T, 1>(t, keys, first, width);
 }
 
 void attend(const ts::AttentionTask& t) {
