@@ -106,7 +106,7 @@ def prepare(files: ModelFiles, config: EngineConfig, progress: Progress | None =
     backend = choose_backend(model, config, kv_dtype, progress)
     if checkpoint is not None:
         checkpoint.drop_pages()  # the backend has its own copy by now
-    if checkpoint is None or config.quantization is not None:
+    if config.quantization is not None:
         model.release()
     free = free_memory(model.device)
     budget = config.kv_cache_memory_bytes or int(free * DEFAULT_CACHE_SHARE)
