@@ -305,7 +305,7 @@ class Walker:
         shape = PageShape(layout, page_size, config.num_kv_heads, config.head_dim, model.dtype)
         groups, entries = len(layout.windows), -(-CONTEXT // page_size)
         self.arena = Arena(groups * entries, shape, model.device)
-        self.arena.kv.fill_(torch.nan)  # what is read before it is written shows in the logits
+        self.arena.kv.view(torch.uint8).fill_(0xFF)  # what is read before it is written shows in the logits
         order = torch.randperm(groups * entries, generator=torch.Generator().manual_seed(entries))
         self.tables = list(order.view(groups, entries))
         self.backend = RefBackend(self.model)

@@ -6,25 +6,14 @@ import numpy as np
 import pytest
 
 from tests.kernels.blocks import random_rows
+from tests.kernels.isa import HERE
 from tests.quantization.blocks_data import FACTORS_AT as FACTORS
 from tests.seeds import SEED
 from tokenspeed.kernels.cpu import _walk
 from tokenspeed.kernels.cpu.registration import FORMATS
 
-TIERS = ("avx512", "avx2", "neon", "generic")
 TOLERANCE = 1.5e-4
 """Of |x| |W|: activations keep steps of 1 / 32512 of the largest in 32, whose rounding is about 2e-5 of |x|."""
-
-
-def runs(isa: str) -> bool:
-    try:
-        _walk.Model(1, isa)
-    except ValueError:
-        return False
-    return True
-
-
-HERE = [isa for isa in TIERS if runs(isa)]
 
 
 def packed(isa: str, threads: int, segments: list[tuple[str, np.ndarray]], cols: int) -> tuple[_walk.Model, int]:

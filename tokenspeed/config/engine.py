@@ -8,7 +8,8 @@ from typing import Any, get_type_hints
 from tokenspeed.contracts.errors import ConfigError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
+KV_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8", "fp8", "fp8_e4m3")
+QUANTIZATIONS = ("int8", "int4")
 LOAD_FORMATS = ("auto", "dummy")
 LM_HEADS = ("screened", "full")
 DEVICES = ("auto", "cpu", "cuda")
@@ -31,7 +32,17 @@ class EngineConfig:
     chat_template: str | None = _setting(None, "a template file, a template, or the built-in name 'plain'")
     device: str = _setting("auto", "where to run; auto takes a GPU if there is one", DEVICES)
     dtype: str = _setting("auto", "compute type; auto is bfloat16, float16 is for GPUs", DTYPES)
-    kv_cache_dtype: str = _setting("auto", "type of the KV cache; auto is the compute type", KV_DTYPES)
+    kv_cache_dtype: str = _setting(
+        "auto",
+        "type of the KV cache; auto is the compute type; int8 has a scale per 32 values, fp8 (e4m3) none",
+        KV_DTYPES,
+    )
+    quantization: str | None = _setting(
+        None,
+        "quantise matrices at load, in groups of 32 columns; int4 leaves the embedding and the head at int8; "
+        "by default they stay as they come",
+        QUANTIZATIONS,
+    )
     load_format: str = _setting("auto", "auto reads the weights; dummy makes up random ones", LOAD_FORMATS)
     threads: int | None = _setting(None, "CPU threads; by default as many as this process may use")
     lm_head: str = _setting(
@@ -61,7 +72,7 @@ class EngineConfig:
             value = getattr(self, setting.name)
             _check_type(setting.name, value, hints[setting.name])
             choices = setting.metadata["choices"]
-            if choices and value not in choices:
+            if choices and value is not None and value not in choices:
                 raise ConfigError(f"{flag(setting.name)} must be one of {', '.join(choices)}, got {value!r}")
         for name in ("threads", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes"):
             _at_least(name, getattr(self, name), 1)

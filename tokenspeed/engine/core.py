@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
+import torch
 
 from tokenspeed.cache.groups import GroupSpec
 from tokenspeed.cache.keys import root_key
@@ -167,7 +168,7 @@ class EngineCore(StepLoop):
         """Load the model and size the KV cache. Raises the errors of `contracts.errors`."""
         self.config, self.files = config, files
         prepared = prepare(files, config, progress)
-        self.model, self.backend, self.kv_dtype = prepared.model, prepared.backend, prepared.shape.dtype
+        self.model, self.backend, self.page_shape = prepared.model, prepared.backend, prepared.shape
         groups = tuple(GroupSpec(window) for window in prepared.shape.layout.windows)
         self.capacity = fit_capacity(
             groups,
@@ -194,6 +195,11 @@ class EngineCore(StepLoop):
         )
         super().__init__(Scheduler(limits, self.cache), prepared.executor(self.capacity.num_pages))
         self.vocab_size = files.definition.config.vocab_size
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Type of the KV cache."""
+        return self.page_shape.dtype
 
     @property
     def info(self) -> EngineInfo:
@@ -231,7 +237,8 @@ class EngineCore(StepLoop):
 
 
 def _root(files: ModelFiles, prepared: Prepared, config: EngineConfig) -> bytes:
-    return root_key(files.digest, f"{prepared.shape.dtype} {prepared.model.dtype}", config.block_size)
+    weights = files.digest if config.quantization is None else f"{files.digest} {config.quantization}"
+    return root_key(weights, f"{prepared.shape.dtype} {prepared.model.dtype}", config.block_size)
 
 
 def build(config: EngineConfig, progress: Callable[[int, int], None]) -> tuple[EngineCore, EngineInfo]:

@@ -21,11 +21,12 @@ from tokenspeed.formats.safetensors import open_safetensors
 from tokenspeed.kernels.cpu.registration import extension_available
 from tokenspeed.models.registry import Definition, define, define_from_hf, read_json, shipped_configs
 from tokenspeed.observability.memory import free_memory
+from tokenspeed.ops.kv import KV_TORCH
 from tokenspeed.runner.arena import Arena, PageShape
 from tokenspeed.runner.cpu_backend import CpuBackend, why_not
 from tokenspeed.runner.executor import LocalExecutor
 from tokenspeed.runner.layout import page_layout
-from tokenspeed.runner.model import LoadedModel, Progress, compute_dtype, load_model
+from tokenspeed.runner.model import DTYPES, LoadedModel, Progress, compute_dtype, load_model
 from tokenspeed.runner.ref_backend import RefBackend
 
 logger = logging.getLogger("tokenspeed")
@@ -101,10 +102,12 @@ def prepare(files: ModelFiles, config: EngineConfig, progress: Progress | None =
         raise ConfigError(f"--max-model-len {config.max_model_len} is more than the model's context of {shape.context}")
     checkpoint = None if config.load_format == "dummy" else files.checkpoint
     model = load_model(files.definition, checkpoint, config)
-    kv_dtype = _kv_dtype(config, model)
+    kv_dtype = kv_cache_dtype(config, model.dtype, model.device)
     backend = choose_backend(model, config, kv_dtype, progress)
     if checkpoint is not None:
         checkpoint.drop_pages()  # the backend has its own copy by now
+    if config.quantization is not None:
+        model.release()
     free = free_memory(model.device)
     budget = config.kv_cache_memory_bytes or int(free * DEFAULT_CACHE_SHARE)
     if budget > free:
@@ -114,10 +117,16 @@ def prepare(files: ModelFiles, config: EngineConfig, progress: Progress | None =
     return Prepared(model, backend, page, budget, free)
 
 
-def _kv_dtype(config: EngineConfig, model: LoadedModel) -> torch.dtype:
-    if config.kv_cache_dtype == "auto":
-        return model.dtype
-    return compute_dtype(config.kv_cache_dtype, model.device, "--kv-cache-dtype")
+def kv_cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type of KV pages beside activations of `dtype`. Raises ConfigError for one the device does not take."""
+    name = config.kv_cache_dtype
+    if name == "auto":
+        return dtype
+    if name in DTYPES:
+        return compute_dtype(name, device, "--kv-cache-dtype")
+    if device.type != "cpu":
+        raise ConfigError(f"--kv-cache-dtype {name} is not supported on {device.type}, only on the CPU")
+    return KV_TORCH[name]
 
 
 def choose_backend(

@@ -1,6 +1,7 @@
 """The `cpu` backend: the planned program is handed to C++ once, and every step is two calls into it.
 
-Activations are float32 and multiply packed weights as integers of 16 bits per block; KV is bfloat16 or float32.
+Activations are float32 and multiply packed weights as integers of 16 bits per block; KV is bfloat16, float32,
+int8 or fp8.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.kernels.cpu.registration import FORMATS, forced_isa, register
 from tokenspeed.kernels.registry import Registry, Situation
+from tokenspeed.ops.kv import kv_dtype_name
 from tokenspeed.ops.rope import Rope
 from tokenspeed.program.plan import Plan, plan
 from tokenspeed.program.program import Record
@@ -30,13 +32,15 @@ BLOCK = 32
 _LOOK_BYTES, _CLOSE_BYTES = 304 / 16, 128
 """Of a block of a screened head's row: what the first look reads, and the cache lines that an exact product adds."""
 _SEED, _COUNTER = 2**64 - 1, 2**32 - 1
+KV_FORMATS = (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
+"""Types of KV pages, in the order of the C++ enum."""
 HEAD_UNIT = 16
 """Head sizes are whole vectors."""
 
 
 def why_not(model: LoadedModel, kv_dtype: torch.dtype) -> list[str]:
     """Ops and formats of a model that the C++ walk has no kernel for; empty when it takes all."""
-    missing = [f"kv_cache_dtype {kv_dtype}"] if kv_dtype not in (torch.bfloat16, torch.float32) else []
+    missing = [f"kv_cache_dtype {kv_dtype_name(kv_dtype)}"] if kv_dtype not in KV_FORMATS else []
     shape = model.definition.config
     if shape.head_dim % HEAD_UNIT:
         missing.append(f"head_dim {shape.head_dim}")
@@ -114,14 +118,13 @@ class CpuBackend:
         """Use an arena's pages."""
         kv, layout = arena.kv, arena.shape.layout
         size = kv.element_size()
-        strides = [kv.stride(axis) * size for axis in range(4)]
+        strides = [kv.stride(axis) * size for axis in range(5)]
         groups, places = ([place[i] for place in layout.places] for i in range(2))
         self._native.set_cache(
             kv.data_ptr(),
             strides,
             arena.shape.page_size,
-            arena.shape.head_dim * size,
-            kv.dtype == torch.float32,
+            KV_FORMATS.index(kv.dtype),
             groups,
             places,
         )

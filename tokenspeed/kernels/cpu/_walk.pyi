@@ -1,4 +1,4 @@
-"""Types of the C++ extension; see src/bind.cpp."""
+"""Types of the C++ extension; see src/bind.cpp and src/bind_attention.cpp."""
 
 from typing import Any
 
@@ -36,8 +36,7 @@ class Model:
         data: int,
         strides: list[int],
         page_size: int,
-        head_bytes: int,
-        wide: bool,
+        format: int,
         group: list[int],
         index: list[int],
     ) -> None: ...
@@ -56,3 +55,16 @@ class Model:
     def multiply(self, matrix: int, x: Any, out: Any) -> None: ...
     def unpack_row(self, matrix: int, row: int, out: Any) -> None: ...
     def argmax(self, x: Any) -> list[int]: ...
+
+def store_kv(isa: str, format: int, x: Any, out: Any) -> None: ...
+def attend(
+    isa: str,
+    format: int,
+    q: Any,
+    pages: Any,
+    table: Any,
+    first_position: int,
+    window: int,
+    scale: float,
+    out: Any,
+) -> None: ...

@@ -11,6 +11,8 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 
+void bind_attention(nb::module_& m);
+
 namespace {
 
 template <class T>
@@ -55,6 +57,7 @@ std::vector<std::vector<std::pair<int64_t, float>>> pairs_of(Run run) {
 
 NB_MODULE(_walk, m) {
   m.doc() = "Packed weights, kernels and the program walk of the CPU backend.";
+  bind_attention(m);
 
   nb::enum_<ts::Kind>(m, "Kind")
       .value("Embed", ts::Kind::Embed).value("Linear", ts::Kind::Linear).value("Norm", ts::Kind::Norm)
@@ -91,11 +94,11 @@ NB_MODULE(_walk, m) {
         return model.add_value({buffer, offset, width, stride});
       }, "buffer"_a, "offset"_a, "width"_a, "stride"_a)
       .def("add_op", &ts::Model::add_op)
-      .def("set_cache", [](ts::Model& model, uintptr_t data, std::vector<int64_t> strides, int32_t page_size, int32_t head_bytes,
-                           bool wide, std::vector<int32_t> group, std::vector<int32_t> index) {
-        model.set_cache({reinterpret_cast<uint8_t*>(data), strides.at(0), strides.at(1), strides.at(2), strides.at(3), page_size,
-                         head_bytes, wide, std::move(group), std::move(index)});
-      }, "data"_a, "strides"_a, "page_size"_a, "head_bytes"_a, "wide"_a, "group"_a, "index"_a)
+      .def("set_cache", [](ts::Model& model, uintptr_t data, std::vector<int64_t> strides, int32_t page_size,
+                           int32_t format, std::vector<int32_t> group, std::vector<int32_t> index) {
+        model.set_cache({reinterpret_cast<uint8_t*>(data), strides.at(0), strides.at(1), strides.at(2), strides.at(3), strides.at(4),
+                         page_size, static_cast<ts::KvFormat>(format), std::move(group), std::move(index)});
+      }, "data"_a, "strides"_a, "page_size"_a, "format"_a, "group"_a, "index"_a)
       .def("body", [](ts::Model& model, const Array1<int32_t>& tokens, const Array1<int32_t>& positions, const Array1<int32_t>& starts,
                       const Array1<int32_t>& tables, const Array1<int64_t>& table_starts, int64_t groups) {
         const ts::Step step = step_of(tokens, positions, starts, tables, table_starts, groups);

@@ -70,11 +70,11 @@ struct Rope {
   std::vector<float> frequency;
 };
 
-struct Cache {  // the arena: [pages, layers per group, 2, page_size, kv_heads, head_dim]
+struct Cache {  // the arena: [pages, layers per group, 2, page_size, kv_heads, entry]; the bytes from one to the next
   uint8_t* data = nullptr;
-  int64_t page_bytes = 0, layer_bytes = 0, value_bytes = 0, token_bytes = 0;
-  int32_t page_size = 0, head_bytes = 0;
-  bool wide = false;
+  int64_t page_bytes = 0, layer_bytes = 0, value_bytes = 0, token_bytes = 0, head_bytes = 0;
+  int32_t page_size = 0;
+  KvFormat format = KvFormat::BF16;
   std::vector<int32_t> group, index;  // of each layer
 };
 

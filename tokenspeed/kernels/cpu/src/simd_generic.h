@@ -104,6 +104,15 @@ inline void store_bf16(uint16_t* p, F v) {
 }
 inline F load_u8(const uint8_t* p) { return lanes([=](int i) { return static_cast<float>(p[i]); }); }
 inline F load_s8(const int8_t* p) { return lanes([=](int i) { return static_cast<float>(p[i]); }); }
+// Sixteen e4m3 values over 256: their bits, moved, are those of a float32 over 2^112.
+inline F load_e4m3(const uint8_t* p) {
+  return lanes([=](int i) {
+    const uint32_t bits = static_cast<uint32_t>(p[i] & 0x80) << 24 | static_cast<uint32_t>(p[i] & 0x7f) << 20;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f * 0x1p112f;
+  });
+}
 inline F add(F a, F b) { return lanes([&](int i) { return a.v[i] + b.v[i]; }); }
 inline F sub(F a, F b) { return lanes([&](int i) { return a.v[i] - b.v[i]; }); }
 inline F mul(F a, F b) { return lanes([&](int i) { return a.v[i] * b.v[i]; }); }
