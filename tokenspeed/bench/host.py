@@ -81,9 +81,7 @@ def measure_step(num_seqs: int, context: int) -> RepeatedResult:
 def measure_queue(num_waiting: int = 1000) -> RepeatedResult:
     """Microseconds that so many waiting requests add to a step: the median of pairs of a few steps each."""
     plain, queued = Loop(16, 256), Loop(16, 256, num_waiting)
-    return repeated(
-        lambda: statistics.median(queued.run(PAIR) - plain.run(PAIR) for _ in range(STEPS // PAIR)), RUNS
-    )
+    return repeated(lambda: statistics.median(queued.run(PAIR) - plain.run(PAIR) for _ in range(STEPS // PAIR)), RUNS)
 
 
 def measure_hash() -> RepeatedResult:
