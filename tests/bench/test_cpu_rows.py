@@ -120,8 +120,8 @@ def test_both_sides_of_a_row_do_the_same_work(name):
         assert chain == ({"--top-k": str(params.top_k), "--top-p": str(params.top_p)} if "top" in name else {})
 
 
-@pytest.mark.parametrize("seed, pairs", [(1, 1), (2, 7), (3, 4)])
-def test_shares_are_of_the_bandwidth_right_before_with_as_many_threads(monkeypatch, seed, pairs):
+@pytest.mark.parametrize("seed, pairs, threads", [(1, 1, 2), (2, 7, 1), (3, 4, 2)])
+def test_shares_are_of_the_bandwidth_right_before_with_as_many_threads(monkeypatch, seed, pairs, threads):
     rng = random.Random(seed)
     ceilings = [rng.uniform(20, 40) for _ in range(pairs + 1)]
     asked: list[int] = []
@@ -129,7 +129,6 @@ def test_shares_are_of_the_bandwidth_right_before_with_as_many_threads(monkeypat
         cpu_rows, "measure_read_gbs", lambda threads: (asked.append(threads), ceilings[len(asked) - 1])[1]
     )
     monkeypatch.setattr(cpu_rows, "decode_bytes", lambda core, context: (0.2e9, 0.1e9) if context == 80 else None)
-    threads = rng.choice([1, 2])
     row = rows()[f"cpu.decode128.t{threads}"]
     record, share = cpu_rows.measure(row, FakeLLM(0.5, 0.01), FakePeer(50.0), pairs)
     assert asked == [threads] * (pairs + 1)
