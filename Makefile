@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PROMPT ?= The three primary colors are
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -24,7 +25,7 @@ test-full: lint
 	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
 
 bench-cpu: $(VENV)/.installed-demo
-	$(BIN)/python -m tokenspeed.bench.cpu
+	$(BIN)/python -m tokenspeed.bench.cpu $(BENCH_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
