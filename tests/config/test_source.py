@@ -49,7 +49,7 @@ def test_config_alone_is_enough_where_no_weights_are_needed(tmp_path: Path) -> N
     [
         ([], ModelNotFoundError, "no model here"),
         (["model.safetensors"], ModelNotFoundError, r"no config\.json"),
-        (["a.gguf", "b.gguf"], ConfigError, r"2 \.gguf files.*a\.gguf, b\.gguf"),
+        (["a.gguf", "b.gguf"], ConfigError, r"2 \.gguf models.*a\.gguf, b\.gguf"),
         (["config.json", "pytorch_model.bin"], UnsupportedError, r"pickle.*pytorch_model\.bin"),
         (["consolidated.00.pth"], UnsupportedError, r"consolidated\.00\.pth.*safetensors"),
     ],
