@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tokenspeed.contracts.errors import ConfigError
-from tokenspeed.kernels.cpu.registration import FORMATS, forced_isa, register
+from tokenspeed.kernels.cpu.registration import forced_isa, register
 from tokenspeed.kernels.registry import Registry, Situation
 from tokenspeed.ops.rope import Rope
 from tokenspeed.program.plan import Plan, plan
@@ -21,7 +21,8 @@ from tokenspeed.program.program import Record
 from tokenspeed.runner.arena import Arena
 from tokenspeed.runner.inputs import FedRow
 from tokenspeed.runner.model import LoadedModel, Progress
-from tokenspeed.weights.packed import Weight
+from tokenspeed.runner.packed_copy import PackedCopy
+from tokenspeed.runner.packing import pack_weights
 
 BLOCK = 32
 """Columns of a block of packed weights."""
@@ -54,8 +55,17 @@ class CpuBackend:
     name = "cpu"
     fallback_ops: Sequence[str] = ()
 
-    def __init__(self, model: LoadedModel, threads: int | None = None, progress: Progress | None = None) -> None:
-        """threads: by default those this process may use. Raises ConfigError for an unknown instruction set."""
+    def __init__(
+        self,
+        model: LoadedModel,
+        threads: int | None = None,
+        progress: Progress | None = None,
+        copy: PackedCopy | None = None,
+    ) -> None:
+        """threads: by default those this process may use. copy: where packed weights are kept on disk.
+
+        Raises ConfigError for an unknown instruction set, and for a copy that cannot be written.
+        """
         from tokenspeed.kernels.cpu import _walk
 
         # Torch's own threads spin after each op and would take the cores from ours; sampling is all that is left to it.
@@ -66,10 +76,9 @@ class CpuBackend:
             self._native = _walk.Model(threads or len(os.sched_getaffinity(0)), forced_isa())
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        self._matrices: dict[str, int] = {}
-        self._vectors: dict[str, int] = {}
         self._ropes: dict[Rope, int] = {}
-        self._pack(progress)
+        handles = pack_weights(self._native, model.packed, copy, _walk.LAYOUT_VERSION, progress)
+        self._matrices, self._vectors = handles.matrices, handles.vectors
         self.weight_bytes = {name: float(weight.nbytes) for name, weight in model.packed.items()}
         self._plan = self._make_plan()
         self._values = self._add_values()
@@ -120,23 +129,6 @@ class CpuBackend:
         out = torch.empty(len(rows), self._model.definition.config.vocab_size)
         self._native.head(np.array(rows, dtype=np.int32), out.numpy())
         return out
-
-    def _pack(self, progress: Progress | None) -> None:
-        total, done = sum(weight.nbytes for weight in self._model.packed.values()), 0
-        for name, weight in self._model.packed.items():
-            if weight.spec.kind == "vector":
-                self._vectors[name] = self._native.add_vector(weight.unpacked(torch.float32).numpy())
-            else:
-                self._matrices[name] = self._pack_matrix(weight)
-            done += weight.nbytes
-            if progress is not None:
-                progress(done, total)
-
-    def _pack_matrix(self, weight: Weight) -> int:
-        matrix = self._native.add_matrix(weight.shape[1])
-        for segment in weight.segments:
-            self._native.add_segment(matrix, FORMATS.index(segment.fmt), segment.data.numpy())
-        return matrix
 
     def _make_plan(self) -> Plan:
         registry = Registry()
