@@ -26,6 +26,7 @@ from tokenspeed.runner.cpu_backend import CpuBackend, why_not
 from tokenspeed.runner.executor import LocalExecutor
 from tokenspeed.runner.layout import page_layout
 from tokenspeed.runner.model import LoadedModel, Progress, compute_dtype, load_model
+from tokenspeed.runner.packed_copy import PackedCopy
 from tokenspeed.runner.ref_backend import RefBackend
 
 logger = logging.getLogger("tokenspeed")
@@ -94,7 +95,8 @@ class Prepared:
 def prepare(files: ModelFiles, config: EngineConfig, progress: Progress | None = None) -> Prepared:
     """Load the weights and see how much memory is left for the KV cache.
 
-    Raises ConfigError for a length beyond the model's context, MemoryLimitError for more cache than there is memory.
+    Raises ConfigError for a length beyond the model's context, and for a packed cache that has no use here or cannot be
+    written; MemoryLimitError for more KV cache than there is memory.
     """
     shape = files.definition.config
     if config.max_model_len is not None and config.max_model_len > shape.context:
@@ -102,7 +104,7 @@ def prepare(files: ModelFiles, config: EngineConfig, progress: Progress | None =
     checkpoint = None if config.load_format == "dummy" else files.checkpoint
     model = load_model(files.definition, checkpoint, config)
     kv_dtype = _kv_dtype(config, model)
-    backend = choose_backend(model, config, kv_dtype, progress)
+    backend = choose_backend(model, config, kv_dtype, progress, _packed_copy(files, checkpoint, config))
     if checkpoint is not None:
         checkpoint.drop_pages()  # the backend has its own copy by now
     free = free_memory(model.device)
@@ -114,6 +116,14 @@ def prepare(files: ModelFiles, config: EngineConfig, progress: Progress | None =
     return Prepared(model, backend, page, budget, free)
 
 
+def _packed_copy(files: ModelFiles, checkpoint: Checkpoint | None, config: EngineConfig) -> PackedCopy | None:
+    if config.packed_cache is None:
+        return None
+    if checkpoint is None:
+        raise ConfigError("--packed-cache has no use with --load-format dummy: leave one of them out")
+    return PackedCopy.of(config.packed_cache, files.digest, checkpoint)
+
+
 def _kv_dtype(config: EngineConfig, model: LoadedModel) -> torch.dtype:
     if config.kv_cache_dtype == "auto":
         return model.dtype
@@ -121,7 +131,11 @@ def _kv_dtype(config: EngineConfig, model: LoadedModel) -> torch.dtype:
 
 
 def choose_backend(
-    model: LoadedModel, config: EngineConfig, kv_dtype: torch.dtype, progress: Progress | None
+    model: LoadedModel,
+    config: EngineConfig,
+    kv_dtype: torch.dtype,
+    progress: Progress | None,
+    copy: PackedCopy | None = None,
 ) -> RefBackend | CpuBackend:
     """The fast backend where it takes the whole model, else the reference, which is said once.
 
@@ -130,9 +144,11 @@ def choose_backend(
     if model.device.type == "cpu" and config.threads is not None:
         torch.set_num_threads(config.threads)
     if model.device.type != "cpu" or config.dtype == "float32":
+        if copy is not None:
+            raise ConfigError("--packed-cache is for the CPU's fast backend: leave it or --device and --dtype out")
         return RefBackend(model, progress=progress)
     missing = why_not(model, kv_dtype) if extension_available() else ["all: the C++ extension is not built"]
     if not missing:
-        return CpuBackend(model, config.threads, progress)
+        return CpuBackend(model, config.threads, progress, copy)
     logger.warning("the slow reference runs this model; no fast kernel for: %s", ", ".join(missing))
     return RefBackend(model, fallback_ops=missing, progress=progress)

@@ -66,4 +66,5 @@ def load_model(definition: Definition, checkpoint: Checkpoint | None, config: En
         packed = dummy_weights(definition.weights, seed=config.seed or 0, device=str(device))
     else:
         packed = load_weights(checkpoint, definition.weights)
-    return LoadedModel(definition, fuse(definition.program()), packed, compute_dtype(config.dtype, device), device)
+    wanted = "float32" if config.precise and config.dtype == "auto" else config.dtype
+    return LoadedModel(definition, fuse(definition.program()), packed, compute_dtype(wanted, device), device)

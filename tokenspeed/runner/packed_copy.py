@@ -112,11 +112,10 @@ class PackedCopy:
             raise _unusable(self.folder, error) from None
 
     def _header(self, layout: int, recipe: str, segments: Sequence[Bytes]) -> Header:
-        places, offset = [], 0
-        for segment in segments:
-            sums = [_sum(segment[first:last]) for first, last in _chunks(segment.nbytes)]
-            places.append(Place(offset, segment.nbytes, sums))
-            offset = _aligned(offset + segment.nbytes)
+        places = [
+            Place(offset, nbytes, [_sum(segment[first:last]) for first, last in _chunks(nbytes)])
+            for segment, (offset, nbytes, _) in zip(segments, _expected(segments), strict=True)
+        ]
         return Header(layout, self.digest, recipe, self.sources, places)
 
     def _checked_places(
@@ -136,12 +135,18 @@ class PackedCopy:
             raise ValueError("it holds another model or layout")
         if header.sources != self.sources:
             raise ValueError("the model's files have changed since it was written")
-        offset = 0
-        for place, segment in zip(header.places, segments, strict=True):
-            if (place.offset, place.nbytes) != (offset, segment.nbytes):
-                raise ValueError("its segments are not those of this model")
-            offset = _aligned(offset + segment.nbytes)
+        if [(each.offset, each.nbytes, len(each.sums)) for each in header.places] != _expected(segments):
+            raise ValueError("its segments are not those of this model")
         return [Place(_data_start(length) + each.offset, each.nbytes, each.sums) for each in header.places]
+
+
+def _expected(segments: Sequence[Bytes]) -> list[tuple[int, int, int]]:
+    """Offset, bytes and number of chunks of each segment."""
+    places, offset = [], 0
+    for segment in segments:
+        places.append((offset, segment.nbytes, len(list(_chunks(segment.nbytes)))))
+        offset = _aligned(offset + segment.nbytes)
+    return places
 
 
 def _read_all(file: int, places: Sequence[Place], segments: Sequence[Bytes], done: Callable[[int], None]) -> None:
