@@ -150,5 +150,6 @@ def choose_backend(
     missing = why_not(model, kv_dtype) if extension_available() else ["all: the C++ extension is not built"]
     if not missing:
         return CpuBackend(model, config.threads, progress, copy)
-    logger.warning("the slow reference runs this model; no fast kernel for: %s", ", ".join(missing))
+    no_use = "" if copy is None else "; --packed-cache has no use"
+    logger.warning("the slow reference runs this model; no fast kernel for: %s%s", ", ".join(missing), no_use)
     return RefBackend(model, fallback_ops=missing, progress=progress)
