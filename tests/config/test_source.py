@@ -85,7 +85,8 @@ def test_files_that_are_no_model(tmp_path: Path, name: str, error: type[Exceptio
 
 
 @pytest.mark.parametrize(
-    "name", ["", "nothing", "/no/such/dir", "./no/such", "a/b/c", "org/missing.gguf", "org/na me", "../x/y", "a/b/../c.gguf"]
+    "name",
+    ["", "nothing", "/no/such/dir", "./no/such", "a/b/c", "org/missing.gguf", "org/na me", "../x/y", "a/b/../c.gguf"],
 )
 def test_names_that_are_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -117,7 +118,7 @@ class FakeHub:
         self.revisions: list[str | None] = []
 
     def snapshot_download(self, repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        from huggingface_hub.utils import filter_repo_objects
+        from huggingface_hub.utils._paths import filter_repo_objects
 
         self.revisions.append(revision)
         for name in filter_repo_objects(self.files, allow_patterns=allow_patterns):

@@ -87,7 +87,7 @@ def test_the_walk_stays_near(demo_path: Path, kv: str, bound: float) -> None:
 @pytest.mark.parametrize("path, tokens", [("decode", 1), ("prefill", 512)])
 def test_the_promised_accuracy(demo_path: Path, path: str, tokens: int, precise: bool) -> None:
     """Teacher-forced: with one token per step every position goes the way of decoding."""
-    limits = {"max_num_batched_tokens": tokens, "max_num_seqs": 1 if path == "decode" else 8}
+    limits: dict[str, Any] = {"max_num_batched_tokens": tokens, "max_num_seqs": 1 if path == "decode" else 8}
     llm = LLM(str(demo_path), precise=precise, max_model_len=256, enable_prefix_caching=False, **limits)
     assert llm.core.backend.name == "cpu"
     assert llm.core.kv_dtype == (torch.float32 if precise else torch.bfloat16)

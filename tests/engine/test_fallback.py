@@ -75,7 +75,7 @@ def test_a_kernel_that_is_missing(
     backend: str,
     fallback: list[str],
 ) -> None:
-    memory = {"kv_cache_memory_bytes": 1 << 24}
+    memory: dict[str, Any] = {"kv_cache_memory_bytes": 1 << 24}
     expected = generate(LLM(str(mixed), dtype="float32", **memory))
     lack(monkeypatch)
     with caplog.at_level(logging.INFO):

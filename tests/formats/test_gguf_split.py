@@ -125,11 +125,21 @@ def without(key: str) -> bytes:
     return build(pairs, [tensor("w1", (8,), 0, 0)], bytes(64))
 
 
+def remove(*paths: Path) -> None:
+    for path in paths:
+        path.unlink()
+
+
+def make_directory(paths: list[Path]) -> None:
+    remove(paths[1])
+    paths[1].mkdir()
+
+
 W1 = [tensor("w1", (8,), 0, 0)]
 DAMAGE: dict[str, tuple[Callable[[list[Path]], object], str]] = {
-    "missing": (lambda paths: paths[1].unlink(), r"1 of its 3 shards are missing: m-00002-of-00003\.gguf"),
-    "two missing": (lambda paths: [p.unlink() for p in paths[1:]], "2 of its 3 shards are missing"),
-    "a directory": (lambda paths: (paths[1].unlink(), paths[1].mkdir()), "shards are missing"),
+    "missing": (lambda paths: remove(paths[1]), r"1 of its 3 shards are missing: m-00002-of-00003\.gguf"),
+    "two missing": (lambda paths: remove(*paths[1:]), "2 of its 3 shards are missing"),
+    "a directory": (make_directory, "shards are missing"),
     "twice the same": (lambda paths: shutil.copy(paths[2], paths[1]), r"m-00002.*: split.no is 2, its name says 1"),
     "another count": (replace_second(shard(1, 2, 3, W1)), r"m-00002.*: split.count is 2, in m-00001.* it is 3"),
     "another total": (replace_second(shard(1, 3, 4, W1)), r"m-00002.*: split.tensors.count is 4, in .* it is 3"),

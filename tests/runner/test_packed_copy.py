@@ -142,9 +142,7 @@ def test_damaged_copies_are_written_anew(
     assert not caplog.records
 
 
-def test_other_models_and_layouts_are_not_taken(
-    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_models_and_layouts_are_not_taken(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A copy under another's name; and one of a model whose rows would be packed in another order."""
     other = make_gguf(CASES["qwen3"], "Q8_0", tmp_path / "other.gguf").path
     folder = tmp_path / "copies"
@@ -184,7 +182,7 @@ def test_a_disk_that_is_full(source: Path, tmp_path: Path, monkeypatch: pytest.M
         return real(*arguments)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(ConfigError, match="cannot be written .No space left on device"):
+    with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\)"):
         scores(source, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -204,9 +202,7 @@ def test_short_reads_and_writes(source: Path, tmp_path: Path, monkeypatch: pytes
         ({"load_format": "dummy", "model": "gemma-3-270m"}, "--packed-cache has no use with --load-format dummy"),
     ],
 )
-def test_settings_that_have_no_use_for_it(
-    source: Path, tmp_path: Path, settings: dict[str, Any], message: str
-) -> None:
+def test_settings_that_have_no_use_for_it(source: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LLM(**{"model": str(source), "packed_cache": str(tmp_path)} | settings)
 
@@ -239,7 +235,7 @@ for _ in range(3):
 
 def test_two_processes_at_once(source: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", CHILD, str(source), str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     children = [subprocess.Popen(command, cwd=ROOT, text=True, **pipes) for _ in range(2)]
     for child in children:
         assert child.stdout is not None

@@ -1,7 +1,8 @@
-"""Packing a part at a time: the same bytes as all at once, on every instruction set, and the file's pages go on the way."""
+"""Packing in parts: the bytes of packing at once, on every instruction set, and the file's pages go on the way."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -63,13 +64,13 @@ def test_parts_give_the_bytes_of_the_whole(monkeypatch: pytest.MonkeyPatch, fmt:
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_the_layout_is_that_of_every_instruction_set(fmt: str, seed: int) -> None:
     weight = weight_of(fmt, 53, 256, np.random.default_rng(seed))
-    made = set()
+    made: dict[str, bytes] = {}
     for isa in TIERS:
-        try:
-            made.add(packed(weight, isa))
-        except ValueError as error:
-            assert "no kernels" in str(error)
-    assert len(made) == 1
+        with suppress(ValueError):  # a tier that this processor cannot run
+            made[isa] = packed(weight, isa)
+    assert "generic" in made
+    assert len(made) > 1
+    assert len(set(made.values())) == 1
 
 
 @pytest.mark.parametrize("seed", [SEED])
@@ -95,9 +96,7 @@ def test_rows_that_are_no_whole_tiles_are_refused(first: int, rows: int) -> None
 
 
 @pytest.mark.parametrize("seed", [SEED])
-def test_the_file_leaves_memory_while_it_is_packed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
+def test_the_file_leaves_memory_while_it_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows, cols, heads = 4096, 512, 8
     path = tmp_path / "model.safetensors"
@@ -111,7 +110,7 @@ def test_the_file_leaves_memory_while_it_is_packed(
     native = _walk.Model(2)
     packing.pack_weights(native, weights, None, 0, lambda done, total: held.append(resident(path)))
     assert len(held) == 25
-    # Of 24 MiB: a part, a head of b, and what the system maps with the first and the last page of a part, up to 2 MiB each.
+    # Of 24 MiB: a part, a head of b, and what the system maps with the ends of a part, up to 2 MiB at each.
     assert max(held) <= 6 << 20
     assert held[-1] <= 4 << 20
     (row,) = weights["ab"].segments[1].rows_at(7, 8).numpy().view(np.float32)

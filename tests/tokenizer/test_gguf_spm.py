@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import json
 import random
@@ -217,8 +218,7 @@ def test_broken_vocabularies_are_refused(trained: Any, changes: dict, error: typ
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_model_is_the_one_that_protobuf_writes(seed: int, nul: bool) -> None:
     """Pieces of any length and content, and a vocabulary of one."""
-    from sentencepiece import sentencepiece_model_pb2 as schema
-
+    schema: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     rng = random.Random(f"{seed} {nul}")
     for count in (1, 2, 500):
         letters = "ab 日é😀\n" + "\0" * nul

@@ -22,7 +22,8 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on this machine. path: the .gguf file (one of its shards, where it is split), or the directory of safetensors. name: as the user gave it."""
+    """A model on this machine. path: the .gguf file (one of its shards, where it is split), or the directory of
+    safetensors. name: as the user gave it."""
 
     path: Path
     format: ModelFormat

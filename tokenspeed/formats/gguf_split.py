@@ -76,7 +76,7 @@ def check_shards(shards: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
             raise FormatError(f"{path}: split.no is {metadata.get('split.no')}, its name says {number}")
         for key in metadata:
             if key not in _OWN_KEYS and (key not in first or metadata[key] != first[key]):
-                ours, theirs = (f"{str(m.get(key)):.40}" for m in (metadata, first))
+                ours, theirs = (f"{m.get(key)!s:.40}" for m in (metadata, first))
                 raise FormatError(f"{path}: {key} is {ours}, in {first_path.name} it is {theirs}")
 
 

@@ -1,7 +1,7 @@
 """Packed weights kept on disk, so that the next load reads them as they will lie in memory.
 
-A file is: MAGIC, a byte-order mark (u32), the header's length (u32), the header (msgpack), then each segment at a multiple
-of ALIGN. Anything that does not match what this load would pack is written anew: the copy is never trusted beyond that.
+A file is: MAGIC, a byte-order mark (u32), the header's length (u32), the header (msgpack), then each segment at a
+multiple of ALIGN. A copy that does not match what this load would pack, or its own sums, is written anew.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class PackedCopy:
                 with temporary.open("wb", buffering=0) as file:
                     _write_at(file.fileno(), memoryview(_START.pack(MAGIC, _ORDER, len(raw)) + raw), 0)
                     for place, segment in zip(header.places, segments, strict=True):
-                        _write_at(file.fileno(), memoryview(segment), _data_start(len(raw)) + place.offset)
+                        _write_at(file.fileno(), memoryview(segment.data), _data_start(len(raw)) + place.offset)
                 temporary.replace(self.path(layout))
         except OSError as error:
             raise _unusable(self.folder, error) from None
@@ -163,7 +163,7 @@ def _read_all(file: int, places: Sequence[Place], segments: Sequence[Bytes], don
 def _read_chunk(file: int, target: Bytes, offset: int, wanted: int) -> int:
     got = 0
     while got < target.nbytes:
-        count = os.preadv(file, [memoryview(target)[got:]], offset + got)
+        count = os.preadv(file, [target[got:].data], offset + got)
         if count == 0:
             raise ValueError("it is truncated")
         got += count

@@ -72,8 +72,8 @@ def _varint(value: int) -> bytes:
     return bytes([value & 0x7F | (0x80 if value > 0x7F else 0)]) + (_varint(value >> 7) if value > 0x7F else b"")
 
 
-# One entry of ModelProto.pieces, as sentencepiece_model.proto numbers its fields, up to the text of the piece. A length is
-# a varint of four bytes, which protobuf allows to be longer than it need be: so every entry has the same shape.
+# One entry of ModelProto.pieces, as sentencepiece_model.proto numbers its fields, up to the text of the piece. A length
+# is a varint of four bytes, which protobuf allows to be longer than it need be: so every entry has the same shape.
 _ENTRY = np.dtype(
     [
         ("pieces", "u1"),

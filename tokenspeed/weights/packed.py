@@ -38,7 +38,7 @@ class PackedTensor:
         return self.data[unpermute_rope(torch.arange(self.rows), self.heads)[first:last]]
 
     def drop_pages(self, first: int, last: int) -> None:
-        """Give the file's pages of rows [first, last) back, where the data are its map and rows before are done with."""
+        """Give the file's pages of rows [first, last) back, where the data are its map; rows before are done with."""
         if self.mapped is None:
             return
         head = self.rows // self.heads if self.heads else 1
@@ -72,8 +72,8 @@ class Weight:
 
     def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
         """A fresh tensor of `shape` and `dtype`, on the device of the segments."""
-        cols = self.shape[-1]
-        out = torch.empty(sum(segment.rows for segment in self.segments), cols, dtype=dtype, device=self.segments[0].data.device)
+        count, cols = sum(segment.rows for segment in self.segments), self.shape[-1]
+        out = torch.empty(count, cols, dtype=dtype, device=self.segments[0].data.device)
         start = 0
         for segment in self.segments:
             rows = segment.rows_at(0, segment.rows)
