@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from tests.kernels.blocks import random_rows
-from tests.kernels.test_cpu_linear import HERE, TOLERANCE, multiply, packed
+from tests.kernels.isa import HERE
+from tests.kernels.test_cpu_linear import TOLERANCE, multiply, packed
 from tests.seeds import SEED
 from tokenspeed.contracts.step import SamplingRow
 from tokenspeed.kernels.cpu import _walk
+from tokenspeed.kernels.cpu.registration import PLANES
 from tokenspeed.runner.edits import SampledRow
 from tokenspeed.runner.noise import gumbel, noise_keys
 from tokenspeed.runner.sampler import sample, sampler_inputs, settle
@@ -21,7 +23,7 @@ TEMPERATURES = (0.0, 0.01, 0.7, 1.0, 3.0)
 def planes(isa: str, threads: int, data: np.ndarray, cols: int) -> tuple[_walk.Model, int]:
     model = _walk.Model(threads, isa)
     matrix = model.add_matrix(cols)
-    model.add_planes(matrix, data)
+    model.add_segment(matrix, PLANES, data)
     return model, matrix
 
 

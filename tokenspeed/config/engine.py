@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
@@ -13,6 +14,11 @@ QUANTIZATIONS = ("int8", "int4")
 LOAD_FORMATS = ("auto", "dummy")
 LM_HEADS = ("screened", "full")
 DEVICES = ("auto", "cpu", "cuda")
+PRECISE: dict[str, tuple[str, ...]] = {
+    "dtype": ("auto", "float32"),
+    "kv_cache_dtype": ("auto", "float32", "bfloat16"),
+}
+"""What `precise` goes with."""
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -42,6 +48,12 @@ class EngineConfig:
         "quantise matrices at load, in groups of 32 columns; int4 leaves the embedding and the head at int8; "
         "by default they stay as they come",
         QUANTIZATIONS,
+    )
+    precise: bool = _setting(
+        False, "accuracy before speed: auto types become float32, and nothing that costs accuracy is on"
+    )
+    packed_cache: str | None = _setting(
+        None, "a directory for copies of the weights as the CPU backend packs them: the next load reads its copy"
     )
     load_format: str = _setting("auto", "auto reads the weights; dummy makes up random ones", LOAD_FORMATS)
     threads: int | None = _setting(None, "CPU threads; by default as many as this process may use")
@@ -79,15 +91,20 @@ class EngineConfig:
         _at_least("max_model_len", self.max_model_len, 2)
         if self.revision is not None and self.model is None:
             raise ConfigError("--revision needs --model, a Hugging Face repository id")
+        for name, allowed in PRECISE.items():
+            if self.precise and getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"--precise contradicts {flag(name)} {getattr(self, name)}: it goes with {' or '.join(allowed)}"
+                )
 
     @classmethod
     def from_kwargs(cls, settings: dict[str, Any]) -> EngineConfig:
-        """From keywords; an unknown one is a ConfigError that lists the known ones."""
+        """From keywords, paths among them; an unknown one is a ConfigError that lists the known ones."""
         known = [setting.name for setting in fields(cls)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
             raise ConfigError(f"unknown engine setting: {', '.join(unknown)} (known: {', '.join(known)})")
-        return cls(**settings)
+        return cls(**{name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in settings.items()})
 
 
 def flag(name: str) -> str:

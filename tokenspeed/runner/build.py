@@ -27,6 +27,7 @@ from tokenspeed.runner.cpu_backend import CpuBackend, why_not
 from tokenspeed.runner.executor import LocalExecutor
 from tokenspeed.runner.layout import page_layout
 from tokenspeed.runner.model import DTYPES, LoadedModel, Progress, compute_dtype, load_model
+from tokenspeed.runner.packed_copy import PackedCopy
 from tokenspeed.runner.ref_backend import RefBackend
 
 logger = logging.getLogger("tokenspeed")
@@ -95,7 +96,8 @@ class Prepared:
 def prepare(files: ModelFiles, config: EngineConfig, progress: Progress | None = None) -> Prepared:
     """Load the weights and see how much memory is left for the KV cache.
 
-    Raises ConfigError for a length beyond the model's context, MemoryLimitError for more cache than there is memory.
+    Raises ConfigError for a length beyond the model's context, and for a packed cache that has no use here or cannot be
+    written; MemoryLimitError for more KV cache than there is memory.
     """
     shape = files.definition.config
     if config.max_model_len is not None and config.max_model_len > shape.context:
@@ -103,7 +105,7 @@ def prepare(files: ModelFiles, config: EngineConfig, progress: Progress | None =
     checkpoint = None if config.load_format == "dummy" else files.checkpoint
     model = load_model(files.definition, checkpoint, config)
     kv_dtype = kv_cache_dtype(config, model.dtype, model.device)
-    backend = choose_backend(model, config, kv_dtype, progress)
+    backend = choose_backend(model, config, kv_dtype, progress, _packed_copy(files, checkpoint, config))
     if checkpoint is not None:
         checkpoint.drop_pages()  # the backend has its own copy by now
     if config.quantization is not None:
@@ -115,6 +117,14 @@ def prepare(files: ModelFiles, config: EngineConfig, progress: Progress | None =
     layout = page_layout(shape.windows)
     page = PageShape(layout, config.block_size, shape.num_kv_heads, shape.head_dim, kv_dtype)
     return Prepared(model, backend, page, budget, free)
+
+
+def _packed_copy(files: ModelFiles, checkpoint: Checkpoint | None, config: EngineConfig) -> PackedCopy | None:
+    if config.packed_cache is None:
+        return None
+    if checkpoint is None:
+        raise ConfigError("--packed-cache has no use with --load-format dummy: leave one of them out")
+    return PackedCopy.of(config.packed_cache, files.digest, checkpoint)
 
 
 def kv_cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -130,7 +140,11 @@ def kv_cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.devic
 
 
 def choose_backend(
-    model: LoadedModel, config: EngineConfig, kv_dtype: torch.dtype, progress: Progress | None
+    model: LoadedModel,
+    config: EngineConfig,
+    kv_dtype: torch.dtype,
+    progress: Progress | None,
+    copy: PackedCopy | None = None,
 ) -> RefBackend | CpuBackend:
     """The fast backend where it takes the whole model, else the reference, which is said once.
 
@@ -139,9 +153,12 @@ def choose_backend(
     if model.device.type == "cpu" and config.threads is not None:
         torch.set_num_threads(config.threads)
     if model.device.type != "cpu" or config.dtype == "float32":
+        if copy is not None:
+            raise ConfigError("--packed-cache is for the CPU's fast backend: leave it or --device and --dtype out")
         return RefBackend(model, progress=progress)
     missing = why_not(model, kv_dtype) if extension_available() else ["all: the C++ extension is not built"]
     if not missing:
-        return CpuBackend(model, config.threads, config.lm_head, progress)
-    logger.warning("the slow reference runs this model; no fast kernel for: %s", ", ".join(missing))
+        return CpuBackend(model, config.threads, config.lm_head, progress, copy)
+    no_use = "" if copy is None else "; --packed-cache has no use"
+    logger.warning("the slow reference runs this model; no fast kernel for: %s%s", ", ".join(missing), no_use)
     return RefBackend(model, fallback_ops=missing, progress=progress)

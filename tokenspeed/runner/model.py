@@ -74,4 +74,5 @@ def load_model(definition: Definition, checkpoint: Checkpoint | None, config: En
         packed = load_weights(checkpoint, definition.weights)
     if config.quantization is not None:
         packed = quantize_weights(packed, config.quantization)
-    return LoadedModel(definition, fuse(definition.program()), packed, compute_dtype(config.dtype, device), device)
+    wanted = "float32" if config.precise and config.dtype == "auto" else config.dtype
+    return LoadedModel(definition, fuse(definition.program()), packed, compute_dtype(wanted, device), device)

@@ -49,6 +49,8 @@ def _tasks(weight: Weight, out: torch.Tensor) -> Iterator[tuple[PackedTensor, to
 
 
 def _run(segment: PackedTensor, target: torch.Tensor, first: int, last: int) -> int:
-    data = segment.data[first:last]
+    data = segment.rows_at(first, last)
     unpack(data, segment.fmt, segment.cols, target.dtype, target[first:last])
+    if not segment.heads:  # tasks end in any order, and a moved row may lie in another's part
+        segment.drop_pages(first, last)
     return data.numel()

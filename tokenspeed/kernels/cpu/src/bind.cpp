@@ -58,6 +58,7 @@ std::vector<std::vector<std::pair<int64_t, float>>> pairs_of(Run run) {
 NB_MODULE(_walk, m) {
   m.doc() = "Packed weights, kernels and the program walk of the CPU backend.";
   bind_attention(m);
+  m.attr("LAYOUT_VERSION") = ts::kLayoutVersion;
 
   nb::enum_<ts::Kind>(m, "Kind")
       .value("Embed", ts::Kind::Embed).value("Linear", ts::Kind::Linear).value("Norm", ts::Kind::Norm)
@@ -80,10 +81,22 @@ NB_MODULE(_walk, m) {
       .def_prop_ro("threads", &ts::Model::threads)
       .def_prop_ro("packed_bytes", &ts::Model::packed_bytes)
       .def("add_matrix", &ts::Model::add_matrix, "cols"_a)
-      .def("add_segment", [](ts::Model& model, int32_t matrix, int32_t format, const Array2<uint8_t>& source) {
+      .def("reserve_segment", [](ts::Model& model, int32_t matrix, int32_t format, int64_t rows) {
+        return model.reserve_segment(matrix, static_cast<ts::Format>(format), rows);
+      }, "matrix"_a, "format"_a, "rows"_a)
+      .def("pack_rows", [](ts::Model& model, int32_t matrix, int32_t segment, int64_t first, const Array2<uint8_t>& source) {
         nb::gil_scoped_release unlocked;
-        model.add_segment(matrix, static_cast<ts::Format>(format), source.data(), static_cast<int64_t>(source.shape(0)));
+        model.pack_rows(matrix, segment, first, source.data(), static_cast<int64_t>(source.shape(0)));
+      }, "matrix"_a, "segment"_a, "first"_a, "source"_a)
+      .def("add_segment", [](ts::Model& model, int32_t matrix, int32_t format, const Array2<uint8_t>& source) {
+        const auto rows = static_cast<int64_t>(source.shape(0));
+        nb::gil_scoped_release unlocked;
+        model.pack_rows(matrix, model.reserve_segment(matrix, static_cast<ts::Format>(format), rows), 0, source.data(), rows);
       }, "matrix"_a, "format"_a, "source"_a)
+      .def("packed", [](const ts::Model& model, int32_t matrix, int32_t segment) {
+        const auto [data, bytes] = model.packed(matrix, segment);
+        return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(data, {static_cast<size_t>(bytes)});
+      }, nb::rv_policy::reference_internal, "matrix"_a, "segment"_a)
       .def("add_vector", [](ts::Model& model, const Array1<float>& values) {
         return model.add_vector({values.data(), values.data() + values.shape(0)});
       })
@@ -125,10 +138,6 @@ NB_MODULE(_walk, m) {
         return noise;
       })
       .def_prop_ro("rescored", &ts::Model::rescored)
-      .def("add_planes", [](ts::Model& model, int32_t matrix, const Array2<uint8_t>& source) {
-        nb::gil_scoped_release unlocked;
-        model.add_planes(matrix, source.data(), static_cast<int64_t>(source.shape(0)));
-      })
       .def("multiply", [](ts::Model& model, int32_t matrix, const Array2<float>& x, const Out2<float>& out) {
         nb::gil_scoped_release unlocked;
         model.multiply(matrix, x.data(), static_cast<int64_t>(x.shape(0)), out.data());

@@ -3,10 +3,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <stdexcept>
 
 #include "model.h"
-#include "pack.h"
 
 namespace ts {
 namespace {
@@ -35,20 +33,6 @@ std::vector<Pick> best_of(const std::vector<Scored>& found, const Ask& ask) {
 }
 
 }  // namespace
-
-void Model::add_planes(int32_t matrix, const uint8_t* source, int64_t rows) {
-  Matrix& m = matrices_.at(static_cast<size_t>(matrix));
-  if (!m.segments.empty()) throw std::invalid_argument("planes are a matrix of their own");
-  const int64_t tiles = (rows + kRows - 1) / kRows;
-  uint8_t* high = store_.take(tiles * tile_bytes(Format::Planes, m.cols));
-  uint8_t* low = high + tiles * high_bytes(m.cols);
-  pool_.run((tiles + 63) / 64, [&](int64_t item) {
-    for (int64_t t = 64 * item; t < std::min(tiles, 64 * (item + 1)); ++t) {
-      pack_planes(source, rows, m.cols, t * kRows, high + t * high_bytes(m.cols), low + t * low_bytes(m.cols));
-    }
-  });
-  place(m, {Format::Planes, rows, 0, tiles, high}, tile_bytes(Format::Planes, m.cols));
-}
 
 const std::vector<std::vector<Pick>>& Model::pick(const int32_t* rows, const Ask* asks, int64_t count) {
   const Op& last = before_head(rows, count);

@@ -51,28 +51,47 @@ int32_t Model::add_matrix(int64_t cols) {
   return static_cast<int32_t>(matrices_.size() - 1);
 }
 
-void Model::add_segment(int32_t matrix, Format format, const uint8_t* source, int64_t rows) {
+int32_t Model::reserve_segment(int32_t matrix, Format format, int64_t rows) {
   Matrix& m = matrices_.at(static_cast<size_t>(matrix));
-  const int64_t tiles = (rows + kRows - 1) / kRows, size = tile_bytes(format, m.cols), bytes = file_row_bytes(format, m.cols);
-  uint8_t* data = store_.take(tiles * size);
-  pool_.run((tiles + 63) / 64, [&](int64_t item) {
-    for (int64_t t = 64 * item; t < std::min(tiles, 64 * (item + 1)); ++t) {
-      pack_tile(format, source, rows, m.cols, bytes, t * kRows, data + t * size);
-    }
-  });
-  place(m, {format, rows, m.rows, tiles, data}, size);
+  const int64_t tiles = (rows + kRows - 1) / kRows, size = tile_bytes(format, m.cols);
+  const auto index = static_cast<int32_t>(m.segments.size());
+  const int64_t group = std::max<int64_t>(1, std::min(tiles / (4 * pool_.threads()), kItemBytes / size));
+  for (int64_t t = 0; t < tiles; t += group) m.shares.push_back({index, t, std::min(tiles, t + group)});
+  (is_plain(format) ? m.plain : m.integer) = true;
+  m.segments.push_back({format, rows, m.rows, tiles, store_.take(tiles * size)});
+  m.rows += rows;
+  m.tiles += tiles;
+  return index;
 }
 
-// A packed segment becomes the matrix's next; `size`: bytes of a tile.
-void Model::place(Matrix& m, Segment segment, int64_t size) {
-  const int64_t tiles = segment.tiles, group = std::max<int64_t>(1, std::min(tiles / (4 * pool_.threads()), kItemBytes / size));
-  for (int64_t t = 0; t < tiles; t += group) {
-    m.shares.push_back({static_cast<int32_t>(m.segments.size()), t, std::min(tiles, t + group)});
+void Model::pack_rows(int32_t matrix, int32_t segment, int64_t first, const uint8_t* source, int64_t rows) {
+  constexpr int64_t kItemTiles = 16;
+  const Matrix& m = matrices_.at(static_cast<size_t>(matrix));
+  const Segment& s = m.segments.at(static_cast<size_t>(segment));
+  if (first % kRows || first < 0 || first + rows > s.rows || (rows % kRows && first + rows < s.rows)) {
+    throw std::invalid_argument("rows to pack are whole tiles of a segment");
   }
-  (is_plain(segment.format) ? m.plain : m.integer) = true;
-  m.rows += segment.rows;
-  m.tiles += tiles;
-  m.segments.push_back(segment);
+  const int64_t tiles = (rows + kRows - 1) / kRows, size = tile_bytes(s.format, m.cols);
+  const int64_t file_bytes = kRows * file_row_bytes(s.format, m.cols);
+  uint8_t* out = s.data + first / kRows * size;
+  uint8_t* high = s.data + first / kRows * high_bytes(m.cols);
+  uint8_t* low = s.data + s.tiles * high_bytes(m.cols) + first / kRows * low_bytes(m.cols);
+  pool_.run((tiles + kItemTiles - 1) / kItemTiles, [&](int64_t item) {
+    for (int64_t t = kItemTiles * item; t < std::min(tiles, kItemTiles * (item + 1)); ++t) {
+      const int64_t here = std::min<int64_t>(kRows, rows - t * kRows);
+      if (s.format == Format::Planes) {
+        pack_planes(source + t * file_bytes, static_cast<int>(here), m.cols, high + t * high_bytes(m.cols), low + t * low_bytes(m.cols));
+      } else {
+        pack_tile(s.format, source + t * file_bytes, static_cast<int>(here), m.cols, out + t * size);
+      }
+    }
+  });
+}
+
+std::pair<uint8_t*, int64_t> Model::packed(int32_t matrix, int32_t segment) const {
+  const Matrix& m = matrices_.at(static_cast<size_t>(matrix));
+  const Segment& s = m.segments.at(static_cast<size_t>(segment));
+  return {s.data, s.tiles * tile_bytes(s.format, m.cols)};
 }
 
 int32_t Model::add_vector(std::vector<float> values) {

@@ -29,7 +29,7 @@ class Store {
 struct Segment {  // rows of one format
   Format format;
   int64_t rows, first_row, tiles;
-  const uint8_t* data;
+  uint8_t* data;
 };
 
 struct Share {  // tiles of a segment that one thread takes at a time
@@ -112,9 +112,12 @@ class Model {
   Pool& pool() { return pool_; }
 
   int32_t add_matrix(int64_t cols);
-  void add_segment(int32_t matrix, Format format, const uint8_t* source, int64_t rows);
-  // A matrix of Q8_0 rows in two planes (formats.h), of which `pick` reads one and little of the other.
-  void add_planes(int32_t matrix, const uint8_t* source, int64_t rows);
+  // Room for the next `rows` rows of a matrix; returns the segment's index.
+  int32_t reserve_segment(int32_t matrix, Format format, int64_t rows);
+  // Fill rows [first, first + rows) of a segment: whole tiles, but for the segment's last rows.
+  void pack_rows(int32_t matrix, int32_t segment, int64_t first, const uint8_t* source, int64_t rows);
+  // A segment as it lies in memory, and its bytes.
+  std::pair<uint8_t*, int64_t> packed(int32_t matrix, int32_t segment) const;
   int32_t add_vector(std::vector<float> values);
   int32_t add_rope(Rope rope);
   int32_t add_value(Value value);
@@ -139,7 +142,6 @@ class Model {
  private:
   float* at(int32_t value, int64_t row) const;
   void run(const Op& op, int64_t tokens);
-  void place(Matrix& m, Segment segment, int64_t size);
   const Op& before_head(const int32_t* rows, int64_t count);
   void prepare_plain(const Matrix& m, const float* x, int64_t count);
   const std::vector<std::vector<Pick>>& pick_prepared(const Op& last, const Ask* asks, int64_t count);
