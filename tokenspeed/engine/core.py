@@ -22,7 +22,7 @@ from tokenspeed.contracts.errors import ParameterError, PromptError
 from tokenspeed.contracts.executor import Executor, StepHandle
 from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.contracts.step import ResultRow, StepPlan, StepResult
-from tokenspeed.engine.capacity import fit_capacity
+from tokenspeed.engine.capacity import Capacity, fit_capacity
 from tokenspeed.engine.messages import EngineInfo
 from tokenspeed.runner.build import ModelFiles, Prepared, open_model, prepare
 from tokenspeed.scheduler.config import SchedulerConfig
@@ -193,7 +193,7 @@ class EngineCore(StepLoop):
             self.capacity.max_model_len,
             target_itl_ms=config.target_itl_ms,
         )
-        super().__init__(Scheduler(limits, self.cache), prepared.executor(self.capacity.num_pages))
+        super().__init__(Scheduler(limits, self.cache), _executor(prepared, self.capacity, config))
         self.vocab_size = files.definition.config.vocab_size
 
     @property
@@ -234,6 +234,10 @@ class EngineCore(StepLoop):
     def stats(self) -> dict[str, float]:
         """Counters and gauges by name."""
         return {name: float(value) for name, value in msgspec.structs.asdict(self.scheduler.stats()).items()}
+
+
+def _executor(prepared: Prepared, capacity: Capacity, config: EngineConfig) -> Executor:
+    return prepared.executor(capacity.num_pages, config.max_num_seqs, capacity.max_model_len)
 
 
 def _root(files: ModelFiles, prepared: Prepared, config: EngineConfig) -> bytes:

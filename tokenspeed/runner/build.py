@@ -14,6 +14,7 @@ from tokenspeed.config.engine import EngineConfig
 from tokenspeed.config.generation import GenerationDefaults, generation_from_gguf, generation_from_hf
 from tokenspeed.config.source import ModelSource, resolve_model
 from tokenspeed.contracts.errors import ConfigError, MemoryLimitError, ModelNotFoundError
+from tokenspeed.contracts.executor import Executor
 from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.formats.digest import checkpoint_digest
 from tokenspeed.formats.gguf import GGUFFile, open_gguf
@@ -25,6 +26,9 @@ from tokenspeed.ops.kv import KV_TORCH
 from tokenspeed.runner.arena import Arena, PageShape
 from tokenspeed.runner.cpu_backend import CpuBackend, why_not
 from tokenspeed.runner.executor import LocalExecutor
+from tokenspeed.runner.gpu.backend import GpuBackend, triton_available
+from tokenspeed.runner.gpu.executor import GpuExecutor
+from tokenspeed.runner.gpu.link import CudaLink, gpu_steps
 from tokenspeed.runner.layout import page_layout
 from tokenspeed.runner.model import DTYPES, LoadedModel, Progress, compute_dtype, load_model
 from tokenspeed.runner.packed_copy import PackedCopy
@@ -81,14 +85,17 @@ class Prepared:
     """A loaded model with its backend, the shape of its KV pages, and the bytes set aside and free for them."""
 
     model: LoadedModel
-    backend: RefBackend | CpuBackend
+    backend: RefBackend | CpuBackend | GpuBackend
     shape: PageShape
     cache_bytes: int
     free_bytes: int
 
-    def executor(self, num_pages: int) -> LocalExecutor:
+    def executor(self, num_pages: int, max_num_seqs: int, max_model_len: int) -> Executor:
         """Reserve the pages and make the executor."""
         arena = Arena(num_pages, self.shape, self.model.device)
+        if isinstance(self.backend, GpuBackend):
+            link, kernels = CudaLink(), gpu_steps()
+            return GpuExecutor(self.backend, arena, kernels, link, max_num_seqs=max_num_seqs, max_len=max_model_len)
         self.backend.bind(arena)
         return LocalExecutor(self.backend, arena, self.model.definition.config.vocab_size)
 
@@ -145,7 +152,7 @@ def choose_backend(
     kv_dtype: torch.dtype,
     progress: Progress | None,
     copy: PackedCopy | None = None,
-) -> RefBackend | CpuBackend:
+) -> RefBackend | CpuBackend | GpuBackend:
     """The fast backend where it takes the whole model, else the reference, which is said once.
 
     --dtype float32 asks for plain float32 arithmetic, which only the reference does.
@@ -155,6 +162,8 @@ def choose_backend(
     if model.device.type != "cpu" or config.dtype == "float32":
         if copy is not None:
             raise ConfigError("--packed-cache is for the CPU's fast backend: leave it or --device and --dtype out")
+        if model.device.type == "cuda" and config.dtype != "float32" and triton_available():
+            return GpuBackend(model, progress)
         return RefBackend(model, progress=progress)
     missing = why_not(model, kv_dtype) if extension_available() else ["all: the C++ extension is not built"]
     if not missing:

@@ -1,4 +1,4 @@
-"""Whole decode steps on a GPU through `LLM.generate`: random weights of real shapes, distinct prompts, greedy or sampled.
+"""Whole decode steps on a GPU through `LLM.generate`: random weights of real shapes, distinct prompts.
 
 A decode row is (T(129 tokens) - T(1 token)) / 128, the median of three; its time to first token is T(1).
 """
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from tokenspeed.bench.record import Record, Target, surroundings, write
 from tokenspeed.contracts.sampling import SamplingParams
@@ -68,7 +69,7 @@ def floor_ms(llm: LLM, batch: int, context: int) -> float:
 
 def open_llm(model: str, quantization: str | None, batch: int, context: int) -> LLM:
     """A shipped config with random weights, and room for `batch` sequences of `context` and some more tokens."""
-    extra = {"quantization": quantization} if quantization else {}
+    extra: dict[str, Any] = {"quantization": quantization} if quantization else {}
     return LLM(
         model,
         load_format="dummy",

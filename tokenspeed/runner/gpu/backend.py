@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 import torch
 
 from tokenspeed.kernels import ref
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
-from tokenspeed.kernels.triton import registration
 from tokenspeed.ops.definitions import Operands
 from tokenspeed.program.plan import Plan, Planned, plan
 from tokenspeed.program.program import Record
@@ -22,14 +22,20 @@ class GpuBackend:
 
     name = "gpu"
 
-    def __init__(self, model: LoadedModel, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        progress: Progress | None = None,
+        register: Callable[[Registry], None] | None = None,
+    ) -> None:
+        """register: adds the fast kernels; by default Triton's."""
         self.model = model
         self.weights = {
             name: tensor.to(model.device) for name, tensor in unpack_all(model.packed, model.dtype, progress).items()
         }
         self.weight_bytes = {name: float(w.numel() * w.element_size()) for name, w in self.weights.items()}
         self._registry = Registry()
-        registration.register(self._registry)
+        (register or _register_kernels)(self._registry)
         self._registry.add(Implementation("rows", "select", "gpu", _select, _always, priority=10))
         ref.register(self._registry)
         self._plans: dict[int, Plan] = {}
@@ -89,3 +95,14 @@ def _select(
 
 def _always(operands: Operands, situation: Situation) -> bool:
     return True
+
+
+def triton_available() -> bool:
+    """Whether Triton can be imported."""
+    return find_spec("triton") is not None
+
+
+def _register_kernels(registry: Registry) -> None:
+    from tokenspeed.kernels.triton import registration  # Triton is an optional package
+
+    registration.register(registry)

@@ -46,7 +46,8 @@ class StepKernels(Protocol):
 class Link(Protocol):
     """What the device offers beyond torch: recording, pinned memory, and marks to wait for."""
 
-    recorder: Device
+    @property
+    def recorder(self) -> Device: ...
 
     def pinned(self, size: int) -> torch.Tensor:
         """Host memory, int32 [size], that copies run from and to beside the host."""

@@ -1,4 +1,4 @@
-"""Steps captured once per bucket and replayed. Capture is lazy, and bounded per step; until then a step runs eagerly."""
+"""Steps captured once per bucket and replayed. Capture is lazy and bounded per step; until then a step is eager."""
 
 from __future__ import annotations
 

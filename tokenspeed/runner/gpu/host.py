@@ -62,7 +62,9 @@ class HostSlots:
         for grant in plan.delta.grants:
             lengths = self._slots[grant.slot].table_lengths
             if lengths[grant.group] != grant.first:
-                raise RuntimeError(f"slot {grant.slot} holds {lengths[grant.group]} pages, grant starts at {grant.first}")
+                raise RuntimeError(
+                    f"slot {grant.slot} holds {lengths[grant.group]} pages, grant starts at {grant.first}"
+                )
             lengths[grant.group] += len(grant.pages)
             changes.tables.append((grant.group, grant.slot, grant.first, list(grant.pages)))
         return changes

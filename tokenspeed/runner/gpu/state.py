@@ -1,4 +1,4 @@
-"""All device state of a runner's sequences in one flat int32 tensor, and the packet that changes it before each step."""
+"""All device state of a runner's sequences, in one flat int32 tensor that a packet changes before each step."""
 
 from __future__ import annotations
 
@@ -27,14 +27,25 @@ class StateShape:
         return self.groups * self.slots * self.pages
 
 
-FIELDS = ("num_computed", "num_tokens", "temperature", "top_k", "top_p", "min_p", "seed_low", "seed_high", "sample_index")
+FIELDS = (
+    "num_computed",
+    "num_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed_low",
+    "seed_high",
+    "sample_index",
+)
 """One word per slot each, after the block tables; floats by their bits."""
 FLOATS = ("temperature", "top_p", "min_p")
 
 
 class DeviceState:
-    """Views of `flat`, int32: block_tables [groups, slots, pages] and one [slots] tensor per field; its last word takes what goes nowhere. `pool`: known
-    tokens, int32 [slots, length + 1]; sampled ones are appended by the device."""
+    """Views of `flat`, int32: block_tables [groups, slots, pages], and a [slots] tensor per field; its last word takes
+    what goes nowhere. `pool`: known tokens, int32 [slots, length + 1]; the device appends what it samples.
+    """
 
     def __init__(self, shape: StateShape, device: torch.device) -> None:
         self.shape = shape

@@ -25,7 +25,8 @@ class StepBuffers:
     """Memory of a bucket of T tokens and R rows, int32: what the forward pass reads, then what sampling reads.
 
     tokens, positions, slots [T]; rows, row_slots, row_positions [R]: the last fed token of each row that samples, its
-    slot and the new token's position, -1 for none; fed [R]: tokens each row fed; result [R]: the new token, or -1.
+    slot and the new token's position, -1 for none; fed, starts, firsts [R]: tokens each row fed, where they begin in
+    the step, and the first one's position; num_rows [1]; result [R]: the new token, or -1.
     """
 
     tokens: torch.Tensor
@@ -35,12 +36,15 @@ class StepBuffers:
     row_slots: torch.Tensor
     row_positions: torch.Tensor
     fed: torch.Tensor
+    starts: torch.Tensor
+    firsts: torch.Tensor
+    num_rows: torch.Tensor
     result: torch.Tensor
 
 
 def step_buffers(tokens: int, rows: int, device: torch.device) -> StepBuffers:
     """Empty buffers of a bucket."""
-    sizes = [tokens] * 3 + [rows] * 5
+    sizes = [tokens] * 3 + [rows] * 6 + [1, rows]
     return StepBuffers(*(torch.zeros(size, dtype=torch.int32, device=device) for size in sizes))
 
 
@@ -72,6 +76,9 @@ def prepare(packet: torch.Tensor, state: DeviceState, buffers: StepBuffers) -> N
     buffers.row_slots.copy_(torch.where(live, slot, -1))
     buffers.row_positions.copy_(torch.where(samples, known, -1))
     buffers.fed.copy_(count)
+    buffers.starts.copy_(torch.where(live, offset, 0))
+    buffers.firsts.copy_(torch.where(live, start, 0))
+    buffers.num_rows.copy_(packet[:1])
 
 
 def sample(logits: torch.Tensor, state: DeviceState, buffers: StepBuffers) -> torch.Tensor:
