@@ -27,12 +27,12 @@ class Shape:
     wide: bool = False
 
     def __str__(self) -> str:
-        kv = "float32" if self.wide else "bf16"
-        return f"{self.queries}x{self.group} of {self.head_dim} at {self.first}, window {self.window}, pages of {self.page_size} {kv}"
+        pages = f"pages of {self.page_size} {'float32' if self.wide else 'bf16'}"
+        return f"{self.queries}x{self.group} of {self.head_dim} at {self.first}, window {self.window}, {pages}"
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int, window: int, scale: float) -> np.ndarray:
-    """Float64 [queries, group, dim] of q [queries, group, dim], k and v [keys, dim]; query i is at position first + i."""
+    """Float64 [queries, group, dim] of q of that shape, k and v [keys, dim]; query i is at position first + i."""
     scores = np.einsum("qgd,kd->qgk", q.astype(float), k.astype(float)) * scale
     position, key = first + np.arange(len(q))[:, None], np.arange(len(k))[None]
     seen = (key <= position) & ((window == 0) | (key > position - window))
@@ -55,7 +55,9 @@ def attention_case(shape: Shape, rng: np.random.Generator) -> Case:
     k, v = (values[order, part, :, 1].reshape(-1, shape.head_dim)[:length] for part in (0, 1))
     scale = 0.7 / np.sqrt(shape.head_dim)
     used = q[: (shape.queries - 1) * q_stride + shape.group * shape.head_dim]
-    expected = attend(heads.reshape(shape.queries, shape.group, -1), k, v, shape.first, shape.window, float(np.float32(scale)))
+    expected = attend(
+        heads.reshape(shape.queries, shape.group, -1), k, v, shape.first, shape.window, float(np.float32(scale))
+    )
     behind = max(0, shape.first - shape.window + 1) // shape.page_size if shape.window else 0
     order[:behind] = UNUSED
     size = stored.itemsize
@@ -79,52 +81,74 @@ def attention_case(shape: Shape, rng: np.random.Generator) -> Case:
     }
 
 
-def walk_case(
-    lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int, half: int, page_size: int, window: int, wide: bool, normed: bool,
-    rng: np.random.Generator,
-) -> Case:  # fmt: skip
-    """Sequences of random queries, keys and values; rotation (of the first 2 half of a head), page writes, attention."""
-    width, total = (heads + 2 * kv_heads) * head_dim, sum(lengths)
-    embeddings = rng.normal(size=(total, width)).astype(np.float32)
-    frequency = (100.0 ** -(np.arange(half) / half)).astype(np.float32)
-    norms = [(rng.random(head_dim) + 0.5).astype(np.float32) if normed else np.zeros(0, np.float32) for _ in range(2)]
-    pages = [-(-length // page_size) for length in lengths]
-    scale, group, outputs, largest = 1.3 / np.sqrt(head_dim), heads // kv_heads, [], 0.0
-    for rows in np.split(embeddings, np.cumsum(lengths)[:-1]):
-        q, k, v = np.split(rows.reshape(len(rows), -1, head_dim).astype(float), [heads, heads + kv_heads], axis=1)
-        q, k = (rotated(rms_norm(x, w, 1e-6) if normed else x, frequency) for x, w in ((q, norms[0]), (k, norms[1])))
-        if not wide:
-            k, v = (bf16_values(bf16_bits(x)).astype(float) for x in (k, v))
-        out = np.stack([attend(q[:, h * group :][:, :group], k[:, h], v[:, h], 0, window, scale) for h in range(kv_heads)], axis=1)
-        outputs.append(out.reshape(len(rows), -1))
-        largest = max(largest, float(np.abs(v).max()))
-    expected = np.concatenate(outputs)
-    name = f"walk {lengths} {heads}/{kv_heads} of {head_dim}, window {window}, pages of {page_size} {'float32' if wide else 'bf16'}"
-    return name, {
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "page_size": page_size,
-        "window": window,
-        "wide": wide,
+@dataclass(frozen=True)
+class WalkShape:
+    """Sequences of these lengths; `half` pairs of a head are turned, q and k normed first or not."""
+
+    lengths: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    half: int
+    page_size: int
+    window: int = 0
+    wide: bool = False
+    normed: bool = False
+
+    def __str__(self) -> str:
+        pages = f"pages of {self.page_size} {'float32' if self.wide else 'bf16'}"
+        heads = f"{self.heads}/{self.kv_heads} heads of {self.head_dim}, {'' if self.normed else 'not '}normed"
+        return f"{self.lengths} {heads}, window {self.window}, {pages}"
+
+
+def walk_case(s: WalkShape, rng: np.random.Generator) -> Case:
+    """Sequences of random queries, keys and values: rotation, page writes, attention."""
+    width = (s.heads + 2 * s.kv_heads) * s.head_dim
+    embeddings = rng.normal(size=(sum(s.lengths), width)).astype(np.float32)
+    frequency = (100.0 ** -(np.arange(s.half) / s.half)).astype(np.float32)
+    norms = [(rng.random(s.head_dim if s.normed else 0) + 0.5).astype(np.float32) for _ in range(2)]
+    pages = [-(-length // s.page_size) for length in s.lengths]
+    scale = 1.3 / np.sqrt(s.head_dim)
+    sequences = np.split(embeddings, np.cumsum(s.lengths)[:-1])
+    expected = np.concatenate([walked(s, rows, frequency, norms, scale) for rows in sequences])
+    return f"walk {s}", {
+        "heads": s.heads,
+        "kv_heads": s.kv_heads,
+        "head_dim": s.head_dim,
+        "page_size": s.page_size,
+        "window": s.window,
+        "wide": s.wide,
         "scale": scale,
         "eps": 1e-6,
         "embeddings": embeddings,
         "frequency": frequency,
         "q_norm": norms[0],
         "k_norm": norms[1],
-        "lengths": np.array(lengths, np.int32),
+        "lengths": np.array(s.lengths, np.int32),
         "pages": sum(pages) + 1,
         "tables": rng.permutation(sum(pages) + 1)[: sum(pages)].astype(np.int32),
         "table_start": np.cumsum([0, *pages[:-1]]),
         "expected": expected,
         # A key whose rounding to bfloat16 falls the other way moves a score by a bfloat16 step.
-        "allowed": np.full(expected.shape, (3e-6 if wide else 1e-3) * largest),
+        "allowed": np.full(expected.shape, (3e-6 if s.wide else 1e-3) * float(np.abs(embeddings).max())),
     }
 
 
+def walked(s: WalkShape, rows: np.ndarray, frequency: np.ndarray, norms: list[np.ndarray], scale: float) -> np.ndarray:
+    """Float64 [tokens, heads dim]: one sequence's outputs."""
+    parts = rows.reshape(len(rows), -1, s.head_dim).astype(float)
+    q, k, v = np.split(parts, [s.heads, s.heads + s.kv_heads], axis=1)
+    q, k = (rotated(rms_norm(x, w, 1e-6) if s.normed else x, frequency) for x, w in ((q, norms[0]), (k, norms[1])))
+    if not s.wide:
+        k, v = (bf16_values(bf16_bits(x)).astype(float) for x in (k, v))
+    group = s.heads // s.kv_heads
+    queries = [q[:, h * group :][:, :group] for h in range(s.kv_heads)]
+    out = [attend(queries[h], k[:, h], v[:, h], 0, s.window, scale) for h in range(s.kv_heads)]
+    return np.stack(out, axis=1).reshape(len(rows), -1)
+
+
 def rotated(x: np.ndarray, frequency: np.ndarray) -> np.ndarray:
-    """x [tokens, heads, dim] with its first 2 half columns turned; angles are products in float32, as models define them."""
+    """x [tokens, heads, dim] with its first 2 half columns turned; the angles are float32 products, as models have."""
     half = len(frequency)
     angle = (np.arange(len(x), dtype=np.float32)[:, None] * frequency).astype(float)[:, None]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
@@ -137,7 +161,9 @@ def block_case(fmt: str, tokens: int, cols: int, ff: int, silu: bool, rng: np.ra
     gate_up, gate_up_values = random_rows(fmt, 2 * ff, cols, rng)
     down, down_values = random_rows(fmt, cols, ff, rng)
     # The formats' random values differ in size by far.
-    vectors = {name: (rng.random(cols) + 0.5).astype(np.float32) for name in ("norm", "branch_norm", "out_norm", "bias")}
+    vectors = {
+        name: (rng.random(cols) + 0.5).astype(np.float32) for name in ("norm", "branch_norm", "out_norm", "bias")
+    }
     vectors["norm"] = (vectors["norm"] / (np.abs(gate_up_values).mean() * np.sqrt(cols))).astype(np.float32)
     x, branch = np.split(rows.astype(float) * 0.5, 2, axis=1)
     joined = x + rms_norm(branch, vectors["branch_norm"], 1e-6)

@@ -1,4 +1,4 @@
-"""Cases for the native test program (native/): random inputs, and outputs computed in float64 with how far off one may be."""
+"""Cases for the native test program (native/): random inputs, outputs computed in float64, how far off one may be."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def activations(count: int, cols: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def product_tolerance(fmt: str, x: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """[count, rows]: rounding to codes, block by block, and of the float32 sums. What a bound says, not what was seen."""
+    """[count, rows]: a bound of the rounding to codes, block by block, and of that of the float32 sums."""
     x, w = np.abs(x.astype(float)), np.abs(values)
     cols = x.shape[1]
     if fmt in PLAIN:
@@ -105,23 +105,38 @@ def bf16_values(bits: np.ndarray) -> np.ndarray:
 def row_cases(n: int, rng: np.random.Generator) -> Iterator[Case]:
     """Every op on a row of n; a rotation of n pairs; the largest of n with ties."""
     x, other = (rng.normal(size=n).astype(np.float32) * 3 for _ in range(2))
-    expected = rms_norm(x, other, 1e-6)
-    yield f"rms_norm {n}", {"x": x, "weight": other, "eps": 1e-6, "expected": expected, "allowed": (n / 8 + 8) * EPS * np.abs(expected)}
+    yield norm_case(x, other)
     total = x.astype(float) + other
     yield f"add {n}", {"x": x, "other": other, "expected": total, "allowed": 1.001 * EPS * np.abs(total)}
     for silu in (True, False):
-        gate = (x * rng.choice([1, 30], size=n)).astype(np.float32)
-        expected = act(gate.astype(float), silu) * other
-        # An error in the exponent's argument is one in the result times its size.
-        allowed = 4 * EPS * (2 + np.abs(gate) ** (1 if silu else 3)) * np.abs(expected) + 1e-35
-        yield f"act_mul {n} {'silu' if silu else 'gelu'}", {"x": gate, "up": other, "silu": silu, "expected": expected, "allowed": allowed}
+        yield act_case((x * rng.choice([1, 30], size=n)).astype(np.float32), other, silu)
     yield rotate_case(n, rng)
-    bits = np.concatenate([x.view(np.uint32), x.view(np.uint32) & 0xFFFF0000 | 0x8000, [0x7FC00000, 0x7F800000, 0xFF800000, 0x80000000, 1, 0x7F7FFFFF]])
-    words = bits.astype(np.uint32).view(np.float32)
-    yield f"to_bf16 {len(words)}", {"x": words, "expected": bf16_bits(words)}
+    yield bf16_case(x)
     coarse = np.round(x)
     coarse[rng.random(n) < 0.2] = -np.inf
     yield f"argmax {n}", {"x": coarse, "expected": int(np.argmax(coarse))}
+
+
+def norm_case(x: np.ndarray, weight: np.ndarray) -> Case:
+    expected = rms_norm(x, weight, 1e-6)
+    allowed = (len(x) / 8 + 8) * EPS * np.abs(expected)
+    return f"rms_norm {len(x)}", {"x": x, "weight": weight, "eps": 1e-6, "expected": expected, "allowed": allowed}
+
+
+def act_case(gate: np.ndarray, up: np.ndarray, silu: bool) -> Case:
+    expected = act(gate.astype(float), silu) * up
+    # An error in the exponent's argument, gate or its cube, is one in the result times its size.
+    allowed = 4 * EPS * (2 + np.abs(gate) ** (1 if silu else 3)) * np.abs(expected) + 1e-35
+    name = f"act_mul {len(gate)} {'silu' if silu else 'gelu'}"
+    return name, {"x": gate, "up": up, "silu": silu, "expected": expected, "allowed": allowed}
+
+
+def bf16_case(x: np.ndarray) -> Case:
+    """The numbers, the same as ties, and NaN, infinities, -0, the smallest and the largest."""
+    bits = x.view(np.uint32)
+    special = np.array([0x7FC00000, 0x7F800000, 0xFF800000, 0x80000000, 1, 0x7F7FFFFF], np.uint32)
+    words = np.concatenate([bits, bits & 0xFFFF0000 | 0x8000, special]).astype(np.uint32).view(np.float32)
+    return f"to_bf16 {len(words)}", {"x": words, "expected": bf16_bits(words)}
 
 
 def rotate_case(half: int, rng: np.random.Generator) -> Case:
