@@ -126,7 +126,7 @@ def norm_case(x: np.ndarray, weight: np.ndarray) -> Case:
 def act_case(gate: np.ndarray, up: np.ndarray, silu: bool) -> Case:
     expected = act(gate.astype(float), silu) * up
     # An error in the exponent's argument, gate or its cube, is one in the result times its size.
-    allowed = 4 * EPS * (2 + np.abs(gate) ** (1 if silu else 3)) * np.abs(expected) + 1e-35
+    allowed = 6 * EPS * (2 + np.abs(gate) ** (1 if silu else 3)) * np.abs(expected) + 1e-35
     name = f"act_mul {len(gate)} {'silu' if silu else 'gelu'}"
     return name, {"x": gate, "up": up, "silu": silu, "expected": expected, "allowed": allowed}
 
