@@ -18,6 +18,12 @@ const Kernels* kernels_or_throw(const std::string& isa) {
   throw std::invalid_argument("this processor has no kernels for instruction set " + isa);
 }
 
+// Whether every tile lies in one half and has its partner in the other.
+bool halves_are_tiles(const Matrix& m) {
+  const auto whole = [](const Segment& s) { return s.first_row % kRows == 0; };
+  return m.rows / 2 % kRows == 0 && std::all_of(m.segments.begin(), m.segments.end(), whole);
+}
+
 }  // namespace
 
 uint8_t* Store::take(int64_t size) {
@@ -272,6 +278,16 @@ void Model::multiply(int32_t matrix, const float* x, int64_t count, float* out) 
 
 void Model::each_tile(const Matrix& m, const Op& op, int64_t rows, float* out, int64_t stride) {
   const Rows input{rows, m.cols, normed_.data(), hi_.data(), lo_.data(), scale_.data(), sums_.data()};
+  if (op.act >= 0 && !(op.bias < 0 && halves_are_tiles(m))) {
+    std::vector<float> both(static_cast<size_t>(rows * m.rows));
+    Op linear = op;
+    linear.act = -1;
+    each_tile(m, linear, rows, both.data(), m.rows);
+    return rows_of(rows, [&](int64_t row) {
+      const float* gate = both.data() + row * m.rows;
+      kernels_->act_mul(gate, gate + m.rows / 2, m.rows / 2, op.act == 0, out + row * stride);
+    });
+  }
   if (op.act >= 0) {  // a gate tile and its up tile together
     const int64_t tiles = m.rows / 2 / kRows;
     const int64_t group = std::max<int64_t>(1, std::min(tiles / (4 * pool_.threads()), kItemBytes / (2 * tile_bytes(m.segments[0].format, m.cols))));
