@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.isa import HERE
+from tests.kernels.tiers import TIERS_HERE
 from tests.seeds import SEED
 from tokenspeed.kernels.cpu import _walk
 from tokenspeed.ops.kv import decode, encode, entry_columns
@@ -32,7 +32,7 @@ def all_magnitudes() -> torch.Tensor:
     return values[values.isfinite()]
 
 
-@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("isa", TIERS_HERE)
 @pytest.mark.parametrize("dtype", KV_FORMATS, ids=str)
 def test_stores_what_the_reference_stores(isa: str, dtype: torch.dtype) -> None:
     values = all_magnitudes()
@@ -57,7 +57,7 @@ def naive(q: np.ndarray, keys: np.ndarray, values: np.ndarray, first: int, windo
     return out
 
 
-@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("isa", TIERS_HERE)
 @pytest.mark.parametrize("dtype", KV_FORMATS, ids=str)
 @pytest.mark.parametrize(
     "queries, group, head_dim, first, window, page_size",

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.kernels.blocks import random_rows
-from tests.kernels.isa import HERE
 from tests.kernels.test_cpu_linear import TOLERANCE, multiply, packed
+from tests.kernels.tiers import TIERS_HERE
 from tests.seeds import SEED
 from tokenspeed.contracts.step import SamplingRow
 from tokenspeed.kernels.cpu import _walk
@@ -57,7 +57,7 @@ def check(model: _walk.Model, matrix: int, x: np.ndarray, num_tokens: int, tempe
         assert all(logits[row, at] == np.float32(logit) for at, logit in candidates)
 
 
-@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("isa", TIERS_HERE)
 @pytest.mark.parametrize("rows, blocks", [(1, 1), (16, 2), (37, 3), (70, 20)])
 def test_products_of_planes_are_those_of_the_weights(isa: str, rows: int, blocks: int) -> None:
     rng, cols = np.random.default_rng([SEED, rows]), 32 * blocks
@@ -77,7 +77,7 @@ def test_products_of_planes_are_those_of_the_weights(isa: str, rows: int, blocks
     np.testing.assert_allclose(out, multiply(*whole, x, rows), rtol=0, atol=2e-6 * size.max())
 
 
-@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("isa", TIERS_HERE)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("count", [1, 3, 4, 5])
 def test_tokens_are_those_of_all_logits(isa: str, temperature: float, count: int) -> None:
@@ -135,7 +135,7 @@ def test_few_rows_are_looked_at_twice() -> None:
     assert model.rescored < num_tokens // 20
 
 
-@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("isa", TIERS_HERE)
 def test_noise_is_the_samplers_own(isa: str) -> None:
     model = _walk.Model(1, isa)
     for seed, sample_index, position, first in [

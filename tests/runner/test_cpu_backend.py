@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.kernels.tiers import TIERS_HERE
 from tests.seeds import SEED
 from tokenspeed.contracts.step import NewSequence, PageGrant, PlanRow, SamplingRow, StepDelta
+from tokenspeed.kernels.cpu.registration import ISA_VARIABLE
 from tokenspeed.models.dense import DenseConfig, Family, dense_weights
 from tokenspeed.models.gemma3 import FAMILY as GEMMA3
 from tokenspeed.models.llama import FAMILY as LLAMA
@@ -61,6 +63,16 @@ VARIANTS: dict[str, tuple[Family, dict[str, Any]]] = {
         },
     ),
 }
+
+
+@pytest.fixture(
+    autouse=True,
+    params=[pytest.param(isa, marks=[pytest.mark.slow] if isa != TIERS_HERE[0] else []) for isa in TIERS_HERE],
+)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs on every instruction set here, on all but the best one in `make test-full` only."""
+    monkeypatch.setenv(ISA_VARIABLE, request.param)
+    return str(request.param)
 
 
 def make_model(name: str, formats: str | Mapping[str, str] = "F32", **changes: Any) -> LoadedModel:
@@ -135,6 +147,19 @@ def test_mixed_steps(name: str, page_size: int) -> None:
             stepper.start(slot, prompt(length, slot), 310)
     for counts in ({3: 290, 0: 19}, {3: 7, 0: 1, 7: 40}, {7: 1, 3: 1}, {3: 2}):
         close(cpu.step(counts), ref.step(counts), 2e-4)
+
+
+@pytest.mark.parametrize("isa", TIERS_HERE, indirect=True)
+def test_every_instruction_set(isa: str) -> None:
+    """In `make test` too; feed-forward rows that are no whole tiles."""
+    model = make_model("gemma3", {"embed": "Q8_0"}, ff_size=150)
+    ref, cpu = steppers(model, kv=torch.bfloat16)
+    assert isinstance(cpu.backend, CpuBackend)
+    assert cpu.backend.isa == isa
+    for stepper in (ref, cpu):
+        stepper.start(0, prompt(60), 64)
+    close(cpu.step({0: 57}), ref.step({0: 57}), 2e-3)
+    close(cpu.step({0: 3}), ref.step({0: 3}), 2e-3)
 
 
 @pytest.mark.parametrize("fmt", ["BF16", "F16", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q6_K"])

@@ -65,6 +65,20 @@ inline bool sees(const ts::AttentionTask& t, int64_t query, int64_t key) {
   return key <= query && (t.window == 0 || key > query - t.window);
 }
 
+// Entries lie a few hundred bytes each in pages strewn over the arena, where the hardware's own prefetch finds nothing:
+// while four keys are used, their values are fetched, and the keys of two blocks on.
+inline void fetch(const ts::AttentionTask& t, const uint8_t* const* keys, int64_t key) {
+  constexpr int64_t ahead = 8;
+  const int64_t bytes = kv_entry_bytes(t.format, t.head_dim);
+  for (int64_t k = key; k < std::min(t.end, key + 4); ++k) {
+    const uint8_t* value = keys[k - t.begin] + t.value_bytes;
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(value + at);
+    if (k + ahead >= t.end) continue;
+    const uint8_t* next = keys[k + ahead - t.begin];
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(next + at);
+  }
+}
+
 // Scores of up to four rows; a key that a row does not see gets -inf.
 template <class T>
 void scores_of(const ts::AttentionTask& t, const uint8_t* const* keys, int first, int rows, int64_t width) {
@@ -76,6 +90,7 @@ void scores_of(const ts::AttentionTask& t, const uint8_t* const* keys, int first
   const int64_t end = std::min(t.end, last + 1);
   for (int64_t key = t.live; key < end; key += 4) {
     const int some = static_cast<int>(std::min<int64_t>(4, end - key));
+    if (first == 0) fetch(t, keys, key);
     const T* k[4];
     for (int n = 0; n < some; ++n) k[n] = reinterpret_cast<const T*>(keys[key + n - t.begin]);
     float cells[4][4];

@@ -158,7 +158,7 @@ class Model {
   void prepare(const Op& op, const Matrix& m, int64_t rows);
   void prepare_row(const Op& op, const Matrix& m, int64_t row);
   void each_tile(const Matrix& m, const Op& op, int64_t rows, float* out, int64_t stride);
-  void pair_tiles(const Matrix& m, const Op& op, const Rows& input, int64_t tile, float* out, int64_t stride);
+  void pair_tiles(const Matrix& m, const Op& op, const Rows& input, int64_t first, int64_t last, float* out, int64_t stride);
   void rope_write(const Op& op);
   void rope_row(const Op& op, int64_t token, int64_t sequence);
   void attention(const Op& op);

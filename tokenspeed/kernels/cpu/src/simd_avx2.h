@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+namespace {  // each set has functions of these names: they must not be merged when linked
 namespace simd {
 
 struct W { __m256i a, b; };
@@ -175,3 +176,4 @@ inline void store_s8(int8_t* p, F v) {
 }
 
 }  // namespace simd
+}  // namespace

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+namespace {  // each set has functions of these names: they must not be merged when linked
 namespace simd {
 
 using W = __m512i;
@@ -113,3 +114,4 @@ inline void store_s8(int8_t* p, F v) {
 }
 
 }  // namespace simd
+}  // namespace

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+namespace {  // each set has functions of these names: they must not be merged when linked
 namespace simd {
 
 struct W { uint8_t b[64]; };
@@ -133,3 +134,4 @@ inline F scale_by_power(F v, F n) { return lanes([&](int i) { return std::ldexp(
 inline void store_s8(int8_t* p, F v) { for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(std::nearbyintf(v.v[i])); }
 
 }  // namespace simd
+}  // namespace

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+namespace {  // each set has functions of these names: they must not be merged when linked
 namespace simd {
 
 struct W { uint8x16_t v[4]; };
@@ -151,3 +152,4 @@ inline void store_s8(int8_t* p, F v) {
 }
 
 }  // namespace simd
+}  // namespace

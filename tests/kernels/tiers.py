@@ -1,4 +1,4 @@
-"""The instruction sets that kernel tests run under."""
+"""The instruction sets that this processor runs, best first."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ def runs(isa: str) -> bool:
     return True
 
 
-HERE = [isa for isa in TIERS if runs(isa)]
+TIERS_HERE = [isa for isa in TIERS if runs(isa)]
