@@ -46,13 +46,19 @@ class StepView:
         """cos and sin of this step's positions, [T, 1, dim/2] each; computed once per step and rope."""
         key = (rope, dtype)
         if key not in self.angles:
-            exponent = torch.arange(0, rope.dim, 2, dtype=torch.float32, device=self.positions.device) / rope.dim
-            frequency = 1.0 / rope.theta**exponent
-            if rope.divisors:
-                frequency = frequency / torch.tensor(rope.divisors, dtype=torch.float32, device=frequency.device)
+            frequency = frequencies(rope, self.positions.device)
             angle = self.positions.float()[:, None, None] * frequency
             self.angles[key] = (angle.cos().to(dtype), angle.sin().to(dtype))
         return self.angles[key]
+
+
+def frequencies(rope: Rope, device: torch.device) -> torch.Tensor:
+    """Radians per position of each rotated pair, float32 [dim/2]."""
+    exponent = torch.arange(0, rope.dim, 2, dtype=torch.float32, device=device) / rope.dim
+    frequency = 1.0 / rope.theta**exponent
+    if rope.divisors:
+        frequency = frequency / torch.tensor(rope.divisors, dtype=torch.float32, device=device)
+    return frequency
 
 
 def embed(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:

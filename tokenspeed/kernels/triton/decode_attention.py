@@ -1,0 +1,199 @@
+"""Attention of one or a few query tokens per sequence over its pages: keys split over programs, then combined.
+
+A program takes one work item (`queries` consecutive tokens of one sequence), one key head with its group of query heads
+as rows of one tile, and one split of the keys. How a sequence's keys are split depends on its own positions and the
+tile alone, and partial results are added in one order, so a row's bits do not depend on the other rows of the step.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tokenspeed.kernels.triton.attention_tiles import DecodeTile, pad
+from tokenspeed.kernels.triton.launch import launch_options
+from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer, absorb, entries, finish
+
+
+@triton.jit
+def _span(positions, slots, window, num_tokens, start, token, own, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+          MIN_BLOCKS: tl.constexpr):  # fmt: skip
+    """Slot of an item, position of each row (-1: none), its keys [begin, end), blocks of keys, splits in use."""
+    slot = tl.load(slots + start, mask=(start >= 0) & (start < num_tokens), other=-1)
+    owner = tl.load(slots + token, mask=own, other=-1)
+    same = own & (owner == slot) & (owner >= 0)
+    position = tl.load(positions + token, mask=same, other=-1)
+    end = tl.max(position) + 1
+    lowest = tl.min(tl.where(same, position, end))
+    begin = tl.where(window > 0, tl.maximum(lowest - window + 1, 0), 0)
+    blocks = tl.where(end > 0, tl.cdiv(end, KEYS) - begin // KEYS, 0)
+    used = tl.minimum(tl.cdiv(blocks, MIN_BLOCKS), SPLITS)
+    return slot, position, begin, end, blocks, used
+
+
+@triton.jit
+def _first_token(rows, item, QUERIES: tl.constexpr, LISTED: tl.constexpr):
+    """The item's first token, -1 for none."""
+    if LISTED:
+        return tl.load(rows + item)
+    else:
+        return item * QUERIES
+
+
+@triton.jit
+def _decode(q, kv, table, positions, slots, rows, out, partial, tops, totals, sinks,
+            num_tokens, window, q_row, table_slot, kv_page, kv_which, kv_entry, kv_head, scale,
+            QUERIES: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr,
+            DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+            MIN_BLOCKS: tl.constexpr, LISTED: tl.constexpr, SINKS: tl.constexpr, EARLY: tl.constexpr,
+            PDL: tl.constexpr) -> None:  # fmt: skip
+    head = tl.program_id(0)
+    split = tl.program_id(1)
+    item = tl.program_id(2)
+    if PDL and not EARLY:
+        gdc_wait()
+    r = tl.arange(0, ROWS)
+    t = r // GROUP_PAD
+    g = r % GROUP_PAD
+    start = _first_token(rows, item, QUERIES, LISTED)
+    token = start + t
+    own = (t < QUERIES) & (g < GROUP) & (token >= t) & (token < num_tokens)
+    slot, position, begin, end, blocks, used = _span(
+        positions, slots, window, num_tokens, start, token, own, KEYS, SPLITS, MIN_BLOCKS
+    )
+    if PDL and EARLY:
+        gdc_wait()
+    if PDL:
+        gdc_launch_dependents()
+
+    d = tl.arange(0, DIM_PAD)
+    wide = d < DIM
+    heads = head * GROUP + g
+    at = token.to(tl.int64) * (tl.num_programs(0) * GROUP * DIM) + heads * DIM
+    if not LISTED:
+        zeros = tl.zeros((ROWS, DIM_PAD), out.dtype.element_ty)
+        empty = own & (tl.zeros((ROWS,), tl.int32) + used + split == 0)
+        tl.store(out + at[:, None] + d[None, :], zeros, mask=empty[:, None] & wide[None, :])
+    if split >= used:
+        return
+
+    live = own & (position >= 0)
+    query = token.to(tl.int64) * q_row + heads * DIM
+    queries = tl.load(q + query[:, None] + d[None, :], mask=live[:, None] & wide[None, :], other=0)
+    acc = tl.zeros((ROWS, DIM_PAD), tl.float32)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    lowest = tl.where(window > 0, position - window, -1)
+    pages = table + slot.to(tl.int64) * table_slot
+    keys = kv + head * kv_head
+    block = begin // KEYS
+    for i in range(block + split * blocks // used, block + (split + 1) * blocks // used):
+        n = i * KEYS + tl.arange(0, KEYS)
+        seen = (n >= begin) & (n < end)
+        offsets = entries(pages, n, seen, kv_page, kv_entry, PAGE)[:, None] + d[None, :]
+        inside = seen[:, None] & wide[None, :]
+        key = tl.load(keys + offsets, mask=inside, other=0.0).to(queries.dtype)
+        value = tl.load(keys + kv_which + offsets, mask=inside, other=0.0).to(queries.dtype)
+        scores = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
+        visible = (n[None, :] <= position[:, None]) & (n[None, :] > lowest[:, None])
+        scores = tl.where(visible & seen[None, :], scores, float("-inf"))
+        acc, top, total = absorb(acc, top, total, scores, value)
+
+    if used == 1:
+        result = finish(acc, top, total, sinks, heads, own, SINKS)
+        tl.store(out + at[:, None] + d[None, :], result.to(out.dtype.element_ty), mask=own[:, None] & wide[None, :])
+    else:
+        part = ((item * tl.num_programs(0) + head).to(tl.int64) * SPLITS + split) * (QUERIES * GROUP) + t * GROUP + g
+        tl.store(partial + part[:, None] * DIM + d[None, :], acc, mask=own[:, None] & wide[None, :])
+        tl.store(tops + part, top, mask=own)
+        tl.store(totals + part, total, mask=own)
+
+
+@triton.jit
+def _combine(positions, slots, rows, out, partial, tops, totals, sinks, num_tokens, window,
+             QUERIES: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr,
+             DIM: tl.constexpr, DIM_PAD: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+             SPLITS_PAD: tl.constexpr, MIN_BLOCKS: tl.constexpr, LISTED: tl.constexpr, SINKS: tl.constexpr,
+             EARLY: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
+    """One query head of one token: its splits in order."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    item = tl.program_id(2)
+    if PDL and not EARLY:
+        gdc_wait()
+    t = tl.arange(0, ROWS) // GROUP_PAD
+    start = _first_token(rows, item, QUERIES, LISTED)
+    own = (t < QUERIES) & (start + t >= t) & (start + t < num_tokens)
+    _, _, _, _, _, used = _span(positions, slots, window, num_tokens, start, start + t, own, KEYS, SPLITS, MIN_BLOCKS)
+    if PDL and EARLY:
+        gdc_wait()
+    if PDL:
+        gdc_launch_dependents()
+    token = start + row // GROUP
+    if (used <= 1) | (token >= num_tokens):
+        return
+    s = tl.arange(0, SPLITS_PAD)
+    d = tl.arange(0, DIM_PAD)
+    part = ((item * tl.num_programs(1) + head).to(tl.int64) * SPLITS + s) * (QUERIES * GROUP) + row
+    at_top = tl.load(tops + part, mask=s < used, other=float("-inf"))
+    highest = tl.max(at_top)
+    weight = tl.exp2(at_top - tl.where(highest == float("-inf"), 0.0, highest))
+    total = tl.sum(tl.load(totals + part, mask=s < used, other=0) * weight)
+    sums = tl.load(partial + part[:, None] * DIM + d[None, :], mask=(s < used)[:, None] & (d < DIM)[None, :], other=0)
+    acc = tl.sum(sums * weight[:, None], axis=0)
+    one = tl.arange(0, 1)
+    heads = one + head * GROUP + row % GROUP
+    result = finish(acc[None, :], one + highest, one + total, sinks, heads, one == 0, SINKS)
+    at = token.to(tl.int64) * (tl.num_programs(1) * GROUP * DIM) + heads[:, None] * DIM + d[None, :]
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=(d < DIM)[None, :])
+
+
+def decode_attention(
+    q: torch.Tensor,
+    paged: PagedLayer,
+    heads: Heads,
+    tile: DecodeTile,
+    sinks: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    queries: int = 1,
+    early: bool = False,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """softmax(q k^T * scale) v over the pages; the query at position p sees keys p - window + 1 .. p.
+
+    q [T, heads * head_dim], rows contiguous. Work items are the T tokens in runs of `queries` (1 to 8, tokens of one
+    sequence, padding last), or those that begin at the tokens of `rows` (int32 [n], -1 for none).
+    sinks: float32 [heads], logits that join the softmax's denominator.
+    early: positions, slots and block tables were written by a kernel that had ended before this one could start, so
+    they are read before the wait of dependent launch.
+    Writes into `out` where given, then only the rows listed. Returns [T, heads * head_dim]; zeros for padding.
+    """
+    if out is None:
+        out = torch.empty((q.shape[0], heads.heads * heads.head_dim), dtype=q.dtype, device=q.device)
+    items = -(-q.shape[0] // queries) if rows is None else rows.shape[0]
+    parts = (items, heads.kv_heads, tile.splits, queries * heads.group)
+    needed = parts if tile.splits > 1 else (1,)
+    partial = torch.empty((*needed, heads.head_dim), dtype=torch.float32, device=q.device)
+    tops, totals = torch.empty((2, *needed), dtype=torch.float32, device=q.device)
+    group_pad = pad(heads.group)
+    shape = {
+        "QUERIES": queries, "GROUP": heads.group, "GROUP_PAD": group_pad, "ROWS": max(16, pad(queries) * group_pad),
+        "DIM": heads.head_dim, "DIM_PAD": pad(heads.head_dim), "KEYS": tile.keys, "SPLITS": tile.splits,
+        "MIN_BLOCKS": tile.min_blocks, "LISTED": rows is not None, "SINKS": sinks is not None, "EARLY": early,
+        "PDL": pdl,
+    }  # fmt: skip
+    listed, sink = out if rows is None else rows, out if sinks is None else sinks
+    _decode[(heads.kv_heads, tile.splits, items)](
+        q, paged.kv, paged.table, paged.positions, paged.slots, listed, out, partial, tops, totals, sink,
+        q.shape[0], heads.window, q.stride(0), paged.table.stride(0), *paged.kv.stride()[:4], heads.scale * LOG2E.value,
+        PAGE=paged.kv.shape[2], **shape, **launch_options(pdl, num_warps=tile.warps, num_stages=tile.stages),
+    )  # fmt: skip
+    if tile.splits > 1:
+        _combine[(queries * heads.group, heads.kv_heads, items)](
+            paged.positions, paged.slots, listed, out, partial, tops, totals, sink, q.shape[0], heads.window,
+            SPLITS_PAD=pad(tile.splits), **shape, **launch_options(pdl, num_warps=4),
+        )  # fmt: skip
+    return out
