@@ -1,0 +1,1 @@
+"""Kernels in Triton, one file per memory pattern. Importing a module here imports triton."""
