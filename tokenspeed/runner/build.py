@@ -27,8 +27,6 @@ from tokenspeed.runner.arena import Arena, PageShape
 from tokenspeed.runner.cpu_backend import CpuBackend, why_not
 from tokenspeed.runner.executor import LocalExecutor
 from tokenspeed.runner.gpu.backend import GpuBackend, triton_available
-from tokenspeed.runner.gpu.executor import GpuExecutor
-from tokenspeed.runner.gpu.link import CudaLink, gpu_steps
 from tokenspeed.runner.layout import page_layout
 from tokenspeed.runner.model import DTYPES, LoadedModel, Progress, compute_dtype, load_model
 from tokenspeed.runner.packed_copy import PackedCopy
@@ -94,8 +92,7 @@ class Prepared:
         """Reserve the pages and make the executor."""
         arena = Arena(num_pages, self.shape, self.model.device)
         if isinstance(self.backend, GpuBackend):
-            link, kernels = CudaLink(), gpu_steps()
-            return GpuExecutor(self.backend, arena, kernels, link, max_num_seqs=max_num_seqs, max_len=max_model_len)
+            return gpu_executor(self.backend, arena, max_num_seqs, max_model_len)
         self.backend.bind(arena)
         return LocalExecutor(self.backend, arena, self.model.definition.config.vocab_size)
 
@@ -171,3 +168,11 @@ def choose_backend(
     no_use = "" if copy is None else "; --packed-cache has no use"
     logger.warning("the slow reference runs this model; no fast kernel for: %s%s", ", ".join(missing), no_use)
     return RefBackend(model, fallback_ops=missing, progress=progress)
+
+
+def gpu_executor(backend: GpuBackend, arena: Arena, max_num_seqs: int, max_len: int) -> Executor:
+    """The executor of the current CUDA device."""
+    from tokenspeed.runner.gpu.executor import GpuExecutor
+    from tokenspeed.runner.gpu.link import CudaLink, TritonSteps  # Triton is an optional package
+
+    return GpuExecutor(backend, arena, TritonSteps(), CudaLink(), max_num_seqs=max_num_seqs, max_len=max_len)

@@ -40,6 +40,9 @@ class GpuBackend:
         ref.register(self._registry)
         self._plans: dict[int, Plan] = {}
 
+        shape = model.definition.config
+        self.num_heads, self.vocab_size = shape.num_heads, shape.vocab_size
+
     @property
     def fallback_ops(self) -> list[str]:
         """Ops that the reference runs in the smallest bucket, although they have arithmetic of their own."""
@@ -103,6 +106,7 @@ def triton_available() -> bool:
 
 
 def _register_kernels(registry: Registry) -> None:
-    from tokenspeed.kernels.triton import registration  # Triton is an optional package
+    from tokenspeed.kernels.triton import attention_registration, dense  # Triton is an optional package
 
-    registration.register(registry)
+    attention_registration.register(registry)
+    dense.register(registry)

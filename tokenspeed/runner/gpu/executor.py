@@ -1,7 +1,7 @@
-"""Runs step plans on a GPU without waiting: a packet goes in, a captured step runs, tokens come back later.
+"""Runs step plans on a GPU without waiting: a header goes in, a captured step runs, tokens come back later.
 
 Sampled tokens are fed back on the device, so the next step is launched before they are known here. Rows that ask for
-more than the captured sampler does (edits, penalties, log-probabilities) make their step wait and go the plain way.
+log-probabilities, or for more than a slot of the sampler holds, make their step wait and go the plain way.
 """
 
 from __future__ import annotations
@@ -9,38 +9,62 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from tokenspeed.contracts.step import NewSequence, ResultRow, SamplingRow, StepPlan, StepResult
+from tokenspeed.contracts.step import NewSequence, ResultRow, StepPlan, StepResult
+from tokenspeed.kernels.triton.sampling_state import SamplingState, excess, is_edited
 from tokenspeed.program.plan import bucket_of
 from tokenspeed.runner.arena import Arena
-from tokenspeed.runner.edits import has_penalties
 from tokenspeed.runner.gpu.backend import GpuBackend
 from tokenspeed.runner.gpu.graphs import Device, Graphs
 from tokenspeed.runner.gpu.host import Changes, HostSlots, LaunchedRow
-from tokenspeed.runner.gpu.state import HEADER, ROW, DeviceState, StateShape
-from tokenspeed.runner.gpu.steps import StepBuffers, step_buffers
+from tokenspeed.runner.gpu.state import DeviceState, Lengths, StateShape
 from tokenspeed.runner.gpu.view import GpuView
+from tokenspeed.runner.edits import has_penalties
 from tokenspeed.runner.inputs import wanted_rows
 from tokenspeed.runner.jobs import jobs_of, run_jobs
 
 DEPTH = 2
 """Steps under way: one runs while the host prepares the next."""
 PAIRS = 1024
-"""Words of state that one packet changes; more take further packets."""
-_WORD = 0xFFFFFFFF
+"""Words of state that one header changes; more take further headers."""
+Entries = tuple[np.ndarray, np.ndarray]
+
+
+class Inputs(Protocol):
+    """What `prepare` gives; see `kernels.triton.step.StepInputs`."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    row_slots: torch.Tensor
+    row_counts: torch.Tensor
+    row_starts: torch.Tensor
+    row_firsts: torch.Tensor
+    sample_rows: torch.Tensor
+    sample_slots: torch.Tensor
+    sample_positions: torch.Tensor
 
 
 class StepKernels(Protocol):
-    """The work around the forward pass; see `steps` for what each does."""
+    """The work around the forward pass; see `kernels.triton.step` and `kernels.triton.sample`."""
 
-    scatter: Callable[[torch.Tensor, DeviceState, int], None]
-    prepare: Callable[[torch.Tensor, DeviceState, StepBuffers], None]
-    sample: Callable[[torch.Tensor, DeviceState, StepBuffers], torch.Tensor]
-    finish: Callable[[torch.Tensor, DeviceState, StepBuffers], None]
+    def prepare(self, header: torch.Tensor, state: torch.Tensor, lengths: Lengths, tokens: int, rows: int) -> Inputs: ...
+
+    def items(self, inputs: Inputs, header: torch.Tensor, arena: Arena, heads: int) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def sample(
+        self, logits: torch.Tensor, inputs: Inputs, state: SamplingState, pool: torch.Tensor, edits: bool
+    ) -> torch.Tensor: ...
+
+    def finish(self, drawn: torch.Tensor, inputs: Inputs, lengths: Lengths, state: SamplingState) -> torch.Tensor: ...
+
+    def count_tokens(
+        self, slots: torch.Tensor, prompts: torch.Tensor, lengths: Lengths, counts: torch.Tensor
+    ) -> None: ...
 
 
 class Link(Protocol):
@@ -49,8 +73,8 @@ class Link(Protocol):
     @property
     def recorder(self) -> Device: ...
 
-    def pinned(self, size: int) -> torch.Tensor:
-        """Host memory, int32 [size], that copies run from and to beside the host."""
+    def pinned(self, *shape: int) -> torch.Tensor:
+        """Host memory, int32, that copies run from and to beside the host."""
         ...
 
     def mark(self) -> Callable[[], None]:
@@ -72,9 +96,8 @@ class Launched:
         """The tokens, when the device is done with them. Steps are asked in the order of their launch."""
         if self.found is None:
             self.wait()
-            tokens = self.tokens.tolist()
             rows = []
-            for row, token in zip(self.rows, tokens, strict=False):
+            for row, (token, _) in zip(self.rows, self.tokens[: len(self.rows)].tolist(), strict=True):
                 if row.samples:
                     row.slot.append(token)
                 rows.append(ResultRow(row.number, row.start + row.count, [token] if row.samples else []))
@@ -83,7 +106,7 @@ class Launched:
 
 
 class GpuExecutor:
-    """One GPU. `max_num_seqs` rows and `max_tokens` tokens are the most of a step, `max_len` of a sequence."""
+    """One GPU. `max_num_seqs`: most rows of a step. `max_len`: most tokens of a sequence."""
 
     max_in_flight = DEPTH
 
@@ -99,18 +122,17 @@ class GpuExecutor:
         graphs: bool = True,
     ) -> None:
         shape = arena.shape
+        groups, pages = len(shape.layout.windows), -(-max_len // shape.page_size)
         self.backend, self._arena, self._kernels, self._link = backend, arena, kernels, link
-        self._groups = len(shape.layout.windows)
-        self._slots = HostSlots(self._groups, shape.page_size)
-        pages = -(-max_len // shape.page_size)
         self.device = backend.model.device
-        self.state = DeviceState(StateShape(max_num_seqs, self._groups, pages, max_len), self.device)
+        self.state = DeviceState(StateShape(max_num_seqs, groups, pages, max_len), self.device)
+        self._slots = HostSlots(groups, shape.page_size)
         self._max_rows = max_num_seqs
-        self._packet = torch.zeros(HEADER + ROW * max_num_seqs + 2 * PAIRS, dtype=torch.int32, device=self.device)
-        self._staging = [(link.pinned(len(self._packet)), link.pinned(max_num_seqs)) for _ in range(DEPTH + 1)]
+        words = 2 + 4 * max_num_seqs + 2 * PAIRS
+        self._header = torch.zeros(words, dtype=torch.int32, device=self.device)
+        self._staging = [(link.pinned(words), link.pinned(max_num_seqs, 2)) for _ in range(DEPTH + 1)]
         self._turn = 0
-        self._buckets: dict[int, tuple[StepBuffers, GpuView]] = {}
-        self._logits: dict[int, torch.Tensor] = {}
+        self._steps: dict[int, _Step] = {}
         self.graphs = Graphs(link.recorder, graphs)
         self._pending: deque[Launched] = deque(maxlen=DEPTH + 1)
 
@@ -128,133 +150,138 @@ class GpuExecutor:
         for copies in plan.delta.copies:
             self._arena.copy(copies.pages)
         changes = self._slots.apply(plan)
-        for new in changes.new:
-            self._write_prompt(new)
         rows = self._slots.launch(plan.rows)
-        packet, tokens = self._staging[self._turn]
+        header, results = self._staging[self._turn]
         self._turn = (self._turn + 1) % len(self._staging)
-        self._upload(packet, changes, rows)
+        self._upload(header, changes, rows)
         if any(_needs_logits(row) for row in rows):
-            step = self._step_by_logits(plan.step_id, rows)
+            launched = self._step_by_logits(plan.step_id, rows)
         else:
-            step = self._step(plan.step_id, rows, tokens)
-        self._pending.append(step)
-        return step
+            launched = self._step(plan.step_id, rows, results)
+        self._pending.append(launched)
+        return launched
 
-    def _step(self, step_id: int, rows: list[LaunchedRow], tokens: torch.Tensor) -> Launched:
+    def _step(self, step_id: int, rows: list[LaunchedRow], results: torch.Tensor) -> Launched:
         bucket = bucket_of(sum(row.count for row in rows))
-        buffers, view = self._bucket(bucket)
-        self.graphs.run(("forward", bucket), lambda: self._forward(buffers, view, bucket))
-        self.graphs.run(("sample", bucket), lambda: self._sample(buffers, bucket))
-        tokens[: len(buffers.result)].copy_(buffers.result, non_blocking=True)
-        return Launched(step_id, rows, tokens, self._link.mark())
+        edits = any(is_edited(row.slot.sampling) for row in rows)
+        step = self._steps.setdefault(bucket, _Step(bucket, min(bucket, self._max_rows)))
+        self.graphs.run(("forward", bucket), lambda: self._forward(step))
+        self.graphs.run(("sample", bucket, edits), lambda: self._sample(step, edits))
+        results[: step.rows].copy_(step.result[edits], non_blocking=True)
+        return Launched(step_id, rows, results, self._link.mark())
 
-    def _forward(self, buffers: StepBuffers, view: GpuView, bucket: int) -> None:
-        self._kernels.prepare(self._packet, self.state, buffers)
-        logits = self.backend.forward(view)
-        if bucket not in self._logits:
-            self._logits[bucket] = torch.empty_like(logits)
-        self._logits[bucket].copy_(logits)
+    def _prepare(self, step: _Step) -> GpuView:
+        step.inputs = self._kernels.prepare(self._header, self.state.flat, self.state.lengths, step.tokens, step.rows)
+        return self._view(step.inputs)
 
-    def _sample(self, buffers: StepBuffers, bucket: int) -> None:
-        sampled = self._kernels.sample(self._logits[bucket], self.state, buffers)
-        self._kernels.finish(sampled, self.state, buffers)
+    def _forward(self, step: _Step) -> None:
+        step.logits = self.backend.forward(self._prepare(step))
+
+    def _sample(self, step: _Step, edits: bool) -> None:
+        sampling, lengths = self.state.sampling, self.state.lengths
+        drawn = self._kernels.sample(step.logits, step.inputs, sampling, lengths.pool, edits)
+        step.result[edits] = self._kernels.finish(drawn, step.inputs, lengths, sampling)
 
     def _step_by_logits(self, step_id: int, rows: list[LaunchedRow]) -> Launched:
         """Wait until all tokens are known, then forward, score and sample as the reference does."""
-        for step in self._pending:
-            step.result()
-        buffers, view = self._bucket(bucket_of(sum(row.count for row in rows)))
-        self._kernels.prepare(self._packet, self.state, buffers)
+        for launched in self._pending:
+            launched.result()
+        bucket = bucket_of(sum(row.count for row in rows))
+        step = _Step(bucket, min(bucket, self._max_rows))
+        view = self._prepare(step)
         wanted = torch.tensor(wanted_rows(rows), dtype=torch.int32, device=self.device)
-        logits = self.backend.forward(view.asking(wanted)).float()
         results = [ResultRow(row.number, row.start + row.count, [], [], []) for row in rows]
         jobs = [job for row, result in zip(rows, results, strict=True) for job in jobs_of(row, result)]
+        logits = self.backend.forward(view.asking(wanted)).float()
         if jobs:
             run_jobs(logits, jobs)
-        sampled = [result.token_ids[0] if result.token_ids else -1 for result in results]
-        sampled += [-1] * (len(buffers.result) - len(sampled))
-        self._kernels.finish(torch.tensor(sampled, dtype=torch.int32, device=self.device), self.state, buffers)
-        return Launched(step_id, rows, buffers.result, lambda: None, StepResult(step_id, results))
+        drawn = torch.zeros(step.rows, dtype=torch.int32)
+        for at, result in enumerate(results):
+            drawn[at] = result.token_ids[0] if result.token_ids else -1
+        self._kernels.finish(drawn.to(self.device), step.inputs, self.state.lengths, self.state.sampling)
+        return Launched(step_id, rows, drawn, lambda: None, StepResult(step_id, results))
 
-    def _bucket(self, tokens: int) -> tuple[StepBuffers, GpuView]:
-        if tokens not in self._buckets:
-            buffers = step_buffers(tokens, min(tokens, self._max_rows), self.device)
-            shape = self._arena.shape
-            view = GpuView(
-                tokens=buffers.tokens,
-                positions=buffers.positions,
-                slots=buffers.slots,
-                rows=buffers.rows,
-                block_tables=self.state.block_tables,
-                kv=self._arena.kv,
-                places=shape.layout.places,
-                page_size=shape.page_size,
-                num_kv_heads=shape.kv_heads,
-                head_dim=shape.head_dim,
-            )
-            self._buckets[tokens] = (buffers, view)
-        return self._buckets[tokens]
+    def _view(self, inputs: Inputs) -> GpuView:
+        shape = self._arena.shape
+        items, decode_rows = self._kernels.items(inputs, self._header, self._arena, self.backend.num_heads)
+        return GpuView(
+            tokens=inputs.tokens,
+            positions=inputs.positions,
+            slots=inputs.slots,
+            rows=inputs.sample_rows,
+            block_tables=self.state.block_tables,
+            kv=self._arena.kv,
+            places=shape.layout.places,
+            page_size=shape.page_size,
+            num_kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            items=items,
+            decode_rows=decode_rows,
+        )
 
-    def _write_prompt(self, new: NewSequence) -> None:
-        ids = torch.tensor(new.token_ids, dtype=torch.int32)
-        self.state.pool[new.slot, : len(ids)].copy_(ids)
-
-    def _upload(self, packet: torch.Tensor, changes: Changes, rows: Sequence[LaunchedRow]) -> None:
-        """Fill the packet and send it; pairs that find no place in it are sent before."""
-        words = packet.numpy()
-        pairs = self._pairs(changes)
-        while len(pairs) > PAIRS:
-            self._send(torch.from_numpy(_with_pairs(np.zeros_like(words), pairs[:PAIRS], self._max_rows)))
-            pairs = pairs[PAIRS:]
-        words[:HEADER] = (len(rows), len(pairs), 0, 0)
-        table = words[HEADER : HEADER + ROW * len(rows)].reshape(-1, ROW)
-        for at, row in enumerate(rows):
-            table[at] = (row.number, row.count, row.offset, row.start + row.count)
-        self._send(torch.from_numpy(_with_pairs(words, pairs, self._max_rows)) if pairs else packet)
-
-    def _send(self, packet: torch.Tensor) -> None:
-        self._packet.copy_(packet, non_blocking=True)
-        if packet[1]:
-            self._kernels.scatter(self._packet, self.state, self._max_rows)
-
-    def _pairs(self, changes: Changes) -> list[tuple[int, int]]:
-        state = self.state
-        pairs = [(state.table_word(g, slot, entry), page) for g, slot, entry, page in changes.words()]
+    def _upload(self, header: torch.Tensor, changes: Changes, rows: Sequence[LaunchedRow]) -> None:
+        """Send what changed and the rows. What finds no place in one header goes ahead in others without rows."""
         for new in changes.new:
-            values = {"num_computed": new.num_computed, "num_tokens": len(new.token_ids), **_fields(new.sampling)}
-            pairs += [(state.field_word(name, new.slot), value) for name, value in values.items()]
-        return pairs
+            ids = torch.tensor(new.token_ids, dtype=torch.int32)
+            self.state.lengths.pool[new.slot, : len(ids)].copy_(ids)
+        entries = [self.state.table_entries(*table) for table in changes.tables]
+        entries += [self.state.sequence_entries(new) for new in changes.new]
+        indices, values = _joined(entries)
+        while len(indices) > PAIRS:
+            self._send(torch.zeros_like(header), [], indices[:PAIRS], values[:PAIRS])
+            self._kernels.prepare(self._header, self.state.flat, self.state.lengths, 1, 1)
+            indices, values = indices[PAIRS:], values[PAIRS:]
+        self._send(header, rows, indices, values)
+        if any(has_penalties(new.sampling) for new in changes.new):
+            self._count(changes.new)
+
+    def _send(
+        self, header: torch.Tensor, rows: Sequence[LaunchedRow], indices: np.ndarray, values: np.ndarray
+    ) -> None:
+        words, first = header.numpy(), 1 + 4 * len(rows)
+        words[0], words[first] = len(rows), len(indices)
+        for at, row in enumerate(rows):
+            words[1 + 4 * at : 5 + 4 * at] = (row.number, row.count, row.offset, row.start + row.count)
+        end = first + 1 + 2 * len(indices)
+        words[first + 1 : end : 2], words[first + 2 : end : 2] = indices, values
+        self._header[:end].copy_(header[:end], non_blocking=True)
+
+    def _count(self, sequences: list[NewSequence]) -> None:
+        """Count the tokens of sequences with penalties, once their lengths are on the device."""
+        penalized = [new for new in sequences if has_penalties(new.sampling)]
+        if self.state.sampling.counts is None:
+            self.state.sampling = self.state.sampling.with_counts(self.backend.vocab_size)
+            self.graphs.forget()  # captured steps do not know the counts
+            self._steps.clear()
+        counts = self.state.sampling.counts
+        assert counts is not None
+        slots, prompts, known = (
+            torch.tensor(column, dtype=torch.int32, device=self.device)
+            for column in zip(*((new.slot, new.num_prompt, len(new.token_ids)) for new in penalized), strict=True)
+        )
+        self.state.lengths.num_tokens[slots.long()] = known
+        self._kernels.count_tokens(slots, prompts, self.state.lengths, counts)
 
 
-def _with_pairs(words: np.ndarray, pairs: list[tuple[int, int]], max_rows: int) -> np.ndarray:
-    start = HEADER + ROW * max_rows
-    words[1] = len(pairs)
-    words[start : start + 2 * len(pairs)] = np.array(pairs, dtype=np.int32).reshape(-1)
-    words[start + 2 * len(pairs) :: 2] = -1
-    return words
+class _Step:
+    """Tensors of a bucket: those of its captured step, or of the last eager one."""
+
+    def __init__(self, tokens: int, rows: int) -> None:
+        self.tokens, self.rows = tokens, rows
+        self.inputs: Any = None
+        self.logits = torch.empty(0)
+        self.result: dict[bool, torch.Tensor] = {}
 
 
-def _fields(sampling: SamplingRow) -> dict[str, int]:
-    floats = np.array([sampling.temperature, sampling.top_p, sampling.min_p], dtype=np.float32).view(np.int32)
-    seed = np.array([sampling.seed & _WORD, sampling.seed >> 32 & _WORD], dtype=np.uint32).view(np.int32)
-    temperature, top_p, min_p = floats.tolist()
-    low, high = seed.tolist()
-    return {
-        "temperature": temperature,
-        "top_k": max(0, sampling.top_k),
-        "top_p": top_p,
-        "min_p": min_p,
-        "seed_low": low,
-        "seed_high": high,
-        "sample_index": sampling.sample_index,
-    }
+def _joined(entries: list[Entries]) -> Entries:
+    if not entries:
+        return np.empty(0, np.int32), np.empty(0, np.int32)
+    indices, values = zip(*entries, strict=True)
+    return np.concatenate(indices), np.concatenate(values)
 
 
 def _needs_logits(row: LaunchedRow) -> bool:
     """Whether a row asks for what the captured sampler does not do."""
     sampling = row.slot.sampling
-    edited = sampling.logit_bias or sampling.allowed_ids is not None or sampling.banned_ids or sampling.bad_words
     told = sampling.logprobs >= 0 or sampling.prompt_logprobs >= 0
-    waits = bool(sampling.stop_ids) and row.slot.num_tokens - row.slot.num_prompt <= sampling.min_tokens
-    return bool(edited or told or sampling.masked or has_penalties(sampling) or (waits and sampling.min_tokens))
+    return told or sampling.masked or excess(sampling) is not None

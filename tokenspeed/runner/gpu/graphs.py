@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-CAPTURES_PER_STEP = 1
-"""Captures cost tens of milliseconds: a burst of new buckets must not stop the others' tokens."""
+CAPTURES_PER_STEP = 2
+"""A forward pass and its sampling. Captures cost tens of milliseconds: a burst of new buckets must not stop the others' tokens."""
 RUNS_BEFORE_CAPTURE = 1
 """Eager runs of a bucket first: they compile its kernels and set up its libraries, which a capture must not do."""
 
@@ -33,7 +33,7 @@ class CudaDevice:
     """Records CUDA graphs that share one pool of memory: replays never overlap."""
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def capture(self, work: Callable[[], None]) -> Replay:
         graph = torch.cuda.CUDAGraph()
@@ -73,8 +73,9 @@ class Graphs:
         return list(self._replays)
 
     def forget(self) -> None:
-        """Drop all graphs: their memory moved."""
+        """Drop all graphs: what they read or write has moved."""
         self._replays.clear()
+        self._eager_runs.clear()
 
     def _may_capture(self, key: object) -> bool:
         return self._enabled and self._left > 0 and self._eager_runs.get(key, 0) >= RUNS_BEFORE_CAPTURE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tokenspeed.contracts.step import NewSequence, PlanRow, StepPlan
@@ -33,12 +33,6 @@ class Changes:
     new: list[NewSequence] = field(default_factory=list)
     tables: list[tuple[int, int, int, list[int]]] = field(default_factory=list)
     """(group, slot, first entry, pages)."""
-
-    def words(self) -> Iterator[tuple[int, int, int, int]]:
-        """Single block table entries: group, slot, entry, page."""
-        for group, slot, first, pages in self.tables:
-            for i, page in enumerate(pages):
-                yield group, slot, first + i, page
 
 
 class HostSlots:

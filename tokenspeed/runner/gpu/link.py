@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from tokenspeed.runner.gpu import steps
+from tokenspeed.kernels.triton import attention_tiles, sample, step, work_items
+from tokenspeed.kernels.triton.sampling_state import SamplingState
+from tokenspeed.runner.arena import Arena
 from tokenspeed.runner.gpu.graphs import CudaDevice
+
+MOST_DECODE_TOKENS = 64
+"""Buckets up to this treat every token as a sequence of its own and need no work list."""
 
 
 class CudaLink:
@@ -18,9 +22,9 @@ class CudaLink:
     def __init__(self) -> None:
         self.recorder = CudaDevice()
 
-    def pinned(self, size: int) -> torch.Tensor:
-        """Page-locked int32 [size]."""
-        return torch.zeros(size, dtype=torch.int32).pin_memory()
+    def pinned(self, *shape: int) -> torch.Tensor:
+        """Page-locked zeros, int32."""
+        return torch.zeros(shape, dtype=torch.int32).pin_memory()
 
     def mark(self) -> Callable[[], None]:
         """An event after all work given so far."""
@@ -29,7 +33,34 @@ class CudaLink:
         return event.synchronize
 
 
-def gpu_steps() -> Any:
+class TritonSteps:
     """The kernels before and after the forward pass."""
-    module: ModuleType = steps
-    return module
+
+    prepare = staticmethod(step.prepare)
+    finish = staticmethod(step.finish)
+    count_tokens = staticmethod(step.count_tokens)
+
+    @staticmethod
+    def items(
+        inputs: Any, header: torch.Tensor, arena: Arena, heads: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The prefill kernel's work list, and the rows left to the decode kernel; none for small buckets."""
+        tokens, rows, shape = len(inputs.tokens), len(inputs.row_slots), arena.shape
+        if tokens <= MOST_DECODE_TOKENS:
+            return None, None
+        each = attention_tiles.item_tokens(heads, shape.kv_heads, shape.head_dim, 2)
+        count = attention_tiles.max_items(tokens, rows, each)
+        items = torch.empty((count, 4), dtype=torch.int32, device=header.device)
+        decode_rows = torch.empty(rows, dtype=torch.int32, device=header.device)
+        work_items.make_items(
+            inputs.row_slots, inputs.row_starts, inputs.row_counts, inputs.row_firsts, header[:1], tokens, each, items,
+            decode_rows,
+        )  # fmt: skip
+        return items, decode_rows
+
+    @staticmethod
+    def sample(
+        logits: torch.Tensor, inputs: Any, state: SamplingState, pool: torch.Tensor, edits: bool
+    ) -> torch.Tensor:
+        """A token per row."""
+        return sample.sample(logits, inputs.sample_slots, inputs.sample_positions, state, edits=edits, pool=pool)

@@ -1,15 +1,14 @@
-"""All device state of a runner's sequences, in one flat int32 tensor that a packet changes before each step."""
+"""All device state of a runner's sequences, in one flat int32 tensor that a header changes before each step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-HEADER = 4
-"""Words before the rows: rows, pairs, two unused."""
-ROW = 4
-"""Words of a row: slot, most tokens, offset in the step, reserved positions."""
+from tokenspeed.contracts.step import NewSequence
+from tokenspeed.kernels.triton.sampling_state import SamplingState, slot_entries
 
 
 @dataclass(frozen=True)
@@ -27,45 +26,38 @@ class StateShape:
         return self.groups * self.slots * self.pages
 
 
-FIELDS = (
-    "num_computed",
-    "num_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "seed_low",
-    "seed_high",
-    "sample_index",
-)
-"""One word per slot each, after the block tables; floats by their bits."""
-FLOATS = ("temperature", "top_p", "min_p")
+@dataclass(frozen=True)
+class Lengths:
+    """Known tokens of all slots: how many are computed and how many there are, int32 [slots] each, and the tokens,
+    int32 [slots, length + 1]; sampled ones are appended by the device."""
+
+    num_computed: torch.Tensor
+    num_tokens: torch.Tensor
+    pool: torch.Tensor
 
 
 class DeviceState:
-    """Views of `flat`, int32: block_tables [groups, slots, pages], and a [slots] tensor per field; its last word takes
-    what goes nowhere. `pool`: known tokens, int32 [slots, length + 1]; the device appends what it samples.
-    """
+    """Views of `flat`, int32: block_tables [groups, slots, pages], `lengths`, and `sampling`."""
 
     def __init__(self, shape: StateShape, device: torch.device) -> None:
         self.shape = shape
-        self.flat = torch.zeros(shape.tables + len(FIELDS) * shape.slots + 1, dtype=torch.int32, device=device)
-        self.block_tables = self.flat[: shape.tables].view(shape.groups, shape.slots, shape.pages)
-        self.pool = torch.zeros(shape.slots, shape.length + 1, dtype=torch.int32, device=device)
-        self._fields = {name: self._field(i, name) for i, name in enumerate(FIELDS)}
+        tables, slots = shape.tables, shape.slots
+        self.flat = torch.zeros(tables + 2 * slots + SamplingState.size(slots), dtype=torch.int32, device=device)
+        self.block_tables = self.flat[:tables].view(shape.groups, slots, shape.pages)
+        computed, known = self.flat[tables : tables + 2 * slots].view(2, slots)
+        pool = torch.zeros(slots, shape.length + 1, dtype=torch.int32, device=device)
+        self.lengths = Lengths(computed, known, pool)
+        self.sampling = SamplingState.over(self.flat[tables + 2 * slots :], slots)
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._fields[name]
+    def table_entries(self, group: int, slot: int, first: int, pages: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Indices into `flat` and values, int32 [n] each, of a run of a block table."""
+        start = (group * self.shape.slots + slot) * self.shape.pages + first
+        return np.arange(start, start + len(pages), dtype=np.int32), np.array(pages, dtype=np.int32)
 
-    def table_word(self, group: int, slot: int, entry: int) -> int:
-        """Index into `flat` of a block table entry."""
-        return (group * self.shape.slots + slot) * self.shape.pages + entry
-
-    def field_word(self, name: str, slot: int) -> int:
-        """Index into `flat` of a slot's field."""
-        return self.shape.tables + FIELDS.index(name) * self.shape.slots + slot
-
-    def _field(self, i: int, name: str) -> torch.Tensor:
-        start = self.shape.tables + i * self.shape.slots
-        words = self.flat[start : start + self.shape.slots]
-        return words.view(torch.float32) if name in FLOATS else words
+    def sequence_entries(self, new: NewSequence) -> tuple[np.ndarray, np.ndarray]:
+        """The same of a sequence that enters a slot: its lengths and its sampling."""
+        tables, slots = self.shape.tables, self.shape.slots
+        indices, values = slot_entries(new.slot, slots, new.sampling, new.num_prompt)
+        at = np.array([tables + new.slot, tables + slots + new.slot], dtype=np.int32)
+        lengths = np.array([new.num_computed, len(new.token_ids)], dtype=np.int32)
+        return np.concatenate((at, indices + (tables + 2 * slots))), np.concatenate((lengths, values))

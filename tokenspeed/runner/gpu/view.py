@@ -15,6 +15,7 @@ class GpuView:
     block_tables: int32 [groups, slots, pages of a sequence]; entries before a group's window may be stale.
     kv: the arena. places: per layer its page group and its index in it.
     items: int32 [N, 4], pieces of prompts: slot, first token in the step, tokens, first position; slot -1 for none.
+    decode_rows: int32 [R], the only token of rows that feed one, in steps with items; -1 for none.
     """
 
     tokens: torch.Tensor
@@ -28,6 +29,7 @@ class GpuView:
     num_kv_heads: int
     head_dim: int
     items: torch.Tensor | None = None
+    decode_rows: torch.Tensor | None = None
 
     def asking(self, rows: torch.Tensor) -> GpuView:
         """The same step, with logits of other tokens."""
