@@ -1,0 +1,75 @@
+"""Compiles the sampling kernels for given targets, without a GPU; prints one line per kernel. Run as a child process,
+as kernels that were imported for the interpreter cannot be compiled: `python FILE [--dtype bf16] sm_90 gfx942 ...`"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tokenspeed.kernels.triton import edits, sample
+
+FLOATS, INTS = {"peaks_in", "peaks_out", "edited", "candidate_values"}, {"stride", "num_slots", "vocab", "num_peaks"}
+SCALARS = INTS | {"mask_words", "pool_stride"}
+
+
+def cases(pdl: bool) -> list[tuple[Any, dict[str, Any]]]:
+    """Kernels with the compile-time arguments of a step of 1 to 4 rows and 128256 tokens."""
+    edit = {"COUNTS": True, "MASK": True, "PDL": pdl}
+    choose = {"P": 2048, "CANDIDATES": 1024, "CHUNK": 32, "BLOCK": 4096, "PDL": pdl}
+    return [
+        (sample._peaks, {"P": 2048, "PEAKS": 16, "PDL": pdl}),
+        (sample._choose, choose),
+        (edits._edit_all, {"TILE": 4096, **edit}),
+        (edits._edit_listed, {"POOL": True, **edit}),
+    ]
+
+
+def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget, dtype: str) -> dict[str, Any]:
+    """The kernel's assembly by kind."""
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in SCALARS:
+            signature[name] = "i32"
+        else:
+            signature[name] = "*fp32" if name in FLOATS else f"*{dtype}" if name == "logits" else "*i32"
+    source = ASTSource(kernel, signature, constants)
+    return dict(triton.compile(source, target=target, options={"enable_fp_fusion": False, "num_warps": 8}).asm)
+
+
+def target_of(name: str) -> GPUTarget:
+    return GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("targets", nargs="+")
+    parser.add_argument("--dtype", default="fp32")
+    options = parser.parse_args()
+    for name in options.targets:
+        target = target_of(name)
+        pdl = target.backend == "cuda" and int(name[3:]) >= 90
+        for kernel, constants in cases(pdl):
+            asm = compiled(kernel, constants, target, options.dtype)
+            text = asm.get("ptx", "")
+            waits = "griddepcontrol.wait" in text and "griddepcontrol.launch_dependents" in text
+            binary = "cubin" in asm or "hsaco" in asm
+            fused = any(f"fma.rn.f32 {part}" in text for part in ("%f", "%r"))
+            print(
+                kernel.__name__,
+                name,
+                f"binary={binary}",
+                f"pdl={waits}",
+                f"wanted_pdl={pdl}",
+                f"fma={fused}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
