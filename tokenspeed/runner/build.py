@@ -175,4 +175,5 @@ def gpu_executor(backend: GpuBackend, arena: Arena, max_num_seqs: int, max_len: 
     from tokenspeed.runner.gpu.executor import GpuExecutor
     from tokenspeed.runner.gpu.link import CudaLink, TritonSteps  # Triton is an optional package
 
-    return GpuExecutor(backend, arena, TritonSteps(), CudaLink(), max_num_seqs=max_num_seqs, max_len=max_len)
+    kernels = TritonSteps(backend.num_heads, backend.model.dtype.itemsize)
+    return GpuExecutor(backend, arena, kernels, CudaLink(), max_num_seqs=max_num_seqs, max_len=max_len)

@@ -54,7 +54,7 @@ class StepKernels(Protocol):
 
     def prepare(self, header: torch.Tensor, state: torch.Tensor, lengths: Lengths, tokens: int, rows: int) -> Inputs: ...
 
-    def items(self, inputs: Inputs, header: torch.Tensor, arena: Arena, heads: int) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def items(self, inputs: Inputs, header: torch.Tensor, arena: Arena) -> tuple[torch.Tensor | None, torch.Tensor | None]: ...
 
     def sample(
         self, logits: torch.Tensor, inputs: Inputs, state: SamplingState, pool: torch.Tensor, edits: bool
@@ -203,7 +203,7 @@ class GpuExecutor:
 
     def _view(self, inputs: Inputs) -> GpuView:
         shape = self._arena.shape
-        items, decode_rows = self._kernels.items(inputs, self._header, self._arena, self.backend.num_heads)
+        items, decode_rows = self._kernels.items(inputs, self._header, self._arena)
         return GpuView(
             tokens=inputs.tokens,
             positions=inputs.positions,

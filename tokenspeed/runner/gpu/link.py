@@ -34,21 +34,23 @@ class CudaLink:
 
 
 class TritonSteps:
-    """The kernels before and after the forward pass."""
+    """The kernels before and after the forward pass. heads: of queries; itemsize: bytes of an activation."""
+
+    def __init__(self, heads: int, itemsize: int) -> None:
+        self._heads, self._itemsize = heads, itemsize
 
     prepare = staticmethod(step.prepare)
     finish = staticmethod(step.finish)
     count_tokens = staticmethod(step.count_tokens)
 
-    @staticmethod
     def items(
-        inputs: Any, header: torch.Tensor, arena: Arena, heads: int
+        self, inputs: Any, header: torch.Tensor, arena: Arena
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The prefill kernel's work list, and the rows left to the decode kernel; none for small buckets."""
         tokens, rows, shape = len(inputs.tokens), len(inputs.row_slots), arena.shape
         if tokens <= MOST_DECODE_TOKENS:
             return None, None
-        each = attention_tiles.item_tokens(heads, shape.kv_heads, shape.head_dim, 2)
+        each = attention_tiles.item_tokens(self._heads, shape.kv_heads, shape.head_dim, self._itemsize)
         count = attention_tiles.max_items(tokens, rows, each)
         items = torch.empty((count, 4), dtype=torch.int32, device=header.device)
         decode_rows = torch.empty(rows, dtype=torch.int32, device=header.device)

@@ -41,7 +41,7 @@ class FakeLink:
         self.graphs.append(FakeGraph(work))
         return self.graphs[-1]
 
-    def pinned(self, size: int) -> torch.Tensor:
+    def pinned(self, *size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int32)
 
     def mark(self) -> Callable[[], None]:

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
-from tests.runner.gpu_fakes import FakeLink, register_twins
+from tests.kernels.triton.gpu_fakes import FakeLink, register_twins
 from tests.seeds import SEED
 from tests.tiny_llama import write_tiny
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
 from tokenspeed.runner import build
 from tokenspeed.runner.gpu.backend import GpuBackend
+from tokenspeed.runner.gpu.executor import GpuExecutor
+from tokenspeed.runner.gpu.link import TritonSteps
 
 SETTINGS: dict[str, Any] = {"dtype": "float32", "max_num_batched_tokens": 16, "block_size": 4, "max_num_seqs": 4}
 PROMPTS = [[1, 5, 9], [1, *range(3, 40)], [1, 7], [1, *range(20, 45)], [1, 8, 8, 8, 8]]
@@ -46,10 +48,14 @@ def open_gpu(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Opene
     def choose(model: Any, *rest: Any) -> GpuBackend:
         return GpuBackend(model, register=register_twins)
 
+    def executor(backend: GpuBackend, arena: Any, max_num_seqs: int, max_len: int) -> GpuExecutor:
+        kernels = TritonSteps(backend.num_heads, 4)
+        return GpuExecutor(backend, arena, kernels, link, max_num_seqs=max_num_seqs, max_len=max_len)
+
     def opened(**settings: Any) -> Opened:
         with monkeypatch.context() as patch:
             patch.setattr(build, "choose_backend", choose)
-            patch.setattr(build, "CudaLink", lambda: link)
+            patch.setattr(build, "gpu_executor", executor)
             return LLM(str(tiny), **(SETTINGS | settings)), link
 
     return opened
@@ -111,4 +117,4 @@ def test_captures_are_bounded_per_step_and_start_eagerly(open_gpu: Callable[...,
     assert link.graphs == []  # every bucket ran once
     gpu.generate(prompt_token_ids=[[1, 2, 3]], sampling_params=greedy, use_tqdm=False)
     executor: Any = gpu.core.executor
-    assert sorted(executor.graphs.captured()) == [("forward", 1), ("forward", 4)]
+    assert sorted(executor.graphs.captured(), key=str) == [("forward", 1), ("forward", 4), ("sample", 1, False), ("sample", 4, False)]
