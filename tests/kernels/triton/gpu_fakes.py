@@ -41,6 +41,9 @@ class FakeLink:
         self.graphs.append(FakeGraph(work))
         return self.graphs[-1]
 
+    def forget(self) -> None:
+        self.graphs.clear()
+
     def pinned(self, *size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int32)
 

@@ -251,19 +251,19 @@ def _expand(
         tl.store(sample_rows + row, tl.where(ends, offset + count - 1, -1), mask=inside)
         tl.store(sample_slots + row, tl.where(ends, slot, -1), mask=inside)
         tl.store(sample_positions + row, tl.where(ends, start + count, 0), mask=inside)
-    else:
+    else:  # names of their own: the branches' shapes differ
         token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         offsets = tl.load(header + 3 + _ROW_FIELDS * row, mask=row < num_rows, other=_FAR)
         before = tl.sum((offsets[None, :] <= token[:, None]).to(tl.int32), 1)
-        slot, offset, start, count, _ = _fed(header, before - 1, before > 0, num_computed, num_tokens)
-        place = token - offset
-        real = (slot >= 0) & (place < count)
-        inside = token < bucket
-        position = start + place
-        known = tl.load(pool + slot.to(tl.int64) * pool_stride + position, mask=real, other=0)
-        tl.store(tokens + token, known, mask=inside)
-        tl.store(positions + token, tl.where(real, position, 0), mask=inside)
-        tl.store(slots + token, tl.where(real, slot, -1), mask=inside)
+        its_slot, its_offset, its_start, its_count, _ = _fed(header, before - 1, before > 0, num_computed, num_tokens)
+        place = token - its_offset
+        real = (its_slot >= 0) & (place < its_count)
+        in_bucket = token < bucket
+        position = its_start + place
+        known = tl.load(pool + its_slot.to(tl.int64) * pool_stride + position, mask=real, other=0)
+        tl.store(tokens + token, known, mask=in_bucket)
+        tl.store(positions + token, tl.where(real, position, 0), mask=in_bucket)
+        tl.store(slots + token, tl.where(real, its_slot, -1), mask=in_bucket)
 
 
 @triton.jit

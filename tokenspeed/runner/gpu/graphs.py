@@ -28,6 +28,10 @@ class Device(Protocol):
         """Record the work without running it."""
         ...
 
+    def forget(self) -> None:
+        """All that was recorded is gone."""
+        ...
+
 
 class CudaDevice:
     """Records CUDA graphs that share one pool of memory: replays never overlap."""
@@ -41,6 +45,9 @@ class CudaDevice:
             work()
         self._pool = self._pool or graph.pool()
         return graph
+
+    def forget(self) -> None:
+        self._pool = None
 
 
 class Graphs:
@@ -76,6 +83,7 @@ class Graphs:
         """Drop all graphs: what they read or write has moved."""
         self._replays.clear()
         self._eager_runs.clear()
+        self._device.forget()
 
     def _may_capture(self, key: object) -> bool:
         return self._enabled and self._left > 0 and self._eager_runs.get(key, 0) >= RUNS_BEFORE_CAPTURE
