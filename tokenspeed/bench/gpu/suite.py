@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tokenspeed.bench.gpu.bare import bare_graph_ms
 from tokenspeed.bench.record import Record, Target, surroundings, write
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
@@ -51,12 +52,15 @@ def measure(llm: LLM, batch: int, context: int, sampled: bool, repeats: int = RE
 
 
 def _timed(llm: LLM, batch: int, context: int, tokens: int, chosen: dict[str, float]) -> float:
-    vocabulary = llm.core.vocab_size
-    prompts = [[random.randrange(1, vocabulary) for _ in range(context)] for _ in range(batch)]
+    prompts = _prompts(llm, batch, context)
     params = SamplingParams(max_tokens=tokens, ignore_eos=True, **chosen)  # type: ignore[arg-type]
     started = time.perf_counter()
     llm.generate(prompt_token_ids=prompts, sampling_params=params, use_tqdm=False)
     return (time.perf_counter() - started) * 1e3
+
+
+def _prompts(llm: LLM, batch: int, context: int) -> list[list[int]]:
+    return [[random.randrange(1, llm.core.vocab_size) for _ in range(context)] for _ in range(batch)]
 
 
 def floor_ms(llm: LLM, batch: int, context: int) -> float:
@@ -90,6 +94,9 @@ def decode_rows(
     llm = open_llm(model, quantization, max(batches), context)
     for batch in batches:
         row = measure(llm, batch, context, sampled)
+        chosen = dict(SAMPLED) if sampled else {"temperature": 0.0}
+        bare = bare_graph_ms(llm, _prompts(llm, batch, context), chosen)
+        print(f"  bare {bare}", flush=True)
         records = [_record(llm, name, row, sampled)]
         if batch == 1 and not sampled and context == 1024:
             records.append(_first(llm, name, row))

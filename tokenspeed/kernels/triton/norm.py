@@ -49,9 +49,7 @@ def rows_kernel(
         total = residual(x, branch, branch_weight, x_at, branch_at, branch_rstd, cols, K, BLOCK_K)
         tl.store(joined + out_at + cols, total, mask=cols < K)
     if y is not None:
-        value = activation(
-            x, branch, branch_weight, norm_weight, x_at, branch_at, branch_rstd, rstd, cols, K, BLOCK_K
-        )
+        value = activation(x, branch, branch_weight, norm_weight, x_at, branch_at, branch_rstd, rstd, cols, K, BLOCK_K)
         if y_scale is not None:
             scale = fp8_scale(tl.max(tl.abs(value), axis=0))
             tl.store(y_scale + t, scale)

@@ -78,7 +78,9 @@ def _rope_write(q, k, v, q_norm, k_norm, frequency, positions, slots, table, kv,
     g = tl.arange(0, GROUP_PAD)
     rows = (head * GROUP + g) * DIM
     mine = g < GROUP
-    query = _rotated(q + token * q_row, rows, mine & (g + slot >= g), q_norm, q_eps, cos, sin, DIM, DIM_PAD, HALF, NORMED)
+    query = _rotated(
+        q + token * q_row, rows, mine & (g + slot >= g), q_norm, q_eps, cos, sin, DIM, DIM_PAD, HALF, NORMED
+    )
     at = out + token * (tl.num_programs(1) * GROUP * DIM) + rows[:, None] + d[None, :]
     tl.store(at, query.to(out.dtype.element_ty), mask=mine[:, None] & (d < DIM)[None, :])
 

@@ -23,7 +23,12 @@ def prefetch_weights(rows: tl.tensor, first: tl.tensor, ITEM: tl.constexpr, COLU
     lines = tl.arange(0, COLUMNS * ITEM // LINE) * (LINE // ITEM)
     pointers = rows[:, None] + first + lines[None, :]
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 

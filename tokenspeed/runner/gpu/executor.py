@@ -18,12 +18,12 @@ from tokenspeed.contracts.step import NewSequence, ResultRow, StepPlan, StepResu
 from tokenspeed.kernels.triton.sampling_state import SamplingState, excess, is_edited
 from tokenspeed.program.plan import bucket_of
 from tokenspeed.runner.arena import Arena
+from tokenspeed.runner.edits import has_penalties
 from tokenspeed.runner.gpu.backend import GpuBackend
 from tokenspeed.runner.gpu.graphs import Device, Graphs
 from tokenspeed.runner.gpu.host import Changes, HostSlots, LaunchedRow
 from tokenspeed.runner.gpu.state import DeviceState, Lengths, StateShape
 from tokenspeed.runner.gpu.view import GpuView
-from tokenspeed.runner.edits import has_penalties
 from tokenspeed.runner.inputs import wanted_rows
 from tokenspeed.runner.jobs import jobs_of, run_jobs
 
@@ -52,9 +52,13 @@ class Inputs(Protocol):
 class StepKernels(Protocol):
     """The work around the forward pass; see `kernels.triton.step` and `kernels.triton.sample`."""
 
-    def prepare(self, header: torch.Tensor, state: torch.Tensor, lengths: Lengths, tokens: int, rows: int) -> Inputs: ...
+    def prepare(
+        self, header: torch.Tensor, state: torch.Tensor, lengths: Lengths, tokens: int, rows: int
+    ) -> Inputs: ...
 
-    def items(self, inputs: Inputs, header: torch.Tensor, arena: Arena) -> tuple[torch.Tensor | None, torch.Tensor | None]: ...
+    def items(
+        self, inputs: Inputs, header: torch.Tensor, arena: Arena
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]: ...
 
     def sample(
         self, logits: torch.Tensor, inputs: Inputs, state: SamplingState, pool: torch.Tensor, edits: bool
@@ -235,9 +239,7 @@ class GpuExecutor:
         if any(has_penalties(new.sampling) for new in changes.new):
             self._count(changes.new)
 
-    def _send(
-        self, header: torch.Tensor, rows: Sequence[LaunchedRow], indices: np.ndarray, values: np.ndarray
-    ) -> None:
+    def _send(self, header: torch.Tensor, rows: Sequence[LaunchedRow], indices: np.ndarray, values: np.ndarray) -> None:
         words, first = header.numpy(), 1 + 4 * len(rows)
         words[0], words[first] = len(rows), len(indices)
         for at, row in enumerate(rows):

@@ -43,9 +43,7 @@ class TritonSteps:
     finish = staticmethod(step.finish)
     count_tokens = staticmethod(step.count_tokens)
 
-    def items(
-        self, inputs: Any, header: torch.Tensor, arena: Arena
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def items(self, inputs: Any, header: torch.Tensor, arena: Arena) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The prefill kernel's work list, and the rows left to the decode kernel; none for small buckets."""
         tokens, rows, shape = len(inputs.tokens), len(inputs.row_slots), arena.shape
         if tokens <= MOST_DECODE_TOKENS:
