@@ -74,7 +74,7 @@ def skinny_tile(rows: int, n: int, k: int, item: int, scale_block: int = 0) -> S
     split = 1
     while tiles * split < _SKINNY_PROGRAMS and split < 8 and k // (2 * split) >= 512:
         split *= 2
-    return SkinnyTile(64, scale_block or 256 // item, split, 4, 4, prefetch=512 // item)
+    return SkinnyTile(64, scale_block or 256 // item, split, 4, 4 if rows <= 32 else 3, prefetch=512 // item)
 
 
 def _columns(k: int, most: int) -> int:
