@@ -1,6 +1,6 @@
 """Child process: compiles the dense kernels for a target on real shapes and prints what their assembly holds as JSON.
 
-    python -m tests.kernels.triton.dense_launches TARGET SET
+python -m tests.kernels.triton.dense_launches TARGET SET
 """
 
 from __future__ import annotations

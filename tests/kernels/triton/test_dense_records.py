@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
@@ -18,14 +20,14 @@ from tokenspeed.program.program import Program
 from tokenspeed.quantization.fp8 import FORMAT, Fp8Weight, quantize_fp8
 
 
-def planned(program: Program, tokens: int, formats: dict[str, tuple[str, ...]], fp8: bool = True) -> Plan:
+def planned(program: Program, tokens: int, formats: Mapping[str, tuple[str, ...]], fp8: bool = True) -> Plan:
     registry = Registry()
     dense.register(registry, fp8=fp8)
     ref.register(registry)
     return plan(program, registry, Situation("cuda", "float16", tokens, formats))
 
 
-def names(program: Program, tokens: int, formats: dict[str, tuple[str, ...]] | None = None) -> list[str]:
+def names(program: Program, tokens: int, formats: Mapping[str, tuple[str, ...]] | None = None) -> list[str]:
     chosen = [step.implementation.name for step in planned(program, tokens, formats or {}).steps]
     return [name.removeprefix("triton.") for name in chosen if name != "ref"]
 
@@ -59,26 +61,34 @@ def half(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Fp8Weight
     return {name: w.half() if w.dim() > 1 else w for name, w in weights.items()}
 
 
-@pytest.mark.parametrize("bucket", [2, 64, 512])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
-def test_records_give_what_their_parts_give(family: str, bucket: int) -> None:
+def check_family(family: str, bucket: int) -> None:
     program = fuse(build(family))
     view = random_step(SEED, layers=CONFIG.num_layers, kv_heads=CONFIG.num_kv_heads, head_dim=CONFIG.head_dim)()
     view.kv = view.kv.half()
     walk(planned(program, bucket, {}), program, view, half(random_weights(program, SEED)))
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+@pytest.mark.parametrize("family, bucket", [("gemma3", 2), ("qwen2", 512)])
+def test_records_give_what_their_parts_give(family: str, bucket: int) -> None:
+    check_family(family, bucket)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bucket", [64, 65])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_records_of_every_family(family: str, bucket: int) -> None:
+    check_family(family, bucket)
+
+
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_records_over_fp8_weights(family: str) -> None:
     program = fuse(build(family))
     view = random_step(SEED, layers=CONFIG.num_layers, kv_heads=CONFIG.num_kv_heads, head_dim=CONFIG.head_dim)()
     view.kv = view.kv.half()
-    weights = half(random_weights(program, SEED))
-    packed = {
-        name: quantize_fp8(w) for name, w in weights.items() if "layers" in name and w.dim() == 2  # type: ignore
-    }
+    weights = random_weights(program, SEED)
+    packed = {name: quantize_fp8(w) for name, w in weights.items() if "layers" in name and w.dim() == 2}
     formats = dict.fromkeys(packed, (FORMAT,))
-    walk(planned(program, 16, formats), program, view, weights | packed)
+    walk(planned(program, 16, formats), program, view, {**half(weights), **packed})
 
 
 def test_small_buckets_take_fused_records_and_large_ones_their_parts() -> None:

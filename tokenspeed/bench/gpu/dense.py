@@ -13,7 +13,7 @@ import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from triton.runtime.errors import OutOfResources
 from tokenspeed.bench.gpu.dense_candidates import gemv_candidates, skinny_candidates
 from tokenspeed.kernels.triton import norm as row_kernels
 from tokenspeed.kernels.triton.linear import gemv, skinny
-from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue
+from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue, Rows
 from tokenspeed.kernels.triton.tiles import GemvTile, SkinnyTile
 from tokenspeed.quantization.fp8 import Fp8Weight, quantize_fp8
 
@@ -166,9 +166,9 @@ def _apart(shape: Shape, fmt: str, rows: int, tile: GemvTile) -> Callable[[int],
     return make
 
 
-def _prepare(x: torch.Tensor, prologue: Prologue | None, fmt: str) -> row_kernels.Rows:
+def _prepare(x: torch.Tensor, prologue: Prologue | None, fmt: str) -> Rows:
     if prologue is None and fmt == "bf16":
-        return row_kernels.Rows(x)
+        return Rows(x)
     norm, branch = (prologue.norm, prologue.branch) if prologue else (None, None)
     return row_kernels.norm_rows(x, norm, branch, quantize=fmt == "fp8")[0]
 
@@ -224,7 +224,7 @@ def microseconds(case: Case) -> float:
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    times = [a.elapsed_time(b) for a, b in zip(events[1:], events[2:], strict=False)]
+    times = [a.elapsed_time(b) for a, b in pairwise(events[2:])]
     return statistics.median(times) * 1000 / len(order)
 
 

@@ -7,11 +7,14 @@ from dataclasses import replace
 from tokenspeed.kernels.triton.tiles import GemvTile, SkinnyTile
 
 _GEMV = {
-    1: ((4, 4096, 8), (2, 4096, 8), (8, 4096, 8), (4, 2048, 4), (8, 2048, 4), (16, 1024, 4), (2, 8192, 8)),
-    2: ((4, 4096, 8), (2, 4096, 8), (8, 2048, 8), (4, 2048, 4)),
-    4: ((2, 4096, 8), (4, 2048, 8), (4, 1024, 4)),
+    (1, 2): ((4, 2048, 8), (2, 2048, 8), (8, 2048, 8), (4, 1024, 4), (8, 1024, 4), (16, 512, 4), (2, 4096, 8)),
+    (2, 2): ((4, 2048, 8), (2, 2048, 8), (8, 1024, 8), (4, 1024, 4)),
+    (4, 2): ((2, 2048, 8), (4, 1024, 8), (4, 512, 4)),
+    (1, 1): ((4, 4096, 8), (2, 4096, 8), (8, 4096, 8), (8, 2048, 8), (4, 2048, 8), (16, 1024, 8)),
+    (2, 1): ((4, 4096, 8), (2, 4096, 8), (4, 2048, 8), (8, 2048, 8)),
+    (4, 1): ((2, 4096, 8), (4, 2048, 8), (4, 1024, 4)),
 }
-"""(rows of W, bytes of a row's tile, warps) by rows of x."""
+"""(rows of W, columns, warps) by rows of x and bytes of an element."""
 
 _NARROW = ((16, 512, 1, 2, 6), (16, 1024, 1, 2, 4), (32, 512, 1, 4, 4), (32, 256, 1, 2, 6), (16, 512, 2, 2, 6))
 """(rows of W, bytes of a row's tile, split of K, warps, stages)."""
@@ -19,7 +22,7 @@ _NARROW = ((16, 512, 1, 2, 6), (16, 1024, 1, 2, 4), (32, 512, 1, 4, 4), (32, 256
 
 def gemv_candidates(rows: int, item: int) -> list[GemvTile]:
     """For 1, 2 or 4 rows and elements of `item` bytes."""
-    tiles = [GemvTile(block_n, width // item, warps) for block_n, width, warps in _GEMV[rows]]
+    tiles = [GemvTile(*numbers) for numbers in _GEMV[rows, item]]
     return [*tiles, replace(tiles[0], pdl=False)]
 
 

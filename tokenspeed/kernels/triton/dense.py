@@ -53,7 +53,9 @@ def register(registry: Registry, *, fp8: bool = True) -> None:
     """Add the dense ops of backend "triton". fp8: whether the device multiplies e4m3 (CUDA from 8.9 on, gfx950)."""
 
     def takes(operands: Operands, situation: Situation) -> bool:
-        matrices = [name for name, shape in zip(operands.weights, operands.weight_shapes, strict=True) if len(shape) > 1]
+        matrices = [
+            name for name, shape in zip(operands.weights, operands.weight_shapes, strict=True) if len(shape) > 1
+        ]
         return (
             situation.device == "cuda"
             and situation.dtype in DTYPES
@@ -75,9 +77,7 @@ def register(registry: Registry, *, fp8: bool = True) -> None:
         registry.add(Implementation(f"triton.{op}", op, "triton", run_projection, takes_fused, PRIORITY))
 
 
-def run_projection(
-    view: object, record: Node, inputs: Sequence[torch.Tensor], weights: Sequence[Matrix]
-) -> Outputs:
+def run_projection(view: object, record: Node, inputs: Sequence[torch.Tensor], weights: Sequence[Matrix]) -> Outputs:
     """linear with any of: norm or join before it, activation after it."""
     values, named = dict(zip(record.inputs, inputs, strict=True)), dict(zip(record.weights, weights, strict=True))
     parts = list(record.plain())
@@ -90,9 +90,7 @@ def run_projection(
     return _outputs(record, parts, y, joined)
 
 
-def run_join_norm(
-    view: object, record: Node, inputs: Sequence[torch.Tensor], weights: Sequence[Matrix]
-) -> Outputs:
+def run_join_norm(view: object, record: Node, inputs: Sequence[torch.Tensor], weights: Sequence[Matrix]) -> Outputs:
     """Residual add, its branch normed or not, and a norm of the sum."""
     values, named = dict(zip(record.inputs, inputs, strict=True)), dict(zip(record.weights, weights, strict=True))
     parts = list(record.plain())

@@ -33,8 +33,8 @@ def rows_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One program per row (axis 0) and head of K columns (axis 1). Writes what is not None: the sum with the branch, the
-    normed row, and with y_scale the latter in e4m3 of that scale."""
+    """One program per row (axis 0) and head of K columns (axis 1). Writes what is not None: the sum with the branch,
+    the normed row, and with y_scale the latter in e4m3 of that scale."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -49,9 +49,7 @@ def rows_kernel(
         total = residual(x, branch, branch_weight, x_at, branch_at, branch_rstd, cols, K, BLOCK_K)
         tl.store(joined + out_at + cols, total, mask=cols < K)
     if y is not None:
-        value = activation(
-            x, branch, branch_weight, norm_weight, x_at, branch_at, branch_rstd, rstd, cols, K, BLOCK_K
-        )
+        value = activation(x, branch, branch_weight, norm_weight, x_at, branch_at, branch_rstd, rstd, cols, K, BLOCK_K)
         if y_scale is not None:
             scale = fp8_scale(tl.max(tl.abs(value), axis=0))
             tl.store(y_scale + t, scale)
@@ -179,8 +177,8 @@ def _launch_rows(
 
 
 def act_mul(x: torch.Tensor, act: str, quantize: bool = False) -> Rows:
-    """act(left half) * right half of x [T, 2N], act being silu or gelu_tanh; [T, N] in the dtype of x, or in e4m3 with a
-    scale per row."""
+    """act(left half) * right half of x [T, 2N], act being silu or gelu_tanh; [T, N] in the dtype of x, or in e4m3 with
+    a scale per row."""
     rows, cols = x.shape[0], x.shape[1] // 2
     block = triton.next_power_of_2(cols) if quantize else min(_ACT_COLUMNS, triton.next_power_of_2(cols))
     y = torch.empty(rows, cols, dtype=FP8 if quantize else x.dtype, device=x.device)

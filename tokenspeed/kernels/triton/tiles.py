@@ -59,7 +59,7 @@ def gemv_tile(rows: int, n: int, k: int, item: int) -> GemvTile:
     block_n = max(2, min(16, _GEMV_TILE_BYTES // (block_k * item) // max(1, rows // 2)))
     while block_n > 2 and n // block_n < 2 * 132:
         block_n //= 2
-    warps = max(1, min(8, block_k * item // 512))
+    warps = max(1, min(8, block_k // 256))
     return GemvTile(block_n, block_k, warps)
 
 
