@@ -17,6 +17,7 @@ from tokenspeed.ops.reference import REFERENCE, StepView
 from tokenspeed.program.fuse import fuse
 from tokenspeed.program.plan import Plan, plan
 from tokenspeed.program.program import Program
+from tokenspeed.program.recorder import Recorder
 from tokenspeed.quantization.fp8 import FORMAT, Fp8Weight, quantize_fp8
 
 
@@ -117,3 +118,14 @@ def test_other_devices_and_dtypes_are_left_to_others() -> None:
     for device, dtype in (("cpu", "float16"), ("cuda", "float64")):
         situation = Situation(device, dtype, 1, {})
         assert all(registry.choose(r.op, program.operands(r), situation) is None for r in program.records)
+
+
+def test_a_normed_branch_may_come_first_in_the_sum() -> None:
+    shapes: dict[str, tuple[int, ...]] = {"table": (37, 64), "first": (64,), "second": (64,), "matrix": (40, 64)}
+    g = Recorder(shapes)
+    x = g.embed(g.tokens, "table")
+    total = g.add(g.norm(x, "first", eps=1e-6), x)
+    program = fuse(g.program(logits=g.linear(g.norm(total, "second", eps=1e-6), "matrix"), total=total))
+    assert [record.op for record in program.records] == ["embed", "branch_join_norm_linear"]
+    view = random_step(SEED, layers=1, kv_heads=1, head_dim=8)()
+    walk(planned(program, 2, {}), program, view, half(random_weights(program, SEED)))
