@@ -66,7 +66,7 @@ def gemv_tile(rows: int, n: int, k: int, item: int) -> GemvTile:
 def skinny_tile(rows: int, n: int, k: int, item: int, scale_block: int = 0) -> SkinnyTile:
     """The tile for 16, 32 or 64 (padded) rows against W [n, k]; a tile lies within one block of scales along K."""
     found = SKINNY.get((rows, n, k, item))
-    if found is not None:
+    if found is not None and not scale_block:
         return found
     if rows <= 16 and n <= 8192 and not scale_block:
         return SkinnyTile(16, 512 // item, 1, 2, 6, prefetch=512 // item)
