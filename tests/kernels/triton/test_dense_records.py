@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
@@ -15,17 +17,18 @@ from tokenspeed.ops.reference import REFERENCE, StepView
 from tokenspeed.program.fuse import fuse
 from tokenspeed.program.plan import Plan, plan
 from tokenspeed.program.program import Program
+from tokenspeed.program.recorder import Recorder
 from tokenspeed.quantization.fp8 import FORMAT, Fp8Weight, quantize_fp8
 
 
-def planned(program: Program, tokens: int, formats: dict[str, tuple[str, ...]], fp8: bool = True) -> Plan:
+def planned(program: Program, tokens: int, formats: Mapping[str, tuple[str, ...]], fp8: bool = True) -> Plan:
     registry = Registry()
     dense.register(registry, fp8=fp8)
     ref.register(registry)
     return plan(program, registry, Situation("cuda", "float16", tokens, formats))
 
 
-def names(program: Program, tokens: int, formats: dict[str, tuple[str, ...]] | None = None) -> list[str]:
+def names(program: Program, tokens: int, formats: Mapping[str, tuple[str, ...]] | None = None) -> list[str]:
     chosen = [step.implementation.name for step in planned(program, tokens, formats or {}).steps]
     return [name.removeprefix("triton.") for name in chosen if name != "ref"]
 
@@ -59,26 +62,34 @@ def half(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Fp8Weight
     return {name: w.half() if w.dim() > 1 else w for name, w in weights.items()}
 
 
-@pytest.mark.parametrize("bucket", [2, 64, 512])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
-def test_records_give_what_their_parts_give(family: str, bucket: int) -> None:
+def check_family(family: str, bucket: int) -> None:
     program = fuse(build(family))
     view = random_step(SEED, layers=CONFIG.num_layers, kv_heads=CONFIG.num_kv_heads, head_dim=CONFIG.head_dim)()
     view.kv = view.kv.half()
     walk(planned(program, bucket, {}), program, view, half(random_weights(program, SEED)))
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+@pytest.mark.parametrize("family, bucket", [("gemma3", 2), ("qwen2", 512)])
+def test_records_give_what_their_parts_give(family: str, bucket: int) -> None:
+    check_family(family, bucket)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bucket", [64, 65])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_records_of_every_family(family: str, bucket: int) -> None:
+    check_family(family, bucket)
+
+
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_records_over_fp8_weights(family: str) -> None:
     program = fuse(build(family))
     view = random_step(SEED, layers=CONFIG.num_layers, kv_heads=CONFIG.num_kv_heads, head_dim=CONFIG.head_dim)()
     view.kv = view.kv.half()
-    weights = half(random_weights(program, SEED))
-    packed = {
-        name: quantize_fp8(w) for name, w in weights.items() if "layers" in name and w.dim() == 2  # type: ignore
-    }
+    weights = random_weights(program, SEED)
+    packed = {name: quantize_fp8(w) for name, w in weights.items() if "layers" in name and w.dim() == 2}
     formats = dict.fromkeys(packed, (FORMAT,))
-    walk(planned(program, 16, formats), program, view, weights | packed)
+    walk(planned(program, 16, formats), program, view, {**half(weights), **packed})
 
 
 def test_small_buckets_take_fused_records_and_large_ones_their_parts() -> None:
@@ -107,3 +118,14 @@ def test_other_devices_and_dtypes_are_left_to_others() -> None:
     for device, dtype in (("cpu", "float16"), ("cuda", "float64")):
         situation = Situation(device, dtype, 1, {})
         assert all(registry.choose(r.op, program.operands(r), situation) is None for r in program.records)
+
+
+def test_a_normed_branch_may_come_first_in_the_sum() -> None:
+    shapes: dict[str, tuple[int, ...]] = {"table": (37, 64), "first": (64,), "second": (64,), "matrix": (40, 64)}
+    g = Recorder(shapes)
+    x = g.embed(g.tokens, "table")
+    total = g.add(g.norm(x, "first", eps=1e-6), x)
+    program = fuse(g.program(logits=g.linear(g.norm(total, "second", eps=1e-6), "matrix"), total=total))
+    assert [record.op for record in program.records] == ["embed", "branch_join_norm_linear"]
+    view = random_step(SEED, layers=1, kv_heads=1, head_dim=8)()
+    walk(planned(program, 2, {}), program, view, half(random_weights(program, SEED)))

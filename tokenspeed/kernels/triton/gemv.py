@@ -11,7 +11,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tokenspeed.kernels.triton.rows import activation, fp8_scale, gated, load_columns, residual, rms_factors, to_fp8
+from tokenspeed.kernels.triton.rows import activation, fp8_scale, gated, residual, rms_factors, to_fp8
+
+PER_THREAD = tl.constexpr(8)
+"""Columns of a tile that one thread adds up before they join its running sums, which saves registers."""
 
 
 @triton.jit
@@ -38,8 +41,12 @@ def weight_tile(pointers: tl.tensor, cols: tl.tensor, K: tl.constexpr, BLOCK_K: 
 def store_rows(
     y: tl.tensor,
     out: tl.tensor,
-    pid: tl.tensor,
+    x_scale: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
+    w_rows: tl.tensor,
     columns: tl.tensor,
+    pid: tl.tensor,
     rows: tl.tensor,
     n: tl.tensor,
     ROWS: tl.constexpr,
@@ -47,7 +54,11 @@ def store_rows(
     ACT: tl.constexpr,
     dtype: tl.constexpr,
 ) -> None:
-    """Write out [ROWS, BLOCK_N] to y [rows, n], gate and up rows joined where there is an activation."""
+    """Scale out [ROWS, BLOCK_N], add the bias, and write it to y [rows, n], gate and up rows joined where they are."""
+    if scale is not None:
+        out *= tl.reshape(x_scale, [ROWS, 1]) * tl.load(scale + w_rows)[None, :]
+    if bias is not None:
+        out += tl.load(bias + w_rows).to(dtype).to(tl.float32)[None, :]
     t = tl.arange(0, ROWS)[:, None]
     if ACT == "none":
         tl.store(y + t * n + columns[None, :], out.to(dtype), mask=(t < rows) & (columns[None, :] < n))
@@ -55,6 +66,50 @@ def store_rows(
         gate, up = tl.split(tl.reshape(out, [ROWS, BLOCK_N // 2, 2]))
         column = pid * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)[None, :]
         tl.store(y + t * n + column, gated(gate, up, ACT, dtype).to(dtype), mask=(t < rows) & (column < n))
+
+
+@triton.jit
+def row_scales(
+    x: tl.tensor,
+    branch: tl.tensor,
+    branch_weight: tl.tensor,
+    norm_weight: tl.tensor,
+    x_at: tl.tensor,
+    branch_at: tl.tensor,
+    branch_rstd: tl.tensor,
+    rstd: tl.tensor,
+    tile: tl.tensor,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """The e4m3 scale of each prepared row, with an axis of size one for the columns."""
+    largest = tl.zeros_like((x_at + tile).to(tl.float32))
+    for start in tl.static_range(0, K, BLOCK_K):
+        value = activation(
+            x, branch, branch_weight, norm_weight, x_at, branch_at, branch_rstd, rstd, start + tile, K, BLOCK_K
+        )
+        largest = tl.maximum(largest, tl.abs(value))
+    return fp8_scale(tl.max(largest, axis=-1, keep_dims=True))
+
+
+@triton.jit
+def write_joined(
+    joined: tl.tensor,
+    x: tl.tensor,
+    branch: tl.tensor,
+    branch_weight: tl.tensor,
+    t: tl.tensor,
+    x_at: tl.tensor,
+    branch_at: tl.tensor,
+    branch_rstd: tl.tensor,
+    tile: tl.tensor,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    for start in range(0, K, BLOCK_K):
+        cols = start + tile
+        total = residual(x, branch, branch_weight, x_at, branch_at, branch_rstd, cols, K, BLOCK_K)
+        tl.store(joined + t * K + cols, total, mask=cols < K)
 
 
 @triton.jit
@@ -92,22 +147,17 @@ def gemv_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-
     t = tl.minimum(tl.arange(0, ROWS), rows - 1)[:, None, None]
     x_at, branch_at = t * x_stride, t * branch_stride
     branch_rstd, rstd = rms_factors(
         x, branch, branch_weight, norm_weight, x_at, branch_at, eps, branch_eps, tile, K, BLOCK_K
     )
+    x_scale = rstd
     if scale is not None:
-        largest = tl.zeros([ROWS, 1, BLOCK_K], tl.float32)
-        for start in tl.static_range(0, K, BLOCK_K):
-            value = activation(
-                x, branch, branch_weight, norm_weight, x_at, branch_at, branch_rstd, rstd, start + tile, K, BLOCK_K
-            )
-            largest = tl.maximum(largest, tl.abs(value))
-        x_scale = fp8_scale(tl.max(largest, axis=-1, keep_dims=True))
-
-    acc = tl.zeros([ROWS, BLOCK_N, BLOCK_K], tl.float32)
+        x_scale = row_scales(
+            x, branch, branch_weight, norm_weight, x_at, branch_at, branch_rstd, rstd, tile, K, BLOCK_K
+        )
+    acc = tl.zeros([ROWS, BLOCK_N, BLOCK_K // PER_THREAD], tl.float32)
     for start in range(0, K, BLOCK_K):
         current = ahead
         if start + BLOCK_K < K:
@@ -117,18 +167,9 @@ def gemv_kernel(
         )
         if scale is not None:
             value = to_fp8(value, x_scale).to(tl.float32)
-        acc += value * current.to(tl.float32)
-
-    out = tl.sum(acc, axis=2)
-    if scale is not None:
-        out *= tl.reshape(x_scale, [ROWS, 1]) * tl.load(scale + w_rows)[None, :]
-    dtype: tl.constexpr = x.dtype.element_ty
-    if bias is not None:
-        out += tl.load(bias + w_rows).to(dtype).to(tl.float32)[None, :]
-    store_rows(y, out, pid, columns, rows, n, ROWS, BLOCK_N, ACT, dtype)
-    if branch is not None:
-        if pid == 0:
-            for start in range(0, K, BLOCK_K):
-                cols = start + tile
-                total = residual(x, branch, branch_weight, x_at, branch_at, branch_rstd, cols, K, BLOCK_K)
-                tl.store(joined + t * K + cols, total, mask=cols < K)
+        product = tl.reshape(value * current.to(tl.float32), [ROWS, BLOCK_N, BLOCK_K // PER_THREAD, PER_THREAD])
+        acc += tl.sum(product, axis=3)
+    dtype: tl.constexpr = y.dtype.element_ty
+    store_rows(y, tl.sum(acc, axis=2), x_scale, scale, bias, w_rows, columns, pid, rows, n, ROWS, BLOCK_N, ACT, dtype)
+    if branch is not None and pid == 0:
+        write_joined(joined, x, branch, branch_weight, t, x_at, branch_at, branch_rstd, tile, K, BLOCK_K)

@@ -33,8 +33,8 @@ def rows_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One program per row (axis 0) and head of K columns (axis 1). Writes what is not None: the sum with the branch, the
-    normed row, and with y_scale the latter in e4m3 of that scale."""
+    """One program per row (axis 0) and head of K columns (axis 1). Writes what is not None: the sum with the branch,
+    the normed row, and with y_scale the latter in e4m3 of that scale."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -177,8 +177,8 @@ def _launch_rows(
 
 
 def act_mul(x: torch.Tensor, act: str, quantize: bool = False) -> Rows:
-    """act(left half) * right half of x [T, 2N], act being silu or gelu_tanh; [T, N] in the dtype of x, or in e4m3 with a
-    scale per row."""
+    """act(left half) * right half of x [T, 2N], act being silu or gelu_tanh; [T, N] in the dtype of x, or in e4m3 with
+    a scale per row."""
     rows, cols = x.shape[0], x.shape[1] // 2
     block = triton.next_power_of_2(cols) if quantize else min(_ACT_COLUMNS, triton.next_power_of_2(cols))
     y = torch.empty(rows, cols, dtype=FP8 if quantize else x.dtype, device=x.device)

@@ -48,7 +48,7 @@ def store_columns(
     ACT: tl.constexpr,
     dtype: tl.constexpr,
 ) -> None:
-    """Scale acc [BLOCK_N, ROWS], add the bias, and write it to y [rows, n], gate and up rows joined by an activation."""
+    """Scale acc [BLOCK_N, ROWS], add the bias, and write it to y [rows, n], gate and up rows joined where they are."""
     t = tl.arange(0, ROWS)[None, :]
     if x_scale is not None:
         acc *= tl.load(x_scale + tl.minimum(t, rows - 1))
@@ -64,6 +64,27 @@ def store_columns(
         gate, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_N // 2, 2, ROWS]), [0, 2, 1]))
         out = gated(gate, up, ACT, dtype)
     tl.store(y + t * n + column, out.to(dtype), mask=(t < rows) & (column < n))
+
+
+@triton.jit
+def tile_pair(
+    w_at: tl.tensor,
+    x_at: tl.tensor,
+    cols: tl.tensor,
+    t: tl.tensor,
+    rows: tl.tensor,
+    K: tl.constexpr,
+    EVEN: tl.constexpr,
+) -> tl.tensor:
+    """Some columns of W [BLOCK_N, columns] and of x, transposed [columns, ROWS]."""
+    if EVEN:
+        w = tl.load(w_at[:, None] + cols[None, :], eviction_policy="evict_first")
+        a = tl.load(x_at[None, :] + cols[:, None], mask=t[None, :] < rows, other=0.0)
+    else:
+        inside = cols < K
+        w = tl.load(w_at[:, None] + cols[None, :], mask=inside[None, :], other=0.0, eviction_policy="evict_first")
+        a = tl.load(x_at[None, :] + cols[:, None], mask=(t[None, :] < rows) & inside[:, None], other=0.0)
+    return w, a
 
 
 @triton.jit
@@ -91,8 +112,8 @@ def skinny_kernel(
     PDL: tl.constexpr,
 ) -> None:
     """y [rows, n] of x [rows, K]; W is [n, K], or [2n, K] with ACT. e4m3 operands come with x_scale [rows] and with
-    `scale` per row of W, or per SCALE_BLOCK x SCALE_BLOCK elements. With SPLIT_K > 1, `parts` [SPLIT_K, rows, rows of W]
-    gets float32 sums instead, without x_scale, scales per row, bias and activation."""
+    `scale` per row of W, or per SCALE_BLOCK x SCALE_BLOCK elements. With SPLIT_K > 1 float32 sums go to `parts`
+    [SPLIT_K, rows, rows of W] instead, without x_scale, scales per row, bias and activation."""
     pid, split = tl.program_id(0), tl.program_id(1)
     w_rows, columns = weight_rows(pid, n, BLOCK_N, ACT)
     w_at = weight + w_rows.to(tl.int64) * w_stride
@@ -109,14 +130,7 @@ def skinny_kernel(
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for start in tl.range(first, tl.minimum(first + SPAN, K), BLOCK_K, num_stages=STAGES):
-        cols = start + k
-        if K % BLOCK_K == 0:
-            w = tl.load(w_at[:, None] + cols[None, :], eviction_policy="evict_first")
-            a = tl.load(x_at[None, :] + cols[:, None], mask=t[None, :] < rows, other=0.0)
-        else:
-            inside = cols < K
-            w = tl.load(w_at[:, None] + cols[None, :], mask=inside[None, :], other=0.0, eviction_policy="evict_first")
-            a = tl.load(x_at[None, :] + cols[:, None], mask=(t[None, :] < rows) & inside[:, None], other=0.0)
+        w, a = tile_pair(w_at, x_at, start + k, t, rows, K, K % BLOCK_K == 0)
         if SCALE_BLOCK > 0:
             blocks_of_k: tl.constexpr = (K + SCALE_BLOCK - 1) // SCALE_BLOCK
             block = tl.load(scale + w_rows // SCALE_BLOCK * blocks_of_k + start // SCALE_BLOCK)

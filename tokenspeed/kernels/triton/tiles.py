@@ -59,14 +59,14 @@ def gemv_tile(rows: int, n: int, k: int, item: int) -> GemvTile:
     block_n = max(2, min(16, _GEMV_TILE_BYTES // (block_k * item) // max(1, rows // 2)))
     while block_n > 2 and n // block_n < 2 * 132:
         block_n //= 2
-    warps = max(1, min(8, block_k * item // 512))
+    warps = max(1, min(8, block_k // 256))
     return GemvTile(block_n, block_k, warps)
 
 
 def skinny_tile(rows: int, n: int, k: int, item: int, scale_block: int = 0) -> SkinnyTile:
     """The tile for 16, 32 or 64 (padded) rows against W [n, k]; a tile lies within one block of scales along K."""
     found = SKINNY.get((rows, n, k, item))
-    if found is not None:
+    if found is not None and not scale_block:
         return found
     if rows <= 16 and n <= 8192 and not scale_block:
         return SkinnyTile(16, 512 // item, 1, 2, 6, prefetch=512 // item)
@@ -74,7 +74,7 @@ def skinny_tile(rows: int, n: int, k: int, item: int, scale_block: int = 0) -> S
     split = 1
     while tiles * split < _SKINNY_PROGRAMS and split < 8 and k // (2 * split) >= 512:
         split *= 2
-    return SkinnyTile(64, scale_block or 256 // item, split, 4, 4, prefetch=512 // item)
+    return SkinnyTile(64, scale_block or 256 // item, split, 4, 4 if rows <= 32 else 3, prefetch=512 // item)
 
 
 def _columns(k: int, most: int) -> int:
