@@ -74,7 +74,7 @@ def _decode(q, kv, table, positions, slots, rows, out, partial, tops, totals, si
     at = token.to(tl.int64) * (tl.num_programs(0) * GROUP * DIM) + heads * DIM
     if not LISTED:
         zeros = tl.zeros((ROWS, DIM_PAD), out.dtype.element_ty)
-        empty = own & (tl.zeros((ROWS,), tl.int32) + used + split == 0)
+        empty = own & (tl.zeros_like(r) + used + split == 0)
         tl.store(out + at[:, None] + d[None, :], zeros, mask=empty[:, None] & wide[None, :])
     if split >= used:
         return
@@ -192,8 +192,10 @@ def decode_attention(
         PAGE=paged.kv.shape[2], **shape, **launch_options(pdl, num_warps=tile.warps, num_stages=tile.stages),
     )  # fmt: skip
     if tile.splits > 1:
+        # A thread holds 64 of the partial sums: more spills.
+        combine_warps = min(16, max(1, pad(tile.splits) * pad(heads.head_dim) // 2048))
         _combine[(queries * heads.group, heads.kv_heads, items)](
             paged.positions, paged.slots, listed, out, partial, tops, totals, sink, q.shape[0], heads.window,
-            SPLITS_PAD=pad(tile.splits), **shape, **launch_options(pdl, num_warps=4),
+            SPLITS_PAD=pad(tile.splits), **shape, **launch_options(pdl, num_warps=combine_warps),
         )  # fmt: skip
     return out
