@@ -102,6 +102,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "decode gemma": (decode, GEMMA, 8, BF16, BF16, False),
     "decode float32": (decode, GEMMA, 8, F32, F32, False),
     "decode fp8 pages": (decode, LLAMA, 32, BF16, F8, False),
+    "decode window 1": (decode, LLAMA._replace(window=1), 1, BF16, BF16, False),
     "prefill 1b sinks": (prefill, SMALL, BF16, BF16, True),
     "prefill gemma": (prefill, GEMMA, BF16, BF16),
     "prefill float32": (prefill, GEMMA, F32, F32),
@@ -133,7 +134,7 @@ def compiled(kernel: Any, launch: Launch, target: GPUTarget) -> Any:
     signature, constants, attrs = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = bound[parameter.name]
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
             signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], attrs[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
