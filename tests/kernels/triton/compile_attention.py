@@ -134,13 +134,14 @@ def compiled(kernel: Any, launch: Launch, target: GPUTarget) -> Any:
     signature, constants, attrs = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = bound[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        fixed = not parameter.do_not_specialize and isinstance(value, int) and value == 1
+        if parameter.is_constexpr or fixed:
             signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], attrs[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            if not isinstance(value, float) and value % 16 == 0:
+            if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
                 attrs[(i,)] = [["tt.divisibility", 16]]
     return triton.compile(ASTSource(kernel, signature, constants, attrs), target=target, options=options)
 

@@ -75,6 +75,18 @@ def test_listed_rows_are_written_and_no_others(seed):
 
 
 @pytest.mark.parametrize("seed", [SEED])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_listed_item_leaves_its_neighbours_alone(seed, splits):
+    heads = Heads(2, 1, 64, 0.1, 0)
+    case = PagedCase([(40, 2, 0), (30, 1, 0), (50, 1, 0)], heads, 16, seed)
+    out = torch.full_like(case.q, 7.0)
+    listed = torch.tensor([0, 2], dtype=torch.int32)
+    decode_attention(case.q, case.paged(), heads, tile(splits), rows=listed, out=out, queries=2)
+    check(out[:3], case.answer()[:3], case.dtype)
+    assert (out[3] == 7).all()
+
+
+@pytest.mark.parametrize("seed", [SEED])
 @pytest.mark.parametrize("splits", [1, 4])
 def test_a_row_has_the_same_bits_alone(seed, splits):
     heads = Heads(4, 2, 64, 0.1, 0)

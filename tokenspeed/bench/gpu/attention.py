@@ -57,7 +57,7 @@ def decode_candidates(usual: DecodeTile) -> Iterator[DecodeTile]:
     for blocks in (usual.min_blocks // 2, usual.min_blocks * 2):
         if blocks >= 1:
             yield usual._replace(min_blocks=blocks)
-    for stages in (3, 5, 6):
+    for stages in (3, 7):
         yield usual._replace(stages=stages)
     yield usual._replace(keys=usual.keys // 2, min_blocks=usual.min_blocks * 2)
     yield usual._replace(keys=usual.keys * 2, min_blocks=max(1, usual.min_blocks // 2))

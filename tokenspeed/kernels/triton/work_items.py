@@ -11,7 +11,7 @@ import triton.language as tl
 from tokenspeed.kernels.triton.attention_tiles import pad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens", "num_items"))
 def _make_items(slots, starts, counts, positions, num_rows, items, decode_rows, tokens, num_items,
                 ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, ITEM: tl.constexpr, BLOCK: tl.constexpr,
                 LISTED: tl.constexpr) -> None:  # fmt: skip
