@@ -26,6 +26,9 @@ TYPES = {BF16: "*bf16", torch.float16: "*fp16", F32: "*fp32", torch.int32: "*i32
 LLAMA = Heads(32, 8, 128, 0.088, 0)
 SMALL = Heads(32, 8, 64, 0.125, 0)
 GEMMA = Heads(4, 1, 256, 0.0625, 512)
+WORDS = (
+    "wgmma", "mma.sync", "tcgen05", "mfma", "cp.async", "griddepcontrol.wait", "griddepcontrol.launch", "cos.approx",
+)  # fmt: skip
 Launch = tuple[dict[str, Any], dict[str, Any]]
 
 
@@ -59,22 +62,20 @@ def query(tokens: int, heads: Heads, dtype: torch.dtype) -> torch.Tensor:
     return empty(tokens, heads.heads * heads.head_dim, dtype=dtype)
 
 
-def decode(heads: Heads, tokens: int, dtype: torch.dtype, kv_dtype: torch.dtype, pdl: bool, **more: Any) -> None:
-    tile = decode_tile(tokens, heads.kv_heads, heads.head_dim, max(dtype.itemsize, kv_dtype.itemsize))
-    decode_attention.decode_attention(
-        query(tokens, heads, dtype), paged(tokens, heads, kv_dtype), heads, tile, pdl=pdl, **more
-    )
+def decode(hip: bool, heads: Heads, tokens: int, dtype: torch.dtype, kv_dtype: torch.dtype, pdl: bool) -> None:
+    tile = decode_tile(tokens, heads.kv_heads, heads.head_dim, max(dtype.itemsize, kv_dtype.itemsize), hip)
+    decode_attention.decode_attention(query(tokens, heads, dtype), paged(tokens, heads, kv_dtype), heads, tile, pdl=pdl)
 
 
-def prefill(heads: Heads, dtype: torch.dtype, kv_dtype: torch.dtype, sinks: bool = False) -> None:
-    tile = prefill_tile(heads.head_dim, dtype.itemsize)
+def prefill(hip: bool, heads: Heads, dtype: torch.dtype, kv_dtype: torch.dtype, sinks: bool = False) -> None:
+    tile = prefill_tile(heads.head_dim, dtype.itemsize, hip)
     items = empty(64, 4, dtype=torch.int32)
     sink = empty(heads.heads, dtype=F32) if sinks else None
     q = query(1024, heads, dtype)
     prefill_attention.prefill_attention(q, paged(1024, heads, kv_dtype), items, heads, tile, sink)
 
 
-def write(heads: Heads, kv_dtype: torch.dtype, normed: bool, pdl: bool) -> None:
+def write(hip: bool, heads: Heads, kv_dtype: torch.dtype, normed: bool, pdl: bool) -> None:
     size = heads.head_dim * heads.kv_heads
     q, k, v = empty(8, (heads.group + 2) * size, dtype=BF16).split([heads.group * size, size, size], dim=-1)
     norm = rope_write.HeadNorm(empty(heads.head_dim, dtype=F32), 1e-6)
@@ -83,15 +84,17 @@ def write(heads: Heads, kv_dtype: torch.dtype, normed: bool, pdl: bool) -> None:
     )
 
 
-def items() -> None:
+def items(hip: bool) -> None:
     row = empty(128, dtype=torch.int32)
-    work_items.make_items(row, row, row, row, row[:1], 1024, 32, empty(288, 4, dtype=torch.int32), row)
+    rows = work_items.StepRows(row, row, row, row, row[:1])
+    work_items.make_items(rows, 1024, 32, empty(288, 4, dtype=torch.int32), row)
 
 
 CASES: dict[str, tuple[Any, ...]] = {
     "decode 8b": (decode, LLAMA, 1, BF16, BF16, False),
     "prefill 8b": (prefill, LLAMA, BF16, BF16),
     "write 8b": (write, LLAMA, BF16, False, False),
+    "write 8b pdl": (write, LLAMA, BF16, False, True),
     "items": (items,),
     "decode 8b pdl": (decode, LLAMA, 1, BF16, BF16, True),
     "write qk norm pdl": (write, LLAMA, BF16, True, True),
@@ -99,23 +102,26 @@ CASES: dict[str, tuple[Any, ...]] = {
     "decode gemma": (decode, GEMMA, 8, BF16, BF16, False),
     "decode float32": (decode, GEMMA, 8, F32, F32, False),
     "decode fp8 pages": (decode, LLAMA, 32, BF16, F8, False),
+    "decode window 1": (decode, LLAMA._replace(window=1), 1, BF16, BF16, False),
     "prefill 1b sinks": (prefill, SMALL, BF16, BF16, True),
     "prefill gemma": (prefill, GEMMA, BF16, BF16),
     "prefill float32": (prefill, GEMMA, F32, F32),
     "prefill fp8 pages": (prefill, LLAMA, BF16, F8),
     "write fp8 pages": (write, LLAMA, F8, False, False),
 }
+NO_PDL = ("cuda:80", "hip:gfx942", "hip:gfx950")
+NO_E4M3 = ("cuda:80", "hip:gfx942")
 KERNELS = ((decode_attention, "_decode"), (decode_attention, "_combine"), (prefill_attention, "_prefill"),
            (rope_write, "_rope_write"), (work_items, "_make_items"))  # fmt: skip
 
 
-def launches(case: str) -> Iterator[tuple[Any, Launch]]:
+def launches(case: str, hip: bool) -> Iterator[tuple[Any, Launch]]:
     recorders = [Recorder(getattr(module, name)) for module, name in KERNELS]
     originals = [recorder.kernel for recorder in recorders]
     for (module, name), recorder in zip(KERNELS, recorders, strict=True):
         setattr(module, name, recorder)
     run, *arguments = CASES[case]
-    run(*arguments)
+    run(hip, *arguments)
     for (module, name), original in zip(KERNELS, originals, strict=True):
         setattr(module, name, original)
     for recorder in recorders:
@@ -128,21 +134,21 @@ def compiled(kernel: Any, launch: Launch, target: GPUTarget) -> Any:
     signature, constants, attrs = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = bound[parameter.name]
-        if parameter.is_constexpr:
+        fixed = not parameter.do_not_specialize and isinstance(value, int) and value == 1
+        if parameter.is_constexpr or fixed:
             signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], attrs[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            if not isinstance(value, float) and value % 16 == 0:
+            if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
                 attrs[(i,)] = [["tt.divisibility", 16]]
     return triton.compile(ASTSource(kernel, signature, constants, attrs), target=target, options=options)
 
 
 def facts(binary: Any) -> dict[str, Any]:
     text = binary.asm["ptx"] if "ptx" in binary.asm else binary.asm["amdgcn"]
-    words = ("wgmma", "mma.sync", "griddepcontrol.wait", "griddepcontrol.launch", "cp.async", "mfma", "cos.approx")
-    return {"shared": binary.metadata.shared, "has": [word for word in words if word in text]}
+    return {"shared": binary.metadata.shared, "has": [word for word in WORDS if word in text]}
 
 
 def main(targets: list[str], cases: list[str]) -> None:
@@ -151,9 +157,9 @@ def main(targets: list[str], cases: list[str]) -> None:
         kind, arch = name.split(":")
         target = GPUTarget(kind, int(arch) if kind == "cuda" else arch, 32 if kind == "cuda" else 64)
         for case in cases:
-            if (kind == "hip" and "pdl" in case) or (name in ("cuda:80", "hip:gfx942") and "fp8" in case):
+            if ("pdl" in case and name in NO_PDL) or ("fp8" in case and name in NO_E4M3):
                 continue
-            for kernel, launch in launches(case):
+            for kernel, launch in launches(case, kind == "hip"):
                 found[f"{name} {case} {kernel.fn.__name__}"] = facts(compiled(kernel, launch, target))
     print(json.dumps({"triton": triton.__version__, "kernels": found}))
 

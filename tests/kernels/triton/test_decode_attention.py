@@ -53,7 +53,7 @@ def test_sinks_join_the_denominator(seed, window):
 
 
 @pytest.mark.parametrize("seed", [SEED])
-@pytest.mark.parametrize("queries, window", [(2, 0), (4, 18), (3, 0)])
+@pytest.mark.parametrize("queries, window", [(4, 18), (3, 0)])
 def test_some_tokens_of_a_sequence_fold_into_one_item(seed, queries, window):
     heads = Heads(6, 2, 64, 0.1, window)
     rows = [(61, queries, 0), (0, queries, 0), (30, queries - 1, 1), (0, 0, queries)]
@@ -72,6 +72,18 @@ def test_listed_rows_are_written_and_no_others(seed):
     expected = case.answer()
     check(out[[0, 4]], expected[[0, 4]], case.dtype)
     assert (out[1:4] == 7).all()
+
+
+@pytest.mark.parametrize("seed", [SEED])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_listed_item_leaves_its_neighbours_alone(seed, splits):
+    heads = Heads(2, 1, 64, 0.1, 0)
+    case = PagedCase([(40, 2, 0), (30, 1, 0), (50, 1, 0)], heads, 16, seed)
+    out = torch.full_like(case.q, 7.0)
+    listed = torch.tensor([0, 2], dtype=torch.int32)
+    decode_attention(case.q, case.paged(), heads, tile(splits), rows=listed, out=out, queries=2)
+    check(out[:3], case.answer()[:3], case.dtype)
+    assert (out[3] == 7).all()
 
 
 @pytest.mark.parametrize("seed", [SEED])

@@ -13,26 +13,26 @@ from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.kernels.triton.attention_tiles import PrefillTile, item_tokens, max_items, pad, prefill_tile
 from tokenspeed.kernels.triton.paged import Heads
 from tokenspeed.kernels.triton.prefill_attention import prefill_attention
-from tokenspeed.kernels.triton.work_items import make_items
+from tokenspeed.kernels.triton.work_items import StepRows, make_items
 
 F8 = torch.float8_e4m3fn
 
 
-def step_rows(case: PagedCase, capacity: int) -> tuple[torch.Tensor, ...]:
+def step_rows(case: PagedCase, capacity: int) -> StepRows:
     """slots, starts, counts, positions of the rows, then rubbish; and their number."""
     rows, start = [], 0
     for slot, (before, fed, padding) in zip(case.slot_of, case.rows, strict=True):
         rows.append((slot, start, fed, before))
         start += fed + padding
     rubbish = [(3, 1, 5, 7)] * (capacity - len(rows))
-    fields = torch.tensor([*rows, *rubbish], dtype=torch.int32).t().contiguous()
-    return (*fields, torch.tensor([len(rows)], dtype=torch.int32))
+    slots, starts, counts, positions = torch.tensor([*rows, *rubbish], dtype=torch.int32).t().contiguous()
+    return StepRows(slots, starts, counts, positions, torch.tensor([len(rows)], dtype=torch.int32))
 
 
 def work_items(case: PagedCase, per_item: int, capacity: int, decode_rows: torch.Tensor | None = None) -> torch.Tensor:
     tokens = len(case.q)
     items = torch.full((max_items(tokens, capacity, per_item), 4), 99, dtype=torch.int32)
-    make_items(*step_rows(case, capacity), tokens, per_item, items, decode_rows)
+    make_items(step_rows(case, capacity), tokens, per_item, items, decode_rows)
     return items
 
 

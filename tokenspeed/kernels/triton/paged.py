@@ -77,6 +77,38 @@ def absorb(acc, top, total, scores, value):
 
 
 @triton.jit
+def sweep(acc, top, total, queries, position, lowest, begin, end, first, last, pages, keys, scale,
+           kv_page, kv_which, kv_entry, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr,
+           KEYS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Blocks [first, last) of keys; where not MASKED every query sees all of them."""
+    d = tl.arange(0, DIM_PAD)
+    for i in range(first, last):
+        n = i * KEYS + tl.arange(0, KEYS)
+        if MASKED:
+            seen = (n >= begin) & (n < end)
+            offsets = entries(pages, n, seen, kv_page, kv_entry, PAGE)[:, None] + d[None, :]
+            inside = seen[:, None] & (d < DIM)[None, :]
+            key = tl.load(keys + offsets, mask=inside, other=0.0).to(queries.dtype)
+            value = tl.load(keys + kv_which + offsets, mask=inside, other=0.0).to(queries.dtype)
+        else:
+            page = tl.load(pages + n // PAGE).to(tl.int64)
+            offsets = (page * kv_page + (n % PAGE) * kv_entry)[:, None] + d[None, :]
+            if DIM_PAD == DIM:
+                key = tl.load(keys + offsets).to(queries.dtype)
+                value = tl.load(keys + kv_which + offsets).to(queries.dtype)
+            else:
+                inside = (d < DIM)[None, :]
+                key = tl.load(keys + offsets, mask=inside, other=0.0).to(queries.dtype)
+                value = tl.load(keys + kv_which + offsets, mask=inside, other=0.0).to(queries.dtype)
+        scores = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
+        if MASKED:
+            visible = (n[None, :] <= position[:, None]) & (n[None, :] > lowest[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+        acc, top, total = absorb(acc, top, total, scores, value)
+    return acc, top, total
+
+
+@triton.jit
 def finish(acc, top, total, sinks, heads, live, SINKS: tl.constexpr):
     """acc / total, with each head's sink logit in the total where there are sinks; zeros for a row without keys."""
     if SINKS:

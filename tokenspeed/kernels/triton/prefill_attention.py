@@ -12,42 +12,10 @@ import triton.language as tl
 
 from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.kernels.triton.attention_tiles import PrefillTile, pad
-from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer, absorb, entries, finish
+from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer, finish, sweep
 
 
-@triton.jit
-def _sweep(acc, top, total, queries, position, lowest, begin, end, first, last, pages, keys, scale,
-           kv_page, kv_which, kv_entry, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr,
-           KEYS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Blocks [first, last) of keys; where not MASKED every query sees all of them."""
-    d = tl.arange(0, DIM_PAD)
-    for i in range(first, last):
-        n = i * KEYS + tl.arange(0, KEYS)
-        if MASKED:
-            seen = (n >= begin) & (n < end)
-            offsets = entries(pages, n, seen, kv_page, kv_entry, PAGE)[:, None] + d[None, :]
-            inside = seen[:, None] & (d < DIM)[None, :]
-            key = tl.load(keys + offsets, mask=inside, other=0.0).to(queries.dtype)
-            value = tl.load(keys + kv_which + offsets, mask=inside, other=0.0).to(queries.dtype)
-        else:
-            page = tl.load(pages + n // PAGE).to(tl.int64)
-            offsets = (page * kv_page + (n % PAGE) * kv_entry)[:, None] + d[None, :]
-            if DIM_PAD == DIM:
-                key = tl.load(keys + offsets).to(queries.dtype)
-                value = tl.load(keys + kv_which + offsets).to(queries.dtype)
-            else:
-                inside = (d < DIM)[None, :]
-                key = tl.load(keys + offsets, mask=inside, other=0.0).to(queries.dtype)
-                value = tl.load(keys + kv_which + offsets, mask=inside, other=0.0).to(queries.dtype)
-        scores = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
-        if MASKED:
-            visible = (n[None, :] <= position[:, None]) & (n[None, :] > lowest[:, None])
-            scores = tl.where(visible, scores, float("-inf"))
-        acc, top, total = absorb(acc, top, total, scores, value)
-    return acc, top, total
-
-
-@triton.jit
+@triton.jit(do_not_specialize=("window",))
 def _prefill(q, kv, table, items, out, sinks, window, q_row, table_slot, kv_page, kv_which, kv_entry, kv_head, scale,
              GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
              DIM_PAD: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, WINDOWED: tl.constexpr,
@@ -90,15 +58,15 @@ def _prefill(q, kv, table, items, out, sinks, window, q_row, table_slot, kv_page
     pages = table + slot.to(tl.int64) * table_slot
     keys = kv + head * kv_head
     if WINDOWED:
-        acc, top, total = _sweep(
+        acc, top, total = sweep(
             acc, top, total, queries, position, lowest, begin, end, begin // KEYS, unmasked, pages, keys, scale,
             kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE, KEYS, True,
         )  # fmt: skip
-    acc, top, total = _sweep(
+    acc, top, total = sweep(
         acc, top, total, queries, position, lowest, begin, end, unmasked, masked, pages, keys, scale,
         kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE, KEYS, False,
     )  # fmt: skip
-    acc, top, total = _sweep(
+    acc, top, total = sweep(
         acc, top, total, queries, position, lowest, begin, end, masked, last, pages, keys, scale,
         kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE, KEYS, True,
     )  # fmt: skip

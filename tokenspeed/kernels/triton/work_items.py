@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +11,7 @@ import triton.language as tl
 from tokenspeed.kernels.triton.attention_tiles import pad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens", "num_items"))
 def _make_items(slots, starts, counts, positions, num_rows, items, decode_rows, tokens, num_items,
                 ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, ITEM: tl.constexpr, BLOCK: tl.constexpr,
                 LISTED: tl.constexpr) -> None:  # fmt: skip
@@ -54,12 +56,22 @@ def _make_items(slots, starts, counts, positions, num_rows, items, decode_rows, 
         tl.store(decode_rows + row, tl.where(listed == 1, start, -1), mask=mine)
 
 
+class StepRows(NamedTuple):
+    """The rows of a step, on the device: int32 [R] each, `number` int32 [1].
+
+    Of each row its slot (-1: not fed), its first token in the step, the tokens really fed, and the first's position.
+    starts ascend from 0. Rows from `number` on are not read.
+    """
+
+    slots: torch.Tensor
+    starts: torch.Tensor
+    counts: torch.Tensor
+    positions: torch.Tensor
+    number: torch.Tensor
+
+
 def make_items(
-    slots: torch.Tensor,
-    starts: torch.Tensor,
-    counts: torch.Tensor,
-    positions: torch.Tensor,
-    num_rows: torch.Tensor,
+    rows: StepRows,
     tokens: int,
     item_tokens: int,
     items: torch.Tensor,
@@ -67,17 +79,13 @@ def make_items(
 ) -> None:
     """Cut the rows of a step into work items of at most `item_tokens` tokens, without asking the device anything.
 
-    slots, starts, counts, positions: int32 [R]; of each row its slot (-1: not fed), first token in the step, tokens
-    really fed, and position of the first. starts ascend from 0; what follows a row's tokens up to the next row, or to
-    `tokens` (the bucket's size), is padding. num_rows: int32 [1]; rows from there on are not read.
+    tokens: the bucket's size. What follows a row's tokens, up to the next row or to the end, is padding.
     items: int32 [n, 4], n by `attention_tiles.max_items`, is filled with (slot, first token, tokens, first position),
     in order of the step; padding has slot -1, what is left over also no tokens.
     decode_rows: int32 [R], where given takes the token of each row that feeds one, else -1; those rows get no item.
     """
-    rows, block = slots.shape[0], 32
-    rows_pad = pad(max(rows, 2))
+    count, block = rows.slots.shape[0], 32
     _make_items[(triton.cdiv(items.shape[0], block),)](
-        slots, starts, counts, positions, num_rows, items, items if decode_rows is None else decode_rows,
-        tokens, items.shape[0], ROWS=rows, ROWS_PAD=rows_pad, ITEM=item_tokens, BLOCK=block,
-        LISTED=decode_rows is not None, num_warps=4,
+        *rows, items, items if decode_rows is None else decode_rows, tokens, items.shape[0], ROWS=count,
+        ROWS_PAD=pad(max(count, 2)), ITEM=item_tokens, BLOCK=block, LISTED=decode_rows is not None, num_warps=4,
     )  # fmt: skip
