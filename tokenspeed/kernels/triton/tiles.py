@@ -41,8 +41,65 @@ class SkinnyTile:
 Key = tuple[int, int, int, int]
 """(rows rounded up to a power of two, rows of W, columns, bytes of an element of W)."""
 
-GEMV: dict[Key, GemvTile] = {}
-SKINNY: dict[Key, SkinnyTile] = {}
+GEMV: dict[Key, GemvTile] = {
+    (1, 2048, 2048, 1): GemvTile(block_n=8, block_k=2048, warps=8, pdl=True),
+    (1, 2048, 2048, 2): GemvTile(block_n=16, block_k=512, warps=4, pdl=True),
+    (1, 2048, 8192, 1): GemvTile(block_n=8, block_k=2048, warps=8, pdl=True),
+    (1, 2048, 8192, 2): GemvTile(block_n=4, block_k=2048, warps=8, pdl=True),
+    (1, 3072, 2048, 1): GemvTile(block_n=8, block_k=2048, warps=8, pdl=True),
+    (1, 3072, 2048, 2): GemvTile(block_n=4, block_k=1024, warps=4, pdl=True),
+    (1, 4096, 4096, 1): GemvTile(block_n=8, block_k=4096, warps=8, pdl=True),
+    (1, 4096, 4096, 2): GemvTile(block_n=2, block_k=2048, warps=8, pdl=True),
+    (1, 4096, 14336, 1): GemvTile(block_n=8, block_k=2048, warps=8, pdl=True),
+    (1, 4096, 14336, 2): GemvTile(block_n=2, block_k=2048, warps=8, pdl=True),
+    (1, 6144, 4096, 1): GemvTile(block_n=8, block_k=4096, warps=8, pdl=True),
+    (1, 6144, 4096, 2): GemvTile(block_n=8, block_k=1024, warps=4, pdl=True),
+    (1, 16384, 2048, 1): GemvTile(block_n=8, block_k=2048, warps=8, pdl=True),
+    (1, 16384, 2048, 2): GemvTile(block_n=4, block_k=1024, warps=4, pdl=True),
+    (1, 28672, 4096, 1): GemvTile(block_n=8, block_k=4096, warps=8, pdl=True),
+    (1, 28672, 4096, 2): GemvTile(block_n=8, block_k=1024, warps=4, pdl=True),
+    (1, 128256, 2048, 2): GemvTile(block_n=8, block_k=2048, warps=8, pdl=True),
+    (1, 128256, 4096, 2): GemvTile(block_n=4, block_k=1024, warps=4, pdl=True),
+}
+SKINNY: dict[Key, SkinnyTile] = {
+    (16, 2048, 2048, 1): SkinnyTile(block_n=128, block_k=128, split_k=4, warps=8, stages=4, prefetch=512, pdl=True),
+    (16, 2048, 2048, 2): SkinnyTile(block_n=64, block_k=128, split_k=4, warps=4, stages=4, prefetch=256, pdl=True),
+    (16, 2048, 8192, 1): SkinnyTile(block_n=64, block_k=256, split_k=4, warps=4, stages=4, prefetch=512, pdl=True),
+    (16, 2048, 8192, 2): SkinnyTile(block_n=64, block_k=128, split_k=4, warps=4, stages=4, prefetch=0, pdl=True),
+    (16, 3072, 2048, 1): SkinnyTile(block_n=64, block_k=128, split_k=2, warps=4, stages=6, prefetch=512, pdl=True),
+    (16, 3072, 2048, 2): SkinnyTile(block_n=32, block_k=256, split_k=1, warps=4, stages=4, prefetch=256, pdl=True),
+    (16, 4096, 4096, 1): SkinnyTile(block_n=64, block_k=256, split_k=4, warps=4, stages=4, prefetch=512, pdl=True),
+    (16, 4096, 4096, 2): SkinnyTile(block_n=16, block_k=512, split_k=1, warps=2, stages=4, prefetch=256, pdl=True),
+    (16, 4096, 14336, 1): SkinnyTile(block_n=64, block_k=256, split_k=4, warps=4, stages=4, prefetch=512, pdl=True),
+    (16, 4096, 14336, 2): SkinnyTile(block_n=16, block_k=512, split_k=1, warps=2, stages=4, prefetch=256, pdl=True),
+    (16, 6144, 4096, 1): SkinnyTile(block_n=64, block_k=256, split_k=1, warps=4, stages=4, prefetch=512, pdl=True),
+    (16, 6144, 4096, 2): SkinnyTile(block_n=32, block_k=128, split_k=1, warps=2, stages=6, prefetch=256, pdl=True),
+    (16, 16384, 2048, 1): SkinnyTile(block_n=64, block_k=256, split_k=1, warps=4, stages=4, prefetch=512, pdl=True),
+    (16, 16384, 2048, 2): SkinnyTile(block_n=64, block_k=128, split_k=1, warps=4, stages=4, prefetch=256, pdl=True),
+    (16, 28672, 4096, 1): SkinnyTile(block_n=64, block_k=256, split_k=1, warps=4, stages=4, prefetch=512, pdl=True),
+    (16, 28672, 4096, 2): SkinnyTile(block_n=64, block_k=128, split_k=1, warps=4, stages=4, prefetch=256, pdl=True),
+    (16, 128256, 2048, 2): SkinnyTile(block_n=64, block_k=128, split_k=1, warps=4, stages=4, prefetch=256, pdl=True),
+    (16, 128256, 4096, 2): SkinnyTile(block_n=64, block_k=128, split_k=1, warps=4, stages=4, prefetch=0, pdl=True),
+    (32, 2048, 2048, 1): SkinnyTile(block_n=128, block_k=128, split_k=4, warps=8, stages=4, prefetch=512, pdl=True),
+    (32, 2048, 2048, 2): SkinnyTile(block_n=64, block_k=64, split_k=4, warps=4, stages=6, prefetch=256, pdl=True),
+    (32, 2048, 8192, 1): SkinnyTile(block_n=64, block_k=256, split_k=4, warps=4, stages=4, prefetch=512, pdl=True),
+    (32, 2048, 8192, 2): SkinnyTile(block_n=64, block_k=128, split_k=4, warps=4, stages=4, prefetch=0, pdl=True),
+    (32, 3072, 2048, 1): SkinnyTile(block_n=64, block_k=128, split_k=2, warps=4, stages=6, prefetch=512, pdl=True),
+    (32, 3072, 2048, 2): SkinnyTile(block_n=64, block_k=64, split_k=2, warps=4, stages=6, prefetch=256, pdl=True),
+    (32, 4096, 4096, 1): SkinnyTile(block_n=64, block_k=128, split_k=2, warps=4, stages=6, prefetch=512, pdl=True),
+    (32, 4096, 4096, 2): SkinnyTile(block_n=64, block_k=128, split_k=2, warps=4, stages=4, prefetch=0, pdl=True),
+    (32, 4096, 14336, 1): SkinnyTile(block_n=64, block_k=256, split_k=2, warps=4, stages=4, prefetch=512, pdl=True),
+    (32, 4096, 14336, 2): SkinnyTile(block_n=64, block_k=128, split_k=2, warps=4, stages=4, prefetch=0, pdl=True),
+    (32, 6144, 4096, 1): SkinnyTile(block_n=64, block_k=256, split_k=1, warps=4, stages=4, prefetch=512, pdl=True),
+    (32, 6144, 4096, 2): SkinnyTile(block_n=64, block_k=128, split_k=1, warps=4, stages=4, prefetch=256, pdl=True),
+    (32, 16384, 2048, 1): SkinnyTile(block_n=64, block_k=256, split_k=1, warps=4, stages=4, prefetch=512, pdl=False),
+    (32, 16384, 2048, 2): SkinnyTile(block_n=64, block_k=128, split_k=1, warps=4, stages=4, prefetch=0, pdl=True),
+    (32, 28672, 4096, 1): SkinnyTile(block_n=64, block_k=256, split_k=1, warps=4, stages=4, prefetch=512, pdl=True),
+    (32, 28672, 4096, 2): SkinnyTile(block_n=64, block_k=128, split_k=1, warps=4, stages=4, prefetch=256, pdl=True),
+    (32, 128256, 2048, 2): SkinnyTile(block_n=128, block_k=64, split_k=1, warps=8, stages=4, prefetch=256, pdl=True),
+    (32, 128256, 4096, 2): SkinnyTile(block_n=128, block_k=64, split_k=1, warps=8, stages=4, prefetch=256, pdl=True),
+}
+"""Measured on one H200 with triton 3.6.0: the projections of Llama 3.2 1B and 3.1 8B, in bf16 and fp8."""
 
 _GEMV_TILE_BYTES = 16384
 _GEMV_ROW_BYTES = 4096
