@@ -11,7 +11,7 @@ from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
 
 REPLAYS = 50
-AT_STEP = 40
+AT_STEP = 20
 """Decode steps before the measurement."""
 
 

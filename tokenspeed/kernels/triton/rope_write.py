@@ -79,14 +79,8 @@ def _rope_write(q, k, v, q_norm, k_norm, frequency, positions, slots, table, kv,
     g = tl.arange(0, GROUP_PAD)
     rows = (head * GROUP + g) * DIM
     mine = g < GROUP
-<<<<<<< HEAD
-    query = _rotated(
-        q + token * q_row, rows, mine & (g + slot >= g), q_norm, q_eps, cos, sin, DIM, DIM_PAD, HALF, NORMED
-    )
-=======
     real = mine & (tl.zeros_like(g) + slot >= 0)
     query = _rotated(q + token * q_row, rows, real, q_norm, q_eps, cos, sin, DIM, DIM_PAD, HALF, NORMED)
->>>>>>> i5-G2
     at = out + token * (tl.num_programs(1) * GROUP * DIM) + rows[:, None] + d[None, :]
     tl.store(at, query.to(out.dtype.element_ty), mask=mine[:, None] & (d < DIM)[None, :])
 
