@@ -117,4 +117,9 @@ def test_captures_are_bounded_per_step_and_start_eagerly(open_gpu: Callable[...,
     assert link.graphs == []  # every bucket ran once
     gpu.generate(prompt_token_ids=[[1, 2, 3]], sampling_params=greedy, use_tqdm=False)
     executor: Any = gpu.core.executor
-    assert sorted(executor.graphs.captured(), key=str) == [("forward", 1), ("forward", 4), ("sample", 1, False), ("sample", 4, False)]
+    assert sorted(executor.graphs.captured(), key=str) == [
+        ("forward", 1),
+        ("forward", 4),
+        ("sample", 1, False),
+        ("sample", 4, False),
+    ]

@@ -52,10 +52,8 @@ class TritonSteps:
         count = attention_tiles.max_items(tokens, rows, each)
         items = torch.empty((count, 4), dtype=torch.int32, device=header.device)
         decode_rows = torch.empty(rows, dtype=torch.int32, device=header.device)
-        work_items.make_items(
-            inputs.row_slots, inputs.row_starts, inputs.row_counts, inputs.row_firsts, header[:1], tokens, each, items,
-            decode_rows,
-        )  # fmt: skip
+        fed = work_items.StepRows(inputs.row_slots, inputs.row_starts, inputs.row_counts, inputs.row_firsts, header[:1])
+        work_items.make_items(fed, tokens, each, items, decode_rows)
         return items, decode_rows
 
     @staticmethod
