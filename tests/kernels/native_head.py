@@ -59,7 +59,7 @@ def draw_case(kind: str, rows: int, blocks: int, count: int, rng: np.random.Gene
         blocks_of = source.reshape(rows, blocks, 34)
         blocks_of[:, :, 2:] = rng.integers(1, 128, size=(rows, blocks, 32))
         blocks_of[:, :, :2] = np.array([0.25], np.float16).view(np.uint8)
-        x = (-np.abs(x) * (1e37 if kind == "huge" else 1)).astype(np.float32)
+        x = -np.clip(np.abs(x), 0.01, 30) * np.float32(1e37 if kind == "huge" else 1)
     first = rng.integers(len(TEMPERATURES))
     return f"draw {kind} {fmt} {rows}x{cols}, {count} rows, from {TEMPERATURES[first]}", {
         "format": PLANES if fmt == "Planes" else FORMATS.index(fmt),
