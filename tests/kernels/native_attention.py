@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tests.kernels.blocks import random_rows
-from tests.kernels.native_cases import PLAIN, Case, act, bf16_bits, bf16_values, rms_norm
+from tests.kernels.native_cases import PLAIN, Case, act, rms_norm
+from tests.kernels.native_kv import KV, decode, encode, rounding
 from tokenspeed.kernels.cpu.registration import FORMATS
 
 UNUSED = 1 << 24
@@ -24,10 +25,10 @@ class Shape:
     page_size: int = 16
     first: int = 0
     window: int = 0
-    wide: bool = False
+    kv: str = "BF16"
 
     def __str__(self) -> str:
-        pages = f"pages of {self.page_size} {'float32' if self.wide else 'bf16'}"
+        pages = f"pages of {self.page_size} {self.kv}"
         return f"{self.queries}x{self.group} of {self.head_dim} at {self.first}, window {self.window}, {pages}"
 
 
@@ -49,35 +50,36 @@ def attention_case(shape: Shape, rng: np.random.Generator) -> Case:
     heads = np.stack([q[i * q_stride :][: shape.group * shape.head_dim] for i in range(shape.queries)])
     pages = -(-length // shape.page_size)
     order = rng.permutation(pages + 2)[:pages].astype(np.int32)
-    arena = rng.normal(size=(pages + 2, 2, shape.page_size, 2, shape.head_dim)).astype(np.float32)
-    stored = arena if shape.wide else bf16_bits(arena)
-    values = arena if shape.wide else bf16_values(stored)
-    k, v = (values[order, part, :, 1].reshape(-1, shape.head_dim)[:length] for part in (0, 1))
-    scale = 0.7 / np.sqrt(shape.head_dim)
+    arena = rng.normal(size=(pages + 2, 2, shape.page_size, 2, shape.head_dim)) * rng.choice([1, 9], shape.head_dim)
+    stored = encode(shape.kv, arena)
+    held = decode(shape.kv, stored, shape.head_dim)
+    k, v = (held[order, part, :, 1].reshape(-1, shape.head_dim)[:length] for part in (0, 1))
+    scale = 0.2 / np.sqrt(shape.head_dim)
     used = q[: (shape.queries - 1) * q_stride + shape.group * shape.head_dim]
     expected = attend(
         heads.reshape(shape.queries, shape.group, -1), k, v, shape.first, shape.window, float(np.float32(scale))
     )
-    behind = max(0, shape.first - shape.window + 1) // shape.page_size if shape.window else 0
-    order[:behind] = UNUSED
-    size = stored.itemsize
-    token = 2 * shape.head_dim * size
+    live = max(0, shape.first - shape.window + 1) if shape.window else 0
+    for position in (*range(live), *range(length, pages * shape.page_size)):  # NaN in every format
+        stored[order[position // shape.page_size], :, position % shape.page_size] = 0xFF
+    order[: live // shape.page_size] = UNUSED
+    entry = stored.shape[-1]
     return f"attention {shape}", {
         "q": used,
         "q_stride": q_stride,
         "queries": shape.queries,
         "group": shape.group,
         "head_dim": shape.head_dim,
-        "wide": shape.wide,
+        "format": KV.index(shape.kv),
         "kv": stored,
         "table": order,
-        "strides": np.array([2 * shape.page_size * token, shape.page_size * token, token, shape.head_dim * size]),
+        "strides": np.array([4 * shape.page_size * entry, 2 * shape.page_size * entry, 2 * entry, entry]),
         "page_size": shape.page_size,
         "first_position": shape.first,
         "window": shape.window,
         "scale": scale,
         "expected": expected,
-        "allowed": np.full(expected.shape, 1e-6 * float(np.abs(v).max())),
+        "allowed": np.full(expected.shape, 2e-6 * float(np.abs(v).max())),
     }
 
 
@@ -92,33 +94,33 @@ class WalkShape:
     half: int
     page_size: int
     window: int = 0
-    wide: bool = False
+    kv: str = "BF16"
     normed: bool = False
 
     def __str__(self) -> str:
-        pages = f"pages of {self.page_size} {'float32' if self.wide else 'bf16'}"
+        pages = f"pages of {self.page_size} {self.kv}"
         heads = f"{self.heads}/{self.kv_heads} heads of {self.head_dim}, {'' if self.normed else 'not '}normed"
         return f"{self.lengths} {heads}, window {self.window}, {pages}"
 
 
 def walk_case(s: WalkShape, rng: np.random.Generator) -> Case:
-    """Sequences of random queries, keys and values: rotation, page writes, attention."""
+    """Sequences of random queries, keys and values: rotation, page writes, attention over what the pages then hold."""
     width = (s.heads + 2 * s.kv_heads) * s.head_dim
     embeddings = rng.normal(size=(sum(s.lengths), width)).astype(np.float32)
     frequency = (100.0 ** -(np.arange(s.half) / s.half)).astype(np.float32)
     norms = [(rng.random(s.head_dim if s.normed else 0) + 0.5).astype(np.float32) for _ in range(2)]
     pages = [-(-length // s.page_size) for length in s.lengths]
-    scale = 1.3 / np.sqrt(s.head_dim)
     sequences = np.split(embeddings, np.cumsum(s.lengths)[:-1])
-    expected = np.concatenate([walked(s, rows, frequency, norms, scale) for rows in sequences])
+    parts = [written(s, rows, frequency, norms) for rows in sequences]
+    q, k, v = (np.concatenate(each) for each in zip(*parts, strict=True))
     return f"walk {s}", {
         "heads": s.heads,
         "kv_heads": s.kv_heads,
         "head_dim": s.head_dim,
         "page_size": s.page_size,
         "window": s.window,
-        "wide": s.wide,
-        "scale": scale,
+        "format": KV.index(s.kv),
+        "scale": 1.3 / np.sqrt(s.head_dim),
         "eps": 1e-6,
         "embeddings": embeddings,
         "frequency": frequency,
@@ -128,23 +130,23 @@ def walk_case(s: WalkShape, rng: np.random.Generator) -> Case:
         "pages": sum(pages) + 1,
         "tables": rng.permutation(sum(pages) + 1)[: sum(pages)].astype(np.int32),
         "table_start": np.cumsum([0, *pages[:-1]]),
-        "expected": expected,
-        # A key whose rounding to bfloat16 falls the other way moves a score by a bfloat16 step.
-        "allowed": np.full(expected.shape, (3e-6 if s.wide else 1e-3) * float(np.abs(embeddings).max())),
+        "q": q,
+        "keys": k,
+        "keys_allowed": rounding(s.kv, k),
+        "values": v,
+        "values_allowed": rounding(s.kv, v),
+        "allowed": 3e-6 * float(np.abs(embeddings).max()),
     }
 
 
-def walked(s: WalkShape, rows: np.ndarray, frequency: np.ndarray, norms: list[np.ndarray], scale: float) -> np.ndarray:
-    """Float64 [tokens, heads dim]: one sequence's outputs."""
+def written(
+    s: WalkShape, rows: np.ndarray, frequency: np.ndarray, norms: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Float64 [tokens, heads, dim]: one sequence's queries, keys and values before these are rounded for their page."""
     parts = rows.reshape(len(rows), -1, s.head_dim).astype(float)
     q, k, v = np.split(parts, [s.heads, s.heads + s.kv_heads], axis=1)
     q, k = (rotated(rms_norm(x, w, 1e-6) if s.normed else x, frequency) for x, w in ((q, norms[0]), (k, norms[1])))
-    if not s.wide:
-        k, v = (bf16_values(bf16_bits(x)).astype(float) for x in (k, v))
-    group = s.heads // s.kv_heads
-    queries = [q[:, h * group :][:, :group] for h in range(s.kv_heads)]
-    out = [attend(queries[h], k[:, h], v[:, h], 0, s.window, scale) for h in range(s.kv_heads)]
-    return np.stack(out, axis=1).reshape(len(rows), -1)
+    return q, k, v
 
 
 def rotated(x: np.ndarray, frequency: np.ndarray) -> np.ndarray:

@@ -66,8 +66,14 @@ def linear_case(fmt: str, rows: int, blocks: int, count: int, rng: np.random.Gen
     cols = width(fmt, blocks)
     source, values = random_rows(fmt, rows, cols, rng)
     x = activations(count, cols, rng)
-    return f"linear {fmt} {rows}x{cols}, {count} rows", {
-        "format": FORMATS.index(fmt),
+    return f"linear {fmt} {rows}x{cols}, {count} rows", product(fmt, FORMATS.index(fmt), source, values, x)
+
+
+def product(fmt: str, code: int, source: np.ndarray, values: np.ndarray, x: np.ndarray) -> dict[str, Any]:
+    """Rows `source` of a format that mean `values`, packed as format number `code`, times x."""
+    (rows, cols), count = values.shape, len(x)
+    return {
+        "format": code,
         "rows": rows,
         "cols": cols,
         "count": count,
@@ -92,16 +98,6 @@ def act(gate: np.ndarray, silu: bool) -> np.ndarray:
     return gate / (1 + np.exp(np.minimum(-t, 700)))
 
 
-def bf16_bits(x: np.ndarray) -> np.ndarray:
-    """uint16: float32 rounded to nearest, ties to even; NaN stays NaN."""
-    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-def bf16_values(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
 def row_cases(n: int, rng: np.random.Generator) -> Iterator[Case]:
     """Every op on a row of n; a rotation of n pairs; the largest of n with ties."""
     x, other = (rng.normal(size=n).astype(np.float32) * 3 for _ in range(2))
@@ -111,10 +107,14 @@ def row_cases(n: int, rng: np.random.Generator) -> Iterator[Case]:
     for silu in (True, False):
         yield act_case((x * rng.choice([1, 30], size=n)).astype(np.float32), other, silu)
     yield rotate_case(n, rng)
-    yield bf16_case(x)
+    yield act_case(with_nan(x, rng), other, n % 2 == 0)
     coarse = np.round(x)
     coarse[rng.random(n) < 0.2] = -np.inf
     yield f"argmax {n}", {"x": coarse, "expected": int(np.argmax(coarse))}
+
+
+def with_nan(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return np.where(rng.random(len(x)) < 0.3, np.float32(np.nan), x)
 
 
 def norm_case(x: np.ndarray, weight: np.ndarray) -> Case:
@@ -127,16 +127,8 @@ def act_case(gate: np.ndarray, up: np.ndarray, silu: bool) -> Case:
     expected = act(gate.astype(float), silu) * up
     # An error in the exponent's argument, gate or its cube, is one in the result times its size.
     allowed = 6 * EPS * (2 + np.abs(gate) ** (1 if silu else 3)) * np.abs(expected) + 1e-35
-    name = f"act_mul {len(gate)} {'silu' if silu else 'gelu'}"
+    name = f"act_mul {len(gate)} {'silu' if silu else 'gelu'}{', NaN' if np.isnan(gate).any() else ''}"
     return name, {"x": gate, "up": up, "silu": silu, "expected": expected, "allowed": allowed}
-
-
-def bf16_case(x: np.ndarray) -> Case:
-    """The numbers, the same as ties, and NaN, infinities, -0, the smallest and the largest."""
-    bits = x.view(np.uint32)
-    special = np.array([0x7FC00000, 0x7F800000, 0xFF800000, 0x80000000, 1, 0x7F7FFFFF], np.uint32)
-    words = np.concatenate([bits, bits & 0xFFFF0000 | 0x8000, special]).astype(np.uint32).view(np.float32)
-    return f"to_bf16 {len(words)}", {"x": words, "expected": bf16_bits(words)}
 
 
 def rotate_case(half: int, rng: np.random.Generator) -> Case:
@@ -149,9 +141,11 @@ def rotate_case(half: int, rng: np.random.Generator) -> Case:
 
 
 def quantize_case(blocks: int, rng: np.random.Generator) -> Case:
-    """Blocks from almost nothing to large, among them zeros, subnormal numbers and one lone value."""
+    """Blocks from almost nothing to large, among them zeros, subnormal numbers, one lone value, NaN and infinities."""
     x = rng.normal(size=(blocks, 32)) * 10.0 ** rng.integers(-44, 30, size=(blocks, 1))
     x[rng.random((blocks, 32)) < 0.1] = 0
     x[0] = 0
     x[-1, 1:] = 0
+    for block in range(4, blocks, 9):
+        x[block, rng.integers(32, size=3)] = rng.choice([np.nan, np.inf, -np.inf])
     return f"quantize {blocks} blocks", {"x": x.astype(np.float32)}

@@ -155,3 +155,19 @@ def test_other_formats_draw_the_same_tokens_too(temperature: float) -> None:
     data, _ = random_rows("Q6_K", num_tokens, cols, rng)
     model, matrix = packed("", 2, [("Q6_K", data)], cols)
     check(model, matrix, rng.normal(size=(6, cols)).astype(np.float32), num_tokens, temperature)
+
+
+@pytest.mark.parametrize("isa", TIERS_HERE)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("fmt", ["Q8_0", "Q6_K"])
+def test_rows_that_are_no_numbers_draw_nothing(isa: str, fmt: str, temperature: float) -> None:
+    rng, num_tokens, cols = np.random.default_rng([SEED, 6]), 203, 256
+    data, _ = random_rows(fmt, num_tokens, cols, rng)
+    model, matrix = planes(isa, 2, data, cols) if fmt == "Q8_0" else packed(isa, 2, [(fmt, data)], cols)
+    x = rng.normal(size=(3, cols)).astype(np.float32)
+    broken = x.copy()
+    broken[::2, rng.integers(cols)] = np.nan, rng.choice([-np.inf, np.inf])
+    rows = asks(temperature, 3)
+    found = draw(model, matrix, broken, rows)
+    assert found == [[], draw(model, matrix, x, rows)[1], []]
+    assert np.isnan(multiply(model, matrix, broken, num_tokens)[::2]).all()

@@ -15,6 +15,8 @@ from tests.kernels import native_build as builds
 from tests.kernels.native_attention import Shape, WalkShape, attention_case, block_case, walk_case
 from tests.kernels.native_build import Build, run
 from tests.kernels.native_cases import Case, linear_case, quantize_case, row_cases, write_cases
+from tests.kernels.native_head import draw_case, few_head_cases, gumbel_case, head_cases, planes_case
+from tests.kernels.native_kv import KV, store_cases
 from tests.kernels.tiers import TIERS_HERE
 from tests.seeds import SEED
 from tokenspeed.kernels.cpu.registration import FORMATS
@@ -29,10 +31,13 @@ def few_cases(rng: np.random.Generator) -> Iterator[Case]:
     for n in (1, 15, 31, 33, 100):
         yield from row_cases(n, rng)
     yield quantize_case(64, rng)
-    yield attention_case(Shape(), rng)
-    yield attention_case(Shape(queries=9, group=7, head_dim=80, page_size=5, first=300, window=100), rng)
-    yield attention_case(Shape(queries=3, group=3, head_dim=48, first=70, wide=True), rng)
-    yield walk_case(WalkShape((290, 1, 41), 6, 2, 32, 16, 16, 37, normed=True), rng)
+    yield from store_cases(rng)
+    for kv in KV:
+        yield attention_case(Shape(kv=kv), rng)
+        yield attention_case(Shape(queries=9, group=7, head_dim=80, page_size=5, first=300, window=100, kv=kv), rng)
+        yield attention_case(Shape(queries=3, group=3, head_dim=48, first=70, kv=kv), rng)
+        yield walk_case(WalkShape((90, 1, 41), 6, 2, 32, 16, 16, 37, kv, normed=True), rng)
+    yield from few_head_cases(rng)
     yield block_case("Q8_0", 5, 96, 64, False, rng)
     yield block_case("BF16", 3, 33, 40, True, rng)
 
@@ -46,11 +51,14 @@ def all_cases(rng: np.random.Generator) -> Iterator[Case]:
     yield quantize_case(999, rng)
     for queries, group, first, window in product((1, 2, 5, 19), (1, 3, 4, 8), (0, 1, 47, 257), (0, 1, 17, 200)):
         dim, page = int(rng.choice([16, 64, 80, 128, 256])), int(rng.choice([1, 3, 16, 64]))
-        yield attention_case(Shape(queries, group, dim, page, first, window, bool(rng.integers(2))), rng)
-    for window, wide, normed in product((0, 37), (False, True), (False, True)):
-        yield walk_case(WalkShape((270, 1, 41), 6, 2, 32, 16, 16, window, wide, normed), rng)
-        yield walk_case(WalkShape((3, 90), 3, 3, 48, 7, 5, window, wide, normed), rng)
-        yield walk_case(WalkShape((66,), 9, 1, 16, 8, 1, window, wide, normed), rng)
+        yield attention_case(Shape(queries, group, dim, page, first, window, KV[rng.integers(4)]), rng)
+    for window, kv, normed in product((0, 37), KV, (False, True)):
+        yield walk_case(WalkShape((3, 90), 3, 3, 48, 7, 5, window, kv, normed), rng)
+        yield walk_case(WalkShape((66,), 9, 1, 16, 8, 1, window, kv, normed), rng)
+    for window, kv in product((0, 37), KV):
+        yield walk_case(WalkShape((270, 1, 41), 6, 2, 32, 16, 16, window, kv, normed=window == 0), rng)
+    yield from store_cases(rng)
+    yield from head_cases(rng)
     for fmt, silu in product(FORMATS, (False, True)):
         size = 256 if fmt.endswith(("_K", "_XS")) else 96
         yield block_case(fmt, 11, size, size, silu, rng)

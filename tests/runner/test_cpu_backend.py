@@ -24,10 +24,12 @@ from tokenspeed.program.fuse import fuse
 from tokenspeed.runner.arena import Arena, PageShape
 from tokenspeed.runner.backend import Backend
 from tokenspeed.runner.cpu_backend import CpuBackend, why_not
+from tokenspeed.runner.edits import SampledRow
 from tokenspeed.runner.inputs import SlotTable
 from tokenspeed.runner.layout import page_layout
 from tokenspeed.runner.model import LoadedModel
 from tokenspeed.runner.ref_backend import RefBackend
+from tokenspeed.runner.sampler import sample, sampler_inputs
 from tokenspeed.weights.dummy import dummy_weights
 from tokenspeed.weights.spec import WeightSpec
 
@@ -235,6 +237,21 @@ def test_bits_do_not_depend_on_threads_batch_or_chunks(name: str, kv: torch.dtyp
         logits.append(torch.cat(parts))
     for other in logits[1:]:
         assert (other == logits[0]).all()
+
+
+def test_hidden_rows_that_are_no_numbers_are_left_to_the_sampler() -> None:
+    model = make_model("llama", {"lm_head": "Q8_0"})
+    model.packed["embed"].segments[0].data.view(torch.float32)[7, 5] = float("inf")
+    stepper = Stepper(model, CpuBackend(model, 2), 16, torch.bfloat16)
+    stepper.start(0, [7], 16)
+    stepper.start(1, [8], 16)
+    logits = stepper.step({0: 1, 1: 1})
+    ask = SampledRow(GREEDY, [], 0, 1)
+    assert logits[0].isnan().all()
+    assert stepper.backend.pick([1], [ask]) == [int(logits[1].argmax())]
+    assert stepper.backend.pick([0, 1], [ask, ask]) is None
+    inputs = sampler_inputs([ask, ask], BASE.vocab_size, model.device)
+    assert sample(logits, inputs).tokens.tolist() == [0, int(logits[1].argmax())]
 
 
 def test_what_it_does_not_take_is_named() -> None:

@@ -78,7 +78,7 @@ class Report {
 
   void begin(const Case& c) { current_ = &c; }
   void check(bool good, const std::string& what);
-  // |got - expected| <= allowed, element by element; a NaN fails.
+  // |got - expected| <= allowed, element by element; a NaN must be where one is expected.
   void close(const Exact<float>& got, const Exact<double>& expected, const Exact<double>& allowed, const std::string& what);
   void same_bits(const Exact<float>& got, const Exact<float>& expected, const std::string& what);
 
@@ -90,6 +90,9 @@ void linear_case(const Case& c, const ts::Kernels& kernels, Report& report);
 void row_case(const Case& c, const ts::Kernels& kernels, Report& report);
 void attention_case(const Case& c, const ts::Kernels& kernels, Report& report);
 void walk_case(const Case& c, const ts::Kernels& kernels, Report& report);
+void block_case(const Case& c, const ts::Kernels& kernels, Report& report);
+void draw_case(const Case& c, const ts::Kernels& kernels, Report& report);
+void gumbel_case(const Case& c, const ts::Kernels& kernels, Report& report);
 void pool_cases(Report& report);
 
 }  // namespace native

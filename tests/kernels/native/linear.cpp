@@ -1,52 +1,20 @@
 // Packed weights times rows: unpacking, products, and equal bits for any batch, any number of threads.
 #include <cmath>
 
-#include "cases.h"
-#include "model.h"
-#include "pack.h"
+#include "packed.h"
 
 namespace native {
 namespace {
 
-struct Problem {
-  ts::Format format;
-  int64_t rows, cols, count;
-  Exact<uint8_t> source;              // rows as the file holds them
-  Exact<float> x;                     // [count, cols]
-  std::vector<Exact<uint8_t>> tiles;  // each ends where its data ends
-};
-
-Problem read_problem(const Case& c) {
-  Problem p{static_cast<ts::Format>(c.number("format")), c.number("rows"), c.number("cols"), c.number("count"),
-            c.array<uint8_t>("source"), c.array<float>("x"), {}};
-  const int64_t row_bytes = ts::file_row_bytes(p.format, p.cols);
-  if (static_cast<int64_t>(p.source.size()) != p.rows * row_bytes) throw std::runtime_error(c.name + ": source has another size");
-  for (int64_t first = 0; first < p.rows; first += ts::kRows) {
-    p.tiles.emplace_back(static_cast<size_t>(ts::tile_bytes(p.format, p.cols)));
-    ts::pack_tile(p.format, p.source.data(), p.rows, p.cols, row_bytes, first, p.tiles.back().data());
-  }
-  return p;
-}
-
 // Rows [first, first + count) of x through the kernels: [count, rows].
 Exact<float> multiply(const Problem& p, const ts::Kernels& kernels, int64_t first, int64_t count) {
-  const bool plain = ts::is_plain(p.format);
-  const auto elements = static_cast<size_t>(count * p.cols);
-  Exact<float> x(p.x.begin() + first * p.cols, p.x.begin() + (first + count) * p.cols);
-  Exact<int8_t> hi(plain ? 0 : elements), lo(plain ? 0 : elements);
-  Exact<float> scale(plain ? 0 : elements / ts::kBlock);
-  Exact<int32_t> sums(plain ? 0 : elements / ts::kBlock * 2);
-  for (int64_t row = 0; row < count && !plain; ++row) {
-    const int64_t block = row * p.cols / ts::kBlock;
-    kernels.quantize(x.data() + row * p.cols, p.cols, hi.data() + row * p.cols, lo.data() + row * p.cols, scale.data() + block,
-                     sums.data() + 2 * block);
-  }
-  const ts::Rows rows{count, p.cols, x.data(), hi.data(), lo.data(), scale.data(), sums.data()};
+  const Activations x(kernels, {p.x.begin() + first * p.cols, p.x.begin() + (first + count) * p.cols}, p.cols, ts::is_plain(p.format));
   Exact<float> out(static_cast<size_t>(count * p.rows), NAN);
   for (size_t t = 0; t < p.tiles.size(); ++t) {
     const auto at = static_cast<int64_t>(t) * ts::kRows;
     const auto valid = static_cast<int>(std::min<int64_t>(ts::kRows, p.rows - at));
-    kernels.tile(p.format, p.tiles[t].data(), rows, out.data() + at, p.rows, valid);
+    if (p.low.empty()) kernels.tile(p.format, p.tiles[t].data(), x.rows(), out.data() + at, p.rows, valid);
+    else kernels.planes_tile(p.tiles[t].data(), p.low[t].data(), x.rows(), out.data() + at, p.rows, valid);
   }
   return out;
 }
@@ -55,20 +23,16 @@ void check_unpacking(const Problem& p, const Case& c, const ts::Kernels& kernels
   Exact<float> values(static_cast<size_t>(p.rows * p.cols), NAN);
   for (int64_t row = 0; row < p.rows; ++row) {
     Exact<float> out(static_cast<size_t>(p.cols), NAN);
-    const auto& tile = p.tiles[static_cast<size_t>(row / ts::kRows)];
-    kernels.unpack_row(p.format, tile.data(), static_cast<int>(row % ts::kRows), p.cols, out.data());
+    const auto t = static_cast<size_t>(row / ts::kRows);
+    const auto r = static_cast<int>(row % ts::kRows);
+    if (p.low.empty()) kernels.unpack_row(p.format, p.tiles[t].data(), r, p.cols, out.data());
+    else kernels.planes_row(p.tiles[t].data(), p.low[t].data(), r, p.cols, out.data());
     std::copy(out.begin(), out.end(), values.begin() + row * p.cols);
   }
   report.close(values, c.array<double>("values"), c.array<double>("values_allowed"), "unpacked");
 }
 
-}  // namespace
-
-void linear_case(const Case& c, const ts::Kernels& kernels, Report& report) {
-  const Problem p = read_problem(c);
-  check_unpacking(p, c, kernels, report);
-  const Exact<float> all = multiply(p, kernels, 0, p.count);
-  report.close(all, c.array<double>("expected"), c.array<double>("allowed"), "product");
+void check_batches(const Problem& p, const ts::Kernels& kernels, const Exact<float>& all, Report& report) {
   const auto part = [&](int64_t first, int64_t count) {
     return Exact<float>(all.begin() + first * p.rows, all.begin() + (first + count) * p.rows);
   };
@@ -78,16 +42,79 @@ void linear_case(const Case& c, const ts::Kernels& kernels, Report& report) {
   for (int64_t count = 2; count < p.count; ++count) {
     report.same_bits(multiply(p, kernels, p.count - count, count), part(p.count - count, count), "a batch of " + std::to_string(count) + " differs");
   }
+}
+
+// Two segments, of which the first may be empty, packed at once or in parts.
+void check_threads(const Problem& p, const ts::Kernels& kernels, const Exact<float>& all, Report& report) {
+  const int64_t cut = p.rows / 3, row_bytes = ts::file_row_bytes(p.format, p.cols);
   for (int threads = 1; threads <= 3; ++threads) {
     ts::Model model(threads, kernels.name);
     const int32_t matrix = model.add_matrix(p.cols);
-    const int64_t cut = p.rows / 3, row_bytes = ts::file_row_bytes(p.format, p.cols);  // two segments; the first may be empty
-    if (cut) model.add_segment(matrix, p.format, p.source.data(), cut);
-    model.add_segment(matrix, p.format, p.source.data() + cut * row_bytes, p.rows - cut);
+    const int64_t part = threads == 1 ? 1 << 20 : 16 * (threads - 1);
+    if (cut) add_segment(model, matrix, p.format, p.source.data(), cut, p.cols, part);
+    add_segment(model, matrix, p.format, p.source.data() + cut * row_bytes, p.rows - cut, p.cols, part);
     Exact<float> out(static_cast<size_t>(p.count * p.rows), NAN);
     model.multiply(matrix, p.x.data(), p.count, out.data());
     report.same_bits(out, all, std::to_string(threads) + " threads differ from the kernel alone");
   }
+}
+
+bool refused(ts::Model& model, int32_t matrix, const Problem& p, int64_t first, int64_t rows) {
+  try {
+    model.pack_rows(matrix, 0, first, p.source.data(), rows);
+  } catch (const std::invalid_argument&) {
+    return true;
+  }
+  return false;
+}
+
+void check_refusals(const Problem& p, const ts::Kernels& kernels, Report& report) {
+  ts::Model model(1, kernels.name);
+  const int32_t matrix = model.add_matrix(p.cols);
+  model.reserve_segment(matrix, p.format, p.rows);
+  report.check(refused(model, matrix, p, -16, 16), "rows before a segment are taken");
+  report.check(refused(model, matrix, p, 8, 1), "rows from the middle of a tile on are taken");
+  report.check(refused(model, matrix, p, 0, p.rows + 1), "more rows than the segment has are taken");
+  if (p.rows > 1) report.check(refused(model, matrix, p, 0, 1), "a part that is no whole tile is taken");
+}
+
+// The first look of every row: never further from the product than it says; and what refines it gives the product's bits.
+void check_screen(const Problem& p, const ts::Kernels& kernels, const Exact<float>& all, Report& report) {
+  const Activations x(kernels, p.x, p.cols);
+  const Exact<float> reach = x.reach();
+  Exact<float> near(all.size(), NAN), refined(all.size(), NAN);
+  Exact<double> bounds(all.size());
+  for (size_t t = 0; t < p.tiles.size(); ++t) {
+    const auto at = static_cast<int64_t>(t) * ts::kRows, valid = std::min<int64_t>(ts::kRows, p.rows - at);
+    Exact<float> look(static_cast<size_t>(p.count * ts::kRows), NAN), bound(look.size(), NAN);
+    kernels.screen_tile(p.tiles[t].data(), x.rows(), reach.data(), look.data(), bound.data(), ts::kRows);
+    for (int64_t row = 0; row < p.count; ++row) {
+      const Exact<float> own(look.begin() + row * ts::kRows, look.begin() + (row + 1) * ts::kRows);
+      for (int64_t r = 0; r < valid; ++r) {
+        Exact<float> out(ts::kRows, NAN);
+        kernels.refine(p.tiles[t].data(), p.low[t].data(), x.rows(), row, static_cast<int>(r % 4), own.data(), out.data());
+        const auto to = static_cast<size_t>(row * p.rows + at + r);
+        refined[to] = out[static_cast<size_t>(r)];
+        near[to] = own[static_cast<size_t>(r)];
+        bounds[to] = bound[static_cast<size_t>(row * ts::kRows + r)];
+      }
+    }
+  }
+  report.same_bits(refined, all, "refined looks differ from the products");
+  report.close(near, {all.begin(), all.end()}, bounds, "first look");
+}
+
+}  // namespace
+
+void linear_case(const Case& c, const ts::Kernels& kernels, Report& report) {
+  const Problem p = read_problem(c);
+  check_unpacking(p, c, kernels, report);
+  const Exact<float> all = multiply(p, kernels, 0, p.count);
+  report.close(all, c.array<double>("expected"), c.array<double>("allowed"), "product");
+  check_batches(p, kernels, all, report);
+  check_threads(p, kernels, all, report);
+  check_refusals(p, kernels, report);
+  if (p.format == ts::Format::Planes) check_screen(p, kernels, all, report);
 }
 
 }  // namespace native

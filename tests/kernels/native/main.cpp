@@ -10,6 +10,10 @@ namespace {
 using native::Case;
 using native::Report;
 
+const std::map<std::string, void (*)(const Case&, const ts::Kernels&, Report&)> kCases = {
+    {"linear", native::linear_case}, {"planes", native::linear_case}, {"attention", native::attention_case}, {"walk", native::walk_case},
+    {"block", native::block_case}, {"draw", native::draw_case}, {"gumbel", native::gumbel_case}};
+
 int finish(const char* name, const Report& report) {
   std::printf("%s: %lld checks, %lld failed;", name, static_cast<long long>(report.checks), static_cast<long long>(report.failures));
   for (const auto& [kind, share] : report.worst) std::printf(" %s %.0f %%", kind.c_str(), 100 * share);
@@ -33,10 +37,8 @@ int run(const std::string& isa, const std::string& path) {
   Report report;
   for (const Case& c : native::read_cases(path)) {
     report.begin(c);
-    if (c.kind() == "linear") native::linear_case(c, *kernels, report);
-    else if (c.kind() == "attention") native::attention_case(c, *kernels, report);
-    else if (c.kind() == "walk" || c.kind() == "block") native::walk_case(c, *kernels, report);
-    else native::row_case(c, *kernels, report);
+    const auto found = kCases.find(c.kind());
+    (found == kCases.end() ? native::row_case : found->second)(c, *kernels, report);
   }
   return finish(kernels->name, report);
 }

@@ -1,4 +1,5 @@
 // What is done to rows between projections.
+#include <algorithm>
 #include <cmath>
 
 #include "cases.h"
@@ -6,6 +7,12 @@
 namespace native {
 namespace {
 
+bool broken(const Exact<float>& x, size_t block) {
+  return std::any_of(x.begin() + static_cast<int64_t>(block * ts::kBlock), x.begin() + static_cast<int64_t>((block + 1) * ts::kBlock),
+                     [](float v) { return !std::isfinite(v); });
+}
+
+// A block that holds NaN or an infinity has codes of zero and a NaN for its scale. Of others
 // hi and lo must give x back within half a step of 1/256 of the scale, and sums must be theirs.
 void quantize_case(const Case& c, const ts::Kernels& kernels, Report& report) {
   const auto x = c.array<float>("x");
@@ -17,10 +24,12 @@ void quantize_case(const Case& c, const ts::Kernels& kernels, Report& report) {
   Exact<float> back(x.size());
   Exact<double> given(x.size()), allowed(x.size());
   for (size_t i = 0; i < x.size(); ++i) {
-    const double step = scale[i / ts::kBlock];
-    back[i] = static_cast<float>(step * (256 * hi[i] + lo[i]));
-    given[i] = x[i];
-    allowed[i] = step * 1.03 + 4e-34;  // half a step, and a whole one where lo has met its end at 127
+    const size_t block = i / ts::kBlock;
+    const double step = scale[block];
+    if (i % ts::kBlock == 0) report.check(std::isnan(step) == broken(x, block), "block " + std::to_string(block) + " has scale " + std::to_string(step));
+    back[i] = static_cast<float>((std::isnan(step) ? 1 : step) * (256 * hi[i] + lo[i]));
+    given[i] = std::isnan(step) ? 0 : x[i];
+    allowed[i] = std::isnan(step) ? 0 : step * 1.03 + 4e-34;  // half a step, and a whole one where lo has met its end at 127
   }
   report.close(back, given, allowed, "quantized");
   for (size_t i = 0; i < 2 * blocks; ++i) {
@@ -30,13 +39,23 @@ void quantize_case(const Case& c, const ts::Kernels& kernels, Report& report) {
   }
 }
 
-void bf16_case(const Case& c, const ts::Kernels& kernels, Report& report) {
+// Entries of one key or value each, byte for byte.
+void store_case(const Case& c, const ts::Kernels& kernels, Report& report) {
   const auto x = c.array<float>("x");
-  const auto expected = c.array<uint16_t>("expected");
-  Exact<uint16_t> out(x.size());
-  kernels.to_bf16(x.data(), static_cast<int64_t>(x.size()), out.data());
-  for (size_t i = 0; i < x.size(); ++i) {
-    report.check(out[i] == expected[i], "element " + std::to_string(i) + " is " + std::to_string(out[i]) + ", not " + std::to_string(expected[i]));
+  const auto expected = c.array<uint8_t>("expected");
+  const auto format = static_cast<ts::KvFormat>(c.number("format"));
+  const auto dim = static_cast<int>(c.number("head_dim"));
+  const auto bytes = static_cast<size_t>(ts::kv_entry_bytes(format, dim));
+  const size_t count = x.size() / static_cast<size_t>(dim);
+  if (count * bytes != expected.size()) throw std::runtime_error(c.name + ": entries have another size");
+  for (size_t i = 0; i < count; ++i) {
+    const Exact<float> row(x.begin() + static_cast<int64_t>(i) * dim, x.begin() + static_cast<int64_t>(i + 1) * dim);
+    Exact<uint8_t> out(bytes, 0xa5);
+    kernels.store_kv(format, row.data(), dim, out.data());
+    const auto wrong = std::mismatch(out.begin(), out.end(), expected.begin() + static_cast<int64_t>(i * bytes));
+    if (wrong.first == out.end()) { report.check(true, ""); continue; }
+    report.check(false, "entry " + std::to_string(i) + ", byte " + std::to_string(wrong.first - out.begin()) + " is " +
+                 std::to_string(*wrong.first) + ", not " + std::to_string(*wrong.second));
   }
 }
 
@@ -69,7 +88,7 @@ Exact<float> computed(const Case& c, const ts::Kernels& kernels) {
 
 void row_case(const Case& c, const ts::Kernels& kernels, Report& report) {
   if (c.kind() == "quantize") return quantize_case(c, kernels, report);
-  if (c.kind() == "to_bf16") return bf16_case(c, kernels, report);
+  if (c.kind() == "store_kv") return store_case(c, kernels, report);
   if (c.kind() == "argmax") return argmax_case(c, kernels, report);
   report.close(computed(c, kernels), c.array<double>("expected"), c.array<double>("allowed"), "output");
 }

@@ -1,9 +1,9 @@
-// Small programs walked as a model's are: rotation, page writes and attention; and a block of joined, normed projections.
+// Sequences walked as a model's are: rotation, what pages then hold, and attention over that.
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 
-#include "cases.h"
-#include "model.h"
+#include "program.h"
 
 namespace native {
 namespace {
@@ -11,21 +11,29 @@ namespace {
 using ts::Kind;
 using ts::Op;
 
-int32_t add_floats(ts::Model& model, const Exact<float>& values) { return model.add_vector({values.begin(), values.end()}); }
-
-int32_t add_plain(ts::Model& model, const Exact<float>& values, int64_t cols) {
-  const int32_t matrix = model.add_matrix(cols);
-  model.add_segment(matrix, ts::Format::F32, reinterpret_cast<const uint8_t*>(values.data()), static_cast<int64_t>(values.size()) / cols);
-  return matrix;
+double bf16(const uint8_t* p) {
+  uint16_t half;
+  std::memcpy(&half, p, 2);
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
 }
 
-// Select rows of a value and multiply by the identity, so that head() gives them as they are.
-void add_head(ts::Model& model, int32_t value, int32_t buffer, int64_t width) {
-  const int32_t selected = model.add_value({buffer, 0, width, width});
-  Exact<float> identity(static_cast<size_t>(width * width));
-  for (int64_t i = 0; i < width; ++i) identity[static_cast<size_t>(i * width + i)] = 1;
-  model.add_op({.kind = Kind::Select, .x = value, .out = selected});
-  model.add_op({.kind = Kind::Linear, .x = selected, .matrix = add_plain(model, identity, width)});
+double e4m3(uint8_t code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  const double size = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+  return (code & 0x7f) == 0x7f ? NAN : code & 0x80 ? -size : size;
+}
+
+// Column d of an entry.
+double kv_value(ts::KvFormat format, const uint8_t* entry, int d, int dim) {
+  if (format == ts::KvFormat::BF16) return bf16(entry + 2 * d);
+  if (format == ts::KvFormat::Fp8) return e4m3(entry[d]);
+  if (format == ts::KvFormat::Int8) return static_cast<int8_t>(entry[d]) * bf16(entry + dim + d / 32 * 2);
+  float value;
+  std::memcpy(&value, entry + 4 * d, 4);
+  return value;
 }
 
 class Walk {
@@ -75,23 +83,36 @@ class Walk {
     }
   }
 
+  // What the pages hold of keys (0) or values (1): [tokens, key heads, dim].
+  Exact<double> held(int part) const {
+    Exact<double> out;
+    for (size_t s = 0; s < lengths_.size(); ++s) {
+      for (int32_t position = 0; position < lengths_[s]; ++position) {
+        const int64_t page = tables_[static_cast<size_t>(table_start_[s] + position / cache_.page_size)];
+        const uint8_t* entry = kv_.data() + page * cache_.page_bytes + cache_.layer_bytes + part * cache_.value_bytes +
+                               position % cache_.page_size * cache_.token_bytes;
+        for (int32_t h = 0; h < kv_heads_; ++h, entry += cache_.head_bytes) {
+          for (int32_t d = 0; d < dim_; ++d) out.push_back(kv_value(cache_.format, entry, d, dim_));
+        }
+      }
+    }
+    return out;
+  }
+
  private:
   void set_pages(const Case& c) {
-    const bool wide = c.number("wide") != 0;
-    const int64_t head = dim_ * (wide ? 4 : 2), token = kv_heads_ * head, page_size = c.number("page_size"), value = page_size * token;
-    kv_.assign(static_cast<size_t>(c.number("pages") * 4 * value), 0xff);  // NaN in either type
-    ts::Cache cache;
-    cache.data = kv_.data();
-    cache.page_bytes = 4 * value;  // two layers, of which the second is ours
-    cache.layer_bytes = 2 * value;
-    cache.value_bytes = value;
-    cache.token_bytes = token;
-    cache.page_size = static_cast<int32_t>(page_size);
-    cache.head_bytes = static_cast<int32_t>(head);
-    cache.wide = wide;
-    cache.group = {0, 0};
-    cache.index = {0, 1};
-    model_.set_cache(cache);
+    cache_.format = static_cast<ts::KvFormat>(c.number("format"));
+    cache_.page_size = static_cast<int32_t>(c.number("page_size"));
+    cache_.head_bytes = ts::kv_entry_bytes(cache_.format, dim_);
+    cache_.token_bytes = kv_heads_ * cache_.head_bytes;
+    cache_.value_bytes = cache_.page_size * cache_.token_bytes;
+    cache_.layer_bytes = 2 * cache_.value_bytes;
+    cache_.page_bytes = 2 * cache_.layer_bytes;  // two layers, of which the second is ours
+    cache_.group = {0, 0};
+    cache_.index = {0, 1};
+    kv_.assign(static_cast<size_t>(c.number("pages") * cache_.page_bytes), 0xff);  // NaN in every format
+    cache_.data = kv_.data();
+    model_.set_cache(cache_);
   }
 
   void place(Op op) {
@@ -114,87 +135,65 @@ class Walk {
   }
 
   int32_t heads_, kv_heads_, dim_;
+  ts::Cache cache_;
   Exact<int32_t> lengths_, tables_;
   Exact<int64_t> table_start_;
   Exact<uint8_t> kv_;
   ts::Model model_;
 };
 
-void attention_walk(const Case& c, const ts::Kernels& kernels, Report& report) {
-  const auto expected = c.array<double>("expected");
-  std::vector<size_t> all(c.array<int32_t>("lengths").size());
-  std::iota(all.begin(), all.end(), size_t{0});
-  Exact<float> whole(expected.size(), NAN);
-  Walk(c, kernels, 1).feed(all, 1 << 20, whole);
-  report.close(whole, expected, c.array<double>("allowed"), "attended");
-  for (const auto& [threads, chunk] : {std::pair{2, 1 << 20}, std::pair{3, 1}, std::pair{2, 7}}) {
-    Exact<float> other(expected.size(), NAN);
-    Walk(c, kernels, threads).feed(all, chunk, other);
-    report.same_bits(other, whole, std::to_string(threads) + " threads, " + std::to_string(chunk) + " tokens a step differ");
-  }
-  Exact<float> alone(expected.size(), NAN);
-  Walk walk(c, kernels, 2);
-  for (const size_t s : all) walk.feed({s}, 1 << 20, alone);
-  report.same_bits(alone, whole, "sequences alone differ");
-}
-
-// x + branch, normed, through gate and up, their product through down, added to the sum, normed.
-void add_block(ts::Model& model, const Case& c) {
-  const auto format = static_cast<ts::Format>(c.number("format"));
-  const int64_t cols = c.number("cols"), ff = c.number("ff");
-  const auto vector = [&](const char* name) { return add_floats(model, c.array<float>(name)); };
-  const auto matrix = [&](const char* name, int64_t width, int64_t rows) {
-    const int32_t handle = model.add_matrix(width);
-    model.add_segment(handle, format, c.array<uint8_t>(name).data(), rows);
-    return handle;
-  };
-  const int32_t pair = model.add_value({0, 0, 2 * cols, 2 * cols}), x = model.add_value({0, 0, cols, 2 * cols}), branch = model.add_value({0, cols, cols, 2 * cols});
-  const int32_t sum = model.add_value({1, 0, cols, cols}), hidden = model.add_value({2, 0, ff, ff}), down = model.add_value({3, 0, cols, cols});
-  const int32_t gated = model.add_value({4, 0, cols, cols}), joined = model.add_value({5, 0, cols, cols}), normed = model.add_value({6, 0, cols, cols});
-  const auto eps = static_cast<float>(c.real("eps"));
-  const auto act = static_cast<int32_t>(c.number("act"));
-  model.add_op({.kind = Kind::Embed, .out = pair, .matrix = add_plain(model, c.array<float>("embeddings"), 2 * cols), .scale = 0.5f});
-  model.add_op({.kind = Kind::Linear, .x = x, .branch = branch, .sum = sum, .out = hidden, .matrix = matrix("gate_up", cols, 2 * ff),
-                .norm = vector("norm"), .branch_norm = vector("branch_norm"), .act = act, .eps = eps, .branch_eps = eps});
-  model.add_op({.kind = Kind::Linear, .x = hidden, .out = down, .matrix = matrix("down", ff, cols), .bias = vector("bias")});
-  model.add_op({.kind = Kind::ActMul, .x = pair, .out = gated, .act = act});
-  model.add_op({.kind = Kind::Add, .x = sum, .branch = down, .out = joined});
-  model.add_op({.kind = Kind::Add, .x = joined, .branch = gated, .out = joined});
-  model.add_op({.kind = Kind::Norm, .x = joined, .out = normed, .norm = vector("out_norm"), .eps = eps});
-  add_head(model, normed, 7, cols);
-}
-
-Exact<float> block_outputs(const Case& c, const ts::Kernels& kernels, int threads, int64_t chunk) {
-  const int64_t cols = c.number("cols"), tokens = c.number("tokens");
-  ts::Model model(threads, kernels.name);
-  add_block(model, c);
-  Exact<float> out(static_cast<size_t>(tokens * cols), NAN);
-  for (int64_t done = 0; done < tokens; done += chunk) {
-    const int64_t count = std::min(chunk, tokens - done);
-    std::vector<int32_t> ids(static_cast<size_t>(count)), rows(ids.size()), starts{0, static_cast<int32_t>(count)};
-    std::iota(ids.begin(), ids.end(), static_cast<int32_t>(done));
-    std::iota(rows.begin(), rows.end(), 0);
-    const int64_t table_start = 0;
-    model.body({count, 1, 1, ids.data(), ids.data(), starts.data(), nullptr, &table_start});
-    model.head(rows.data(), count, out.data() + done * cols);
+// In float64, over what the pages hold: [tokens, heads, dim].
+Exact<double> attended(const Case& c, const Walk& walk) {
+  const auto q = c.array<double>("q");
+  const Exact<double> keys = walk.held(0), values = walk.held(1);
+  const int64_t heads = c.number("heads"), kv_heads = c.number("kv_heads"), dim = c.number("head_dim"), window = c.number("window");
+  Exact<double> out(q.size()), weights;
+  int64_t start = 0;
+  for (const int32_t length : c.array<int32_t>("lengths")) {
+    for (int64_t i = 0; i < length * heads; ++i) {
+      const int64_t position = i / heads, kv_head = i % heads / (heads / kv_heads), at = (start * heads + i) * dim;
+      const int64_t first = window ? std::max<int64_t>(0, position - window + 1) : 0;
+      const auto place = [&](int64_t key) { return static_cast<size_t>(((start + key) * kv_heads + kv_head) * dim); };
+      weights.clear();
+      for (int64_t key = first; key <= position; ++key) {
+        weights.push_back(c.real("scale") * std::inner_product(&q[static_cast<size_t>(at)], &q[static_cast<size_t>(at)] + dim, &keys[place(key)], 0.0));
+      }
+      const double top = *std::max_element(weights.begin(), weights.end());
+      double total = 0;
+      for (double& weight : weights) total += weight = std::exp(weight - top);
+      for (int64_t key = first; key <= position; ++key) {
+        for (int64_t d = 0; d < dim; ++d) {
+          out[static_cast<size_t>(at + d)] += weights[static_cast<size_t>(key - first)] / total * values[place(key) + static_cast<size_t>(d)];
+        }
+      }
+    }
+    start += length;
   }
   return out;
 }
 
-void block(const Case& c, const ts::Kernels& kernels, Report& report) {
-  const int64_t tokens = c.number("tokens");
-  const Exact<float> whole = block_outputs(c, kernels, 1, tokens);
-  report.close(whole, c.array<double>("expected"), c.array<double>("allowed"), "output");
-  for (const auto& [threads, chunk] : {std::pair{2, tokens}, std::pair{3, int64_t{1}}, std::pair{3, int64_t{3}}}) {
-    report.same_bits(block_outputs(c, kernels, threads, chunk), whole, std::to_string(threads) + " threads, " + std::to_string(chunk) + " tokens a step differ");
-  }
-}
+Exact<float> floats(const Exact<double>& values) { return {values.begin(), values.end()}; }
 
 }  // namespace
 
 void walk_case(const Case& c, const ts::Kernels& kernels, Report& report) {
-  if (c.kind() == "walk") attention_walk(c, kernels, report);
-  else block(c, kernels, report);
+  std::vector<size_t> all(c.array<int32_t>("lengths").size());
+  std::iota(all.begin(), all.end(), size_t{0});
+  Walk first(c, kernels, 1);
+  Exact<float> whole(c.array<double>("q").size(), NAN);
+  first.feed(all, 1 << 20, whole);
+  report.close(floats(first.held(0)), c.array<double>("keys"), c.array<double>("keys_allowed"), "keys held");
+  report.close(floats(first.held(1)), c.array<double>("values"), c.array<double>("values_allowed"), "values held");
+  report.close(whole, attended(c, first), Exact<double>(whole.size(), c.real("allowed")), "attended");
+  for (const auto& [threads, chunk] : {std::pair{2, 1 << 20}, std::pair{3, 1}, std::pair{2, 7}}) {
+    Exact<float> other(whole.size(), NAN);
+    Walk(c, kernels, threads).feed(all, chunk, other);
+    report.same_bits(other, whole, std::to_string(threads) + " threads, " + std::to_string(chunk) + " tokens a step differ");
+  }
+  Exact<float> alone(whole.size(), NAN);
+  Walk walk(c, kernels, 2);
+  for (const size_t s : all) walk.feed({s}, 1 << 20, alone);
+  report.same_bits(alone, whole, "sequences alone differ");
 }
 
 }  // namespace native

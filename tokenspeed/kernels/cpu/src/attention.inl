@@ -168,19 +168,25 @@ void attend(const ts::AttentionTask& t) {
   }
 }
 
-// Scale: the largest magnitude of a block / 127, rounded first. A block too small for a normal scale becomes zeros.
+// Scale: the largest magnitude of a block / 127, rounded first. A block too small for a normal scale becomes zeros;
+// one that holds NaN or an infinity zeros with NaN for its scale.
 inline void store_int8(const float* x, int head_dim, int8_t* out) {
   for (int from = 0; from < head_dim; from += ts::kBlock) {
     const int end = std::min(head_dim, from + ts::kBlock);
     F top = set(0.0f);
-    for (int i = from; i < end; i += 16) top = max(top, abs(load(x + i)));
+    bool flaw = false;
+    for (int i = from; i < end; i += 16) {
+      top = max(top, abs(load(x + i)));
+      flaw |= broken(load(x + i), set(0.0f)) != 0;
+    }
     const float least = std::numeric_limits<float>::min(), largest = max_lane(top) / 127.0f;
-    uint16_t half;
-    to_bf16(&largest, 1, &half);
+    uint16_t half = 0x7fc0;  // NaN
+    if (!flaw) to_bf16(&largest, 1, &half);
     const float scale = bf16_at(&half, 0);
     const F inverse = set(scale >= least ? 1.0f / scale : 0.0f);
     for (int i = from; i < end; i += 16) {
-      store_s8(out + i, max(set(-127.0f), min(set(127.0f), round(mul(load(x + i), inverse)))));
+      const F codes = flaw ? set(0.0f) : mul(load(x + i), inverse);
+      store_s8(out + i, max(set(-127.0f), min(set(127.0f), round(codes))));
     }
     std::memcpy(out + head_dim + from / ts::kBlock * 2, &half, 2);
   }

@@ -62,6 +62,7 @@ const std::vector<std::vector<Pick>>& Model::pick_prepared(const Op& last, const
 
 void Model::pick_full(const float* logits, int64_t width, const Ask& ask, std::vector<Pick>* picks) {
   const int64_t first = kernels_->argmax(logits, width);
+  if (std::isnan(logits[first])) return;  // none is a number above -inf
   if (ask.temperature == 0) return picks->push_back({first, logits[first]});
   const NoiseKey key{ask.seed, ask.sample, ask.position};
   const float floor = scaled(logits[first], ask) + kLeastNoise - kMostNoise;
@@ -125,7 +126,7 @@ Scored Model::look_closer(const Matrix& m, const Share& share, int64_t row, cons
     const float* near = near_.data() + row * width + at;
     float* upper = upper_.data() + row * width + at;
     kernels_->weigh_look(near, upper, noisy ? noise + at % 64 : nullptr, inverse, &value, &most_[static_cast<size_t>(row * m.tiles + t)]);
-    for (int64_t r = m.rows - at; r < kRows; ++r) upper[r] = kNone;  // rows that only fill the last tile
+    for (int64_t r = m.rows - at; r < kRows; ++r) upper[r] = std::numeric_limits<float>::quiet_NaN();  // rows that only fill the last tile reach nothing
     if (value > likely.value) likely = {at, 0, value};
   }
   return likely;

@@ -130,7 +130,9 @@ inline float sum(F v) {
 }
 inline float max_lane(F v) { float m = v.v[0]; for (float x : v.v) m = x > m ? x : m; return m; }
 inline F round(F v) { return lanes([&](int i) { return std::nearbyintf(v.v[i]); }); }
-inline F scale_by_power(F v, F n) { return lanes([&](int i) { return std::ldexp(v.v[i], static_cast<int>(n.v[i])); }); }
+inline F scale_by_power(F v, F n) {
+  return lanes([&](int i) { return std::isnan(n.v[i]) ? n.v[i] : std::ldexp(v.v[i], static_cast<int>(n.v[i])); });
+}
 inline void store_s8(int8_t* p, F v) { for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(std::nearbyintf(v.v[i])); }
 
 }  // namespace simd
