@@ -15,7 +15,7 @@ from tests.kernels import native_build as builds
 from tests.kernels.native_attention import Shape, WalkShape, attention_case, block_case, walk_case
 from tests.kernels.native_build import Build, run
 from tests.kernels.native_cases import Case, linear_case, quantize_case, row_cases, write_cases
-from tests.kernels.native_head import draw_case, few_head_cases, gumbel_case, head_cases, planes_case
+from tests.kernels.native_head import few_head_cases, head_cases
 from tests.kernels.native_kv import KV, store_cases
 from tests.kernels.tiers import TIERS_HERE
 from tests.seeds import SEED

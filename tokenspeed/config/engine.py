@@ -10,7 +10,7 @@ from tokenspeed.contracts.errors import ConfigError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 KV_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8", "fp8", "fp8_e4m3")
-QUANTIZATIONS = ("int8", "int4")
+QUANTIZATIONS = ("int8", "int4", "fp8")
 LOAD_FORMATS = ("auto", "dummy")
 LM_HEADS = ("screened", "full")
 DEVICES = ("auto", "cpu", "cuda")
@@ -45,8 +45,8 @@ class EngineConfig:
     )
     quantization: str | None = _setting(
         None,
-        "quantise matrices at load, in groups of 32 columns; int4 leaves the embedding and the head at int8; "
-        "by default they stay as they come",
+        "quantise matrices at load: int8 and int4 in groups of 32 columns (int4 leaves the embedding and the head at "
+        "int8); fp8 on GPUs, per output channel, but for the embedding and the head; by default they stay as they come",
         QUANTIZATIONS,
     )
     precise: bool = _setting(

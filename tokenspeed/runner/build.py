@@ -112,7 +112,7 @@ def prepare(files: ModelFiles, config: EngineConfig, progress: Progress | None =
     backend = choose_backend(model, config, kv_dtype, progress, _packed_copy(files, checkpoint, config))
     if checkpoint is not None:
         checkpoint.drop_pages()  # the backend has its own copy by now
-    if config.quantization is not None:
+    if config.quantization in ("int8", "int4"):
         model.release()
     free = free_memory(model.device)
     budget = config.kv_cache_memory_bytes or int(free * DEFAULT_CACHE_SHARE)
@@ -160,7 +160,7 @@ def choose_backend(
         if copy is not None:
             raise ConfigError("--packed-cache is for the CPU's fast backend: leave it or --device and --dtype out")
         if model.device.type == "cuda" and config.dtype != "float32" and triton_available():
-            return GpuBackend(model, progress)
+            return GpuBackend(model, progress, quantization=config.quantization)
         return RefBackend(model, progress=progress)
     missing = why_not(model, kv_dtype) if extension_available() else ["all: the C++ extension is not built"]
     if not missing:

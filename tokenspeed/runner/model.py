@@ -72,7 +72,10 @@ def load_model(definition: Definition, checkpoint: Checkpoint | None, config: En
         packed = dummy_weights(definition.weights, seed=config.seed or 0, device=str(device))
     else:
         packed = load_weights(checkpoint, definition.weights)
-    if config.quantization is not None:
+    if config.quantization == "fp8":
+        if device.type != "cuda":
+            raise ConfigError("--quantization fp8 runs on GPUs only: use int8 or int4 here")
+    elif config.quantization is not None:
         packed = quantize_weights(packed, config.quantization)
     wanted = "float32" if config.precise and config.dtype == "auto" else config.dtype
     return LoadedModel(definition, fuse(definition.program()), packed, compute_dtype(wanted, device), device)

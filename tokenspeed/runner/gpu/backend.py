@@ -12,6 +12,8 @@ from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.ops.definitions import Operands
 from tokenspeed.program.plan import Plan, Planned, plan
 from tokenspeed.program.program import Record
+from tokenspeed.quantization.fp8 import FORMAT as FP8_FORMAT
+from tokenspeed.quantization.fp8 import Fp8Weight, quantize_fp8
 from tokenspeed.runner.gpu.view import GpuView
 from tokenspeed.runner.model import LoadedModel, Progress
 from tokenspeed.weights.unpacked import unpack_all
@@ -27,13 +29,16 @@ class GpuBackend:
         model: LoadedModel,
         progress: Progress | None = None,
         register: Callable[[Registry], None] | None = None,
+        quantization: str | None = None,
     ) -> None:
-        """register: adds the fast kernels; by default Triton's."""
+        """register: adds the fast kernels; by default Triton's. quantization: fp8 makes every projection but the head
+        e4m3 with a scale per output channel, and its activations e4m3 per token."""
         self.model = model
-        self.weights = {
-            name: tensor.to(model.device) for name, tensor in unpack_all(model.packed, model.dtype, progress).items()
-        }
-        self.weight_bytes = {name: float(w.numel() * w.element_size()) for name, w in self.weights.items()}
+        plain = unpack_all(model.packed, model.dtype, progress)
+        narrow = _fp8_names(model) if quantization == "fp8" else frozenset()
+        self.weights = {name: _on_device(tensor, model.device, name in narrow) for name, tensor in plain.items()}
+        self.formats = model.formats | dict.fromkeys(narrow, (FP8_FORMAT,))
+        self.weight_bytes = {name: _nbytes(weight) for name, weight in self.weights.items()}
         self._registry = Registry()
         (register or _register_kernels)(self._registry)
         self._registry.add(Implementation("rows", "select", "gpu", _select, _always, priority=10))
@@ -54,7 +59,7 @@ class GpuBackend:
         """The plan for a bucket of `tokens`; made on first use."""
         if tokens not in self._plans:
             dtype = str(self.model.dtype).removeprefix("torch.")
-            situation = Situation(self.model.device.type, dtype, tokens, self.model.formats)
+            situation = Situation(self.model.device.type, dtype, tokens, self.formats)
             self._plans[tokens] = plan(self.model.program, self._registry, situation)
         return self._plans[tokens]
 
@@ -83,6 +88,21 @@ class GpuBackend:
             values.update(zip(record.outputs, outputs, strict=True))
             for value in step.frees:
                 values.pop(value, None)
+
+
+def _fp8_names(model: LoadedModel) -> frozenset[str]:
+    head = list(model.program.records[-1].plain())[-1].weights[0]
+    return frozenset(name for name, w in model.packed.items() if w.spec.kind == "linear" and name != head)
+
+
+def _on_device(tensor: torch.Tensor, device: torch.device, narrow: bool) -> torch.Tensor | Fp8Weight:
+    moved = tensor.to(device)
+    return quantize_fp8(moved) if narrow else moved
+
+
+def _nbytes(weight: torch.Tensor | Fp8Weight) -> float:
+    parts = (weight.q, weight.scale) if isinstance(weight, Fp8Weight) else (weight,)
+    return float(sum(part.nbytes for part in parts))
 
 
 def _at_select(steps: Sequence[Planned]) -> tuple[Sequence[Planned], Sequence[Planned]]:

@@ -15,14 +15,16 @@ import numpy as np
 import torch
 
 from tokenspeed.contracts.step import NewSequence, ResultRow, StepPlan, StepResult
-from tokenspeed.kernels.triton.sampling_state import SamplingState, excess, is_edited
+from tokenspeed.kernels.triton.sampling_state import excess, is_edited
+from tokenspeed.kernels.triton.step import StepInputs
 from tokenspeed.program.plan import bucket_of
 from tokenspeed.runner.arena import Arena
 from tokenspeed.runner.edits import has_penalties
 from tokenspeed.runner.gpu.backend import GpuBackend
 from tokenspeed.runner.gpu.graphs import Device, Graphs
 from tokenspeed.runner.gpu.host import Changes, HostSlots, LaunchedRow
-from tokenspeed.runner.gpu.state import DeviceState, Lengths, StateShape
+from tokenspeed.runner.gpu.link import TritonSteps
+from tokenspeed.runner.gpu.state import DeviceState, StateShape
 from tokenspeed.runner.gpu.view import GpuView
 from tokenspeed.runner.inputs import wanted_rows
 from tokenspeed.runner.jobs import jobs_of, run_jobs
@@ -32,43 +34,6 @@ DEPTH = 2
 PAIRS = 1024
 """Words of state that one header changes; more take further headers."""
 Entries = tuple[np.ndarray, np.ndarray]
-
-
-class Inputs(Protocol):
-    """What `prepare` gives; see `kernels.triton.step.StepInputs`."""
-
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    row_slots: torch.Tensor
-    row_counts: torch.Tensor
-    row_starts: torch.Tensor
-    row_firsts: torch.Tensor
-    sample_rows: torch.Tensor
-    sample_slots: torch.Tensor
-    sample_positions: torch.Tensor
-
-
-class StepKernels(Protocol):
-    """The work around the forward pass; see `kernels.triton.step` and `kernels.triton.sample`."""
-
-    def prepare(
-        self, header: torch.Tensor, state: torch.Tensor, lengths: Lengths, tokens: int, rows: int
-    ) -> Inputs: ...
-
-    def items(
-        self, inputs: Inputs, header: torch.Tensor, arena: Arena
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]: ...
-
-    def sample(
-        self, logits: torch.Tensor, inputs: Inputs, state: SamplingState, pool: torch.Tensor, edits: bool
-    ) -> torch.Tensor: ...
-
-    def finish(self, drawn: torch.Tensor, inputs: Inputs, lengths: Lengths, state: SamplingState) -> torch.Tensor: ...
-
-    def count_tokens(
-        self, slots: torch.Tensor, prompts: torch.Tensor, lengths: Lengths, counts: torch.Tensor
-    ) -> None: ...
 
 
 class Link(Protocol):
@@ -118,7 +83,7 @@ class GpuExecutor:
         self,
         backend: GpuBackend,
         arena: Arena,
-        kernels: StepKernels,
+        kernels: TritonSteps,
         link: Link,
         *,
         max_num_seqs: int,
@@ -205,7 +170,7 @@ class GpuExecutor:
         self._kernels.finish(drawn.to(self.device), step.inputs, self.state.lengths, self.state.sampling)
         return Launched(step_id, rows, drawn, lambda: None, StepResult(step_id, results))
 
-    def _view(self, inputs: Inputs) -> GpuView:
+    def _view(self, inputs: StepInputs) -> GpuView:
         shape = self._arena.shape
         items, decode_rows = self._kernels.items(inputs, self._header, self._arena)
         return GpuView(

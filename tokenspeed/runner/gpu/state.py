@@ -9,6 +9,7 @@ import torch
 
 from tokenspeed.contracts.step import NewSequence
 from tokenspeed.kernels.triton.sampling_state import SamplingState, slot_entries
+from tokenspeed.kernels.triton.step import SlotLengths
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,6 @@ class StateShape:
         return self.groups * self.slots * self.pages
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Known tokens of all slots: how many are computed and how many there are, int32 [slots] each, and the tokens,
-    int32 [slots, length + 1]; sampled ones are appended by the device."""
-
-    num_computed: torch.Tensor
-    num_tokens: torch.Tensor
-    pool: torch.Tensor
-
-
 class DeviceState:
     """Views of `flat`, int32: block_tables [groups, slots, pages], `lengths`, and `sampling`."""
 
@@ -46,7 +37,7 @@ class DeviceState:
         self.block_tables = self.flat[:tables].view(shape.groups, slots, shape.pages)
         computed, known = self.flat[tables : tables + 2 * slots].view(2, slots)
         pool = torch.zeros(slots, shape.length + 1, dtype=torch.int32, device=device)
-        self.lengths = Lengths(computed, known, pool)
+        self.lengths = SlotLengths(computed, known, pool)
         self.sampling = SamplingState.over(self.flat[tables + 2 * slots :], slots)
 
     def table_entries(self, group: int, slot: int, first: int, pages: list[int]) -> tuple[np.ndarray, np.ndarray]:
