@@ -118,8 +118,8 @@ def test_captures_are_bounded_per_step_and_start_eagerly(open_gpu: Callable[...,
     gpu.generate(prompt_token_ids=[[1, 2, 3]], sampling_params=greedy, use_tqdm=False)
     executor: Any = gpu.core.executor
     assert sorted(executor.graphs.captured(), key=str) == [
-        ("forward", 1),
-        ("forward", 4),
-        ("sample", 1, False),
-        ("sample", 4, False),
+        ("forward", 1, False),
+        ("forward", 4, True),
+        ("sample", 1, False, False),
+        ("sample", 4, True, False),
     ]

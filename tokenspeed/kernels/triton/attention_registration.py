@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.kernels.triton.attention_tiles import MAX_GROUP, MAX_HEAD_DIM, decode_tile, prefill_tile
 from tokenspeed.kernels.triton.decode_attention import decode_attention
@@ -34,9 +33,10 @@ def run_decode(view: PagedView, record: RecordView, inputs: Inputs, weights: Inp
 
 
 def run_prefill(view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs) -> Tensors:
-    """attention of a larger bucket: the view's items, then its decode rows where it has them."""
+    """attention of a larger bucket: the view's items, then its decode rows where it has them; without items every token
+    is a sequence of its own."""
     if view.items is None:
-        raise UnsupportedError(f"attention over more than {MOST_DECODE_TOKENS} tokens needs a list of work items")
+        return run_decode(view, record, inputs, weights)
     heads, paged, q = heads_of(record.attrs), paged_layer(view, record.attrs["layer"]), inputs[0]
     tile = prefill_tile(heads.head_dim, q.element_size())
     out = prefill_attention(q, paged, view.items, heads, tile, _sinks(weights))

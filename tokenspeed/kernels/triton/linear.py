@@ -17,6 +17,7 @@ from tokenspeed.kernels.triton.gemv import gemv_kernel
 from tokenspeed.kernels.triton.operands import Matrix, Prologue, Rows
 from tokenspeed.kernels.triton.skinny import add_parts_kernel, skinny_kernel
 from tokenspeed.kernels.triton.tiles import (
+    FP8_GEMV_BYTES,
     FUSED_NORM_ELEMENTS,
     GEMV_ROWS,
     SMALL_ROWS,
@@ -44,12 +45,18 @@ def project(
     """
     rows, cols = x.shape
     _check(weight, cols)
-    if rows <= GEMV_ROWS and _scale_block(weight) == 0 and _fits(rows, cols, prologue):
+    if _is_gemv(rows, weight) and _fits(rows, cols, prologue):
         return gemv(x, weight, bias, act, prologue)
     given, joined = _prepared(x, weight, prologue)
     if rows <= SMALL_ROWS:
         return skinny(given, weight, x.dtype, bias, act), joined
     return _library(given, weight, x.dtype, bias, act), joined
+
+
+def _is_gemv(rows: int, weight: Matrix) -> bool:
+    if isinstance(weight, Fp8Weight):
+        return rows <= GEMV_ROWS and weight.scale_block == 0 and weight.q.nbytes <= FP8_GEMV_BYTES
+    return rows <= GEMV_ROWS
 
 
 def gemv(

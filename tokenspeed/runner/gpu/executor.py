@@ -16,7 +16,6 @@ import torch
 
 from tokenspeed.contracts.step import NewSequence, ResultRow, StepPlan, StepResult
 from tokenspeed.kernels.triton.sampling_state import excess, is_edited
-from tokenspeed.kernels.triton.step import StepInputs
 from tokenspeed.program.plan import bucket_of
 from tokenspeed.runner.arena import Arena
 from tokenspeed.runner.edits import has_penalties
@@ -101,7 +100,7 @@ class GpuExecutor:
         self._header = torch.zeros(words, dtype=torch.int32, device=self.device)
         self._staging = [(link.pinned(words), link.pinned(max_num_seqs, 2)) for _ in range(DEPTH + 1)]
         self._turn = 0
-        self._steps: dict[int, _Step] = {}
+        self._steps: dict[tuple[int, bool], _Step] = {}
         self.graphs = Graphs(link.recorder, graphs)
         self._pending: deque[Launched] = deque(maxlen=DEPTH + 1)
 
@@ -133,15 +132,16 @@ class GpuExecutor:
     def _step(self, step_id: int, rows: list[LaunchedRow], results: torch.Tensor) -> Launched:
         bucket = bucket_of(sum(row.count for row in rows))
         edits = any(is_edited(row.slot.sampling) for row in rows)
-        step = self._steps.setdefault(bucket, _Step(bucket, min(bucket, self._max_rows)))
-        self.graphs.run(("forward", bucket), lambda: self._forward(step))
-        self.graphs.run(("sample", bucket, edits), lambda: self._sample(step, edits))
+        mixed = any(row.count > 1 for row in rows)
+        step = self._steps.setdefault((bucket, mixed), _Step(bucket, min(bucket, self._max_rows), mixed))
+        self.graphs.run(("forward", bucket, mixed), lambda: self._forward(step))
+        self.graphs.run(("sample", bucket, mixed, edits), lambda: self._sample(step, edits))
         results[: step.rows].copy_(step.result[edits], non_blocking=True)
         return Launched(step_id, rows, results, self._link.mark())
 
     def _prepare(self, step: _Step) -> GpuView:
         step.inputs = self._kernels.prepare(self._header, self.state.flat, self.state.lengths, step.tokens, step.rows)
-        return self._view(step.inputs)
+        return self._view(step)
 
     def _forward(self, step: _Step) -> None:
         step.logits = self.backend.forward(self._prepare(step))
@@ -156,7 +156,7 @@ class GpuExecutor:
         for launched in self._pending:
             launched.result()
         bucket = bucket_of(sum(row.count for row in rows))
-        step = _Step(bucket, min(bucket, self._max_rows))
+        step = _Step(bucket, min(bucket, self._max_rows), mixed=True)
         view = self._prepare(step)
         wanted = torch.tensor(wanted_rows(rows), dtype=torch.int32, device=self.device)
         results = [ResultRow(row.number, row.start + row.count, [], [], []) for row in rows]
@@ -170,9 +170,10 @@ class GpuExecutor:
         self._kernels.finish(drawn.to(self.device), step.inputs, self.state.lengths, self.state.sampling)
         return Launched(step_id, rows, drawn, lambda: None, StepResult(step_id, results))
 
-    def _view(self, inputs: StepInputs) -> GpuView:
-        shape = self._arena.shape
-        items, decode_rows = self._kernels.items(inputs, self._header, self._arena)
+    def _view(self, step: _Step) -> GpuView:
+        shape, inputs = self._arena.shape, step.inputs
+        work = self._kernels.items(inputs, self._header, self._arena) if step.mixed else (None, None)
+        items, decode_rows = work
         return GpuView(
             tokens=inputs.tokens,
             positions=inputs.positions,
@@ -231,10 +232,11 @@ class GpuExecutor:
 
 
 class _Step:
-    """Tensors of a bucket: those of its captured step, or of the last eager one."""
+    """Tensors of a bucket: those of its captured step, or of the last eager one. mixed: some rows feed more than one
+    token."""
 
-    def __init__(self, tokens: int, rows: int) -> None:
-        self.tokens, self.rows = tokens, rows
+    def __init__(self, tokens: int, rows: int, mixed: bool) -> None:
+        self.tokens, self.rows, self.mixed = tokens, rows, mixed
         self.inputs: Any = None
         self.logits = torch.empty(0)
         self.result: dict[bool, torch.Tensor] = {}
