@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tokenspeed.bench.gpu.bare import bare_graph_ms
+import torch
+
 from tokenspeed.bench.record import Record, Target, surroundings, write
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
@@ -86,22 +87,45 @@ def open_llm(model: str, quantization: str | None, batch: int, context: int) -> 
     )
 
 
-def decode_rows(
-    model: str, quantization: str | None, batches: Sequence[int], context: int, sampled: bool, out: Path
-) -> None:
-    """Measure, print and record the rows of one model."""
-    name = f"{model}.{quantization or 'bf16'}"
-    llm = open_llm(model, quantization, max(batches), context)
-    for batch in batches:
-        row = measure(llm, batch, context, sampled)
-        chosen = dict(SAMPLED) if sampled else {"temperature": 0.0}
-        bare = bare_graph_ms(llm, _prompts(llm, batch, context), chosen)
-        print(f"  bare {bare}", flush=True)
-        records = [_record(llm, name, row, sampled)]
-        if batch == 1 and not sampled and context == 1024:
-            records.append(_first(llm, name, row))
-        write(out, records)
-    llm.close()
+@dataclass(frozen=True)
+class Group:
+    """Rows that share one loaded model."""
+
+    model: str
+    quantization: str | None
+    batches: tuple[int, ...]
+    context: int = 1024
+
+
+GROUPS = {
+    "1b": Group("llama-3.2-1b", None, (1, 8, 32, 128)),
+    "8b": Group("llama-3.1-8b", None, (1, 8, 32, 128)),
+    "8b-fp8": Group("llama-3.1-8b", "fp8", (1, 32, 128)),
+    **{f"1b-ctx{n}": Group("llama-3.2-1b", None, (1,), n) for n in (128, 8192, 32768)},
+    **{f"8b-ctx{n}": Group("llama-3.1-8b", None, (1,), n) for n in (128, 8192, 32768)},
+}
+
+
+def run_suite(out: Path, only: Sequence[str] | None = None) -> None:
+    """Measure, print and record groups, by default all; each is written as soon as it is done."""
+    for name in only or GROUPS:
+        group = GROUPS[name]
+        llm = open_llm(group.model, group.quantization, max(group.batches), group.context)
+        for batch in group.batches:
+            for sampled in (False, True) if group.context == 1024 else (False,):
+                write(out, _measured(llm, group, batch, sampled))
+        llm.close()
+        del llm
+        torch.cuda.empty_cache()
+
+
+def _measured(llm: LLM, group: Group, batch: int, sampled: bool) -> list[Record]:
+    name = f"{group.model}.{group.quantization or 'bf16'}"
+    row = measure(llm, batch, group.context, sampled)
+    records = [_record(llm, name, row, sampled)]
+    if batch == 1 and not sampled and group.context == 1024:
+        records.append(_first(llm, name, row))
+    return records
 
 
 def _record(llm: LLM, name: str, row: Row, sampled: bool) -> Record:
