@@ -79,7 +79,7 @@ def attention_case(shape: Shape, rng: np.random.Generator) -> Case:
         "window": shape.window,
         "scale": scale,
         "expected": expected,
-        "allowed": np.full(expected.shape, 2e-6 * float(np.abs(v).max())),
+        "allowed": np.full(expected.shape, 1e-6 * float(np.abs(v).max())),
     }
 
 

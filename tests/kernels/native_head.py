@@ -43,9 +43,9 @@ def keys(count: int, rng: np.random.Generator) -> dict[str, Any]:
 
 
 def draw_case(kind: str, rows: int, blocks: int, count: int, rng: np.random.Generator, fmt: str = "Planes") -> Case:
-    """Tokens for `count` rows out of `rows`, at temperatures in turn, from 0 on. kind: random; ties, where rows of weights are equal
-    and one row of x is zero; nan, where some rows of x are no numbers; negative, where no logit is above zero; huge,
-    where logits are beyond all floats."""
+    """Tokens for `count` rows out of `rows`, at temperatures in turn. kind: random; ties, where rows of weights are
+    equal and one row of x is zero; nan, where some rows of x are no numbers; negative, where no logit is above zero;
+    huge, where logits are beyond all floats."""
     cols = 32 * blocks
     source, values = random_rows("Q8_0" if fmt == "Planes" else fmt, rows, cols, rng)
     x = rng.normal(size=(count, cols)).astype(np.float32)
@@ -70,6 +70,24 @@ def draw_case(kind: str, rows: int, blocks: int, count: int, rng: np.random.Gene
         "x": x,
         "temperature": np.roll(np.resize(TEMPERATURES, max(5, count)), -first)[:count].astype(np.float32),
         **keys(count, rng),
+    }
+
+
+def level_case(rows: int, rng: np.random.Generator) -> Case:
+    """Logits that the noise makes equal, as near as float32 can: every token is left to the sampler."""
+    ask = keys(1, rng)
+    temperature = np.float32(rng.choice(TEMPERATURES[2:]))
+    words = [plain_philox(int(ask["seed"][0]), int(ask["sample"][0]), int(ask["position"][0]), i) for i in range(rows)]
+    logits = np.array([-noise(word) * float(temperature) for word in words], np.float32)[:, None]
+    return f"draw level F32 {rows}x1, 1 rows, at {temperature}", {
+        "format": FORMATS.index("F32"),
+        "rows": rows,
+        "cols": 1,
+        "count": 1,
+        "source": logits,
+        "x": np.ones((1, 1), np.float32),
+        "temperature": temperature.reshape(1),
+        **ask,
     }
 
 
@@ -117,6 +135,7 @@ def head_cases(rng: np.random.Generator) -> Iterator[Case]:
     for fmt in ("F32", "Q4_0", "Q8_0"):
         yield draw_case("random", 4197, 2, 3, rng, fmt)
         yield draw_case("nan", 70, 2, 3, rng, fmt)
+    yield level_case(200, rng)
     for kind in ("ties", "negative", "huge"):
         yield draw_case(kind, 70, 2, 5, rng, "Q8_0")
 
@@ -131,3 +150,4 @@ def few_head_cases(rng: np.random.Generator) -> Iterator[Case]:
         yield draw_case(kind, 77, 2, 4, rng)
     yield draw_case("random", 333, 2, 5, rng, "Q4_0")
     yield draw_case("nan", 37, 2, 3, rng, "F32")
+    yield level_case(77, rng)

@@ -1,4 +1,4 @@
-"""What KV pages hold, in numpy, by a second hand: entries from values, values from entries, how far they may be apart."""
+"""What KV pages hold, in numpy, by a second hand: entries, their values, and how far a value may be off."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def e4m3_codes(x: np.ndarray) -> np.ndarray:
 
 
 def int8_entries(x: np.ndarray) -> np.ndarray:
-    """uint8 [..., dim + 2 scales] of float32 [..., dim]. A group that holds NaN or an infinity: zeros and a NaN scale."""
+    """uint8 [..., dim + 2 scales] of float32 [..., dim]; a group with NaN or an infinity: zeros and a NaN scale."""
     dim = x.shape[-1]
     groups = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -dim % GROUP)]).reshape(*x.shape[:-1], -1, GROUP)
     broken = ~np.isfinite(groups).all(-1)

@@ -15,8 +15,8 @@ from tests.kernels import native_build as builds
 from tests.kernels.native_attention import Shape, WalkShape, attention_case, block_case, walk_case
 from tests.kernels.native_build import Build, run
 from tests.kernels.native_cases import Case, linear_case, quantize_case, row_cases, write_cases
-from tests.kernels.native_head import few_head_cases, head_cases
-from tests.kernels.native_kv import KV, store_cases
+from tests.kernels.native_head import few_head_cases, gumbel_case, head_cases, planes_case
+from tests.kernels.native_kv import KV, store_case, store_cases
 from tests.kernels.tiers import TIERS_HERE
 from tests.seeds import SEED
 from tokenspeed.kernels.cpu.registration import FORMATS
@@ -94,10 +94,13 @@ def test_the_pool_does_every_item_once() -> None:
 
 
 def test_what_is_wrong_is_found(tmp_path: Path) -> None:
-    rng = np.random.default_rng(SEED)
+    rng, program = np.random.default_rng(SEED), builds.PLAIN.program()
     cases = [
         linear_case("Q5_K", 3, 1, 2, rng),
         attention_case(Shape(first=20), rng),
+        planes_case(18, 2, 2, rng),
+        gumbel_case(2, rng),
+        store_case("Int8", 48, rng),
         quantize_case(3, rng),
         *row_cases(5, rng),
     ]
@@ -105,12 +108,13 @@ def test_what_is_wrong_is_found(tmp_path: Path) -> None:
     for name, items in cases:
         if "expected" in items:
             expected = np.array(items["expected"]).reshape(-1)
-            expected[-1] += 2.1 * np.reshape(items.get("allowed", 1), -1)[-1]
+            allowed = np.reshape(items.get("allowed", 1), -1)[-1]
+            expected[-1] = 0 if np.isnan(expected[-1]) else expected[-1] + expected.dtype.type(2.1 * allowed)
             write_cases(wrong, [(name, {**items, "expected": expected if expected.size > 1 else expected[0]})])
-            assert f"FAIL {name}" in run([builds.PLAIN.program(), "run", "generic", str(wrong)], expected=1)
+            assert f"FAIL {name}" in run([program, "run", "generic", str(wrong)], expected=1)
     write_cases(wrong, [("new kind", cases[0][1])])
-    assert "no such kind" in run([builds.PLAIN.program(), "run", "generic", str(wrong)], expected=2)
-    assert "no mmx" in run([builds.PLAIN.program(), "run", "mmx", str(wrong)], expected=3)
+    assert "no such kind" in run([program, "run", "generic", str(wrong)], expected=2)
+    assert "no mmx" in run([program, "run", "mmx", str(wrong)], expected=3)
 
 
 @pytest.mark.slow

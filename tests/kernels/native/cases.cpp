@@ -54,7 +54,8 @@ double Case::real(const std::string& key) const {
 void Report::check(bool good, const std::string& what) {
   ++checks;
   if (good) return;
-  if (++failures <= 40) std::printf("FAIL %s: %s\n", current_ ? current_->name.c_str() : "pool", what.c_str());
+  ++failures;
+  if (++shown_ <= 5) std::printf("FAIL %s: %s\n", current_ ? current_->name.c_str() : "pool", what.c_str());
 }
 
 void Report::close(const Exact<float>& got, const Exact<double>& expected, const Exact<double>& allowed, const std::string& what) {

@@ -76,7 +76,10 @@ class Report {
   int64_t checks = 0, failures = 0;
   std::map<std::string, double> worst;
 
-  void begin(const Case& c) { current_ = &c; }
+  void begin(const Case& c) {
+    current_ = &c;
+    shown_ = 0;
+  }
   void check(bool good, const std::string& what);
   // |got - expected| <= allowed, element by element; a NaN must be where one is expected.
   void close(const Exact<float>& got, const Exact<double>& expected, const Exact<double>& allowed, const std::string& what);
@@ -84,6 +87,7 @@ class Report {
 
  private:
   const Case* current_ = nullptr;
+  int64_t shown_ = 0;  // failures printed of this case
 };
 
 void linear_case(const Case& c, const ts::Kernels& kernels, Report& report);
