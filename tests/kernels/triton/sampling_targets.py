@@ -1,5 +1,7 @@
-"""Compiles the sampling kernels for given targets, without a GPU; prints one line of JSON per kernel. Run as a child process,
-as kernels that were imported for the interpreter cannot be compiled: `python FILE [--dtype bf16] sm_90 gfx942 ...`"""
+"""Compiles the sampling kernels for given targets, without a GPU: `python FILE [--dtype bf16] sm_90 gfx942 ...`.
+
+Prints one line of JSON per kernel. Run as a child process: what was imported for the interpreter cannot be compiled.
+"""
 
 from __future__ import annotations
 

@@ -194,10 +194,9 @@ def _scatter(
 
 
 @triton.jit
-def _fed(
-    header: tl.tensor, row: tl.tensor, valid: tl.tensor, num_computed: tl.tensor, num_tokens: tl.tensor
-) -> tl.tuple:
+def _fed(header: tl.tensor, row: tl.tensor, valid: tl.tensor, lengths: tl.tuple) -> tl.tuple:
     """Of rows: slot, offset, first position, number of tokens fed, and whether they reach the end of what is known."""
+    num_computed, num_tokens = lengths
     entry = header + 1 + _ROW_FIELDS * row
     slot = tl.load(entry, mask=valid, other=-1)
     live = slot >= 0
@@ -232,29 +231,55 @@ def _expand(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    num_rows = tl.minimum(tl.load(header), max_rows)
-    row = tl.arange(0, ROWS)
+    lengths = (num_computed, num_tokens)
     if tl.program_id(0) == tl.num_programs(0) - 1:
-        slot, offset, start, count, ends = _fed(header, row, row < num_rows, num_computed, num_tokens)
-        inside = row < max_rows
-        tl.store(row_slots + row, slot, mask=inside)
-        tl.store(row_counts + row, count, mask=inside)
-        tl.store(sample_rows + row, tl.where(ends, offset + count - 1, -1), mask=inside)
-        tl.store(sample_slots + row, tl.where(ends, slot, -1), mask=inside)
-        tl.store(sample_positions + row, tl.where(ends, start + count, 0), mask=inside)
+        row_outputs = (row_slots, row_counts, sample_rows, sample_slots, sample_positions)
+        _expand_rows(header, lengths, max_rows, row_outputs, ROWS)
     else:
-        token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        offsets = tl.load(header + 3 + _ROW_FIELDS * row, mask=row < num_rows, other=_FAR)
-        before = tl.sum((offsets[None, :] <= token[:, None]).to(tl.int32), 1)
-        slot, offset, start, count, _ = _fed(header, before - 1, before > 0, num_computed, num_tokens)
-        place = token - offset
-        real = (slot >= 0) & (place < count)
-        inside = token < bucket
-        position = start + place
-        known = tl.load(pool + slot.to(tl.int64) * pool_stride + position, mask=real, other=0)
-        tl.store(tokens + token, known, mask=inside)
-        tl.store(positions + token, tl.where(real, position, 0), mask=inside)
-        tl.store(slots + token, tl.where(real, slot, -1), mask=inside)
+        _expand_tokens(header, lengths, pool, pool_stride, bucket, max_rows, (tokens, positions, slots), ROWS, BLOCK)
+
+
+@triton.jit
+def _expand_rows(
+    header: tl.tensor, lengths: tl.tuple, max_rows: tl.tensor, outputs: tl.tuple, ROWS: tl.constexpr
+) -> None:
+    row_slots, row_counts, sample_rows, sample_slots, sample_positions = outputs
+    row = tl.arange(0, ROWS)
+    inside = row < max_rows
+    slot, offset, start, count, ends = _fed(header, row, inside & (row < tl.load(header)), lengths)
+    tl.store(row_slots + row, slot, mask=inside)
+    tl.store(row_counts + row, count, mask=inside)
+    tl.store(sample_rows + row, tl.where(ends, offset + count - 1, -1), mask=inside)
+    tl.store(sample_slots + row, tl.where(ends, slot, -1), mask=inside)
+    tl.store(sample_positions + row, tl.where(ends, start + count, 0), mask=inside)
+
+
+@triton.jit
+def _expand_tokens(
+    header: tl.tensor,
+    lengths: tl.tuple,
+    pool: tl.tensor,
+    pool_stride: tl.tensor,
+    bucket: tl.tensor,
+    max_rows: tl.tensor,
+    outputs: tl.tuple,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    tokens, positions, slots = outputs
+    row = tl.arange(0, ROWS)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    num_rows = tl.minimum(tl.load(header), max_rows)
+    offsets = tl.load(header + 3 + _ROW_FIELDS * row, mask=row < num_rows, other=_FAR)
+    before = tl.sum((offsets[None, :] <= token[:, None]).to(tl.int32), 1)
+    slot, offset, start, count, _ = _fed(header, before - 1, before > 0, lengths)
+    place = token - offset
+    real = (slot >= 0) & (place < count)
+    inside = token < bucket
+    known = tl.load(pool + slot.to(tl.int64) * pool_stride + start + place, mask=real, other=0)
+    tl.store(tokens + token, known, mask=inside)
+    tl.store(positions + token, tl.where(real, start + place, 0), mask=inside)
+    tl.store(slots + token, tl.where(real, slot, -1), mask=inside)
 
 
 @triton.jit
