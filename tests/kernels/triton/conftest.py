@@ -1,6 +1,4 @@
-"""Kernels of these tests run in Triton's interpreter, which has to be chosen before triton is first imported."""
-
-from __future__ import annotations
+"""Kernels run in triton's interpreter here; what is compiled is compiled in child processes."""
 
 import os
 

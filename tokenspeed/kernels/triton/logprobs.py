@@ -11,6 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.kernels.triton.filters import PEAK
+from tokenspeed.kernels.triton.launch import launch_options
 from tokenspeed.kernels.triton.sampling_state import MAX_TOP, Field, SamplingState
 
 _NUM_TOP = tl.constexpr(Field.NUM_TOP.value)
@@ -59,7 +60,7 @@ def token_logprobs(
         tensor(top, torch.float32),
     )
     shared = (logits, logits.stride(0), tokens, slots, state.params, state.params.shape[1], peaks, sums, above)
-    options = {"enable_fp_fusion": False, **({"launch_pdl": True} if pdl else {})}
+    options = launch_options(pdl, enable_fp_fusion=False)
     _summaries[(parts, rows)](
         *shared, vocab, num_peaks, parts, P=width, PEAKS=PEAKS, PDL=pdl, num_warps=WARPS, **options
     )

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tokenspeed.kernels.triton.launch import launch_options
 from tokenspeed.kernels.triton.sampling_state import PENALIZED, SEEN_IN_PROMPT, Field, SamplingState
 
 _PENALIZED, _SEEN_IN_PROMPT = tl.constexpr(PENALIZED), tl.constexpr(SEEN_IN_PROMPT)
@@ -91,7 +92,7 @@ def prepare(
         return torch.empty(size, dtype=torch.int32, device=header.device)
 
     inputs = StepInputs(new(tokens), new(tokens), new(tokens), new(rows), new(rows), new(rows), new(rows), new(rows))
-    options = {"launch_pdl": True} if pdl else {}
+    options = launch_options(pdl)
     programs = min(SCATTER_PROGRAMS, triton.cdiv(header.numel() // 2, SCATTER_BLOCK))
     _scatter[(programs,)](
         header, state, header.numel(), state.numel(), BLOCK=SCATTER_BLOCK, PDL=pdl, num_warps=4, **options
@@ -149,7 +150,7 @@ def finish(
         COUNTS=counts is not None,
         PDL=pdl,
         num_warps=4,
-        **({"launch_pdl": True} if pdl else {}),
+        **launch_options(pdl),
     )
     return result
 
