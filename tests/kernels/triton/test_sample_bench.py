@@ -17,9 +17,9 @@ def test_cases_have_names_of_their_own_and_begin_with_the_tables_tiles() -> None
 
 
 def test_check_compares_with_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    kinds = {kind: bench.KINDS[kind] for kind in ("greedy", "top_k50_p95", "penalties", "bias")}
+    kinds = {kind: bench.KINDS[kind] for kind in ("greedy", "penalties")}
     monkeypatch.setattr(bench, "KINDS", kinds)
-    assert bench.check(rows=3, vocab=300, device="cpu")
+    assert bench.check(rows=3, vocab=90, device="cpu")
     wrong = sampler.sampler_inputs
     monkeypatch.setattr(sampler, "sampler_inputs", lambda rows, *rest: wrong(rows[::-1], *rest))
-    assert not bench.check(rows=3, vocab=300, device="cpu")
+    assert not bench.check(rows=3, vocab=90, device="cpu")
