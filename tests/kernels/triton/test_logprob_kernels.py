@@ -26,13 +26,15 @@ def found_for(logits: torch.Tensor, tokens: list[int], tops: list[int], top: int
     return token_logprobs(logits, torch.tensor(tokens, dtype=torch.int32), slots, on_device.state, top)
 
 
-@pytest.mark.parametrize("vocab, dtype", [(3, torch.float32), (64, torch.bfloat16), (4200, torch.float32)])
+@pytest.mark.parametrize(
+    "vocab, dtype", [(3, torch.float32), (17, torch.float16), (64, torch.bfloat16), (4200, torch.float32)]
+)
 @pytest.mark.parametrize("seed", [SEED])
 def test_equal_the_torch_ones(vocab: int, dtype: torch.dtype, seed: int) -> None:
-    rng, tops, top = random.Random(seed), [20, 0, 5, -1, 1, 64], 20
+    rng, tops, top = random.Random(seed), [20, 0, 15, -1, 1, 64], 20
     logits = peaked(seed % 2**31, len(tops), vocab).to(dtype)
-    logits[2, : vocab // 2] = -torch.inf
-    tokens = [rng.randrange(vocab // 2, vocab) for _ in tops]
+    logits[2, (vocab + 1) // 2 :] = -torch.inf
+    tokens = [rng.randrange((vocab + 1) // 2) for _ in tops]
     found = found_for(logits, tokens, tops, top)
     exact = runner_logprobs.token_logprobs(logits.float(), torch.tensor(tokens), top)
     width = exact.top_ids.shape[1]

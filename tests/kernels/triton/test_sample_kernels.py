@@ -129,6 +129,29 @@ def test_batch_slots_and_tiles_change_nothing(seed: int) -> None:
     assert kernel_tokens(logits[order], [rows[at] for at in order], rng, tiles=MIDDLE) == [together[at] for at in order]
 
 
+@pytest.mark.parametrize("fields", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.5}])
+@pytest.mark.parametrize("tiles", [MIDDLE, SMALL])
+def test_the_lowest_id_of_equals_wins(fields: dict[str, Any], tiles: Tiles) -> None:
+    """Logits so large that no noise changes them, under two peaks and under many."""
+    rng = random.Random(SEED)
+    logits = torch.zeros(2, 2100)
+    logits[0, [70, 71, 1900]] = 1e30
+    logits[1, 50::20] = 1e30
+    rows = [SampledRow(sampling(**fields, seed=rng.getrandbits(64)), [0] * 9, 1, 9) for _ in range(2)]
+    assert check(logits, rows, rng, tiles=tiles) == [70, 50]
+
+
+def test_bad_words_begin_in_what_was_sampled() -> None:
+    params = sampling(temperature=0.0, bad_words=[[7, 5], [7, 7, 5], [9, 8, 7, 4]])
+    logits = torch.zeros(1, 30)
+    logits[0, [5, 4, 3]] = torch.tensor([3.0, 2.0, 1.0])
+    found = []
+    for tokens, num_prompt in (([1, 9, 7], 3), ([1, 7, 7], 2), ([9, 8, 7], 0), ([9, 8, 7], 1)):
+        row = SampledRow(params, [*tokens, 7, 7], num_prompt, len(tokens))
+        found += check(logits, [row], random.Random(SEED))
+    assert found == [5, 4, 3, 4]
+
+
 def test_logits_of_a_wider_tensor() -> None:
     rng = random.Random(SEED)
     wide = peaked(SEED % 2**31, 4, 400)

@@ -97,8 +97,10 @@ def test_steps_that_follow_each_other(seed: int) -> None:
 
 
 def test_pairs_land_where_they_say_and_nowhere_else() -> None:
-    rng, device = random.Random(SEED), Device()
-    size = len(device.flat)
+    rng = random.Random(SEED)
+    size = 2 * SLOTS + SamplingState.size(SLOTS)
+    beyond = torch.zeros(size + 1, dtype=torch.int32)
+    device = Device(beyond[:size])
     indices = rng.sample(range(size), 3000)
     values = [rng.randrange(-(2**31), 2**31) for _ in indices]
     text = step_header([], np.array([*indices, size, -1]), np.array([*values, 7, 7]), 2 + 2 * 3002)
@@ -107,6 +109,7 @@ def test_pairs_land_where_they_say_and_nowhere_else() -> None:
     expected = torch.zeros(size, dtype=torch.int32)
     expected[indices] = torch.tensor(values, dtype=torch.int32)
     assert torch.equal(device.flat, expected)
+    assert beyond[size] == 0
     assert torch.equal(device.pool, pool)
     assert inputs.slots.tolist() == [-1] * 3
 

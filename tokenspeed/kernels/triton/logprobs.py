@@ -119,7 +119,7 @@ def _summaries(
         values = tl.load(line + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
         peaks = tl.max(values, 1)
         best = tl.max(peaks, 0)
-        weights = tl.where(values > float("-inf"), tl.exp(values - best), 0.0)
+        weights = tl.exp(values - tl.where(best > float("-inf"), best, 0.0))
         at = row.to(tl.int64) * parts + part
         tl.store(sums + at, tl.sum(tl.sum(weights, 1), 0))
         tl.store(above + at, tl.sum(tl.sum((values > own).to(tl.int32), 1), 0))
@@ -147,8 +147,7 @@ def _log_total(peaks: tl.tensor, sums: tl.tensor, parts: tl.tensor, P: tl.conste
     part_best = tl.max(tl.reshape(peaks, [P // PEAKS, PEAKS]), 1)
     part = tl.arange(0, P // PEAKS)
     part_sum = tl.load(sums + part, mask=part < parts, other=0.0)
-    scaled = part_sum * tl.exp(part_best - tl.max(peaks, 0))
-    return tl.log(tl.sum(tl.where(part_sum > 0, scaled, 0.0), 0))
+    return tl.log(tl.sum(part_sum * tl.exp(part_best - tl.max(peaks, 0)), 0))
 
 
 @triton.jit
