@@ -54,17 +54,17 @@ def test_random_combinations_equal_the_sampler(vocab: int, dtype: torch.dtype, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("vocab", [2, 64, 1009, 20_011])
-@pytest.mark.parametrize("seed", [SEED, SEED + 1])
-def test_many_random_combinations_equal_the_sampler(vocab: int, dtype: torch.dtype, seed: int) -> None:
+@pytest.mark.parametrize("tiles", [None, SMALL])
+@pytest.mark.parametrize(
+    "vocab, dtype", [(2, torch.float32), (64, torch.bfloat16), (1009, torch.float16), (9001, torch.float32)]
+)
+@pytest.mark.parametrize("seed", [SEED])
+def test_many_random_combinations_equal_the_sampler(
+    vocab: int, dtype: torch.dtype, tiles: Tiles | None, seed: int
+) -> None:
     rng = random.Random(seed * 100 + vocab)
-    rows, logits = random_rows(rng, 24, vocab), peaked(rng.getrandbits(31), 24, vocab).to(dtype)
-    mask = torch.rand(24, vocab, generator=torch.Generator().manual_seed(seed % 2**31)) < 0.6
-    masked = [replace(row, sampling=msgspec.structs.replace(row.sampling, masked=True)) for row in rows]
-    for tiles in (None, SMALL):
-        check(logits, rows, rng, tiles=tiles)
-        check(logits, masked, rng, mask, tiles=tiles)
+    rows, logits = random_rows(rng, 16, vocab), peaked(rng.getrandbits(31), 16, vocab).to(dtype)
+    check(logits, rows, rng, tiles=tiles)
 
 
 @pytest.mark.parametrize("vocab", [31, 64, 1003])
