@@ -3,14 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 PROMPT ?= The three primary colors are
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard tokenspeed/kernels/cpu/src/*)
 # Two workers share the machine, one thread each: more threads than cores slow every test down.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15
+CROSS_PACKAGES := g++-aarch64-linux-gnu qemu-user
 
-.PHONY: demo test test-full bench-cpu lint format clean
+.PHONY: demo test test-full cross-tools bench-cpu lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -20,11 +22,17 @@ demo: $(VENV)/.installed-demo
 test: lint
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-full: lint
+test-full: lint cross-tools
 	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
 
+# The NEON kernels are built by a cross compiler and run in an emulator.
+cross-tools:
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \
+	  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $(CROSS_PACKAGES); } || \
+	  { echo "make test-full needs these Debian packages and could not install them: $(CROSS_PACKAGES)" >&2; exit 1; }
+
 bench-cpu: $(VENV)/.installed-demo
-	$(BIN)/python -m tokenspeed.bench.cpu
+	$(BIN)/python -m tokenspeed.bench.cpu $(BENCH_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

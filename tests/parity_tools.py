@@ -170,13 +170,15 @@ def make_safetensors(case: Case, dtype: str, folder: Path, max_shard_size: str =
     return Tiny(case, folder, oracle)
 
 
-def make_gguf(case: Case, fmt: str, path: Path) -> Tiny:
+def make_gguf(case: Case, fmt: str, path: Path, split_max_tensors: int = 0) -> Tiny:
     """Written by the gguf package, named by its name map; the oracle gets back what its `dequantize` reads.
 
     fmt: a format for all matrices; "K" mixes Q4_K and Q6_K, and Q5_0 where a width is no multiple of 256.
+    split_max_tensors: above 0, writes shards of so many tensors, and gives the first one's path.
     """
     oracle = random_oracle(case)
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[_ARCHS[case.model_type]])
+    architecture = gguf.MODEL_ARCH_NAMES[_ARCHS[case.model_type]]
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split_max_tensors)
     _add_metadata(writer, case, oracle)
     names = gguf.get_tensor_name_map(_ARCHS[case.model_type], case.settings["num_hidden_layers"])
     rng = np.random.default_rng(case.seed)
@@ -191,7 +193,7 @@ def make_gguf(case: Case, fmt: str, path: Path) -> Tiny:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return Tiny(case, path, oracle)
+    return Tiny(case, min(path.parent.glob(f"{path.stem}-*.gguf")) if split_max_tensors else path, oracle)
 
 
 Array = npt.NDArray[Any]
@@ -305,7 +307,7 @@ class Walker:
         shape = PageShape(layout, page_size, config.num_kv_heads, config.head_dim, model.dtype)
         groups, entries = len(layout.windows), -(-CONTEXT // page_size)
         self.arena = Arena(groups * entries, shape, model.device)
-        self.arena.kv.fill_(torch.nan)  # what is read before it is written shows in the logits
+        self.arena.kv.view(torch.uint8).fill_(0xFF)  # what is read before it is written shows in the logits
         order = torch.randperm(groups * entries, generator=torch.Generator().manual_seed(entries))
         self.tables = list(order.view(groups, entries))
         self.backend = RefBackend(self.model)

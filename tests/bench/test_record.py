@@ -117,6 +117,7 @@ def test_malformed_ids_are_refused(id):
         ({"ratio": stats.median_interval([1.0, 2.0])}, "need peer"),
         ({"weight_share": 0.5}, "ceiling_gb_s"),
         ({"bus_share": 0.5}, "ceiling_gb_s"),
+        ({"runs": stats.summarise([101.0, 103.0])}, "lower quartile"),
         ({"command": " "}, "command is empty"),
         ({"samples": {"a": [1.0, float("inf")]}}, "samples 'a'"),
     ],
@@ -143,6 +144,19 @@ def test_met_looks_at_the_field_the_target_names():
     assert make(target=record.Target(of="share", at_least=0.7)).met() is None
     shares: dict[str, Any] = {"bus_share": 0.77, "weight_share": 0.9, "ceiling_gb_s": 38.0}
     assert make(target=record.Target(of="bus_share", at_least=0.78), **shares).met() is False
+
+
+@pytest.mark.parametrize("count, expected", [(stats.GATE_RUNS - 1, None), (stats.GATE_RUNS, True)])
+def test_an_absolute_target_needs_enough_runs_and_their_lower_quartile(tmp_path, count, expected):
+    runs = stats.summarise([3.9] * (count // 2) + [9.0] * (count - count // 2))
+    entry = make("cpu.first_token", runs.lower_quartile, "s", runs=runs, target=record.Target(at_most=4))
+    assert entry.met() is expected
+    record.write(tmp_path / "a.json", [entry])
+    assert record.read(tmp_path / "a.json") == [entry]
+    slow = stats.summarise([3.9, *[4.1] * count])
+    assert make(value=slow.lower_quartile, runs=slow, target=record.Target(at_most=4)).met() is False
+    ratio = {"peer": "p", "ratio": stats.median_interval([2.0]), "target": record.Target(of="ratio", at_least=1.0)}
+    assert make(value=runs.lower_quartile, runs=runs, **ratio).met() is True
 
 
 def test_an_id_twice_in_one_call_is_refused_and_nothing_is_written(tmp_path):

@@ -126,6 +126,26 @@ def test_a_meaningless_figure_is_refused_and_named(figure):
         stats.paired(lambda: 1.0, lambda: figure, pairs=2, calibrate=lambda: 0.01)
 
 
+@pytest.mark.parametrize("runs, warmup", [(1, 0), (7, 1), (3, 2)])
+def test_repeated_runs_follow_a_calibration_each_and_the_warmup_is_thrown_away(runs, warmup):
+    calls: list[str] = []
+
+    def note(name: str) -> float:
+        calls.append(name)
+        return float(len(calls))
+
+    result = stats.repeated(lambda: note("run"), runs, warmup, calibrate=lambda: note("c"))
+    assert calls == ["run"] * warmup + ["c", "run"] * runs
+    assert result.figures == [warmup + 2.0 * (number + 1) for number in range(runs)]
+    assert result.samples() == {"figures": result.figures, "calibration_s": [each - 1 for each in result.figures]}
+
+
+@pytest.mark.parametrize("runs, warmup", [(0, 1), (-1, 0), (1, -1)])
+def test_runs_and_warmup_out_of_range(runs, warmup):
+    with pytest.raises(ValueError, match="runs"):
+        stats.repeated(lambda: 1.0, runs, warmup)
+
+
 @pytest.mark.parametrize("pairs, warmup", [(0, 1), (-1, 0), (1, -1)])
 def test_pairs_and_warmup_out_of_range(pairs, warmup):
     with pytest.raises(ValueError, match="pairs"):

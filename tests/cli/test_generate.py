@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import Cli
+from tokenspeed.kernels import cpu
 from tokenspeed.observability.ceilings import Ceilings
 
 PROMPT = "The three primary colors are"
@@ -58,6 +60,18 @@ def test_timings(cli: Cli, ceilings: Ceilings, dtype: str, backend: str, gigabyt
     assert timings["gb_s"] == pytest.approx(timings["gb_per_token"] * timings["decode_tok_s"])
     assert timings["gb_per_token"] == pytest.approx(gigabytes, rel=0.01)
     assert timings["weight_share"] / timings["bus_share"] == pytest.approx(0.2468 / gigabytes, rel=0.01)
+
+
+def test_a_slow_path_shows(
+    cli: Cli, ceilings: Ceilings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "tokenspeed.kernels.cpu._walk", None)
+    monkeypatch.delattr(cpu, "_walk", raising=False)
+    timings = json.loads(cli(*SHORT, "--json", PROMPT).out)["timings"]
+    assert timings["backend"] == "ref"
+    assert timings["fallback_ops"] == ["all: the C++ extension is not built"]
+    (record,) = caplog.records
+    assert "the C++ extension is not built" in record.getMessage()
 
 
 def test_prompt_from_file_and_stdin(cli: Cli, tmp_path: Path) -> None:

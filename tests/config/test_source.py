@@ -44,12 +44,22 @@ def test_config_alone_is_enough_where_no_weights_are_needed(tmp_path: Path) -> N
         resolve_model(str(tmp_path))
 
 
+def test_a_directory_with_one_split_gguf(tmp_path: Path) -> None:
+    names = [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    touch(tmp_path, *names)
+    assert resolve_model(str(tmp_path)).path == tmp_path / names[0]
+    assert resolve_model(str(tmp_path / names[2])).path == tmp_path / names[2]
+    touch(tmp_path, "n-00001-of-00002.gguf", "n-00002-of-00002.gguf")
+    with pytest.raises(ConfigError, match=r"2 \.gguf models.*m-00001-of-00003\.gguf, n-00001-of-00002\.gguf$"):
+        resolve_model(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "names, error, message",
     [
         ([], ModelNotFoundError, "no model here"),
         (["model.safetensors"], ModelNotFoundError, r"no config\.json"),
-        (["a.gguf", "b.gguf"], ConfigError, r"2 \.gguf files.*a\.gguf, b\.gguf"),
+        (["a.gguf", "b.gguf"], ConfigError, r"2 \.gguf models.*a\.gguf, b\.gguf"),
         (["config.json", "pytorch_model.bin"], UnsupportedError, r"pickle.*pytorch_model\.bin"),
         (["consolidated.00.pth"], UnsupportedError, r"consolidated\.00\.pth.*safetensors"),
     ],
@@ -75,7 +85,8 @@ def test_files_that_are_no_model(tmp_path: Path, name: str, error: type[Exceptio
 
 
 @pytest.mark.parametrize(
-    "name", ["", "nothing", "/no/such/dir", "./no/such", "a/b/c", "org/missing.gguf", "org/na me", "../x/y"]
+    "name",
+    ["", "nothing", "/no/such/dir", "./no/such", "a/b/c", "org/missing.gguf", "org/na me", "../x/y", "a/b/../c.gguf"],
 )
 def test_names_that_are_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -97,6 +108,69 @@ def test_a_repository_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert resolve_model("org/name@refs/pr/1").name == "org/name@refs/pr/1"
     resolve_model("org/name@v2", need_weights=False)
     assert calls == [("org/name-1.0", None, True), ("org/name", "refs/pr/1", True), ("org/name", "v2", False)]
+
+
+class FakeHub:
+    """A repository of given files; downloads those that match, as the hub's own client does."""
+
+    def __init__(self, folder: Path, *files: str) -> None:
+        self.folder, self.files = folder, files
+        self.revisions: list[str | None] = []
+
+    def snapshot_download(self, repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        from huggingface_hub.utils._paths import filter_repo_objects
+
+        self.revisions.append(revision)
+        for name in filter_repo_objects(self.files, allow_patterns=allow_patterns):
+            touch((self.folder / name).parent, Path(name).name)
+        return str(self.folder)
+
+    def fetched(self) -> list[str]:
+        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+
+
+SHARDS = [f"BF16/m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    "asked, wanted",
+    [
+        ("m-Q4_K_M.gguf", ["m-Q4_K_M.gguf"]),
+        ("BF16/m-00002-of-00003.gguf", SHARDS),
+        ("a [1] b.gguf", None),
+        ("m-Q8_0.gguf@v2", ["m-Q8_0.gguf"]),
+    ],
+)
+def test_a_gguf_of_a_repository_comes_with_all_its_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, wanted: list[str] | None
+) -> None:
+    hub_files = FakeHub(tmp_path / "snapshot", "m-Q4_K_M.gguf", "m-Q8_0.gguf", "config.json", "m.gguf", *SHARDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub_files.snapshot_download)
+    name = f"org/name/{asked}"
+    if wanted is None:
+        with pytest.raises(ModelNotFoundError, match="no model at"):
+            resolve_model(name)
+        return
+    source = resolve_model(name)
+    file, _, revision = asked.partition("@")
+    assert source == ModelSource(tmp_path / "snapshot" / file, "gguf", name)
+    assert hub_files.fetched() == wanted
+    assert hub_files.revisions == [revision or None]
+
+
+@pytest.mark.parametrize(
+    "asked, missing", [("x.gguf", r"x\.gguf"), ("BF16/m-00003-of-00003.gguf", r"BF16/m-00002-of-00003\.gguf$")]
+)
+def test_a_gguf_that_a_repository_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, missing: str
+) -> None:
+    hub_files = FakeHub(tmp_path / "snapshot", "config.json", SHARDS[0], SHARDS[2])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "snapshot").mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub_files.snapshot_download)
+    with pytest.raises(ModelNotFoundError, match=rf"org/name has no {missing}"):
+        resolve_model(f"org/name/{asked}")
 
 
 def hub_error(name: str) -> Exception:

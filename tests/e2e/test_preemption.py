@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
+from tokenspeed.ops.definitions import kv_entry_bytes
 from tokenspeed.scheduler.config import SchedulerConfig
 from tokenspeed.scheduler.scheduler import Scheduler
 from tokenspeed.scheduler.sequence import Sequence
@@ -36,18 +37,22 @@ class EveryoneIn:
         self.version += 1
 
 
-def crowded(path: Path) -> LLM:
-    """Pages for about two of the five reference runs, and no admission control."""
-    bytes_per_page = 3 * 2 * PAGE * 256 * 4
+def crowded(path: Path, kv: str = "float32") -> LLM:
+    """Pages for about two of the five reference runs, and no admission control.
+
+    kv: with float32 the C++ walk gives the reference's tokens.
+    """
+    bytes_per_page = 3 * 2 * PAGE * kv_entry_bytes(kv, 256)
     pages = 6 * 2 * (LENGTH + 16) // PAGE
     llm = LLM(
         str(path),
-        kv_cache_dtype="float32",  # with which the C++ walk gives the reference's tokens
+        kv_cache_dtype=kv,
         block_size=PAGE,
         max_model_len=128,
         kv_cache_memory_bytes=pages * bytes_per_page,
     )
     assert llm.core.backend.name == "cpu"
+    assert llm.core.capacity.num_pages == pages
     limits = SchedulerConfig(8, 64, llm.core.capacity.max_model_len)
     llm.core.scheduler = Scheduler(limits, llm.core.cache, EveryoneIn())
     return llm

@@ -160,10 +160,14 @@ def test_progress_bar(llm: LLM, capfd: pytest.CaptureFixture[str], shown: bool) 
     assert ("generating: 100%" in err and "2/2" in err) if shown else err == ""
 
 
-@pytest.mark.parametrize("kv", ["auto", "bfloat16", "float32"])
+@pytest.mark.parametrize("kv", ["auto", "bfloat16", "float32", "int8", "fp8", "fp8_e4m3"])
 def test_kv_cache_dtype(tiny_path: Any, kv: str) -> None:
     llm = LLM(str(tiny_path), dtype="float32", kv_cache_dtype=kv)
-    assert str(llm.core.kv_dtype) == "torch." + {"auto": "float32"}.get(kv, kv)
+    assert str(llm.core.kv_dtype) == "torch." + {
+        "auto": "float32",
+        "fp8": "float8_e4m3fn",
+        "fp8_e4m3": "float8_e4m3fn",
+    }.get(kv, kv)
     assert len(run(llm, random_ids(5, 40), GREEDY)[0]) == 6
 
 

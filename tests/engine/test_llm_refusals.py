@@ -13,6 +13,7 @@ import torch
 from tests.engine.test_llm import GREEDY, random_ids, run
 from tests.engine.test_llm_sampling import write_gguf
 from tests.tiny_llama import CONFIG, CONTEXT, VOCAB, edit_tensors
+from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import (
     ConfigError,
     FormatError,
@@ -26,6 +27,7 @@ from tokenspeed.contracts.errors import (
 )
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
+from tokenspeed.runner.build import kv_cache_dtype
 
 GOOD = [1, 2, 3]
 
@@ -118,6 +120,9 @@ def test_the_constructor_names_an_unknown_parameter() -> None:
         ({"dtype": "int8"}, ConfigError, "--dtype must be one of auto, bfloat16"),
         ({"dtype": "float16"}, ConfigError, "--dtype float16"),
         ({"kv_cache_dtype": "float16"}, ConfigError, "--kv-cache-dtype float16"),
+        ({"kv_cache_dtype": "int4"}, ConfigError, "--kv-cache-dtype must be one of auto, .* int8, fp8, fp8_e4m3"),
+        ({"quantization": "int3"}, ConfigError, "--quantization must be one of int8, int4, got 'int3'"),
+        ({"quantization": 8}, ConfigError, "--quantization must be str or none, got 8"),
         ({"device": "tpu"}, ConfigError, "--device must be one of"),
         ({"max_model_len": 1}, ConfigError, "--max-model-len must be at least 2"),
         ({"max_model_len": CONTEXT + 1}, ConfigError, f"--max-model-len {CONTEXT + 1} is more than .* {CONTEXT}"),
@@ -132,6 +137,14 @@ def test_the_constructor_names_an_unknown_parameter() -> None:
 def test_bad_settings(tiny_path: Path, settings: dict[str, Any], error: type[TokenSpeedError], message: str) -> None:
     with pytest.raises(error, match=message):
         LLM(str(tiny_path), **({"dtype": "float32"} | settings))
+
+
+@pytest.mark.parametrize("kv", ["int8", "fp8", "fp8_e4m3"])
+def test_narrow_pages_are_for_the_cpu(kv: str) -> None:
+    config = EngineConfig(kv_cache_dtype=kv)
+    assert kv_cache_dtype(config, torch.bfloat16, torch.device("cpu")).itemsize == 1
+    with pytest.raises(ConfigError, match=f"--kv-cache-dtype {kv} is not supported on cuda"):
+        kv_cache_dtype(config, torch.bfloat16, torch.device("cuda"))
 
 
 def test_a_cache_too_small_for_one_request(tiny_path: Path) -> None:

@@ -134,7 +134,6 @@ def test_corrupt_files_are_named(tmp_path, case):
     "raw, message",
     [
         (build()[:4] + struct.pack(">I", 3) + build()[8:], "big-endian"),
-        (build([pair("split.count", 2, struct.pack("<H", 3))]), "split GGUF"),
         (build([], [tensor("a", (256,), 22, 0)], bytes(96)), r"'a' has the unsupported type IQ2_S \(supported: F32,"),
         (build([pair("k", 9, struct.pack("<IQ", 9, 0))]), "array of arrays"),
     ],

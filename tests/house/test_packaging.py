@@ -95,6 +95,8 @@ def test_everything_that_make_installs_is_pinned():
 def test_pins_lie_within_the_declared_ranges(extra):
     for text in EXTRAS[extra] if extra else PROJECT["dependencies"]:
         requirement = Requirement(text)
+        if CHOSEN_BY_TORCH.match(requirement.name):
+            continue
         assert requirement.specifier.contains(PINNED[canonicalize_name(requirement.name)]), text
 
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from tests.kernels.blocks import random_rows
-from tests.kernels.test_cpu_linear import HERE, TOLERANCE, multiply, packed
+from tests.kernels.test_cpu_linear import TOLERANCE, multiply, packed
+from tests.kernels.tiers import TIERS_HERE
 from tests.seeds import SEED
 from tokenspeed.contracts.step import SamplingRow
 from tokenspeed.kernels.cpu import _walk
+from tokenspeed.kernels.cpu.registration import PLANES
 from tokenspeed.runner.edits import SampledRow
 from tokenspeed.runner.noise import gumbel, noise_keys
 from tokenspeed.runner.sampler import sample, sampler_inputs, settle
@@ -21,7 +23,7 @@ TEMPERATURES = (0.0, 0.01, 0.7, 1.0, 3.0)
 def planes(isa: str, threads: int, data: np.ndarray, cols: int) -> tuple[_walk.Model, int]:
     model = _walk.Model(threads, isa)
     matrix = model.add_matrix(cols)
-    model.add_planes(matrix, data)
+    model.add_segment(matrix, PLANES, data)
     return model, matrix
 
 
@@ -55,7 +57,7 @@ def check(model: _walk.Model, matrix: int, x: np.ndarray, num_tokens: int, tempe
         assert all(logits[row, at] == np.float32(logit) for at, logit in candidates)
 
 
-@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("isa", TIERS_HERE)
 @pytest.mark.parametrize("rows, blocks", [(1, 1), (16, 2), (37, 3), (70, 20)])
 def test_products_of_planes_are_those_of_the_weights(isa: str, rows: int, blocks: int) -> None:
     rng, cols = np.random.default_rng([SEED, rows]), 32 * blocks
@@ -75,7 +77,7 @@ def test_products_of_planes_are_those_of_the_weights(isa: str, rows: int, blocks
     np.testing.assert_allclose(out, multiply(*whole, x, rows), rtol=0, atol=2e-6 * size.max())
 
 
-@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("isa", TIERS_HERE)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("count", [1, 3, 4, 5])
 def test_tokens_are_those_of_all_logits(isa: str, temperature: float, count: int) -> None:
@@ -133,7 +135,7 @@ def test_few_rows_are_looked_at_twice() -> None:
     assert model.rescored < num_tokens // 20
 
 
-@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("isa", TIERS_HERE)
 def test_noise_is_the_samplers_own(isa: str) -> None:
     model = _walk.Model(1, isa)
     for seed, sample_index, position, first in [
@@ -153,3 +155,19 @@ def test_other_formats_draw_the_same_tokens_too(temperature: float) -> None:
     data, _ = random_rows("Q6_K", num_tokens, cols, rng)
     model, matrix = packed("", 2, [("Q6_K", data)], cols)
     check(model, matrix, rng.normal(size=(6, cols)).astype(np.float32), num_tokens, temperature)
+
+
+@pytest.mark.parametrize("isa", TIERS_HERE)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("fmt", ["Q8_0", "Q6_K"])
+def test_rows_that_are_no_numbers_draw_nothing(isa: str, fmt: str, temperature: float) -> None:
+    rng, num_tokens, cols = np.random.default_rng([SEED, 6]), 203, 256
+    data, _ = random_rows(fmt, num_tokens, cols, rng)
+    model, matrix = planes(isa, 2, data, cols) if fmt == "Q8_0" else packed(isa, 2, [(fmt, data)], cols)
+    x = rng.normal(size=(3, cols)).astype(np.float32)
+    broken = x.copy()
+    broken[::2, rng.integers(cols)] = np.nan, rng.choice([-np.inf, np.inf])
+    rows = asks(temperature, 3)
+    found = draw(model, matrix, broken, rows)
+    assert found == [[], draw(model, matrix, x, rows)[1], []]
+    assert np.isnan(multiply(model, matrix, broken, num_tokens)[::2]).all()

@@ -6,25 +6,14 @@ import numpy as np
 import pytest
 
 from tests.kernels.blocks import random_rows
+from tests.kernels.tiers import TIERS_HERE
 from tests.quantization.blocks_data import FACTORS_AT as FACTORS
 from tests.seeds import SEED
 from tokenspeed.kernels.cpu import _walk
 from tokenspeed.kernels.cpu.registration import FORMATS
 
-TIERS = ("avx512", "avx2", "neon", "generic")
 TOLERANCE = 1.5e-4
 """Of |x| |W|: activations keep steps of 1 / 32512 of the largest in 32, whose rounding is about 2e-5 of |x|."""
-
-
-def runs(isa: str) -> bool:
-    try:
-        _walk.Model(1, isa)
-    except ValueError:
-        return False
-    return True
-
-
-HERE = [isa for isa in TIERS if runs(isa)]
 
 
 def packed(isa: str, threads: int, segments: list[tuple[str, np.ndarray]], cols: int) -> tuple[_walk.Model, int]:
@@ -45,7 +34,7 @@ def width(fmt: str, blocks: int) -> int:
     return 256 * blocks if fmt.endswith(("_K", "_XS")) else 32 * blocks
 
 
-@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("isa", TIERS_HERE)
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("rows, blocks", [(1, 1), (16, 2), (37, 3)])
 def test_against_float64(isa: str, fmt: str, rows: int, blocks: int) -> None:
@@ -70,13 +59,13 @@ def test_tiers_agree(fmt: str) -> None:
     rng, cols = np.random.default_rng(SEED), 768
     data, _ = random_rows(fmt, 20, cols, rng)
     x = rng.normal(size=(5, cols)).astype(np.float32)
-    results = [multiply(*packed(isa, 1, [(fmt, data)], cols), x, 20) for isa in HERE]
+    results = [multiply(*packed(isa, 1, [(fmt, data)], cols), x, 20) for isa in TIERS_HERE]
     for other in results[1:]:
         np.testing.assert_allclose(other, results[0], atol=3e-6 * np.abs(results[0]).max(), rtol=2e-5)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("isa", TIERS_HERE)
 def test_a_row_does_not_depend_on_its_batch_or_the_threads(isa: str, fmt: str) -> None:
     rng, cols = np.random.default_rng(SEED + 1), 512
     data, _ = random_rows(fmt, 100, cols, rng)
@@ -88,7 +77,7 @@ def test_a_row_does_not_depend_on_its_batch_or_the_threads(isa: str, fmt: str) -
         assert (multiply(*many, x[i : i + 1], 100)[0] == together[i]).all()
 
 
-@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("isa", TIERS_HERE)
 def test_segments_of_different_formats(isa: str) -> None:
     rng, cols = np.random.default_rng(SEED + 2), 256
     parts = [(fmt, *random_rows(fmt, rows, cols, rng)) for fmt, rows in (("Q4_K", 48), ("Q8_0", 5), ("F16", 17))]
@@ -114,7 +103,7 @@ def test_extremes_of_the_codes() -> None:
             for at in FACTORS[fmt]:
                 extreme.reshape(16, -1, size)[:, :, at : at + 2] = np.array([0.01], np.float16).view(np.uint8)
             values = gguf.dequantize(extreme, kind).astype(np.float64)
-            for isa in HERE:
+            for isa in TIERS_HERE:
                 for signs in (x, np.abs(x), -np.abs(x)):
                     got = multiply(*packed(isa, 1, [(fmt, extreme)], cols), signs, 16)
                     expected = signs.astype(np.float64) @ values.T

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from tests.parity_tools import CASES, interleave_heads, oracle_logits, random_prompt
-from tokenspeed.weights.loader import unpermute_rope
+from tokenspeed.weights.packed import unpermute_rope
 
 
 @pytest.mark.parametrize("fmt", ["gguf-F32", "gguf-Q8_0", "gguf-Q5_0"])

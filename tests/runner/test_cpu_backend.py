@@ -9,22 +9,27 @@ from typing import Any
 import pytest
 import torch
 
+from tests.kernels.tiers import TIERS_HERE
 from tests.seeds import SEED
 from tokenspeed.contracts.step import NewSequence, PageGrant, PlanRow, SamplingRow, StepDelta
+from tokenspeed.kernels.cpu.registration import ISA_VARIABLE
 from tokenspeed.models.dense import DenseConfig, Family, dense_weights
 from tokenspeed.models.gemma3 import FAMILY as GEMMA3
 from tokenspeed.models.llama import FAMILY as LLAMA
 from tokenspeed.models.qwen2 import FAMILY as QWEN2
 from tokenspeed.models.registry import Definition
+from tokenspeed.ops.kv import decode
 from tokenspeed.ops.rope import Rope
 from tokenspeed.program.fuse import fuse
 from tokenspeed.runner.arena import Arena, PageShape
 from tokenspeed.runner.backend import Backend
 from tokenspeed.runner.cpu_backend import CpuBackend, why_not
+from tokenspeed.runner.edits import SampledRow
 from tokenspeed.runner.inputs import SlotTable
 from tokenspeed.runner.layout import page_layout
 from tokenspeed.runner.model import LoadedModel
 from tokenspeed.runner.ref_backend import RefBackend
+from tokenspeed.runner.sampler import sample, sampler_inputs
 from tokenspeed.weights.dummy import dummy_weights
 from tokenspeed.weights.spec import WeightSpec
 
@@ -62,6 +67,16 @@ VARIANTS: dict[str, tuple[Family, dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(
+    autouse=True,
+    params=[pytest.param(isa, marks=[pytest.mark.slow] if isa != TIERS_HERE[0] else []) for isa in TIERS_HERE],
+)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs on every instruction set here, on all but the best one in `make test-full` only."""
+    monkeypatch.setenv(ISA_VARIABLE, request.param)
+    return str(request.param)
+
+
 def make_model(name: str, formats: str | Mapping[str, str] = "F32", **changes: Any) -> LoadedModel:
     family, variant = VARIANTS[name]
     config = replace(BASE, **variant | changes)
@@ -81,7 +96,7 @@ class Stepper:
         self.layout = page_layout(config.windows)
         shape = PageShape(self.layout, page_size, config.num_kv_heads, config.head_dim, kv)
         self.arena = Arena(4096, shape, model.device)
-        self.arena.kv.fill_(torch.nan)  # what is read before it is written shows in the logits
+        self.arena.kv.view(torch.uint8).fill_(0xFF)  # what is read before it is written shows in the logits
         backend.bind(self.arena)
         self.backend: Backend = backend
         self.table = SlotTable(self.arena)
@@ -136,6 +151,19 @@ def test_mixed_steps(name: str, page_size: int) -> None:
         close(cpu.step(counts), ref.step(counts), 2e-4)
 
 
+@pytest.mark.parametrize("isa", TIERS_HERE, indirect=True)
+def test_every_instruction_set(isa: str) -> None:
+    """In `make test` too; feed-forward rows that are no whole tiles."""
+    model = make_model("gemma3", {"embed": "Q8_0"}, ff_size=150)
+    ref, cpu = steppers(model, kv=torch.bfloat16)
+    assert isinstance(cpu.backend, CpuBackend)
+    assert cpu.backend.isa == isa
+    for stepper in (ref, cpu):
+        stepper.start(0, prompt(60), 64)
+    close(cpu.step({0: 57}), ref.step({0: 57}), 2e-3)
+    close(cpu.step({0: 3}), ref.step({0: 3}), 2e-3)
+
+
 @pytest.mark.parametrize("fmt", ["BF16", "F16", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q6_K"])
 def test_formats(fmt: str) -> None:
     changes = {"hidden_size": 256, "ff_size": 256, "head_dim": 64, "num_heads": 4} if fmt.endswith("_K") else {}
@@ -173,22 +201,35 @@ def dummy_weights_of(spec: WeightSpec, fmt: str) -> Any:
     return dummy_weights(table, fmt, seed=SEED + 9)[spec.name]
 
 
-def test_bfloat16_pages() -> None:
-    ref, cpu = steppers(make_model("gemma3"), kv=torch.bfloat16)
+@pytest.mark.parametrize(
+    "kv, tolerance", [(torch.bfloat16, 5e-3), (torch.int8, 2e-2), (torch.float8_e4m3fn, 4e-2)], ids=str
+)
+@pytest.mark.parametrize("page_size", [3, 16])
+def test_narrow_pages(kv: torch.dtype, tolerance: float, page_size: int) -> None:
+    """Both backends store the same values, but for those that lie on the edge between two; nothing else is written."""
+    ref, cpu = steppers(make_model("gemma3"), page_size, kv)
     for stepper in (ref, cpu):
         stepper.start(0, prompt(100), 112)
-    close(cpu.step({0: 99}), ref.step({0: 99}), 2e-3)
-    close(cpu.step({0: 1}), ref.step({0: 1}), 2e-3)
-    written = ~cpu.arena.kv.isnan()
-    assert (written == ~ref.arena.kv.isnan()).all()
+        stepper.start(1, prompt(290, 1), 300)
+    for counts in ({0: 99, 1: 280}, {1: 9, 0: 1}):
+        close(cpu.step(counts), ref.step(counts), tolerance)
+    head_dim = cpu.arena.shape.head_dim
+    stored = [stepper.arena.kv for stepper in (cpu, ref)]
+    untouched = [(kv.view(torch.uint8) == 0xFF).all(-1) for kv in stored]
+    assert (untouched[0] == untouched[1]).all()
+    assert 0 < untouched[0].double().mean() < 1
+    values, expected = (decode(kv[~untouched[0]], head_dim, torch.float64) for kv in stored)
+    assert (values - expected).abs().gt(1e-2 * expected.abs()).double().mean() < 0.01
+    assert (values - expected).norm() < tolerance * expected.norm()
 
 
+@pytest.mark.parametrize("kv", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_bits_do_not_depend_on_threads_batch_or_chunks(name: str) -> None:
+def test_bits_do_not_depend_on_threads_batch_or_chunks(name: str, kv: torch.dtype) -> None:
     model = make_model(name, "Q8_0")
     logits = []
     for threads, chunks in ((1, [64]), (3, [64]), (2, [1] * 64), (2, [7] * 9 + [1])):
-        stepper = Stepper(model, CpuBackend(model, threads), 16, torch.bfloat16)
+        stepper = Stepper(model, CpuBackend(model, threads), 16, kv)
         stepper.start(0, prompt(64), 64)
         stepper.start(1, prompt(30, 5), 64)
         parts = [stepper.step({0: count} if i else {1: 30, 0: count}) for i, count in enumerate(chunks)]
@@ -198,9 +239,25 @@ def test_bits_do_not_depend_on_threads_batch_or_chunks(name: str) -> None:
         assert (other == logits[0]).all()
 
 
+def test_hidden_rows_that_are_no_numbers_are_left_to_the_sampler() -> None:
+    model = make_model("llama", {"lm_head": "Q8_0"})
+    model.packed["embed"].segments[0].data.view(torch.float32)[7, 5] = float("inf")
+    stepper = Stepper(model, CpuBackend(model, 2), 16, torch.bfloat16)
+    stepper.start(0, [7], 16)
+    stepper.start(1, [8], 16)
+    logits = stepper.step({0: 1, 1: 1})
+    ask = SampledRow(GREEDY, [], 0, 1)
+    assert logits[0].isnan().all()
+    assert stepper.backend.pick([1], [ask]) == [int(logits[1].argmax())]
+    assert stepper.backend.pick([0, 1], [ask, ask]) is None
+    inputs = sampler_inputs([ask, ask], BASE.vocab_size, model.device)
+    assert sample(logits, inputs).tokens.tolist() == [0, int(logits[1].argmax())]
+
+
 def test_what_it_does_not_take_is_named() -> None:
     assert why_not(make_model("llama"), torch.bfloat16) == []
-    assert why_not(make_model("llama"), torch.float16) == ["kv_cache_dtype torch.float16"]
+    assert why_not(make_model("llama"), torch.float16) == ["kv_cache_dtype float16"]
+    assert why_not(make_model("llama"), torch.int8) == why_not(make_model("llama"), torch.float8_e4m3fn) == []
     odd = make_model("llama", head_dim=24, ropes=tuple(Rope(10000.0, 24) for _ in range(3)))
     assert why_not(odd, torch.bfloat16) == ["head_dim 24"]
     captured = make_model("llama")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tokenspeed.contracts.step import CopyPlan, NewSequence, PageGrant, PlanRow, SamplingRow, StepDelta
+from tokenspeed.ops.kv import KV_TORCH
 from tokenspeed.runner.arena import Arena, PageShape
 from tokenspeed.runner.inputs import SlotTable, step_view, wanted_rows
 from tokenspeed.runner.layout import PageLayout, page_layout
@@ -15,8 +16,8 @@ SCORED = SamplingRow(0.0, 0, 1.0, 0, prompt_logprobs=2)
 ALL = 10**6
 
 
-def make_arena(windows: tuple[int, ...] = (0, 0)) -> Arena:
-    return Arena(12, PageShape(page_layout(windows), 4, 1, 8, torch.float32), torch.device("cpu"))
+def make_arena(windows: tuple[int, ...] = (0, 0), kv: torch.dtype = torch.float32) -> Arena:
+    return Arena(12, PageShape(page_layout(windows), 4, 1, 8, kv), torch.device("cpu"))
 
 
 def make_table(arena: Arena) -> SlotTable:
@@ -79,15 +80,17 @@ def test_contradictions_raise() -> None:
         made.feed([PlanRow(5, 8, 6)])
 
 
-def test_copies_come_before_what_reads_them() -> None:
-    arena = make_arena()
-    arena.kv.normal_()
-    before = arena.kv.clone()
+@pytest.mark.parametrize("kv", KV_TORCH.values(), ids=KV_TORCH)
+def test_copies_come_before_what_reads_them(kv: torch.dtype) -> None:
+    arena = make_arena(kv=kv)
+    stored = arena.kv.view(torch.uint8)
+    stored.random_()
+    before = stored.clone()
     SlotTable(arena).apply(StepDelta(copies=[CopyPlan([(3, 8), (4, 0)])]))
-    assert (arena.kv[8] == before[3]).all()
-    assert (arena.kv[0] == before[4]).all()
+    assert (stored[8] == before[3]).all()
+    assert (stored[0] == before[4]).all()
     untouched = [page for page in range(12) if page not in (0, 8)]
-    assert (arena.kv[untouched] == before[untouched]).all()
+    assert (stored[untouched] == before[untouched]).all()
 
 
 @pytest.mark.parametrize(
@@ -117,4 +120,13 @@ def test_page_bytes_counts_keys_and_values_of_a_group() -> None:
     shape = PageShape(page_layout(windows), 16, 1, 256, torch.bfloat16)
     assert shape.layout.windows == (0, 512, 512, 512, 512, 512)
     assert shape.page_bytes == 3 * 16 * 256 * 2 * 2
+    assert Arena(2, shape, torch.device("cpu")).kv[0].nbytes == shape.page_bytes
+
+
+@pytest.mark.parametrize(("kv", "entry"), [("float32", 24), ("bfloat16", 12), ("fp8", 6), ("int8", 8)])
+def test_page_bytes_of_narrow_types(kv: str, entry: int) -> None:
+    """int8: six codes and a scale of two bytes."""
+    shape = PageShape(page_layout((0, 0)), 5, 3, 6, KV_TORCH[kv])
+    assert shape.page_bytes == 2 * 2 * 5 * 3 * entry
+    assert shape.element_bytes == entry / 6
     assert Arena(2, shape, torch.device("cpu")).kv[0].nbytes == shape.page_bytes

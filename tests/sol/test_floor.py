@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,6 +76,24 @@ def test_plan_rows_add_up_to_sol(model: str, batch: int, quantization: str) -> N
     assert table.total.cost.flops == pytest.approx(report.total.cost.flops, rel=1e-12)
 
 
+@pytest.mark.parametrize("mode, per_group", [("int8", 34), ("int4", 20)])
+def test_group_quantization_counted_by_hand(mode: str, per_group: int) -> None:
+    """Qwen3-8B: the head at 34 bytes per 32 weights, one embedding row too, norms in float32."""
+    d, ff, vocab, kv = 4096, 12288, 151936, 1024
+    layer = (d + 2 * kv) * d + d * d + 3 * ff * d
+    weights = 36 * layer // 32 * per_group + (vocab * d + d) // 32 * 34 + 4 * (36 * (2 * d + 2 * 128) + d)
+    report = step_report("qwen3-8b", "H200", 1, 1024, mode)
+    assert report.total.cost.weight_bytes == weights
+
+
+@pytest.mark.parametrize("kv, entry", [("float32", 512), ("fp8", 128), ("fp8_e4m3", 128), ("int8", 136)])
+def test_kv_types_counted_by_hand(kv: str, entry: int) -> None:
+    """Qwen3-8B: 36 layers, 8 heads of 128, keys and values; 1024 tokens read and one written."""
+    report = step_report("qwen3-8b", "H200", 1, 1024, "none", kv)
+    assert report.total.cost.kv_bytes == pytest.approx(36 * 8 * 2 * 1025 * entry, rel=1e-12)
+    assert report.summary()["kv_cache_dtype"] == kv
+
+
 def test_compute_binds_at_many_rows() -> None:
     by_op = step_report("llama-3.1-8b", "H200", 1024, 16, "none").by_op
     assert by_op["linear"].bound == "compute"
@@ -109,10 +128,11 @@ def test_stored_formats_of_a_checkpoint_count(tmp_path: Path) -> None:
         (("llama-3.1-8b", "H900", 1, 1, "none"), "H900.*known: H200"),
         (("llama-3.1-8b", "H200", 0, 1, "none"), "--batch must be at least 1"),
         (("llama-3.1-8b", "H200", 1, 0, "none"), "--context must be at least 1"),
-        (("llama-3.1-8b", "H200", 1, 1, "int3"), "--quantization must be one of none, fp8"),
+        (("llama-3.1-8b", "H200", 1, 1, "int3"), "--quantization must be one of none, fp8, int8, int4"),
+        (("llama-3.1-8b", "H200", 1, 1, "none", "int4"), "--kv-cache-dtype must be one of bfloat16, .*got 'int4'"),
     ],
 )
-def test_bad_flags_are_named(arguments: tuple[str, str, int, int, str], message: str) -> None:
+def test_bad_flags_are_named(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         step_report(*arguments)
 

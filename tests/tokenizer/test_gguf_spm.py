@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import json
 import random
@@ -17,7 +18,7 @@ from tokenspeed.contracts.errors import FormatError, PromptError, UnsupportedErr
 from tokenspeed.formats.gguf import open_gguf
 from tokenspeed.tokenizer.base import Tokenizer
 from tokenspeed.tokenizer.gguf import tokenizer_from_gguf
-from tokenspeed.tokenizer.spm import SpecialSplitter
+from tokenspeed.tokenizer.spm import SpecialSplitter, SpmVocabulary, model_proto
 
 ROOT = Path(__file__).parents[2]
 GREEDY = ROOT / "tests" / "data" / "gemma3-270m-greedy.json"
@@ -197,6 +198,9 @@ def test_ends_of_a_turn_end_a_generation(trained: Any) -> None:
         ({"scores": None}, FormatError, "no tokenizer.ggml.scores"),
         ({"scores": [0.0]}, FormatError, "scores has 1 entries for 330"),
         ({"token_type": [1] * 329}, FormatError, "token_type has 329 entries"),
+        ({"token_type": [1] * 329 + [0]}, FormatError, r"type is 0 \(known: 1 to 6\)"),
+        ({"token_type": [-3] + [1] * 329}, FormatError, r"type is -3"),
+        ({"token_type": [1] * 200 + [300] * 130}, FormatError, r"type is 300"),
         ({"bos_token_id": 330}, FormatError, "bos_token_id is 330"),
         ({"bos_token_id": "<s>"}, FormatError, "bos_token_id is '<s>'"),
         ({"eos_token_id": 1000}, FormatError, "1000"),
@@ -208,6 +212,32 @@ def test_ends_of_a_turn_end_a_generation(trained: Any) -> None:
 def test_broken_vocabularies_are_refused(trained: Any, changes: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         tokenizer_from_gguf(metadata_of(trained, **changes))
+
+
+@pytest.mark.parametrize("nul", [False, True])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_model_is_the_one_that_protobuf_writes(seed: int, nul: bool) -> None:
+    """Pieces of any length and content, and a vocabulary of one."""
+    schema: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    rng = random.Random(f"{seed} {nul}")
+    for count in (1, 2, 500):
+        letters = "ab 日é😀\n" + "\0" * nul
+        pieces = ["".join(rng.choices(letters, k=rng.choice((0, 1, 5, 43, 44, 200, 20_000)))) for _ in range(count)]
+        scores = [rng.uniform(-1e4, 1e4) for _ in pieces]
+        types = [rng.randint(1, 6) for _ in pieces]
+        unk_id = rng.randrange(count)
+        found = schema.ModelProto.FromString(model_proto(SpmVocabulary(pieces, scores, types, unk_id, seed % 2 == 0)))
+        expected = schema.ModelProto()
+        for piece, score, kind in zip(pieces, scores, types, strict=True):
+            expected.pieces.add(piece=piece.replace(" ", "▁"), score=score, type=kind)
+        expected.pieces[unk_id].type = schema.ModelProto.SentencePiece.UNKNOWN
+        trainer = expected.trainer_spec
+        trainer.model_type, trainer.unk_id, trainer.vocab_size = schema.TrainerSpec.BPE, unk_id, count
+        trainer.byte_fallback = 6 in types
+        normalizer = expected.normalizer_spec
+        normalizer.name, normalizer.remove_extra_whitespaces = "identity", False
+        normalizer.add_dummy_prefix = seed % 2 == 0
+        assert found == expected
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -15,7 +15,8 @@ from tokenspeed.formats.blocks import BLOCKS
 from tokenspeed.formats.checkpoint import TensorInfo
 from tokenspeed.formats.gguf import open_gguf
 from tokenspeed.formats.safetensors import open_safetensors
-from tokenspeed.weights.loader import load_weights, unpermute_rope
+from tokenspeed.weights.loader import load_weights
+from tokenspeed.weights.packed import unpermute_rope
 from tokenspeed.weights.spec import Source, WeightSpec, WeightTable
 
 

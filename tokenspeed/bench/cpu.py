@@ -1,125 +1,81 @@
 """This engine against llama.cpp on the CPU: the demo file, the same threads, in alternating pairs of one run.
 
-`make bench-cpu`, or `python -m tokenspeed.bench.cpu`. A decode rate of ours counts the tokens after the first of every
-sequence, from the last first token to the end, through `LLM.generate`; llama.cpp's is what its own benchmark reports.
+`make bench-cpu`, or `python -m tokenspeed.bench.cpu`; docs/benchmarks.md says what each id means.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from itertools import groupby
 from pathlib import Path
-from statistics import median
 
-from tokenspeed.bench import llama_cpp
-from tokenspeed.bench.ceilings import measure_read_gbs
-from tokenspeed.bench.record import Record, Target, surroundings, write
-from tokenspeed.bench.stats import paired
+from tokenspeed.bench import llama_cpp, table
+from tokenspeed.bench.cpu_process import MEASURES
+from tokenspeed.bench.cpu_rows import SETTINGS, Row, measure, rows
+from tokenspeed.bench.llama_cpp import LlamaCpp
+from tokenspeed.bench.record import Record, write
+from tokenspeed.bench.stats import GATE_RUNS
 from tokenspeed.config.demo import demo_model_path
-from tokenspeed.contracts.sampling import SamplingParams
+from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.engine.llm import LLM
-from tokenspeed.engine.output import RequestMetrics
-from tokenspeed.engine.timings import decode_bytes
 
 RESULTS = Path("benchmarks/results/cpu.json")
-PAIRS = 7
-Rate = Callable[[], float]
+THREADS = (1, 2)
 
 
-def main() -> None:
-    """Measure, print, record."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=PAIRS)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--only", nargs="+", default=["decode128", "decode_d2048", "prefill512", "batch8"])
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    programs, model = llama_cpp.build(), demo_model_path()
-    for threads in options.threads:
-        llm = LLM(threads=threads, enable_prefix_caching=False, max_model_len=4096)
-        for name, (ours, theirs, target) in workloads(llm, programs, model, threads).items():
-            if name in options.only:
-                record = compare(f"cpu.{name}.t{threads}", ours, theirs, target, options.pairs, llm)
-                write(options.out, [record])
-        llm.close()
-
-
-def workloads(llm: LLM, programs: Path, model: Path, threads: int) -> dict[str, tuple[Rate, Rate, float]]:
-    """Per workload our rate, llama.cpp's, and the ratio to reach."""
-    short, deep = _prompt(16), _prompt(2048)
-    return {
-        "decode128": (
-            lambda: _decode(llm, [short], 129),
-            lambda: llama_cpp.decode_rate(programs, model, threads),
-            1.6,
-        ),
-        "decode_d2048": (
-            lambda: _decode(llm, [deep], 33),
-            lambda: llama_cpp.decode_rate(programs, model, threads, 32, 2048),
-            1.6 if threads == 1 else 1.5,
-        ),
-        "prefill512": (
-            lambda: _prefill(llm, _prompt(512)),
-            lambda: llama_cpp.prefill_rate(programs, model, threads),
-            1.5,
-        ),
-        "batch8": (
-            lambda: _decode(llm, [_prompt(16) for _ in range(8)], 65),
-            lambda: llama_cpp.batch_rate(programs, model, threads, 8),
-            1.5,
-        ),
-    }
-
-
-def compare(name: str, ours: Rate, theirs: Rate, target: float, pairs: int, llm: LLM) -> Record:
-    """One workload in alternating pairs, beside the read bandwidth of the same run."""
-    ceiling = measure_read_gbs()
-    result = paired(ours, theirs, pairs)
-    ratio = result.ratio()
-    value = median(result.a)
-    fields = {}
-    if name.startswith("cpu.decode128"):
-        read, stored = decode_bytes(llm.core, 80)
-        fields = {
-            "ceiling_gb_s": ceiling,
-            "bus_share": read * value / 1e9 / ceiling,
-            "weight_share": stored * value / 1e9 / ceiling,
-        }
-    print(f"{name}: {value:.1f} tok/s, llama.cpp {median(result.b):.1f}, ratio {ratio.median:.2f} {fields}", flush=True)
-    return Record(
-        id=name,
-        value=value,
-        unit="tok/s",
-        target=Target(of="ratio", at_least=target),
-        peer=f"llama.cpp of llama-cpp-python {llama_cpp.VERSION}, built with GGML_NATIVE",
-        peer_value=median(result.b),
-        ratio=ratio,
-        samples=result.samples(),
-        **fields,
-        **surroundings("make bench-cpu"),
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, record; write the page where the records are the published ones."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=GATE_RUNS, help="of each row (default: %(default)s)")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="PATTERN", help="ids as a shell would match them: 'cpu.decode*'"
     )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file of records to add to (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    wanted = select(options.only)
+    peer = LlamaCpp(llama_cpp.build(), demo_model_path())
+    for records in run(wanted, peer, options.pairs):
+        for record in records:
+            print(table.line(record), flush=True)
+        write(options.out, records)
+    if options.out == RESULTS:
+        table.main([])
 
 
-def _prompt(tokens: int) -> list[int]:
-    return [2, *(random.randrange(1000, 200000) for _ in range(tokens - 1))]
+def select(patterns: Sequence[str]) -> list[str]:
+    """Ids of rows and measures that match. Raises ConfigError for a pattern that none does."""
+    known = [row.id for threads in THREADS for row in rows(threads)] + list(MEASURES)
+    for pattern in patterns:
+        if not any(fnmatchcase(each, pattern) for each in known):
+            raise ConfigError(f"--only {pattern}: no such row (known: {', '.join(known)})")
+    return [each for each in known if any(fnmatchcase(each, pattern) for pattern in patterns)]
 
 
-def _run(llm: LLM, prompts: list[list[int]], tokens: int) -> list[RequestMetrics]:
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    outputs = llm.generate(prompt_token_ids=prompts, sampling_params=params, use_tqdm=False)
-    return [output.metrics for output in outputs]
+def run(wanted: Sequence[str], peer: LlamaCpp, pairs: int) -> Iterator[list[Record]]:
+    """Measure one after the other; rows of the same threads and head share one engine."""
+    chosen = [row for threads in THREADS for row in rows(threads) if row.id in wanted]
+    for (threads, head), group in groupby(sorted(chosen, key=_engine), key=_engine):
+        llm = LLM(threads=threads, lm_head=head, **SETTINGS)
+        _require_kernels(llm)
+        for row in group:
+            yield measure(row, llm, peer, pairs)
+        llm.close()
+    for name, measured in MEASURES.items():
+        if name in wanted:
+            yield [measured(peer, pairs)]
 
 
-def _prefill(llm: LLM, prompt: list[int]) -> float:
-    (metrics,) = _run(llm, [prompt], 1)
-    return len(prompt) / ((metrics.first_token_time or 0.0) - metrics.arrival_time)
+def _require_kernels(llm: LLM) -> None:
+    backend = llm.core.backend
+    if backend.name != "cpu" or backend.fallback_ops:
+        slow = ", ".join(backend.fallback_ops) or "all ops"
+        raise ConfigError(f"the {backend.name} backend has no fast kernel for {slow}: nothing worth measuring")
 
 
-def _decode(llm: LLM, prompts: list[list[int]], tokens: int) -> float:
-    runs = _run(llm, prompts, tokens)
-    started = max(metrics.first_token_time or 0.0 for metrics in runs)
-    return len(prompts) * (tokens - 1) / (max(metrics.finished_time or 0.0 for metrics in runs) - started)
+def _engine(row: Row) -> tuple[int, str]:
+    return row.threads, row.head
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 from tokenspeed.bench import record
-from tokenspeed.bench.stats import calibration_loop, summarise
+from tokenspeed.bench.stats import RepeatedResult, repeated, summarise
 from tokenspeed.cache.keys import ChainHasher, root_key
 from tokenspeed.cache.manager import CacheManager
 from tokenspeed.contracts.request import Request
@@ -36,13 +35,6 @@ CONTEXT = 8192
 DEPTH = 2
 """Steps in flight."""
 HASHED_TOKENS = 50_000
-
-
-class Samples(NamedTuple):
-    """figures: one per run, in the record's unit. calibration: seconds of a fixed loop right before each."""
-
-    figures: list[float]
-    calibration: list[float]
 
 
 class Loop:
@@ -81,21 +73,21 @@ class Loop:
         self._scheduler.update(self._launch())
 
 
-def measure_step(num_seqs: int, context: int) -> Samples:
+def measure_step(num_seqs: int, context: int) -> RepeatedResult:
     """Microseconds per step of `num_seqs` decoding sequences with `context` tokens each."""
-    return _sample(Loop(num_seqs, context).run)
+    return repeated(Loop(num_seqs, context).run, RUNS)
 
 
-def measure_queue(num_waiting: int = 1000) -> Samples:
+def measure_queue(num_waiting: int = 1000) -> RepeatedResult:
     """Microseconds that so many waiting requests add to a step: the median of pairs of a few steps each."""
     plain, queued = Loop(16, 256), Loop(16, 256, num_waiting)
-    return _sample(lambda: statistics.median(queued.run(PAIR) - plain.run(PAIR) for _ in range(STEPS // PAIR)))
+    return repeated(lambda: statistics.median(queued.run(PAIR) - plain.run(PAIR) for _ in range(STEPS // PAIR)), RUNS)
 
 
-def measure_hash() -> Samples:
+def measure_hash() -> RepeatedResult:
     """Milliseconds to hash a prompt's pages; asking again for keys that are known costs nothing."""
     tokens = random.Random(0).choices(range(2**31), k=HASHED_TOKENS)
-    return _sample(lambda: _hash(tokens))
+    return repeated(lambda: _hash(tokens), RUNS)
 
 
 def _hash(tokens: list[int]) -> float:
@@ -105,18 +97,9 @@ def _hash(tokens: list[int]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def _sample(run: Callable[[], float]) -> Samples:
-    run()
-    samples = Samples([], [])
-    for _ in range(RUNS):
-        samples.calibration.append(calibration_loop())
-        samples.figures.append(run())
-    return samples
-
-
 def records() -> Iterator[record.Record]:
     """Measure everything, one after the other. Values are lower quartiles: a neighbour on the machine only adds."""
-    measures: list[tuple[str, str, float, Callable[[], Samples]]] = [
+    measures: list[tuple[str, str, float, Callable[[], RepeatedResult]]] = [
         ("host.step.b1.us", "us", 100, lambda: measure_step(1, 256)),
         ("host.step.b256.us", "us", 1500, lambda: measure_step(256, CONTEXT)),
         ("host.queue1000.us", "us", 5, measure_queue),
@@ -130,7 +113,7 @@ def records() -> Iterator[record.Record]:
             value=round(summarise(samples.figures).lower_quartile, 3),
             unit=unit,
             target=record.Target(at_most=at_most),
-            samples={"figures": samples.figures, "calibration_s": samples.calibration},
+            samples=samples.samples(),
             **surroundings,
         )
 

@@ -18,7 +18,7 @@ from typing import Literal, TypedDict
 import msgspec
 
 from tokenspeed import __version__
-from tokenspeed.bench.stats import MedianInterval
+from tokenspeed.bench.stats import GATE_RUNS, MedianInterval, Summary
 from tokenspeed.contracts.errors import ConfigError, FormatError
 
 ID_PATTERN = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z0-9][a-z0-9_-]*)+")
@@ -77,7 +77,8 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fi
     """One published figure. Raises ConfigError when a field is malformed or two fields contradict each other.
 
     value, peer_value, floor: in `unit`. ratio: value over peer_value within the pairs of one run, so the target says
-    which direction is better. floor: the physical limit. share: floor over value for times, value over floor for rates.
+    which direction is better. runs: where `value` is absolute, the runs whose lower quartile it is. floor: the physical
+    limit. share: floor over value for times, value over floor for rates.
     weight_share: bytes that the file format requires over time; bus_share: bytes really read over time; both as parts
     of `ceiling_gb_s`, the bandwidth measured in the same run. Shares are parts of one, not per cent.
     samples: every figure by name, in run order.
@@ -91,6 +92,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fi
     """Name and version of what it was run against."""
     peer_value: float | None = None
     ratio: MedianInterval | None = None
+    runs: Summary | None = None
     floor: float | None = None
     share: float | None = None
     weight_share: float | None = None
@@ -113,14 +115,20 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fi
             _require(all(map(math.isfinite, figures)), self.id, f"samples {name!r} hold a number that is not finite")
         has_peer_figure = self.peer_value is not None or self.ratio is not None
         _require(self.peer is not None or not has_peer_figure, self.id, "peer_value and ratio need peer")
+        is_quartile = self.runs is None or self.value == self.runs.lower_quartile
+        _require(is_quartile, self.id, "value is not the lower quartile of its runs")
         has_bandwidth_share = self.weight_share is not None or self.bus_share is not None
         _require(self.ceiling_gb_s is not None or not has_bandwidth_share, self.id, "a share needs its ceiling_gb_s")
 
     def met(self) -> bool | None:
-        """Whether the target is reached, a ratio by its median; None without a target or the field it is set on."""
+        """Whether the target is reached, a ratio by its median, the value of runs by their lower quartile.
+
+        None without a target, without the field it is set on, and with fewer than GATE_RUNS runs.
+        """
         if self.target is None:
             return None
-        figure = self._numbers()[self.target.of]
+        too_few = self.target.of == "value" and self.runs is not None and self.runs.count < GATE_RUNS
+        figure = None if too_few else self._numbers()[self.target.of]
         return None if figure is None else self.target.met_by(figure)
 
     def _numbers(self) -> dict[str, float | None]:

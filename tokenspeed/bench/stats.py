@@ -11,6 +11,8 @@ import msgspec
 
 CALIBRATION_STEPS = 400_000
 """Some 10 to 20 ms of one core."""
+GATE_RUNS = 7
+"""Fewest runs whose lower quartile may decide whether an absolute target is met."""
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -66,6 +68,17 @@ class PairedResult(msgspec.Struct, frozen=True):
     def samples(self) -> dict[str, list[float]]:
         """Every figure and calibration, as `Record.samples` keeps them."""
         return msgspec.structs.asdict(self)
+
+
+class RepeatedResult(msgspec.Struct, frozen=True):
+    """Figures of one thing run several times, and the calibration loop's seconds right before each."""
+
+    figures: list[float]
+    calibration: list[float]
+
+    def samples(self) -> dict[str, list[float]]:
+        """Every figure and calibration, as `Record.samples` keeps them."""
+        return {"figures": self.figures, "calibration_s": self.calibration}
 
 
 def summarise(samples: Sequence[float]) -> Summary:
@@ -147,6 +160,21 @@ def paired(
             if not (math.isfinite(figure) and figure > 0):
                 raise ValueError(f"run {name} gave {figure!r} in pair {pair}; a figure must be finite and positive")
             figures.append(figure)
+    return result
+
+
+def repeated(
+    run: Callable[[], float], runs: int, warmup: int = 1, calibrate: Callable[[], float] = calibration_loop
+) -> RepeatedResult:
+    """Run it `warmup` times for nothing and `runs` times for its figure. Raises ValueError on runs < 1, warmup < 0."""
+    if runs < 1 or warmup < 0:
+        raise ValueError(f"need runs >= 1 and warmup >= 0, got runs={runs}, warmup={warmup}")
+    for _ in range(warmup):
+        run()
+    result = RepeatedResult([], [])
+    for _ in range(runs):
+        result.calibration.append(calibrate())
+        result.figures.append(run())
     return result
 
 

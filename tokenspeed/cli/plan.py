@@ -27,5 +27,7 @@ def run(options: argparse.Namespace) -> None:
     """Print the plan."""
     from tokenspeed.sol.plan_table import plan_table
 
-    table = plan_table(options.model, options.gpu, options.batch, options.context, options.quantization)
+    table = plan_table(
+        options.model, options.gpu, options.batch, options.context, options.quantization, options.kv_cache_dtype
+    )
     print(json.dumps(table.as_json(), indent=2) if options.json else table.text())

@@ -27,7 +27,9 @@ def run(options: argparse.Namespace) -> None:
     """Print the floor."""
     from tokenspeed.sol.report import step_report
 
-    report = step_report(options.model, options.gpu, options.batch, options.context, options.quantization)
+    report = step_report(
+        options.model, options.gpu, options.batch, options.context, options.quantization, options.kv_cache_dtype
+    )
     if options.json:
         print(json.dumps(report.summary(), indent=2))
         return

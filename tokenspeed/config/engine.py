@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
 from tokenspeed.contracts.errors import ConfigError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
+KV_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8", "fp8", "fp8_e4m3")
+QUANTIZATIONS = ("int8", "int4", "fp8")
 LOAD_FORMATS = ("auto", "dummy")
 LM_HEADS = ("screened", "full")
 DEVICES = ("auto", "cpu", "cuda")
+PRECISE: dict[str, tuple[str, ...]] = {
+    "dtype": ("auto", "float32"),
+    "kv_cache_dtype": ("auto", "float32", "bfloat16"),
+}
+"""What `precise` goes with."""
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -31,7 +38,23 @@ class EngineConfig:
     chat_template: str | None = _setting(None, "a template file, a template, or the built-in name 'plain'")
     device: str = _setting("auto", "where to run; auto takes a GPU if there is one", DEVICES)
     dtype: str = _setting("auto", "compute type; auto is bfloat16, float16 is for GPUs", DTYPES)
-    kv_cache_dtype: str = _setting("auto", "type of the KV cache; auto is the compute type", KV_DTYPES)
+    kv_cache_dtype: str = _setting(
+        "auto",
+        "type of the KV cache; auto is the compute type; int8 has a scale per 32 values, fp8 (e4m3) none",
+        KV_DTYPES,
+    )
+    quantization: str | None = _setting(
+        None,
+        "quantise matrices at load: int8 and int4 in groups of 32 columns (int4 leaves the embedding and the head at "
+        "int8); fp8 on GPUs, per output channel, but for the embedding and the head; by default they stay as they come",
+        QUANTIZATIONS,
+    )
+    precise: bool = _setting(
+        False, "accuracy before speed: auto types become float32, and nothing that costs accuracy is on"
+    )
+    packed_cache: str | None = _setting(
+        None, "a directory for copies of the weights as the CPU backend packs them: the next load reads its copy"
+    )
     load_format: str = _setting("auto", "auto reads the weights; dummy makes up random ones", LOAD_FORMATS)
     threads: int | None = _setting(None, "CPU threads; by default as many as this process may use")
     lm_head: str = _setting(
@@ -61,22 +84,27 @@ class EngineConfig:
             value = getattr(self, setting.name)
             _check_type(setting.name, value, hints[setting.name])
             choices = setting.metadata["choices"]
-            if choices and value not in choices:
+            if choices and value is not None and value not in choices:
                 raise ConfigError(f"{flag(setting.name)} must be one of {', '.join(choices)}, got {value!r}")
         for name in ("threads", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes"):
             _at_least(name, getattr(self, name), 1)
         _at_least("max_model_len", self.max_model_len, 2)
         if self.revision is not None and self.model is None:
             raise ConfigError("--revision needs --model, a Hugging Face repository id")
+        for name, allowed in PRECISE.items():
+            if self.precise and getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"--precise contradicts {flag(name)} {getattr(self, name)}: it goes with {' or '.join(allowed)}"
+                )
 
     @classmethod
     def from_kwargs(cls, settings: dict[str, Any]) -> EngineConfig:
-        """From keywords; an unknown one is a ConfigError that lists the known ones."""
+        """From keywords, paths among them; an unknown one is a ConfigError that lists the known ones."""
         known = [setting.name for setting in fields(cls)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
             raise ConfigError(f"unknown engine setting: {', '.join(unknown)} (known: {', '.join(known)})")
-        return cls(**settings)
+        return cls(**{name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in settings.items()})
 
 
 def flag(name: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 from tokenspeed.contracts.errors import ModelNotFoundError
+from tokenspeed.formats.gguf_split import shard_names
 
 _SETTINGS = ["*.json", "*.jinja", "tokenizer.model"]
 _WEIGHTS = ["*.safetensors"]
@@ -16,11 +18,28 @@ def fetch_repository(repo: str, revision: str | None, need_weights: bool) -> Pat
     Raises ModelNotFoundError where the repository or revision does not exist, is gated, or cannot be reached and is not
     in the cache.
     """
+    return _fetch(repo, revision, _SETTINGS + _WEIGHTS if need_weights else _SETTINGS)
+
+
+def fetch_gguf(repo: str, file: str, revision: str | None) -> Path:
+    """Download a .gguf file of a repository, with all its shards where the name is one of a split file's.
+
+    Returns where the named one lies. Raises ModelNotFoundError as `fetch_repository` does, and for files that the
+    repository does not have.
+    """
+    names = shard_names(file)
+    directory = _fetch(repo, revision, [glob.escape(name) for name in names])
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise ModelNotFoundError(f"the Hugging Face repository {repo} has no {', '.join(missing[:3])}")
+    return directory / file
+
+
+def _fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ModelNotFoundError(f"{repo}: fetching a repository needs `pip install huggingface_hub`") from None
-    patterns = _SETTINGS + _WEIGHTS if need_weights else _SETTINGS
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except Exception as error:  # HTTP, network, cache and name errors have no useful common class

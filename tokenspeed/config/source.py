@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import Literal
 
 from tokenspeed.config.demo import DEMO_NAME, demo_model_path
-from tokenspeed.config.hub import fetch_repository
+from tokenspeed.config.hub import fetch_gguf, fetch_repository
 from tokenspeed.contracts.errors import ConfigError, ModelNotFoundError, UnsupportedError
+from tokenspeed.formats.gguf_split import shard_names
 
 ModelFormat = Literal["gguf", "safetensors"]
 _REPOSITORY = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+_GGUF_OF_REPOSITORY = re.compile(
+    r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)/(?P<file>[\w.][\w./ +-]*\.gguf)(@(?P<revision>[\w./-]+))?", re.ASCII
+)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on this machine. path: the .gguf file, or the directory of safetensors. name: as the user gave it."""
+    """A model on this machine. path: the .gguf file (one of its shards, where it is split), or the directory of
+    safetensors. name: as the user gave it."""
 
     path: Path
     format: ModelFormat
@@ -28,8 +33,9 @@ class ModelSource:
 def resolve_model(name: str | None, *, need_weights: bool = True) -> ModelSource:
     """Find a model, fetching or assembling it where needed.
 
-    name: None for the demo model; a .gguf file; a directory; or a Hugging Face repository, `org/name` or
-    `org/name@revision`. need_weights: False accepts (and fetches) a directory of config and tokenizer alone.
+    name: None for the demo model; a .gguf file, of a split one any shard; a directory; a Hugging Face repository,
+    `org/name` or `org/name@revision`; or a .gguf file in one, `org/name/file.gguf` or `org/name/file.gguf@revision`.
+    need_weights: False accepts (and fetches) a directory of config and tokenizer alone.
     Raises ModelNotFoundError where there is none, ConfigError on an ambiguous directory, UnsupportedError on a
     directory of pickle files only.
     """
@@ -40,10 +46,14 @@ def resolve_model(name: str | None, *, need_weights: bool = True) -> ModelSource
         return _from_file(path, name)
     if path.is_dir():
         return _from_directory(path, name, need_weights)
+    gguf = _GGUF_OF_REPOSITORY.fullmatch(name)
+    if gguf is not None and ".." not in gguf["file"].split("/"):
+        return ModelSource(fetch_gguf(gguf["repo"], gguf["file"], gguf["revision"]), "gguf", name)
     repository = _REPOSITORY.fullmatch(name)
     if repository is None or path.suffix == ".gguf":
         raise ModelNotFoundError(
-            f"no model at {name}: neither a .gguf file, a directory, nor a repository written org/name[@revision]"
+            f"no model at {name}: neither a .gguf file, a directory, nor a repository written org/name[@revision] "
+            "or a file in one, org/name/file.gguf[@revision]"
         )
     directory = fetch_repository(repository["repo"], repository["revision"], need_weights)
     return _from_directory(directory, name, need_weights)
@@ -67,9 +77,9 @@ def _from_directory(directory: Path, name: str, need_weights: bool) -> ModelSour
         if "config.json" not in files:
             raise ModelNotFoundError(f"{directory}: has .safetensors files but no config.json")
         return ModelSource(directory, "safetensors", name)
-    gguf = [file for file in files if file.endswith(".gguf")]
+    gguf = list(dict.fromkeys(shard_names(file)[0] for file in files if file.endswith(".gguf")))
     if len(gguf) > 1:
-        raise ConfigError(f"{directory}: holds {len(gguf)} .gguf files, name one of them: {', '.join(gguf)}")
+        raise ConfigError(f"{directory}: holds {len(gguf)} .gguf models, name one of them: {', '.join(gguf)}")
     if gguf:
         return ModelSource(directory / gguf[0], "gguf", name)
     pickles = [file for file in files if file.endswith(_PICKLE_SUFFIXES)]

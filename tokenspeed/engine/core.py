@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
+import torch
 
 from tokenspeed.cache.groups import GroupSpec
 from tokenspeed.cache.keys import root_key
@@ -21,7 +22,7 @@ from tokenspeed.contracts.errors import ParameterError, PromptError
 from tokenspeed.contracts.executor import Executor, StepHandle
 from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.contracts.step import ResultRow, StepPlan, StepResult
-from tokenspeed.engine.capacity import fit_capacity
+from tokenspeed.engine.capacity import Capacity, fit_capacity
 from tokenspeed.engine.messages import EngineInfo
 from tokenspeed.runner.build import ModelFiles, Prepared, open_model, prepare
 from tokenspeed.scheduler.config import SchedulerConfig
@@ -167,7 +168,7 @@ class EngineCore(StepLoop):
         """Load the model and size the KV cache. Raises the errors of `contracts.errors`."""
         self.config, self.files = config, files
         prepared = prepare(files, config, progress)
-        self.model, self.backend, self.kv_dtype = prepared.model, prepared.backend, prepared.shape.dtype
+        self.model, self.backend, self.page_shape = prepared.model, prepared.backend, prepared.shape
         groups = tuple(GroupSpec(window) for window in prepared.shape.layout.windows)
         self.capacity = fit_capacity(
             groups,
@@ -192,8 +193,13 @@ class EngineCore(StepLoop):
             self.capacity.max_model_len,
             target_itl_ms=config.target_itl_ms,
         )
-        super().__init__(Scheduler(limits, self.cache), prepared.executor(self.capacity.num_pages))
+        super().__init__(Scheduler(limits, self.cache), _executor(prepared, self.capacity, config))
         self.vocab_size = files.definition.config.vocab_size
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Type of the KV cache."""
+        return self.page_shape.dtype
 
     @property
     def info(self) -> EngineInfo:
@@ -230,8 +236,13 @@ class EngineCore(StepLoop):
         return {name: float(value) for name, value in msgspec.structs.asdict(self.scheduler.stats()).items()}
 
 
+def _executor(prepared: Prepared, capacity: Capacity, config: EngineConfig) -> Executor:
+    return prepared.executor(capacity.num_pages, config.max_num_seqs, capacity.max_model_len)
+
+
 def _root(files: ModelFiles, prepared: Prepared, config: EngineConfig) -> bytes:
-    return root_key(files.digest, f"{prepared.shape.dtype} {prepared.model.dtype}", config.block_size)
+    weights = files.digest if config.quantization is None else f"{files.digest} {config.quantization}"
+    return root_key(weights, f"{prepared.shape.dtype} {prepared.model.dtype}", config.block_size)
 
 
 def build(config: EngineConfig, progress: Callable[[int, int], None]) -> tuple[EngineCore, EngineInfo]:

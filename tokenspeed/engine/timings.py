@@ -14,7 +14,7 @@ def decode_bytes(core: EngineCore, context: int) -> tuple[float, float]:
     """Bytes that a decode step of one sequence reads, and those it had to read of weights as their file stores them."""
     model = core.model
     in_memory = core.backend.weight_bytes
-    sizes = (model.dtype.itemsize, core.kv_dtype.itemsize)
+    sizes = (model.dtype.itemsize, core.page_shape.element_bytes)
     totals = []
     for weight_bytes in (in_memory, model.file_bytes):
         work = Workload(1, 1, 1, max(1, context), *sizes, weight_bytes)

@@ -36,6 +36,11 @@ class Checkpoint(Protocol):
     def path(self) -> Path: ...
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that tensors lie in."""
+        ...
+
+    @property
     def format(self) -> Literal["gguf", "safetensors"]: ...
 
     @property
@@ -61,11 +66,21 @@ def map_file(path: Path) -> Bytes:
         raise ModelNotFoundError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def drop_pages(mapped: Bytes) -> None:
-    """Give the pages of a map of `map_file` back to the system."""
-    owner = mapped.base.obj if isinstance(mapped.base, memoryview) else mapped.base
-    if isinstance(owner, mmap.mmap):
-        owner.madvise(mmap.MADV_DONTNEED)
+def drop_pages(view: Bytes) -> None:
+    """Give back to the system the pages that lie wholly in `view`, a part or all of a map of `map_file`; they are read
+    again where they are needed. Other memory is left as it is."""
+    root = view
+    while isinstance(root.base, np.ndarray):
+        root = root.base
+    owner = root.base.obj if isinstance(root.base, memoryview) else root.base
+    if not isinstance(owner, mmap.mmap):
+        return
+    page = mmap.PAGESIZE
+    start = view.ctypes.data - root.ctypes.data
+    first, end = -(-start // page) * page, start + view.nbytes
+    last = end if end == root.nbytes else end // page * page
+    if last > first:
+        owner.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def check_overlap(path: Path, tensors: Iterable[TensorInfo]) -> list[TensorInfo]:

@@ -1,4 +1,4 @@
-"""GGUF files by memory map: header, metadata, tensor table. No torch.
+"""GGUF files by memory map, whole or split into shards: header, metadata, tensor table. No torch.
 
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (little endian, versions 2 and 3).
 """
@@ -14,6 +14,7 @@ from tokenspeed.contracts.errors import FormatError, UnsupportedError
 from tokenspeed.formats.blocks import BLOCKS, GGML_NAMES, SUPPORTED, row_bytes
 from tokenspeed.formats.checkpoint import Bytes, TensorInfo, check_overlap, drop_pages, map_file
 from tokenspeed.formats.gguf_metadata import Cursor, Metadata, read_metadata
+from tokenspeed.formats.gguf_split import Split, check_shards, shard_paths
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -24,41 +25,70 @@ _MIN_TENSOR = 8 + 1 + 4 + 8 + 4 + 8
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """An open GGUF file; a Checkpoint with metadata."""
+    """An open GGUF file, or all shards of a split one; a Checkpoint with metadata, which is the first shard's."""
 
     path: Path
+    """As it was opened: any of the shards."""
     version: int
     alignment: int
     metadata: Metadata
     tensors: dict[str, TensorInfo]
-    _file: Bytes
+    files: tuple[Path, ...]
+    _maps: dict[str, Bytes]
+    """Tensor name -> the map of the file that holds it."""
     format: Literal["gguf"] = "gguf"
 
     def data(self, name: str) -> Bytes:
         """The tensor's bytes: uint8 [nbytes], a read-only view of the map."""
         info = self.tensors[name]
-        return self._file[info.offset : info.offset + info.nbytes]
+        return self._maps[name][info.offset : info.offset + info.nbytes]
 
     def drop_pages(self) -> None:
-        drop_pages(self._file)
+        for mapped in {id(mapped): mapped for mapped in self._maps.values()}.values():
+            drop_pages(mapped)
 
 
 def open_gguf(path: str | Path) -> GGUFFile:
-    """Map a GGUF file and check its whole structure.
+    """Map a GGUF file, with all shards where it is one of several, and check their whole structure.
 
-    Raises FormatError for anything truncated or inconsistent, UnsupportedError for big-endian and split files and for
-    tensor types outside `blocks.BLOCKS`, ModelNotFoundError when the file cannot be read.
+    Raises FormatError for anything truncated or inconsistent, a missing shard included, UnsupportedError for big-endian
+    files and for tensor types outside `blocks.BLOCKS`, ModelNotFoundError when the file cannot be read.
     """
     path = Path(path)
+    opened = _open_file(path)
+    split = Split.of(path, opened.metadata)
+    if split is None or split.count == 1:
+        return opened
+    paths = shard_paths(path, split)
+    shards = [opened if shard == path else _open_file(shard) for shard in paths]
+    check_shards([(shard.path, shard.metadata) for shard in shards])
+    return _merge(path, shards, split)
+
+
+def _open_file(path: Path) -> GGUFFile:
     file = map_file(path)
     cursor = Cursor(path, file)
     version = _read_version(cursor)
     tensor_count = cursor.count("tensor count", _MIN_TENSOR)
     metadata = read_metadata(cursor, cursor.u64("metadata count"))
-    _refuse_split(path, metadata)
     alignment = _alignment(path, metadata)
     tensors = _read_tensors(cursor, tensor_count, alignment)
-    return GGUFFile(path, version, alignment, metadata, tensors, file)
+    return GGUFFile(path, version, alignment, metadata, tensors, (path,), dict.fromkeys(tensors, file))
+
+
+def _merge(path: Path, shards: list[GGUFFile], split: Split) -> GGUFFile:
+    tensors: dict[str, TensorInfo] = {}
+    maps: dict[str, Bytes] = {}
+    for shard in shards:
+        for name, info in shard.tensors.items():
+            if name in tensors:
+                raise FormatError(f"{shard.path}: tensor {name!r} is in another shard as well")
+            tensors[name], maps[name] = info, shard._maps[name]
+    if len(tensors) != split.tensors:
+        raise FormatError(f"{path}: its shards hold {len(tensors)} tensors, split.tensors.count is {split.tensors}")
+    first = shards[0]
+    files = tuple(shard.path for shard in shards)
+    return GGUFFile(path, first.version, first.alignment, first.metadata, tensors, files, maps)
 
 
 def _read_version(cursor: Cursor) -> int:
@@ -72,14 +102,6 @@ def _read_version(cursor: Cursor) -> int:
     if version not in VERSIONS:
         raise cursor.error(f"unknown GGUF version {version} (known: 2, 3)")
     return version
-
-
-def _refuse_split(path: Path, metadata: Metadata) -> None:
-    parts = metadata.get("split.count", 1)
-    if not isinstance(parts, int):
-        raise FormatError(f"{path}: split.count is {type(parts).__name__}, not an integer")
-    if parts > 1:
-        raise UnsupportedError(f"{path}: split GGUF files are not supported ({parts} parts; merge them into one file)")
 
 
 def _alignment(path: Path, metadata: Metadata) -> int:

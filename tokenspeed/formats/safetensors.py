@@ -37,17 +37,18 @@ class SafetensorsFile:
 
     path: Path
     tensors: dict[str, TensorInfo]
-    _files: dict[str, Bytes]
+    files: tuple[Path, ...]
+    _maps: dict[str, Bytes]
     """Tensor name -> the map of the file that holds it."""
     format: Literal["safetensors"] = "safetensors"
 
     def data(self, name: str) -> Bytes:
         """The tensor's bytes: uint8 [nbytes], a read-only view of the map."""
         info = self.tensors[name]
-        return self._files[name][info.offset : info.offset + info.nbytes]
+        return self._maps[name][info.offset : info.offset + info.nbytes]
 
     def drop_pages(self) -> None:
-        for mapped in self._files.values():
+        for mapped in self._maps.values():
             drop_pages(mapped)
 
 
@@ -102,7 +103,7 @@ def _merge(path: Path, files: list[Path]) -> SafetensorsFile:
                 raise FormatError(f"{file}: tensor {name!r} is in another shard as well")
             tensors[name] = info
             maps[name] = data
-    return SafetensorsFile(path, tensors, maps)
+    return SafetensorsFile(path, tensors, tuple(files), maps)
 
 
 def _read_header(path: Path, file: Bytes) -> dict[str, TensorInfo]:

@@ -17,6 +17,19 @@ Shape = tuple[Dim, ...]
 Attrs = Mapping[str, Any]
 
 
+KV_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "fp8": 1, "fp8_e4m3": 1}
+"""Bytes of an element by the names of --kv-cache-dtype."""
+KV_GROUP = 32
+"""Columns of an int8 entry that share a scale."""
+
+
+def kv_entry_bytes(dtype: str, head_dim: int) -> int:
+    """Bytes of one key or value of one head in a KV page; an int8 entry ends with its bfloat16 scales, aligned to 2."""
+    if dtype != "int8":
+        return KV_ITEM_BYTES[dtype] * head_dim
+    return head_dim + head_dim % 2 + 2 * -(-head_dim // KV_GROUP)
+
+
 @dataclass(frozen=True)
 class Cost:
     """Bytes that must cross the memory bus and operations that must be done, for one record of one step."""
@@ -44,7 +57,8 @@ class Cost:
 class Workload:
     """The step a cost is asked for: `batch` sequences, each feeding tokens/batch tokens and then holding `context`.
 
-    act_bytes, kv_bytes: bytes per activation and KV element. weight_bytes: bytes of a stored weight by name.
+    act_bytes, kv_bytes: bytes per activation and KV element, scales included. weight_bytes: bytes of a stored weight by
+    name.
     """
 
     tokens: int

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from tokenspeed.ops.definitions import Attrs
+from tokenspeed.ops.kv import decode, encode
 from tokenspeed.ops.rope import Rope
 
 Tensors = tuple[torch.Tensor, ...]
@@ -24,7 +25,7 @@ class StepView:
 
     tokens, positions: int64 [T]. query_start: S + 1 offsets into T. context: per sequence, KV entries after this step.
     places: per layer its page group and its index in it.
-    kv: [pages, layers per group, 2, page_size, kv_heads, head_dim].
+    kv: [pages, layers per group, 2, page_size, kv_heads, entry], entries as in `ops.kv`.
     slots: int64 [groups, T]; page * page_size + offset of the token's own KV entry.
     block_tables: per sequence and group int64 [pages]; entries behind the group's window may be -1.
     rows: int64 [R], the tokens whose logits are wanted.
@@ -45,13 +46,19 @@ class StepView:
         """cos and sin of this step's positions, [T, 1, dim/2] each; computed once per step and rope."""
         key = (rope, dtype)
         if key not in self.angles:
-            exponent = torch.arange(0, rope.dim, 2, dtype=torch.float32, device=self.positions.device) / rope.dim
-            frequency = 1.0 / rope.theta**exponent
-            if rope.divisors:
-                frequency = frequency / torch.tensor(rope.divisors, dtype=torch.float32, device=frequency.device)
+            frequency = frequencies(rope, self.positions.device)
             angle = self.positions.float()[:, None, None] * frequency
             self.angles[key] = (angle.cos().to(dtype), angle.sin().to(dtype))
         return self.angles[key]
+
+
+def frequencies(rope: Rope, device: torch.device) -> torch.Tensor:
+    """Radians per position of each rotated pair, float32 [dim/2]."""
+    exponent = torch.arange(0, rope.dim, 2, dtype=torch.float32, device=device) / rope.dim
+    frequency = 1.0 / rope.theta**exponent
+    if rope.divisors:
+        frequency = frequency / torch.tensor(rope.divisors, dtype=torch.float32, device=device)
+    return frequency
 
 
 def embed(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
@@ -98,7 +105,8 @@ def kv_write(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[t
     page_size = layer.shape[2]
     pages, offsets = view.slots[group] // page_size, view.slots[group] % page_size
     for which, x in enumerate(inputs):
-        layer[pages, which, offsets] = x.reshape(x.shape[0], attrs["kv_heads"], attrs["head_dim"]).to(layer.dtype)
+        entries = encode(x.reshape(x.shape[0], attrs["kv_heads"], attrs["head_dim"]), layer.dtype)
+        layer.view(torch.uint8)[pages, which, offsets] = entries.view(torch.uint8)
     return (layer,)
 
 
@@ -118,9 +126,9 @@ def _attend(q: torch.Tensor, layer: torch.Tensor, table: torch.Tensor, context: 
     page_size, window = layer.shape[2], attrs["window"]
     first_query = context - q.shape[0]
     first_page = max(0, first_query - window + 1) // page_size if window else 0
-    pages = layer[table[first_page : -(-context // page_size)]]
-    entries = pages.transpose(0, 1).flatten(1, 2)[:, : context - first_page * page_size].to(q.dtype)
-    keys, values = entries[0].transpose(0, 1), entries[1].transpose(0, 1)
+    pages = layer.view(torch.uint8)[table[first_page : -(-context // page_size)]].view(layer.dtype)
+    entries = pages.transpose(0, 1).flatten(1, 2)[:, : context - first_page * page_size]
+    keys, values = decode(entries, attrs["head_dim"], q.dtype).transpose(1, 2)
     mask = None
     if q.shape[0] > 1 or window:
         at = torch.arange(first_query, context, device=q.device)[:, None]

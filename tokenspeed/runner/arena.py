@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tokenspeed.ops.kv import entry_columns
 from tokenspeed.runner.layout import PageLayout
 
 
@@ -21,22 +22,33 @@ class PageShape:
     dtype: torch.dtype
 
     @property
+    def entry_columns(self) -> int:
+        """Elements of one key or value of one head: head_dim, and those that a scale takes."""
+        return entry_columns(self.dtype, self.head_dim)
+
+    @property
+    def element_bytes(self) -> float:
+        """Bytes of each element of a key or value, its part of a scale included."""
+        return self.entry_columns * self.dtype.itemsize / self.head_dim
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of one page."""
-        elements = self.layout.layers_per_group * 2 * self.page_size * self.kv_heads * self.head_dim
-        return elements * self.dtype.itemsize
+        entries = self.layout.layers_per_group * 2 * self.page_size * self.kv_heads
+        return entries * self.entry_columns * self.dtype.itemsize
 
 
 class Arena:
-    """One tensor [pages, layers per group, 2, page_size, kv_heads, head_dim]; index 2 is key, value."""
+    """One tensor [pages, layers per group, 2, page_size, kv_heads, entry]; index 2 is key, value; see `ops.kv`."""
 
     def __init__(self, num_pages: int, shape: PageShape, device: torch.device) -> None:
         # Left uninitialised: untouched pages cost no memory, and no position is read before it is written.
-        size = (num_pages, shape.layout.layers_per_group, 2, shape.page_size, shape.kv_heads, shape.head_dim)
+        size = (num_pages, shape.layout.layers_per_group, 2, shape.page_size, shape.kv_heads, shape.entry_columns)
         self.kv = torch.empty(size, dtype=shape.dtype, device=device)
         self.shape = shape
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy pages, given as (from, to)."""
         sources, targets = (list(side) for side in zip(*pairs, strict=True))
-        self.kv[targets] = self.kv[sources]
+        stored = self.kv.view(torch.uint8)
+        stored[targets] = stored[sources]

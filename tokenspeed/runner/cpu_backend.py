@@ -1,6 +1,7 @@
 """The `cpu` backend: the planned program is handed to C++ once, and every step is two calls into it.
 
-Activations are float32 and multiply packed weights as integers of 16 bits per block; KV is bfloat16 or float32.
+Activations are float32 and multiply packed weights as integers of 16 bits per block; KV is bfloat16, float32,
+int8 or fp8.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 
 from tokenspeed.contracts.errors import ConfigError
-from tokenspeed.kernels.cpu.registration import FORMATS, forced_isa, register
+from tokenspeed.kernels.cpu.registration import forced_isa, register
 from tokenspeed.kernels.registry import Registry, Situation
+from tokenspeed.ops.kv import kv_dtype_name
 from tokenspeed.ops.rope import Rope
 from tokenspeed.program.plan import Plan, plan
 from tokenspeed.program.program import Record
@@ -22,21 +24,24 @@ from tokenspeed.runner.arena import Arena
 from tokenspeed.runner.edits import SampledRow
 from tokenspeed.runner.inputs import FedRow
 from tokenspeed.runner.model import LoadedModel, Progress
+from tokenspeed.runner.packed_copy import PackedCopy
+from tokenspeed.runner.packing import pack_weights
 from tokenspeed.runner.sampler import settle
-from tokenspeed.weights.packed import Weight
 
 BLOCK = 32
 """Columns of a block of packed weights."""
 _LOOK_BYTES, _CLOSE_BYTES = 304 / 16, 128
 """Of a block of a screened head's row: what the first look reads, and the cache lines that an exact product adds."""
 _SEED, _COUNTER = 2**64 - 1, 2**32 - 1
+KV_FORMATS = (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
+"""Types of KV pages, in the order of the C++ enum."""
 HEAD_UNIT = 16
 """Head sizes are whole vectors."""
 
 
 def why_not(model: LoadedModel, kv_dtype: torch.dtype) -> list[str]:
     """Ops and formats of a model that the C++ walk has no kernel for; empty when it takes all."""
-    missing = [f"kv_cache_dtype {kv_dtype}"] if kv_dtype not in (torch.bfloat16, torch.float32) else []
+    missing = [f"kv_cache_dtype {kv_dtype_name(kv_dtype)}"] if kv_dtype not in KV_FORMATS else []
     shape = model.definition.config
     if shape.head_dim % HEAD_UNIT:
         missing.append(f"head_dim {shape.head_dim}")
@@ -65,10 +70,12 @@ class CpuBackend:
         threads: int | None = None,
         lm_head: str = "screened",
         progress: Progress | None = None,
+        copy: PackedCopy | None = None,
     ) -> None:
-        """threads: by default those this process may use. lm_head: screened or full, as EngineConfig has it.
+        """threads: by default those this process may use. lm_head: screened or full. copy: where packed weights
+        are kept on disk.
 
-        Raises ConfigError for an unknown instruction set.
+        Raises ConfigError for an unknown instruction set, and for a copy that cannot be written.
         """
         from tokenspeed.kernels.cpu import _walk
 
@@ -80,11 +87,11 @@ class CpuBackend:
             self._native = _walk.Model(threads or len(os.sched_getaffinity(0)), forced_isa())
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        self._matrices: dict[str, int] = {}
-        self._vectors: dict[str, int] = {}
         self._ropes: dict[Rope, int] = {}
         self._screened = _screened_head(model) if lm_head == "screened" else None
-        self._pack(progress)
+        planes = {self._screened} if self._screened else set()
+        handles = pack_weights(self._native, model.packed, planes, copy, _walk.LAYOUT_VERSION, progress)
+        self._matrices, self._vectors = handles.matrices, handles.vectors
         self._picks = self._rows_of_logits = 0
         self._plan = self._make_plan()
         self._values = self._add_values()
@@ -114,14 +121,13 @@ class CpuBackend:
         """Use an arena's pages."""
         kv, layout = arena.kv, arena.shape.layout
         size = kv.element_size()
-        strides = [kv.stride(axis) * size for axis in range(4)]
+        strides = [kv.stride(axis) * size for axis in range(5)]
         groups, places = ([place[i] for place in layout.places] for i in range(2))
         self._native.set_cache(
             kv.data_ptr(),
             strides,
             arena.shape.page_size,
-            arena.shape.head_dim * size,
-            kv.dtype == torch.float32,
+            KV_FORMATS.index(kv.dtype),
             groups,
             places,
         )
@@ -166,26 +172,6 @@ class CpuBackend:
         out = torch.empty(len(rows), self._model.definition.config.vocab_size)
         self._native.head(np.array(rows, dtype=np.int32), out.numpy())
         return out
-
-    def _pack(self, progress: Progress | None) -> None:
-        total, done = sum(weight.nbytes for weight in self._model.packed.values()), 0
-        for name, weight in self._model.packed.items():
-            if weight.spec.kind == "vector":
-                self._vectors[name] = self._native.add_vector(weight.unpacked(torch.float32).numpy())
-            else:
-                self._matrices[name] = self._pack_matrix(weight, planes=name == self._screened)
-            done += weight.nbytes
-            if progress is not None:
-                progress(done, total)
-
-    def _pack_matrix(self, weight: Weight, planes: bool) -> int:
-        matrix = self._native.add_matrix(weight.shape[1])
-        if planes:
-            self._native.add_planes(matrix, weight.segments[0].data.numpy())
-            return matrix
-        for segment in weight.segments:
-            self._native.add_segment(matrix, FORMATS.index(segment.fmt), segment.data.numpy())
-        return matrix
 
     def _make_plan(self) -> Plan:
         registry = Registry()

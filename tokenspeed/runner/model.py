@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,7 @@ from tokenspeed.program.program import Program
 from tokenspeed.weights.dummy import dummy_weights
 from tokenspeed.weights.loader import load_weights
 from tokenspeed.weights.packed import Weight
+from tokenspeed.weights.quantized import quantize_weights
 
 Progress = Callable[[int, int], None]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -23,8 +24,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """packed: every weight in its file's own formats, mostly views of the file. dtype: of computing, where a backend
-    leaves the choice."""
+    """packed: every weight in its file's own formats, mostly views of the file, or quantised.
+    dtype: of computing, where a backend leaves the choice."""
 
     definition: Definition
     program: Program
@@ -39,8 +40,13 @@ class LoadedModel:
 
     @property
     def file_bytes(self) -> dict[str, float]:
-        """Bytes of each weight in the file."""
+        """Bytes of each weight in the file, or as it was quantised at load."""
         return {name: float(weight.nbytes) for name, weight in self.packed.items()}
+
+    def release(self) -> None:
+        """Forget the data of `packed`, of which a backend holds its own copy by now; formats and sizes stay."""
+        for weight in self.packed.values():
+            weight.segments[:] = [replace(old, data=old.data.to("meta")) for old in weight.segments]
 
 
 def compute_device(config: EngineConfig) -> torch.device:
@@ -60,10 +66,16 @@ def compute_dtype(name: str, device: torch.device, flag: str = "--dtype") -> tor
 
 
 def load_model(definition: Definition, checkpoint: Checkpoint | None, config: EngineConfig) -> LoadedModel:
-    """Map the weights, or make them up."""
+    """Map the weights, or make them up; quantise them where the config says so."""
     device = compute_device(config)
     if checkpoint is None:
         packed = dummy_weights(definition.weights, seed=config.seed or 0, device=str(device))
     else:
         packed = load_weights(checkpoint, definition.weights)
-    return LoadedModel(definition, fuse(definition.program()), packed, compute_dtype(config.dtype, device), device)
+    if config.quantization == "fp8":
+        if device.type != "cuda":
+            raise ConfigError("--quantization fp8 runs on GPUs only: use int8 or int4 here")
+    elif config.quantization is not None:
+        packed = quantize_weights(packed, config.quantization)
+    wanted = "float32" if config.precise and config.dtype == "auto" else config.dtype
+    return LoadedModel(definition, fuse(definition.program()), packed, compute_dtype(wanted, device), device)

@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tokenspeed.contracts.errors import ConfigError, WeightError
+from tokenspeed.formats.blocks import row_bytes
 from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.observability.ceilings import Ceilings, read_ceilings
-from tokenspeed.ops.definitions import OPS, Cost, Workload
+from tokenspeed.ops.definitions import KV_ITEM_BYTES, OPS, Cost, Workload, kv_entry_bytes
 from tokenspeed.program.program import Program, Record
+from tokenspeed.quantization.groups import MODES, quantized_format
 from tokenspeed.weights.spec import WeightSpec, WeightTable
 
 GPUS = {"H200": Ceilings("NVIDIA H200", 4600.0, 770.0, 1410.0)}
 """Measured ceilings; benchmarks/README.md says how."""
-QUANTIZATIONS = ("none", "fp8")
+QUANTIZATIONS = ("none", "fp8", *MODES)
 SCALE_BYTES = 4
 """One float32 scale per output channel of an fp8 weight."""
 
@@ -35,7 +37,8 @@ def ceilings_for(gpu: str | None) -> Ceilings:
 
 
 def stored_bytes(table: WeightTable, checkpoint: Checkpoint | None, quantization: str) -> dict[str, float]:
-    """Bytes of each weight: as the checkpoint has it, or bf16; fp8 makes every projection but the head 1 byte."""
+    """Bytes of each weight: as the checkpoint has it, or bf16; fp8 makes every projection but the head 1 byte; int8 and
+    int4 are what the engine does at load. Raises ConfigError as that does for weights that are quantised already."""
     if quantization not in QUANTIZATIONS:
         raise ConfigError(f"--quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
     return {name: _weight_bytes(spec, checkpoint, quantization) for name, spec in table.specs.items()}
@@ -48,12 +51,32 @@ def _weight_bytes(spec: WeightSpec, checkpoint: Checkpoint | None, quantization:
     if quantization == "fp8" and spec.kind == "linear" and spec.name != "lm_head":
         return elements + SCALE_BYTES * spec.shape[0]
     if checkpoint is None:
-        return elements * (4 if spec.kind == "vector" else 2)
-    names = [source.name for source in (spec.gguf if checkpoint.format == "gguf" else spec.hf)]
-    missing = [name for name in names if name not in checkpoint.tensors]
+        stored = "F32" if spec.kind == "vector" else "BF16"
+        return _rows_bytes(spec, spec.shape[0], stored, quantization)
+    sources = spec.gguf if checkpoint.format == "gguf" else spec.hf
+    missing = [source.name for source in sources if source.name not in checkpoint.tensors]
     if missing:
         raise WeightError(f"{checkpoint.path}: the checkpoint lacks {', '.join(missing)}")
-    return sum(checkpoint.tensors[name].nbytes for name in names)
+    found = [(source.rows, checkpoint.tensors[source.name]) for source in sources]
+    if spec.kind == "vector" or quantization not in MODES:
+        return sum(info.nbytes for _, info in found)
+    return sum(_rows_bytes(spec, rows, info.dtype, quantization) for rows, info in found)
+
+
+def _rows_bytes(spec: WeightSpec, rows: int, fmt: str, quantization: str) -> int:
+    """Bytes of some rows of a weight that come as `fmt`."""
+    if spec.kind == "vector":
+        return row_bytes(fmt, rows)
+    if quantization in MODES:
+        fmt = quantized_format(quantization, spec.name, spec.kind, spec.shape[1], fmt)
+    return rows * row_bytes(fmt, spec.shape[1])
+
+
+def kv_element_bytes(dtype: str, head_dim: int) -> float:
+    """Bytes of each element of a key or value, scales included. Raises ConfigError for an unknown type."""
+    if dtype not in KV_ITEM_BYTES:
+        raise ConfigError(f"--kv-cache-dtype must be one of {', '.join(KV_ITEM_BYTES)}, got {dtype!r}")
+    return kv_entry_bytes(dtype, head_dim) / head_dim
 
 
 def decode_work(

@@ -12,7 +12,7 @@ from tokenspeed.ops.definitions import Shape
 from tokenspeed.program.fuse import fuse
 from tokenspeed.program.plan import Plan, bucket_of, plan
 from tokenspeed.program.program import Program, Record
-from tokenspeed.sol.floor import Floor, ceilings_for, decode_work, record_floor, stored_bytes, total
+from tokenspeed.sol.floor import Floor, ceilings_for, decode_work, kv_element_bytes, record_floor, stored_bytes, total
 from tokenspeed.sol.report import find_definition
 
 
@@ -96,11 +96,14 @@ def _row_json(row: PlanRow) -> dict[str, Any]:
     }
 
 
-def plan_table(model: str | None, gpu: str | None, batch: int, context: int, quantization: str) -> PlanTable:
+def plan_table(
+    model: str | None, gpu: str | None, batch: int, context: int, quantization: str, kv_cache_dtype: str = "bfloat16"
+) -> PlanTable:
     """The plan of a decode step of `batch` sequences. Raises as `sol` does."""
     ceilings = ceilings_for(gpu)
     name, definition, checkpoint = find_definition(model)
-    work = decode_work(batch, context, stored_bytes(definition.weights, checkpoint, quantization))
+    kv_bytes = kv_element_bytes(kv_cache_dtype, definition.config.head_dim)
+    work = decode_work(batch, context, stored_bytes(definition.weights, checkpoint, quantization), kv_bytes=kv_bytes)
     program = fuse(definition.program())
     registry = Registry()
     ref.register(registry)

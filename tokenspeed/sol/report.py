@@ -16,7 +16,7 @@ from tokenspeed.models.registry import Definition, define, define_from_hf, read_
 from tokenspeed.observability.ceilings import Ceilings
 from tokenspeed.ops.definitions import Workload
 from tokenspeed.program.program import Program
-from tokenspeed.sol.floor import Floor, ceilings_for, decode_work, record_floor, stored_bytes, total
+from tokenspeed.sol.floor import Floor, ceilings_for, decode_work, kv_element_bytes, record_floor, stored_bytes, total
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class StepReport:
     ceilings: Ceilings
     work: Workload
     quantization: str
+    kv_cache_dtype: str
     by_op: Mapping[str, Floor]
     total: Floor
 
@@ -40,6 +41,7 @@ class StepReport:
             "batch": self.work.batch,
             "context": self.work.context,
             "quantization": self.quantization,
+            "kv_cache_dtype": self.kv_cache_dtype,
             "weight_bytes": round(cost.weight_bytes),
             "kv_bytes": round(cost.kv_bytes),
             "flops": round(cost.flops),
@@ -87,14 +89,17 @@ def find_definition(model: str | None) -> tuple[str, Definition, Checkpoint | No
     return source.name, definition, open_safetensors(source.path) if has_weights else None
 
 
-def step_report(model: str | None, gpu: str | None, batch: int, context: int, quantization: str) -> StepReport:
+def step_report(
+    model: str | None, gpu: str | None, batch: int, context: int, quantization: str, kv_cache_dtype: str = "bfloat16"
+) -> StepReport:
     """The floor of a decode step. Raises ConfigError on flags out of range, or a machine that is not known."""
     ceilings = ceilings_for(gpu)
     name, definition, checkpoint = find_definition(model)
-    work = decode_work(batch, context, stored_bytes(definition.weights, checkpoint, quantization))
+    kv_bytes = kv_element_bytes(kv_cache_dtype, definition.config.head_dim)
+    work = decode_work(batch, context, stored_bytes(definition.weights, checkpoint, quantization), kv_bytes=kv_bytes)
     program = definition.program()
     by_op = floors_by_op(program, work, ceilings, quantization == "fp8")
-    return StepReport(name, ceilings, work, quantization, by_op, total(list(by_op.values())))
+    return StepReport(name, ceilings, work, quantization, kv_cache_dtype, by_op, total(list(by_op.values())))
 
 
 def floors_by_op(program: Program, work: Workload, ceilings: Ceilings, fp8: bool) -> dict[str, Floor]:

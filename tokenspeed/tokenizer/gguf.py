@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tokenspeed.config.generation import generation_from_gguf
 from tokenspeed.contracts.errors import FormatError, UnsupportedError
 from tokenspeed.tokenizer.base import AffixEncoder, PlainEncoder, VocabularyTokenizer
@@ -123,7 +125,7 @@ class _Kinds:
 
     @classmethod
     def of(cls, tokens: Sequence[str], types: Sequence[int]) -> _Kinds:
-        odd = [token_id for token_id, kind in enumerate(types) if kind != PieceType.NORMAL]
+        odd = np.flatnonzero(np.asarray(types) != PieceType.NORMAL).tolist()
         return cls(
             {tokens[i]: i for i in odd if types[i] in _SPECIAL_TYPES},
             {tokens[i]: i for i in odd if types[i] == PieceType.USER_DEFINED},

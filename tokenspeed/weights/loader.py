@@ -11,7 +11,7 @@ from tokenspeed.contracts.errors import UnsupportedError, WeightError
 from tokenspeed.formats.blocks import BLOCKS, SUPPORTED, row_bytes
 from tokenspeed.formats.checkpoint import Checkpoint, TensorInfo
 from tokenspeed.quantization.unpack import unpack
-from tokenspeed.weights.packed import PackedTensor, Weight, share_bytes, vector_weight
+from tokenspeed.weights.packed import PackedTensor, Weight, share_bytes, unpermute_rope, vector_weight
 from tokenspeed.weights.spec import Source, WeightSpec, WeightTable
 
 Progress = Callable[[int, int], None]
@@ -24,8 +24,8 @@ _PLAIN_ITEM = {"F32": 4, "F16": 2, "BF16": 2}
 def load_weights(checkpoint: Checkpoint, table: WeightTable, progress: Progress | None = None) -> dict[str, Weight]:
     """Every weight of the table, by its name, in CPU memory.
 
-    Matrices are views of the checkpoint's map (bytes are read when they are first used), except rows that a transform
-    reorders; vectors are float32 copies. Two weights may name the same tensor.
+    Matrices are views of the checkpoint's map (bytes are read when they are first used); vectors are float32 copies.
+    Two weights may name the same tensor.
 
     Raises WeightError naming tensors that are missing, surplus (read by no weight and matching no `ignored` pattern) or
     of another shape, UnsupportedError naming tensors of a type that cannot be unpacked.
@@ -44,17 +44,6 @@ def load_weights(checkpoint: Checkpoint, table: WeightTable, progress: Progress 
         if progress is not None:
             progress(done, total)
     return weights
-
-
-def unpermute_rope(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder [heads * head_dim, ...] from interleaved pairs (x0, x1) per head to (first half, second half); a copy.
-
-    The inverse of what llama.cpp's converter does to Q and K of llama-architecture checkpoints (`permute` in
-    convert_hf_to_gguf.py). Raises ValueError when the rows are not heads of an even size.
-    """
-    if heads < 1 or rows.shape[0] % (2 * heads):
-        raise ValueError(f"{rows.shape[0]} rows are not {heads} heads of an even size")
-    return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def _sources(spec: WeightSpec, checkpoint: Checkpoint) -> tuple[Source, ...]:
@@ -109,10 +98,18 @@ def _load_rows(checkpoint: Checkpoint, spec: WeightSpec, sources: tuple[Source, 
     _, cols = spec.shape
     for source in sources:
         info = checkpoint.tensors[source.name]
-        data = _map_tensor(checkpoint, info).view(source.rows, row_bytes(info.dtype, cols))
-        if source.transform == "unpermute_rope":
-            data = unpermute_rope(data, source.heads)
-        segments.append(PackedTensor(data, info.dtype, source.rows, cols))
+        data = _map_tensor(checkpoint, info)
+        mapped = checkpoint.data(info.name)
+        segments.append(
+            PackedTensor(
+                data.view(source.rows, row_bytes(info.dtype, cols)),
+                info.dtype,
+                source.rows,
+                cols,
+                heads=source.heads if source.transform == "unpermute_rope" else 0,
+                mapped=mapped if data.data_ptr() == mapped.ctypes.data else None,
+            )
+        )
     return Weight(spec, segments)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tokenspeed.formats.checkpoint import Bytes, drop_pages
 from tokenspeed.quantization.unpack import unpack
 from tokenspeed.weights.spec import WeightSpec
 
@@ -21,10 +22,28 @@ class PackedTensor:
     fmt: str
     rows: int
     cols: int
+    heads: int = 0
+    """More than 0: data holds the rows of so many heads in interleaved pairs; `rows_at` undoes that."""
+    mapped: Bytes | None = None
+    """The bytes of `data` as a view of the file's map, where they are one."""
 
     @property
     def nbytes(self) -> int:
         return self.data.numel()
+
+    def rows_at(self, first: int, last: int) -> torch.Tensor:
+        """Rows [first, last) in the program's order: uint8 [last - first, row bytes], a view where none is moved."""
+        if not self.heads:
+            return self.data[first:last]
+        return self.data[unpermute_rope(torch.arange(self.rows), self.heads)[first:last]]
+
+    def drop_pages(self, first: int, last: int) -> None:
+        """Give the file's pages of rows [first, last) back, where the data are its map; rows before are done with."""
+        if self.mapped is None:
+            return
+        head = self.rows // self.heads if self.heads else 1
+        width = self.nbytes // self.rows
+        drop_pages(self.mapped[first // head * head * width : last // head * head * width])
 
 
 @dataclass(frozen=True)
@@ -53,13 +72,25 @@ class Weight:
 
     def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
         """A fresh tensor of `shape` and `dtype`, on the device of the segments."""
-        rows, cols = sum(segment.rows for segment in self.segments), self.shape[-1]
-        out = torch.empty(rows, cols, dtype=dtype, device=self.segments[0].data.device)
+        count, cols = sum(segment.rows for segment in self.segments), self.shape[-1]
+        out = torch.empty(count, cols, dtype=dtype, device=self.segments[0].data.device)
         start = 0
         for segment in self.segments:
-            unpack(segment.data, segment.fmt, cols, dtype, out[start : start + segment.rows])
+            rows = segment.rows_at(0, segment.rows)
+            unpack(rows, segment.fmt, cols, dtype, out[start : start + segment.rows])
             start += segment.rows
         return out.view(self.shape)
+
+
+def unpermute_rope(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorder [heads * head_dim, ...] from interleaved pairs (x0, x1) per head to (first half, second half); a copy.
+
+    The inverse of what llama.cpp's converter does to Q and K of llama-architecture checkpoints (`permute` in
+    convert_hf_to_gguf.py). Raises ValueError when the rows are not heads of an even size.
+    """
+    if heads < 1 or rows.shape[0] % (2 * heads):
+        raise ValueError(f"{rows.shape[0]} rows are not {heads} heads of an even size")
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def vector_weight(spec: WeightSpec, values: torch.Tensor) -> Weight:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 
 import torch
 
 from tokenspeed.quantization.unpack import unpack
 from tokenspeed.weights.packed import PackedTensor, Weight
+from tokenspeed.weights.tasks import run_tasks
 
 TASK_ELEMENTS = 1 << 24
 """Elements one task unpacks: enough tasks to share out, few enough to cost nothing."""
@@ -18,25 +18,17 @@ TASK_ELEMENTS = 1 << 24
 def unpack_all(
     weights: Mapping[str, Weight], dtype: torch.dtype, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Every weight unpacked: matrices [rows, cols] in `dtype`, vectors in float32. progress: packed bytes done, in all.
+    """Every weight unpacked: matrices [rows, cols] in `dtype`, vectors in float32.
 
-    Each task runs on one thread. Torch's own threads would meet at a barrier thousands of times, and one busy
-    neighbour on a core then holds up every one of them.
+    progress: packed bytes done and in all.
     """
     made = {name: _empty(weight, dtype) for name, weight in weights.items()}
-    tasks = [task for name, weight in weights.items() for task in _tasks(weight, made[name])]
+    tasks = [partial(_run, *task) for name, weight in weights.items() for task in _tasks(weight, made[name])]
     total, done = sum(weight.nbytes for weight in weights.values()), 0
-    before = torch.get_num_threads()
-    workers = min(len(os.sched_getaffinity(0)), len(tasks))
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for task in as_completed([pool.submit(_run, *task) for task in tasks]):
-                done += task.result()
-                if progress is not None:
-                    progress(done, total)
-    finally:
-        # A worker's setting is also the default of threads started later.
-        torch.set_num_threads(before)
+    for nbytes in run_tasks(tasks):
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
     return made
 
 
@@ -57,6 +49,8 @@ def _tasks(weight: Weight, out: torch.Tensor) -> Iterator[tuple[PackedTensor, to
 
 
 def _run(segment: PackedTensor, target: torch.Tensor, first: int, last: int) -> int:
-    data = segment.data[first:last]
+    data = segment.rows_at(first, last)
     unpack(data, segment.fmt, segment.cols, target.dtype, target[first:last])
+    if not segment.heads:  # tasks end in any order, and a moved row may lie in another's part
+        segment.drop_pages(first, last)
     return data.numel()

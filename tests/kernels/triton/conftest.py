@@ -1,5 +1,5 @@
-"""Kernels run in triton's interpreter here; what is compiled is compiled in child processes."""
+"""Everything here runs in Triton's interpreter; what compiles does so in a child process without it."""
 
-import os
+from __future__ import annotations
 
-os.environ["TRITON_INTERPRET"] = "1"
+from tests.kernels.triton import interpreter  # noqa: F401

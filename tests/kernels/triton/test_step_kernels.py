@@ -76,6 +76,7 @@ def test_steps_that_follow_each_other(seed: int) -> None:
             ends = count > 0 and start + count == len(known)
             for i in range(count):
                 expected_tokens[first + i], positions[first + i], slots[first + i] = known[start + i], start + i, slot
+            assert [inputs.row_starts[number].item(), inputs.row_firsts[number].item()] == [first, start]
             assert inputs.sample_rows[number] == (first + count - 1 if ends else -1)
             assert inputs.sample_slots[number] == (slot if ends else -1)
             assert inputs.sample_positions[number] == (len(known) if ends else 0)

@@ -25,6 +25,8 @@ FORMATS = (
     "IQ4_XS",
 )
 """In the order of the C++ enum."""
+PLANES = len(FORMATS)
+"""After them: Q8_0 in two planes, for a screened head."""
 PLAIN = ("embed", "norm", "linear", "split", "attention", "add", "act_mul", "select")
 FUSED = (
     "rope_write",

@@ -1,1 +1,1 @@
-"""Kernels in Triton, for NVIDIA and AMD GPUs. Imported only where a GPU runner is built: triton is optional."""
+"""Kernels in Triton, one file per memory pattern. Importing a module here imports triton."""

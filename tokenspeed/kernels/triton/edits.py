@@ -95,17 +95,17 @@ def edited_logits(
 
 
 @triton.jit
-def _float(params: tl.tensor, num_slots: tl.tensor, field: tl.constexpr, slot: tl.tensor) -> tl.tensor:
-    return tl.load(params + field * num_slots + slot).to(tl.float32, bitcast=True)
+def _float(fields: tl.tensor, num_slots: tl.tensor, field: tl.constexpr, slot: tl.tensor) -> tl.tensor:
+    return tl.load(fields + field * num_slots + slot).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _penalized(
-    values: tl.tensor, seen: tl.tensor, params: tl.tensor, num_slots: tl.tensor, slot: tl.tensor
+    values: tl.tensor, seen: tl.tensor, fields: tl.tensor, num_slots: tl.tensor, slot: tl.tensor
 ) -> tl.tensor:
-    repetition = _float(params, num_slots, _REPETITION, slot)
-    frequency = _float(params, num_slots, _FREQUENCY, slot)
-    presence = _float(params, num_slots, _PRESENCE, slot)
+    repetition = _float(fields, num_slots, _REPETITION, slot)
+    frequency = _float(fields, num_slots, _FREQUENCY, slot)
+    presence = _float(fields, num_slots, _PRESENCE, slot)
     times = (seen & (_SEEN_IN_PROMPT - 1)).to(tl.float32)
     changed = tl.where(values > 0, tl.div_rn(values, repetition), values * repetition)
     changed = changed - frequency * times
@@ -121,7 +121,7 @@ def _shared_edits(
     row: tl.tensor,
     slot: tl.tensor,
     flags: tl.tensor,
-    params: tl.tensor,
+    fields: tl.tensor,
     num_slots: tl.tensor,
     counts: tl.tensor,
     mask: tl.tensor,
@@ -132,7 +132,7 @@ def _shared_edits(
 ) -> tl.tensor:
     if COUNTS and (flags & _PENALIZED) != 0:
         seen = tl.load(counts + slot.to(tl.int64) * vocab + ids, mask=valid, other=0)
-        values = _penalized(values, seen, params, num_slots, slot)
+        values = _penalized(values, seen, fields, num_slots, slot)
     if MASK and (flags & _MASKED) != 0:
         word = tl.load(mask + row.to(tl.int64) * mask_words + ids // 32, mask=valid, other=0)
         values = tl.where(((word >> (ids % 32)) & 1) != 0, values, float("-inf"))
@@ -146,7 +146,7 @@ def _edit_all(
     edited: tl.tensor,
     slots: tl.tensor,
     positions: tl.tensor,
-    params: tl.tensor,
+    fields: tl.tensor,
     num_slots: tl.tensor,
     counts: tl.tensor,
     mask: tl.tensor,
@@ -164,14 +164,14 @@ def _edit_all(
         gdc_launch_dependents()
     slot = tl.load(slots + row)
     if slot >= 0:
-        flags = tl.load(params + _FLAGS * num_slots + slot)
+        flags = tl.load(fields + _FLAGS * num_slots + slot)
         valid = ids < vocab
         values = tl.load(logits + row.to(tl.int64) * stride + ids, mask=valid, other=0.0).to(tl.float32)
         if (flags & _EDITED) != 0:
             values = _shared_edits(
-                values, ids, valid, row, slot, flags, params, num_slots, counts, mask, mask_words, vocab, COUNTS, MASK
+                values, ids, valid, row, slot, flags, fields, num_slots, counts, mask, mask_words, vocab, COUNTS, MASK
             )
-            if tl.load(params + _NUM_ALLOWED * num_slots + slot) >= 0:
+            if tl.load(fields + _NUM_ALLOWED * num_slots + slot) >= 0:
                 values = tl.full([TILE], float("-inf"), tl.float32)
         tl.store(edited + row.to(tl.int64) * vocab + ids, values, mask=valid)
 
@@ -213,7 +213,7 @@ def _forbid(
     slot: tl.tensor,
     position: tl.tensor,
     lists: tl.tensor,
-    params: tl.tensor,
+    fields: tl.tensor,
     num_slots: tl.tensor,
     vocab: tl.tensor,
     POOL: tl.constexpr,
@@ -221,13 +221,13 @@ def _forbid(
     place = tl.arange(0, _CAPACITY)
     never = tl.full([_CAPACITY], float("-inf"), tl.float32)
     banned = _listed(lists, slot, _BANNED)
-    tl.store(out + banned, never, mask=(place < tl.load(params + _NUM_BANNED * num_slots + slot)) & (banned < vocab))
-    if position < tl.load(params + _MIN_POSITION * num_slots + slot):
+    tl.store(out + banned, never, mask=(place < tl.load(fields + _NUM_BANNED * num_slots + slot)) & (banned < vocab))
+    if position < tl.load(fields + _MIN_POSITION * num_slots + slot):
         stop = _listed(lists, slot, _STOP)
-        tl.store(out + stop, never, mask=(place < tl.load(params + _NUM_STOP * num_slots + slot)) & (stop < vocab))
+        tl.store(out + stop, never, mask=(place < tl.load(fields + _NUM_STOP * num_slots + slot)) & (stop < vocab))
     if POOL:
-        num_words = tl.load(params + _NUM_WORDS * num_slots + slot)
-        num_prompt = tl.load(params + _NUM_PROMPT * num_slots + slot)
+        num_words = tl.load(fields + _NUM_WORDS * num_slots + slot)
+        num_prompt = tl.load(fields + _NUM_PROMPT * num_slots + slot)
         last = _forbidden_words(words, pool, pool_stride, slot, position, num_prompt, num_words)
         tl.store(out + last, tl.full([_WORDS], float("-inf"), tl.float32), mask=(last >= 0) & (last < vocab))
 
@@ -250,7 +250,7 @@ def _edit_listed(
     edited: tl.tensor,
     slots: tl.tensor,
     positions: tl.tensor,
-    params: tl.tensor,
+    fields: tl.tensor,
     num_slots: tl.tensor,
     counts: tl.tensor,
     mask: tl.tensor,
@@ -272,12 +272,12 @@ def _edit_listed(
     slot = tl.load(slots + row)
     flags = 0
     if slot >= 0:
-        flags = tl.load(params + _FLAGS * num_slots + slot)
+        flags = tl.load(fields + _FLAGS * num_slots + slot)
     if (flags & _EDITED) != 0:
         place = tl.arange(0, _CAPACITY)
         raw, out = logits + row.to(tl.int64) * stride, edited + row.to(tl.int64) * vocab
-        num_allowed = tl.load(params + _NUM_ALLOWED * num_slots + slot)
-        num_bias = tl.load(params + _NUM_BIAS * num_slots + slot)
+        num_allowed = tl.load(fields + _NUM_ALLOWED * num_slots + slot)
+        num_bias = tl.load(fields + _NUM_BIAS * num_slots + slot)
         allowed_ids = tl.where(place < num_allowed, _listed(lists, slot, _ALLOWED), -1)
         bias_ids = tl.where(place < num_bias, _listed(lists, slot, _BIAS_IDS), -1)
         for of_bias in tl.static_range(2):
@@ -285,11 +285,11 @@ def _edit_listed(
             valid = (ids >= 0) & (ids < vocab)
             values = _biased(raw, ids, valid, bias_ids, lists, slot)
             values = _shared_edits(
-                values, ids, valid, row, slot, flags, params, num_slots, counts, mask, mask_words, vocab, COUNTS, MASK
+                values, ids, valid, row, slot, flags, fields, num_slots, counts, mask, mask_words, vocab, COUNTS, MASK
             )
             if num_allowed >= 0:
                 inside = tl.sum((ids[:, None] == allowed_ids[None, :]).to(tl.int32), 1) > 0
                 values = tl.where(inside, values, float("-inf"))
             tl.store(out + ids, values, mask=valid)
         tl.debug_barrier()  # An id may be listed above and forbidden below: the later store must win.
-        _forbid(out, words, pool, pool_stride, slot, tl.load(positions + row), lists, params, num_slots, vocab, POOL)
+        _forbid(out, words, pool, pool_stride, slot, tl.load(positions + row), lists, fields, num_slots, vocab, POOL)

@@ -90,7 +90,7 @@ def _summaries(
     stride: tl.tensor,
     tokens: tl.tensor,
     slots: tl.tensor,
-    params: tl.tensor,
+    fields: tl.tensor,
     num_slots: tl.tensor,
     peaks_out: tl.tensor,
     sums: tl.tensor,
@@ -110,7 +110,7 @@ def _summaries(
     slot = tl.load(slots + row)
     wanted = -1
     if slot >= 0:
-        wanted = tl.load(params + _NUM_TOP * num_slots + slot)
+        wanted = tl.load(fields + _NUM_TOP * num_slots + slot)
     if wanted >= 0:
         line = logits + row.to(tl.int64) * stride
         own = tl.load(line + tl.load(tokens + row)).to(tl.float32)
@@ -176,7 +176,7 @@ def _logprobs(
     stride: tl.tensor,
     tokens: tl.tensor,
     slots: tl.tensor,
-    params: tl.tensor,
+    fields: tl.tensor,
     num_slots: tl.tensor,
     peaks_in: tl.tensor,
     sums: tl.tensor,
@@ -202,7 +202,7 @@ def _logprobs(
     slot = tl.load(slots + row)
     wanted = -1
     if slot >= 0:
-        wanted = tl.minimum(tl.load(params + _NUM_TOP * num_slots + slot), tl.minimum(top, vocab))
+        wanted = tl.minimum(tl.load(fields + _NUM_TOP * num_slots + slot), tl.minimum(top, vocab))
     place = tl.arange(0, TOP)
     ids, values = tl.full([TOP], 0, tl.int32), tl.full([TOP], 0.0, tl.float32)
     logprob, rank = 0.0, 0

@@ -122,20 +122,20 @@ def sample(
 
 
 @triton.jit
-def _int(params: tl.tensor, num_slots: tl.tensor, field: tl.constexpr, slot: tl.tensor) -> tl.tensor:
-    return tl.load(params + field * num_slots + slot)
+def _int(fields: tl.tensor, num_slots: tl.tensor, field: tl.constexpr, slot: tl.tensor) -> tl.tensor:
+    return tl.load(fields + field * num_slots + slot)
 
 
 @triton.jit
-def _float(params: tl.tensor, num_slots: tl.tensor, field: tl.constexpr, slot: tl.tensor) -> tl.tensor:
-    return tl.load(params + field * num_slots + slot).to(tl.float32, bitcast=True)
+def _float(fields: tl.tensor, num_slots: tl.tensor, field: tl.constexpr, slot: tl.tensor) -> tl.tensor:
+    return tl.load(fields + field * num_slots + slot).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _filters(params: tl.tensor, num_slots: tl.tensor, slot: tl.tensor) -> tl.tuple:
+def _filters(fields: tl.tensor, num_slots: tl.tensor, slot: tl.tensor) -> tl.tuple:
     """top_k (0 is none), top_p (1 is none), and log(min_p) (-inf is none)."""
-    top_k = _int(params, num_slots, _TOP_K, slot)
-    return top_k, _float(params, num_slots, _TOP_P, slot), _float(params, num_slots, _LOG_MIN_P, slot)
+    top_k = _int(fields, num_slots, _TOP_K, slot)
+    return top_k, _float(fields, num_slots, _TOP_P, slot), _float(fields, num_slots, _LOG_MIN_P, slot)
 
 
 @triton.jit
@@ -145,9 +145,9 @@ def _is_filtered(filters: tl.tuple) -> tl.tensor:
 
 
 @triton.jit
-def _noise_key(position: tl.tensor, params: tl.tensor, num_slots: tl.tensor, slot: tl.tensor) -> tl.tuple:
-    sample = _int(params, num_slots, _SAMPLE_INDEX, slot)
-    seed_low, seed_high = _int(params, num_slots, _SEED_LOW, slot), _int(params, num_slots, _SEED_HIGH, slot)
+def _noise_key(position: tl.tensor, fields: tl.tensor, num_slots: tl.tensor, slot: tl.tensor) -> tl.tuple:
+    sample = _int(fields, num_slots, _SAMPLE_INDEX, slot)
+    seed_low, seed_high = _int(fields, num_slots, _SEED_LOW, slot), _int(fields, num_slots, _SEED_HIGH, slot)
     return position, sample, seed_low, seed_high
 
 
@@ -157,7 +157,7 @@ def _peaks(
     stride: tl.tensor,
     slots: tl.tensor,
     positions: tl.tensor,
-    params: tl.tensor,
+    fields: tl.tensor,
     num_slots: tl.tensor,
     peaks_out: tl.tensor,
     vocab: tl.tensor,
@@ -176,13 +176,13 @@ def _peaks(
         ids = place[:, None] * _PEAK + tl.arange(0, _PEAK)[None, :]
         values = tl.load(logits + row.to(tl.int64) * stride + ids, mask=ids < vocab, other=float("-inf"))
         values = values.to(tl.float32)
-        temperature = _float(params, num_slots, _TEMPERATURE, slot)
+        temperature = _float(fields, num_slots, _TEMPERATURE, slot)
         if temperature == 0:
             peaks = tl.max(values, 1)
-        elif _is_filtered(_filters(params, num_slots, slot)):
+        elif _is_filtered(_filters(fields, num_slots, slot)):
             peaks = tl.div_rn(tl.max(values, 1), temperature)
         else:
-            key = _noise_key(tl.load(positions + row), params, num_slots, slot)
+            key = _noise_key(tl.load(positions + row), fields, num_slots, slot)
             blocks = place[:, None] * (_PEAK // 4) + tl.arange(0, _PEAK // 4)[None, :]
             w0, w1, w2, w3 = block_words(blocks, key)
             words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
@@ -196,7 +196,7 @@ def _choose(
     stride: tl.tensor,
     slots: tl.tensor,
     positions: tl.tensor,
-    params: tl.tensor,
+    fields: tl.tensor,
     num_slots: tl.tensor,
     peaks_in: tl.tensor,
     tokens: tl.tensor,
@@ -224,15 +224,15 @@ def _choose(
         peaks = tl.load(peaks_in + at, mask=at < num_peaks, other=float("-inf"))
         best = tl.max(peaks, 0)
         if best > float("-inf"):
-            temperature = _float(params, num_slots, _TEMPERATURE, slot)
+            temperature = _float(fields, num_slots, _TEMPERATURE, slot)
             first = tl.min(tl.where(peaks == best, at, P - 1), 0)
             ids = first * _PEAK + tl.arange(0, _PEAK)
             if temperature == 0:
                 values = scaled_block(line, ids, ids < vocab, 1.0)
                 token = tl.min(tl.where(values == best, ids, _NO_TOKEN), 0)
             else:
-                key = _noise_key(tl.load(positions + row), params, num_slots, slot)
-                filters = _filters(params, num_slots, slot)
+                key = _noise_key(tl.load(positions + row), fields, num_slots, slot)
+                filters = _filters(fields, num_slots, slot)
                 floor = _LOWEST
                 if _is_filtered(filters):
                     ids_out, values_out = candidate_ids + row64 * CANDIDATES, candidate_values + row64 * CANDIDATES

@@ -46,9 +46,9 @@ class StepInputs:
     """Inputs of a step of T tokens and R rows, int32.
 
     tokens, positions, slots: [T]; slot -1, token and position 0 for padding. row_slots, row_counts: [R], slot of each
-    row and how many tokens it feeds; -1 and 0 beyond the last. sample_rows: [R], offset of the last token of each row
-    that reaches the end of what is known, else -1; sample_slots, sample_positions: [R], its slot (else -1) and the
-    position of the token to draw (else 0).
+    row and how many tokens it feeds; -1 and 0 beyond the last. row_starts, row_firsts: [R], offset and position of its
+    first one. sample_rows: [R], offset of the last token of each row that reaches the end of what is known, else -1;
+    sample_slots, sample_positions: [R], its slot (else -1) and the position of the token to draw (else 0).
     """
 
     tokens: torch.Tensor
@@ -56,6 +56,8 @@ class StepInputs:
     slots: torch.Tensor
     row_slots: torch.Tensor
     row_counts: torch.Tensor
+    row_starts: torch.Tensor
+    row_firsts: torch.Tensor
     sample_rows: torch.Tensor
     sample_slots: torch.Tensor
     sample_positions: torch.Tensor
@@ -91,7 +93,7 @@ def prepare(
     def new(size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int32, device=header.device)
 
-    inputs = StepInputs(new(tokens), new(tokens), new(tokens), new(rows), new(rows), new(rows), new(rows), new(rows))
+    inputs = StepInputs(*(new(size) for size in [tokens] * 3 + [rows] * 7))
     options = launch_options(pdl)
     programs = min(SCATTER_PROGRAMS, triton.cdiv(header.numel() // 2, SCATTER_BLOCK))
     _scatter[(programs,)](
@@ -108,6 +110,8 @@ def prepare(
         inputs.slots,
         inputs.row_slots,
         inputs.row_counts,
+        inputs.row_starts,
+        inputs.row_firsts,
         inputs.sample_rows,
         inputs.sample_slots,
         inputs.sample_positions,
@@ -195,9 +199,10 @@ def _scatter(
 
 
 @triton.jit
-def _fed(header: tl.tensor, row: tl.tensor, valid: tl.tensor, lengths: tl.tuple) -> tl.tuple:
+def _fed(
+    header: tl.tensor, row: tl.tensor, valid: tl.tensor, num_computed: tl.tensor, num_tokens: tl.tensor
+) -> tl.tuple:
     """Of rows: slot, offset, first position, number of tokens fed, and whether they reach the end of what is known."""
-    num_computed, num_tokens = lengths
     entry = header + 1 + _ROW_FIELDS * row
     slot = tl.load(entry, mask=valid, other=-1)
     live = slot >= 0
@@ -220,6 +225,8 @@ def _expand(
     slots: tl.tensor,
     row_slots: tl.tensor,
     row_counts: tl.tensor,
+    row_starts: tl.tensor,
+    row_firsts: tl.tensor,
     sample_rows: tl.tensor,
     sample_slots: tl.tensor,
     sample_positions: tl.tensor,
@@ -232,55 +239,31 @@ def _expand(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    lengths = (num_computed, num_tokens)
-    if tl.program_id(0) == tl.num_programs(0) - 1:
-        row_outputs = (row_slots, row_counts, sample_rows, sample_slots, sample_positions)
-        _expand_rows(header, lengths, max_rows, row_outputs, ROWS)
-    else:
-        _expand_tokens(header, lengths, pool, pool_stride, bucket, max_rows, (tokens, positions, slots), ROWS, BLOCK)
-
-
-@triton.jit
-def _expand_rows(
-    header: tl.tensor, lengths: tl.tuple, max_rows: tl.tensor, outputs: tl.tuple, ROWS: tl.constexpr
-) -> None:
-    row_slots, row_counts, sample_rows, sample_slots, sample_positions = outputs
-    row = tl.arange(0, ROWS)
-    inside = row < max_rows
-    slot, offset, start, count, ends = _fed(header, row, inside & (row < tl.load(header)), lengths)
-    tl.store(row_slots + row, slot, mask=inside)
-    tl.store(row_counts + row, count, mask=inside)
-    tl.store(sample_rows + row, tl.where(ends, offset + count - 1, -1), mask=inside)
-    tl.store(sample_slots + row, tl.where(ends, slot, -1), mask=inside)
-    tl.store(sample_positions + row, tl.where(ends, start + count, 0), mask=inside)
-
-
-@triton.jit
-def _expand_tokens(
-    header: tl.tensor,
-    lengths: tl.tuple,
-    pool: tl.tensor,
-    pool_stride: tl.tensor,
-    bucket: tl.tensor,
-    max_rows: tl.tensor,
-    outputs: tl.tuple,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    tokens, positions, slots = outputs
-    row = tl.arange(0, ROWS)
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     num_rows = tl.minimum(tl.load(header), max_rows)
-    offsets = tl.load(header + 3 + _ROW_FIELDS * row, mask=row < num_rows, other=_FAR)
-    before = tl.sum((offsets[None, :] <= token[:, None]).to(tl.int32), 1)
-    slot, offset, start, count, _ = _fed(header, before - 1, before > 0, lengths)
-    place = token - offset
-    real = (slot >= 0) & (place < count)
-    inside = token < bucket
-    known = tl.load(pool + slot.to(tl.int64) * pool_stride + start + place, mask=real, other=0)
-    tl.store(tokens + token, known, mask=inside)
-    tl.store(positions + token, tl.where(real, start + place, 0), mask=inside)
-    tl.store(slots + token, tl.where(real, slot, -1), mask=inside)
+    row = tl.arange(0, ROWS)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        slot, offset, start, count, ends = _fed(header, row, row < num_rows, num_computed, num_tokens)
+        inside = row < max_rows
+        tl.store(row_slots + row, slot, mask=inside)
+        tl.store(row_counts + row, count, mask=inside)
+        tl.store(row_starts + row, offset, mask=inside)
+        tl.store(row_firsts + row, start, mask=inside)
+        tl.store(sample_rows + row, tl.where(ends, offset + count - 1, -1), mask=inside)
+        tl.store(sample_slots + row, tl.where(ends, slot, -1), mask=inside)
+        tl.store(sample_positions + row, tl.where(ends, start + count, 0), mask=inside)
+    else:  # names of their own: the branches' shapes differ
+        token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        offsets = tl.load(header + 3 + _ROW_FIELDS * row, mask=row < num_rows, other=_FAR)
+        before = tl.sum((offsets[None, :] <= token[:, None]).to(tl.int32), 1)
+        its_slot, its_offset, its_start, its_count, _ = _fed(header, before - 1, before > 0, num_computed, num_tokens)
+        place = token - its_offset
+        real = (its_slot >= 0) & (place < its_count)
+        in_bucket = token < bucket
+        position = its_start + place
+        known = tl.load(pool + its_slot.to(tl.int64) * pool_stride + position, mask=real, other=0)
+        tl.store(tokens + token, known, mask=in_bucket)
+        tl.store(positions + token, tl.where(real, position, 0), mask=in_bucket)
+        tl.store(slots + token, tl.where(real, its_slot, -1), mask=in_bucket)
 
 
 @triton.jit

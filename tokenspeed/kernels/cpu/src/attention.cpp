@@ -45,13 +45,9 @@ void Model::rope_row(const Op& op, int64_t t, int64_t sequence) {
   const int32_t* table = step_.table + step_.table_start[sequence * step_.groups + group];
   uint8_t* to = cache_.data + table[position / cache_.page_size] * cache_.page_bytes +
                 cache_.index[static_cast<size_t>(op.layer)] * cache_.layer_bytes + position % cache_.page_size * cache_.token_bytes;
-  const int64_t n = op.kv_heads * op.head_dim;
-  if (cache_.wide) {
-    std::memcpy(to, keys.data(), sizeof(float) * static_cast<size_t>(n));
-    std::memcpy(to + cache_.value_bytes, at(op.v, t), sizeof(float) * static_cast<size_t>(n));
-  } else {
-    kernels_->to_bf16(keys.data(), n, reinterpret_cast<uint16_t*>(to));
-    kernels_->to_bf16(at(op.v, t), n, reinterpret_cast<uint16_t*>(to + cache_.value_bytes));
+  for (int32_t h = 0; h < op.kv_heads; ++h, to += cache_.head_bytes) {
+    kernels_->store_kv(cache_.format, keys.data() + h * op.head_dim, op.head_dim, to);
+    kernels_->store_kv(cache_.format, at(op.v, t) + h * op.head_dim, op.head_dim, to + cache_.value_bytes);
   }
 }
 
@@ -96,9 +92,9 @@ void Model::attention(const Op& op) {
     thread_local std::vector<float> scores;
     scores.resize(static_cast<size_t>(w.queries * group * kSplit));
     const int32_t cache_group = cache_.group[static_cast<size_t>(layer)];
-    kernels_->attend({at(op.x, w.first_query) + w.head * group * op.head_dim, q_stride, w.queries, group, op.head_dim, cache_.wide,
+    kernels_->attend({at(op.x, w.first_query) + w.head * group * op.head_dim, q_stride, w.queries, group, op.head_dim, cache_.format,
                       cache_.data + cache_.index[static_cast<size_t>(layer)] * cache_.layer_bytes, cache_.page_bytes,
-                      cache_.value_bytes, cache_.token_bytes, w.head * static_cast<int64_t>(cache_.head_bytes),
+                      cache_.value_bytes, cache_.token_bytes, w.head * cache_.head_bytes,
                       step_.table + step_.table_start[w.sequence * step_.groups + cache_group], cache_.page_size,
                       step_.position[w.first_query], w.begin, w.end, w.live, op.window, op.scale, scores.data(),
                       out + w.slot * op.head_dim, maxima + w.slot, sums + w.slot});

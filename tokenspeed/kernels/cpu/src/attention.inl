@@ -1,12 +1,33 @@
 // Attention over pages, one task at a time, and the parts of a row put together.
-template <class T>
-inline const T* entry(const ts::AttentionTask& t, int64_t position, bool value) {
-  const uint8_t* page = t.kv + t.table[position / t.page_size] * t.page_bytes;
-  return reinterpret_cast<const T*>(page + (value ? t.value_bytes : 0) + position % t.page_size * t.token_bytes + t.head_bytes);
+// Where the task's keys lie, by position - begin, from `live` on. A division per key would cost more than its sums.
+inline const uint8_t* const* find_keys(const ts::AttentionTask& t) {
+  thread_local std::vector<const uint8_t*> places;
+  places.resize(static_cast<size_t>(t.end - t.begin));
+  int64_t page = t.live / t.page_size, offset = t.live % t.page_size;
+  for (int64_t key = t.live; key < t.end; ++key) {
+    places[static_cast<size_t>(key - t.begin)] = t.kv + t.table[page] * t.page_bytes + offset * t.token_bytes + t.head_bytes;
+    if (++offset == t.page_size) {
+      offset = 0;
+      ++page;
+    }
+  }
+  return places.data();
 }
 
-inline F widen(const uint16_t* p) { return load_bf16(p); }
-inline F widen(const float* p) { return load(p); }
+inline float bf16_at(const void* p, int i) {
+  uint16_t half;
+  std::memcpy(&half, static_cast<const uint8_t*>(p) + 2 * i, 2);
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Sixteen values of an entry, from column d on.
+inline F widen(const float* entry, int d, int) { return load(entry + d); }
+inline F widen(const uint16_t* entry, int d, int) { return load_bf16(entry + d); }
+inline F widen(const int8_t* entry, int d, int head_dim) { return mul(load_s8(entry + d), set(bf16_at(entry + head_dim, d / ts::kBlock))); }
+inline F widen(const uint8_t* entry, int d, int) { return mul(load_e4m3(entry + d), set(256.0f)); }
 
 // Dot products of Q query rows and K keys, the sums kept apart until the end.
 template <class T, int Q, int K>
@@ -15,7 +36,7 @@ inline void score_block(const float* const* q, const T* const* k, int head_dim, 
   for (auto& row : acc) for (auto& x : row) x = set(0.0f);
   for (int d = 0; d < head_dim; d += 16) {
     F keys[K];
-    for (int j = 0; j < K; ++j) keys[j] = widen(k[j] + d);
+    for (int j = 0; j < K; ++j) keys[j] = widen(k[j], d, head_dim);
     for (int i = 0; i < Q; ++i) {
       const F x = load(q[i] + d);
       for (int j = 0; j < K; ++j) acc[i][j] = fma(x, keys[j], acc[i][j]);
@@ -44,9 +65,23 @@ inline bool sees(const ts::AttentionTask& t, int64_t query, int64_t key) {
   return key <= query && (t.window == 0 || key > query - t.window);
 }
 
+// Entries lie a few hundred bytes each in pages strewn over the arena, where the hardware's own prefetch finds nothing:
+// while four keys are used, their values are fetched, and the keys of two blocks on.
+inline void fetch(const ts::AttentionTask& t, const uint8_t* const* keys, int64_t key) {
+  constexpr int64_t ahead = 8;
+  const int64_t bytes = kv_entry_bytes(t.format, t.head_dim);
+  for (int64_t k = key; k < std::min(t.end, key + 4); ++k) {
+    const uint8_t* value = keys[k - t.begin] + t.value_bytes;
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(value + at);
+    if (k + ahead >= t.end) continue;
+    const uint8_t* next = keys[k + ahead - t.begin];
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(next + at);
+  }
+}
+
 // Scores of up to four rows; a key that a row does not see gets -inf.
 template <class T>
-void scores_of(const ts::AttentionTask& t, int first, int rows, int64_t width) {
+void scores_of(const ts::AttentionTask& t, const uint8_t* const* keys, int first, int rows, int64_t width) {
   const float none = -std::numeric_limits<float>::infinity();
   const float* q[4];
   for (int i = 0; i < rows; ++i) q[i] = t.q + (first + i) / t.group * t.q_stride + (first + i) % t.group * t.head_dim;
@@ -55,8 +90,9 @@ void scores_of(const ts::AttentionTask& t, int first, int rows, int64_t width) {
   const int64_t end = std::min(t.end, last + 1);
   for (int64_t key = t.live; key < end; key += 4) {
     const int some = static_cast<int>(std::min<int64_t>(4, end - key));
+    if (first == 0) fetch(t, keys, key);
     const T* k[4];
-    for (int n = 0; n < some; ++n) k[n] = entry<T>(t, key + n, false);
+    for (int n = 0; n < some; ++n) k[n] = reinterpret_cast<const T*>(keys[key + n - t.begin]);
     float cells[4][4];
     score_some<T>(rows, some, q, k, t.head_dim, cells);
     for (int i = 0; i < rows; ++i) {
@@ -88,14 +124,14 @@ void soften(const ts::AttentionTask& t, int rows, int64_t width) {
 }
 
 template <class T, int Q, int V>
-inline void weigh_block(const ts::AttentionTask& t, int first, int d, int64_t width) {
+inline void weigh_block(const ts::AttentionTask& t, const uint8_t* const* keys, int first, int d, int64_t width) {
   F acc[Q][V];
   for (auto& row : acc) for (auto& x : row) x = set(0.0f);
   const int64_t end = std::min(t.end, t.first_position + (first + Q - 1) / t.group + 1);
   for (int64_t key = t.live; key < end; ++key) {
-    const T* v = entry<T>(t, key, true) + d;
+    const T* v = reinterpret_cast<const T*>(keys[key - t.begin] + t.value_bytes);
     F values[V];
-    for (int n = 0; n < V; ++n) values[n] = widen(v + 16 * n);
+    for (int n = 0; n < V; ++n) values[n] = widen(v, d + 16 * n, t.head_dim);
     for (int i = 0; i < Q; ++i) {
       const F p = set(t.scores[(first + i) * width + key - t.begin]);
       for (int n = 0; n < V; ++n) acc[i][n] = fma(p, values[n], acc[i][n]);
@@ -105,26 +141,81 @@ inline void weigh_block(const ts::AttentionTask& t, int first, int d, int64_t wi
 }
 
 template <class T, int Q>
-void weigh(const ts::AttentionTask& t, int first, int64_t width) {
+void weigh(const ts::AttentionTask& t, const uint8_t* const* keys, int first, int64_t width) {
   int d = 0;
-  for (; d + 64 <= t.head_dim; d += 64) weigh_block<T, Q, 4>(t, first, d, width);
-  for (; d < t.head_dim; d += 16) weigh_block<T, Q, 1>(t, first, d, width);
+  for (; d + 64 <= t.head_dim; d += 64) weigh_block<T, Q, 4>(t, keys, first, d, width);
+  for (; d < t.head_dim; d += 16) weigh_block<T, Q, 1>(t, keys, first, d, width);
 }
 
 template <class T>
 void attend_to(const ts::AttentionTask& t) {
   const int rows = t.queries * t.group;
   const int64_t width = (t.end - t.begin + 15) / 16 * 16;
-  for (int first = 0; first < rows; first += 4) scores_of<T>(t, first, std::min(4, rows - first), width);
+  const uint8_t* const* const keys = find_keys(t);
+  for (int first = 0; first < rows; first += 4) scores_of<T>(t, keys, first, std::min(4, rows - first), width);
   soften(t, rows, width);
   int first = 0;
-  for (; first + 4 <= rows; first += 4) weigh<T, 4>(t, first, width);
-  for (; first < rows; ++first) weigh<T, 1>(t, first, width);
+  for (; first + 4 <= rows; first += 4) weigh<T, 4>(t, keys, first, width);
+  for (; first < rows; ++first) weigh<T, 1>(t, keys, first, width);
 }
 
 void attend(const ts::AttentionTask& t) {
-  if (t.wide) attend_to<float>(t);
-  else attend_to<uint16_t>(t);
+  switch (t.format) {
+    case KvFormat::F32: return attend_to<float>(t);
+    case KvFormat::BF16: return attend_to<uint16_t>(t);
+    case KvFormat::Int8: return attend_to<int8_t>(t);
+    case KvFormat::Fp8: return attend_to<uint8_t>(t);
+  }
+}
+
+// Scale: the largest magnitude of a block / 127, rounded first. A block too small for a normal scale becomes zeros;
+// one that holds NaN or an infinity zeros with NaN for its scale.
+inline void store_int8(const float* x, int head_dim, int8_t* out) {
+  for (int from = 0; from < head_dim; from += ts::kBlock) {
+    const int end = std::min(head_dim, from + ts::kBlock);
+    F top = set(0.0f);
+    bool flaw = false;
+    for (int i = from; i < end; i += 16) {
+      top = max(top, abs(load(x + i)));
+      flaw |= broken(load(x + i), set(0.0f)) != 0;
+    }
+    const float least = std::numeric_limits<float>::min(), largest = max_lane(top) / 127.0f;
+    uint16_t half = 0x7fc0;  // NaN
+    if (!flaw) to_bf16(&largest, 1, &half);
+    const float scale = bf16_at(&half, 0);
+    const F inverse = set(scale >= least ? 1.0f / scale : 0.0f);
+    for (int i = from; i < end; i += 16) {
+      const F codes = flaw ? set(0.0f) : mul(load(x + i), inverse);
+      store_s8(out + i, max(set(-127.0f), min(set(127.0f), round(codes))));
+    }
+    std::memcpy(out + head_dim + from / ts::kBlock * 2, &half, 2);
+  }
+}
+
+// To e4m3, nearest even; what is beyond 448, its largest, becomes that.
+inline uint8_t to_e4m3(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 24 & 0x80;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return static_cast<uint8_t>(sign | 0x7f);
+  const float magnitude = std::min(std::fabs(x), 448.0f);
+  const float shifted = magnitude * 512.0f + 8388608.0f;  // below 2^-6 steps are 2^-9: 2^23 has steps of 1
+  uint32_t small, normal;
+  std::memcpy(&small, &shifted, 4);
+  std::memcpy(&normal, &magnitude, 4);
+  normal = (normal + 0x7ffff + (normal >> 20 & 1)) >> 20;
+  return static_cast<uint8_t>(sign | (magnitude < 0.015625f ? small & 15 : normal - (120 << 3)));
+}
+
+void store_kv(KvFormat format, const float* x, int head_dim, uint8_t* out) {
+  switch (format) {
+    case KvFormat::F32: std::memcpy(out, x, sizeof(float) * static_cast<size_t>(head_dim)); return;
+    case KvFormat::BF16: return to_bf16(x, head_dim, reinterpret_cast<uint16_t*>(out));
+    case KvFormat::Int8: return store_int8(x, head_dim, reinterpret_cast<int8_t*>(out));
+    case KvFormat::Fp8:
+      for (int i = 0; i < head_dim; ++i) out[i] = to_e4m3(x[i]);
+  }
 }
 
 // One row's parts, in order, to their softmax-weighted mean.

@@ -11,6 +11,8 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 
+void bind_attention(nb::module_& m);
+
 namespace {
 
 template <class T>
@@ -55,6 +57,8 @@ std::vector<std::vector<std::pair<int64_t, float>>> pairs_of(Run run) {
 
 NB_MODULE(_walk, m) {
   m.doc() = "Packed weights, kernels and the program walk of the CPU backend.";
+  bind_attention(m);
+  m.attr("LAYOUT_VERSION") = ts::kLayoutVersion;
 
   nb::enum_<ts::Kind>(m, "Kind")
       .value("Embed", ts::Kind::Embed).value("Linear", ts::Kind::Linear).value("Norm", ts::Kind::Norm)
@@ -77,10 +81,22 @@ NB_MODULE(_walk, m) {
       .def_prop_ro("threads", &ts::Model::threads)
       .def_prop_ro("packed_bytes", &ts::Model::packed_bytes)
       .def("add_matrix", &ts::Model::add_matrix, "cols"_a)
-      .def("add_segment", [](ts::Model& model, int32_t matrix, int32_t format, const Array2<uint8_t>& source) {
+      .def("reserve_segment", [](ts::Model& model, int32_t matrix, int32_t format, int64_t rows) {
+        return model.reserve_segment(matrix, static_cast<ts::Format>(format), rows);
+      }, "matrix"_a, "format"_a, "rows"_a)
+      .def("pack_rows", [](ts::Model& model, int32_t matrix, int32_t segment, int64_t first, const Array2<uint8_t>& source) {
         nb::gil_scoped_release unlocked;
-        model.add_segment(matrix, static_cast<ts::Format>(format), source.data(), static_cast<int64_t>(source.shape(0)));
+        model.pack_rows(matrix, segment, first, source.data(), static_cast<int64_t>(source.shape(0)));
+      }, "matrix"_a, "segment"_a, "first"_a, "source"_a)
+      .def("add_segment", [](ts::Model& model, int32_t matrix, int32_t format, const Array2<uint8_t>& source) {
+        const auto rows = static_cast<int64_t>(source.shape(0));
+        nb::gil_scoped_release unlocked;
+        model.pack_rows(matrix, model.reserve_segment(matrix, static_cast<ts::Format>(format), rows), 0, source.data(), rows);
       }, "matrix"_a, "format"_a, "source"_a)
+      .def("packed", [](const ts::Model& model, int32_t matrix, int32_t segment) {
+        const auto [data, bytes] = model.packed(matrix, segment);
+        return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(data, {static_cast<size_t>(bytes)});
+      }, nb::rv_policy::reference_internal, "matrix"_a, "segment"_a)
       .def("add_vector", [](ts::Model& model, const Array1<float>& values) {
         return model.add_vector({values.data(), values.data() + values.shape(0)});
       })
@@ -91,11 +107,11 @@ NB_MODULE(_walk, m) {
         return model.add_value({buffer, offset, width, stride});
       }, "buffer"_a, "offset"_a, "width"_a, "stride"_a)
       .def("add_op", &ts::Model::add_op)
-      .def("set_cache", [](ts::Model& model, uintptr_t data, std::vector<int64_t> strides, int32_t page_size, int32_t head_bytes,
-                           bool wide, std::vector<int32_t> group, std::vector<int32_t> index) {
-        model.set_cache({reinterpret_cast<uint8_t*>(data), strides.at(0), strides.at(1), strides.at(2), strides.at(3), page_size,
-                         head_bytes, wide, std::move(group), std::move(index)});
-      }, "data"_a, "strides"_a, "page_size"_a, "head_bytes"_a, "wide"_a, "group"_a, "index"_a)
+      .def("set_cache", [](ts::Model& model, uintptr_t data, std::vector<int64_t> strides, int32_t page_size,
+                           int32_t format, std::vector<int32_t> group, std::vector<int32_t> index) {
+        model.set_cache({reinterpret_cast<uint8_t*>(data), strides.at(0), strides.at(1), strides.at(2), strides.at(3), strides.at(4),
+                         page_size, static_cast<ts::KvFormat>(format), std::move(group), std::move(index)});
+      }, "data"_a, "strides"_a, "page_size"_a, "format"_a, "group"_a, "index"_a)
       .def("body", [](ts::Model& model, const Array1<int32_t>& tokens, const Array1<int32_t>& positions, const Array1<int32_t>& starts,
                       const Array1<int32_t>& tables, const Array1<int64_t>& table_starts, int64_t groups) {
         const ts::Step step = step_of(tokens, positions, starts, tables, table_starts, groups);
@@ -122,10 +138,6 @@ NB_MODULE(_walk, m) {
         return noise;
       })
       .def_prop_ro("rescored", &ts::Model::rescored)
-      .def("add_planes", [](ts::Model& model, int32_t matrix, const Array2<uint8_t>& source) {
-        nb::gil_scoped_release unlocked;
-        model.add_planes(matrix, source.data(), static_cast<int64_t>(source.shape(0)));
-      })
       .def("multiply", [](ts::Model& model, int32_t matrix, const Array2<float>& x, const Out2<float>& out) {
         nb::gil_scoped_release unlocked;
         model.multiply(matrix, x.data(), static_cast<int64_t>(x.shape(0)), out.data());

@@ -11,6 +11,7 @@ namespace ts {
 
 enum class Format : int32_t { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, Planes };
 
+constexpr int kLayoutVersion = 1;  // to be raised with every change of what follows: packed copies lie on disks
 constexpr int kRows = 16;   // rows of a tile
 constexpr int kBlock = 32;  // columns of a block
 constexpr int kSuper = 8;   // blocks that share super-block factors

@@ -3,10 +3,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <stdexcept>
 
 #include "model.h"
-#include "pack.h"
 
 namespace ts {
 namespace {
@@ -36,20 +34,6 @@ std::vector<Pick> best_of(const std::vector<Scored>& found, const Ask& ask) {
 
 }  // namespace
 
-void Model::add_planes(int32_t matrix, const uint8_t* source, int64_t rows) {
-  Matrix& m = matrices_.at(static_cast<size_t>(matrix));
-  if (!m.segments.empty()) throw std::invalid_argument("planes are a matrix of their own");
-  const int64_t tiles = (rows + kRows - 1) / kRows;
-  uint8_t* high = store_.take(tiles * tile_bytes(Format::Planes, m.cols));
-  uint8_t* low = high + tiles * high_bytes(m.cols);
-  pool_.run((tiles + 63) / 64, [&](int64_t item) {
-    for (int64_t t = 64 * item; t < std::min(tiles, 64 * (item + 1)); ++t) {
-      pack_planes(source, rows, m.cols, t * kRows, high + t * high_bytes(m.cols), low + t * low_bytes(m.cols));
-    }
-  });
-  place(m, {Format::Planes, rows, 0, tiles, high}, tile_bytes(Format::Planes, m.cols));
-}
-
 const std::vector<std::vector<Pick>>& Model::pick(const int32_t* rows, const Ask* asks, int64_t count) {
   const Op& last = before_head(rows, count);
   rows_of(count, [&](int64_t row) { prepare_row(last, matrices_[static_cast<size_t>(last.matrix)], row); });
@@ -78,6 +62,7 @@ const std::vector<std::vector<Pick>>& Model::pick_prepared(const Op& last, const
 
 void Model::pick_full(const float* logits, int64_t width, const Ask& ask, std::vector<Pick>* picks) {
   const int64_t first = kernels_->argmax(logits, width);
+  if (std::isnan(logits[first])) return;  // none is a number above -inf
   if (ask.temperature == 0) return picks->push_back({first, logits[first]});
   const NoiseKey key{ask.seed, ask.sample, ask.position};
   const float floor = scaled(logits[first], ask) + kLeastNoise - kMostNoise;
@@ -141,7 +126,7 @@ Scored Model::look_closer(const Matrix& m, const Share& share, int64_t row, cons
     const float* near = near_.data() + row * width + at;
     float* upper = upper_.data() + row * width + at;
     kernels_->weigh_look(near, upper, noisy ? noise + at % 64 : nullptr, inverse, &value, &most_[static_cast<size_t>(row * m.tiles + t)]);
-    for (int64_t r = m.rows - at; r < kRows; ++r) upper[r] = kNone;  // rows that only fill the last tile
+    for (int64_t r = m.rows - at; r < kRows; ++r) upper[r] = std::numeric_limits<float>::quiet_NaN();  // rows that only fill the last tile reach nothing
     if (value > likely.value) likely = {at, 0, value};
   }
   return likely;

@@ -17,12 +17,25 @@ struct Rows {
   const int32_t* sums = nullptr;     // [count, cols / 16], of 256 hi + lo
 };
 
+// How pages hold a key or a value of one head. Int8: head_dim codes, then a bfloat16 scale for each 32 of them,
+// value = scale * code. Fp8: e4m3 without a scale.
+enum class KvFormat : int32_t { F32, BF16, Int8, Fp8 };
+
+constexpr int kv_entry_bytes(KvFormat format, int head_dim) {
+  switch (format) {
+    case KvFormat::F32: return 4 * head_dim;
+    case KvFormat::BF16: return 2 * head_dim;
+    case KvFormat::Int8: return head_dim + (head_dim + kBlock - 1) / kBlock * 2;
+    default: return head_dim;
+  }
+}
+
 struct AttentionTask {
   const float* q;          // [queries, q_stride]; the group's heads of a token lie side by side
   int64_t q_stride;
   int queries, group;      // tokens, query heads per key head
   int head_dim;
-  bool wide;               // keys and values are float32, else bfloat16
+  KvFormat format;
   const uint8_t* kv;       // the layer's part of page 0
   int64_t page_bytes;      // from a page to the next
   int64_t value_bytes;     // from a page's keys to its values
@@ -56,7 +69,7 @@ struct Kernels {
   void (*add)(const float* a, const float* b, int64_t n, float* out);
   void (*act_mul)(const float* gate, const float* up, int64_t n, bool silu, float* out);
   void (*rotate)(float* head, const float* cos, const float* sin, int half);
-  void (*to_bf16)(const float* x, int64_t n, uint16_t* out);
+  void (*store_kv)(KvFormat, const float* x, int head_dim, uint8_t* out);
   void (*attend)(const AttentionTask&);
   void (*combine)(const float* const* out, const float* max, const float* sum, int parts, int64_t stride, int head_dim, float* result);
   int64_t (*argmax)(const float* x, int64_t n);

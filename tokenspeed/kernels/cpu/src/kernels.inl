@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "kernels.h"
 
@@ -10,6 +11,7 @@ namespace {
 
 using namespace simd;
 using ts::Format;
+using ts::KvFormat;
 using ts::Layout;
 using ts::Rows;
 using ts::Scales;
@@ -21,7 +23,7 @@ using ts::Scales;
 #include "attention.inl"
 
 constexpr ts::Kernels make(const char* name) {
-  return {name, tile, unpack_row, quantize, rms_norm, add_rows, act_mul, rotate, to_bf16, attend, combine, argmax, planes_tile, planes_row,
+  return {name, tile, unpack_row, quantize, rms_norm, add_rows, act_mul, rotate, store_kv, attend, combine, argmax, planes_tile, planes_row,
           screen_tile, weigh_look, refine, gumbel};
 }
 

@@ -18,6 +18,12 @@ const Kernels* kernels_or_throw(const std::string& isa) {
   throw std::invalid_argument("this processor has no kernels for instruction set " + isa);
 }
 
+// Whether every tile lies in one half and has its partner in the other.
+bool halves_are_tiles(const Matrix& m) {
+  const auto whole = [](const Segment& s) { return s.first_row % kRows == 0; };
+  return m.rows / 2 % kRows == 0 && std::all_of(m.segments.begin(), m.segments.end(), whole);
+}
+
 }  // namespace
 
 uint8_t* Store::take(int64_t size) {
@@ -51,28 +57,47 @@ int32_t Model::add_matrix(int64_t cols) {
   return static_cast<int32_t>(matrices_.size() - 1);
 }
 
-void Model::add_segment(int32_t matrix, Format format, const uint8_t* source, int64_t rows) {
+int32_t Model::reserve_segment(int32_t matrix, Format format, int64_t rows) {
   Matrix& m = matrices_.at(static_cast<size_t>(matrix));
-  const int64_t tiles = (rows + kRows - 1) / kRows, size = tile_bytes(format, m.cols), bytes = file_row_bytes(format, m.cols);
-  uint8_t* data = store_.take(tiles * size);
-  pool_.run((tiles + 63) / 64, [&](int64_t item) {
-    for (int64_t t = 64 * item; t < std::min(tiles, 64 * (item + 1)); ++t) {
-      pack_tile(format, source, rows, m.cols, bytes, t * kRows, data + t * size);
-    }
-  });
-  place(m, {format, rows, m.rows, tiles, data}, size);
+  const int64_t tiles = (rows + kRows - 1) / kRows, size = tile_bytes(format, m.cols);
+  const auto index = static_cast<int32_t>(m.segments.size());
+  const int64_t group = std::max<int64_t>(1, std::min(tiles / (4 * pool_.threads()), kItemBytes / size));
+  for (int64_t t = 0; t < tiles; t += group) m.shares.push_back({index, t, std::min(tiles, t + group)});
+  (is_plain(format) ? m.plain : m.integer) = true;
+  m.segments.push_back({format, rows, m.rows, tiles, store_.take(tiles * size)});
+  m.rows += rows;
+  m.tiles += tiles;
+  return index;
 }
 
-// A packed segment becomes the matrix's next; `size`: bytes of a tile.
-void Model::place(Matrix& m, Segment segment, int64_t size) {
-  const int64_t tiles = segment.tiles, group = std::max<int64_t>(1, std::min(tiles / (4 * pool_.threads()), kItemBytes / size));
-  for (int64_t t = 0; t < tiles; t += group) {
-    m.shares.push_back({static_cast<int32_t>(m.segments.size()), t, std::min(tiles, t + group)});
+void Model::pack_rows(int32_t matrix, int32_t segment, int64_t first, const uint8_t* source, int64_t rows) {
+  constexpr int64_t kItemTiles = 16;
+  const Matrix& m = matrices_.at(static_cast<size_t>(matrix));
+  const Segment& s = m.segments.at(static_cast<size_t>(segment));
+  if (first % kRows || first < 0 || first + rows > s.rows || (rows % kRows && first + rows < s.rows)) {
+    throw std::invalid_argument("rows to pack are whole tiles of a segment");
   }
-  (is_plain(segment.format) ? m.plain : m.integer) = true;
-  m.rows += segment.rows;
-  m.tiles += tiles;
-  m.segments.push_back(segment);
+  const int64_t tiles = (rows + kRows - 1) / kRows, size = tile_bytes(s.format, m.cols);
+  const int64_t file_bytes = kRows * file_row_bytes(s.format, m.cols);
+  uint8_t* out = s.data + first / kRows * size;
+  uint8_t* high = s.data + first / kRows * high_bytes(m.cols);
+  uint8_t* low = s.data + s.tiles * high_bytes(m.cols) + first / kRows * low_bytes(m.cols);
+  pool_.run((tiles + kItemTiles - 1) / kItemTiles, [&](int64_t item) {
+    for (int64_t t = kItemTiles * item; t < std::min(tiles, kItemTiles * (item + 1)); ++t) {
+      const int64_t here = std::min<int64_t>(kRows, rows - t * kRows);
+      if (s.format == Format::Planes) {
+        pack_planes(source + t * file_bytes, static_cast<int>(here), m.cols, high + t * high_bytes(m.cols), low + t * low_bytes(m.cols));
+      } else {
+        pack_tile(s.format, source + t * file_bytes, static_cast<int>(here), m.cols, out + t * size);
+      }
+    }
+  });
+}
+
+std::pair<uint8_t*, int64_t> Model::packed(int32_t matrix, int32_t segment) const {
+  const Matrix& m = matrices_.at(static_cast<size_t>(matrix));
+  const Segment& s = m.segments.at(static_cast<size_t>(segment));
+  return {s.data, s.tiles * tile_bytes(s.format, m.cols)};
 }
 
 int32_t Model::add_vector(std::vector<float> values) {
@@ -253,11 +278,21 @@ void Model::multiply(int32_t matrix, const float* x, int64_t count, float* out) 
 
 void Model::each_tile(const Matrix& m, const Op& op, int64_t rows, float* out, int64_t stride) {
   const Rows input{rows, m.cols, normed_.data(), hi_.data(), lo_.data(), scale_.data(), sums_.data()};
+  if (op.act >= 0 && !(op.bias < 0 && halves_are_tiles(m))) {
+    std::vector<float> both(static_cast<size_t>(rows * m.rows));
+    Op linear = op;
+    linear.act = -1;
+    each_tile(m, linear, rows, both.data(), m.rows);
+    return rows_of(rows, [&](int64_t row) {
+      const float* gate = both.data() + row * m.rows;
+      kernels_->act_mul(gate, gate + m.rows / 2, m.rows / 2, op.act == 0, out + row * stride);
+    });
+  }
   if (op.act >= 0) {  // a gate tile and its up tile together
     const int64_t tiles = m.rows / 2 / kRows;
     const int64_t group = std::max<int64_t>(1, std::min(tiles / (4 * pool_.threads()), kItemBytes / (2 * tile_bytes(m.segments[0].format, m.cols))));
     return pool_.run((tiles + group - 1) / group, [&](int64_t item) {
-      for (int64_t t = item * group; t < std::min(tiles, (item + 1) * group); ++t) pair_tiles(m, op, input, t, out, stride);
+      pair_tiles(m, op, input, item * group, std::min(tiles, (item + 1) * group), out, stride);
     });
   }
   pool_.run(static_cast<int64_t>(m.shares.size()), [&](int64_t item) {
@@ -281,21 +316,24 @@ void Model::each_tile(const Matrix& m, const Op& op, int64_t rows, float* out, i
   });
 }
 
-void Model::pair_tiles(const Matrix& m, const Op& op, const Rows& input, int64_t tile, float* out, int64_t stride) {
+// The gate's tiles, then the up tiles of the same columns: two long streams, not a change of stream with each tile.
+void Model::pair_tiles(const Matrix& m, const Op& op, const Rows& input, int64_t first, int64_t last, float* out, int64_t stride) {
   thread_local std::vector<float> halves;
-  halves.resize(static_cast<size_t>(input.count * 2 * kRows));
-  const int64_t half = m.rows / 2;
+  const int64_t half = m.rows / 2, width = (last - first) * kRows;
+  halves.resize(static_cast<size_t>(input.count * 2 * width));
   for (int h = 0; h < 2; ++h) {
-    const int64_t row = h * half + tile * kRows;
-    for (const auto& s : m.segments) {
-      if (row < s.first_row || row >= s.first_row + s.rows) continue;
-      const uint8_t* data = s.data + (row - s.first_row) / kRows * tile_bytes(s.format, m.cols);
-      kernels_->tile(s.format, data, input, halves.data() + h * kRows, 2 * kRows, kRows);
+    for (int64_t t = first; t < last; ++t) {
+      const int64_t row = h * half + t * kRows;
+      for (const auto& s : m.segments) {
+        if (row < s.first_row || row >= s.first_row + s.rows) continue;
+        const uint8_t* data = s.data + (row - s.first_row) / kRows * tile_bytes(s.format, m.cols);
+        kernels_->tile(s.format, data, input, halves.data() + h * width + (t - first) * kRows, 2 * width, kRows);
+      }
     }
   }
   for (int64_t row = 0; row < input.count; ++row) {
-    const float* pair = halves.data() + row * 2 * kRows;
-    kernels_->act_mul(pair, pair + kRows, kRows, op.act == 0, out + row * stride + tile * kRows);
+    const float* pair = halves.data() + row * 2 * width;
+    kernels_->act_mul(pair, pair + width, width, op.act == 0, out + row * stride + first * kRows);
   }
 }
 

@@ -29,7 +29,7 @@ class Store {
 struct Segment {  // rows of one format
   Format format;
   int64_t rows, first_row, tiles;
-  const uint8_t* data;
+  uint8_t* data;
 };
 
 struct Share {  // tiles of a segment that one thread takes at a time
@@ -70,11 +70,11 @@ struct Rope {
   std::vector<float> frequency;
 };
 
-struct Cache {  // the arena: [pages, layers per group, 2, page_size, kv_heads, head_dim]
+struct Cache {  // the arena: [pages, layers per group, 2, page_size, kv_heads, entry]; the bytes from one to the next
   uint8_t* data = nullptr;
-  int64_t page_bytes = 0, layer_bytes = 0, value_bytes = 0, token_bytes = 0;
-  int32_t page_size = 0, head_bytes = 0;
-  bool wide = false;
+  int64_t page_bytes = 0, layer_bytes = 0, value_bytes = 0, token_bytes = 0, head_bytes = 0;
+  int32_t page_size = 0;
+  KvFormat format = KvFormat::BF16;
   std::vector<int32_t> group, index;  // of each layer
 };
 
@@ -112,9 +112,12 @@ class Model {
   Pool& pool() { return pool_; }
 
   int32_t add_matrix(int64_t cols);
-  void add_segment(int32_t matrix, Format format, const uint8_t* source, int64_t rows);
-  // A matrix of Q8_0 rows in two planes (formats.h), of which `pick` reads one and little of the other.
-  void add_planes(int32_t matrix, const uint8_t* source, int64_t rows);
+  // Room for the next `rows` rows of a matrix; returns the segment's index.
+  int32_t reserve_segment(int32_t matrix, Format format, int64_t rows);
+  // Fill rows [first, first + rows) of a segment: whole tiles, but for the segment's last rows.
+  void pack_rows(int32_t matrix, int32_t segment, int64_t first, const uint8_t* source, int64_t rows);
+  // A segment as it lies in memory, and its bytes.
+  std::pair<uint8_t*, int64_t> packed(int32_t matrix, int32_t segment) const;
   int32_t add_vector(std::vector<float> values);
   int32_t add_rope(Rope rope);
   int32_t add_value(Value value);
@@ -139,7 +142,6 @@ class Model {
  private:
   float* at(int32_t value, int64_t row) const;
   void run(const Op& op, int64_t tokens);
-  void place(Matrix& m, Segment segment, int64_t size);
   const Op& before_head(const int32_t* rows, int64_t count);
   void prepare_plain(const Matrix& m, const float* x, int64_t count);
   const std::vector<std::vector<Pick>>& pick_prepared(const Op& last, const Ask* asks, int64_t count);
@@ -156,7 +158,7 @@ class Model {
   void prepare(const Op& op, const Matrix& m, int64_t rows);
   void prepare_row(const Op& op, const Matrix& m, int64_t row);
   void each_tile(const Matrix& m, const Op& op, int64_t rows, float* out, int64_t stride);
-  void pair_tiles(const Matrix& m, const Op& op, const Rows& input, int64_t tile, float* out, int64_t stride);
+  void pair_tiles(const Matrix& m, const Op& op, const Rows& input, int64_t first, int64_t last, float* out, int64_t stride);
   void rope_write(const Op& op);
   void rope_row(const Op& op, int64_t token, int64_t sequence);
   void attention(const Op& op);

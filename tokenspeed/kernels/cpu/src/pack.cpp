@@ -1,6 +1,7 @@
 #include "pack.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -59,10 +60,11 @@ int8_t six_bit_scale(const uint8_t* p, int j) {
   return static_cast<int8_t>((low | high << 4) - 32);
 }
 
-void read_small(Format f, const uint8_t* p, Columns* c) {
+template <Format F>
+void read_small(const uint8_t* p, Columns* c) {
   c->half[0] = half_at(p);
-  c->half[1] = f == Format::Q4_1 || f == Format::Q5_1 ? half_at(p + 2) : uint16_t{0};
-  switch (f) {
+  c->half[1] = layout(F).has_min() ? half_at(p + 2) : uint16_t{0};
+  switch (F) {
     case Format::Q8_0:
       for (int i = 0; i < 32; ++i) c->q[i] = p[2 + i] ^ 0x80;  // raised by 128
       break;
@@ -80,9 +82,10 @@ void read_small(Format f, const uint8_t* p, Columns* c) {
 }
 
 // Block j of a super-block of 256.
-void read_super(Format f, const uint8_t* p, int j, Columns* c, SuperFactors* factors) {
+template <Format F>
+void read_super(const uint8_t* p, int j, Columns* c, SuperFactors* factors) {
   const int half = j / 4, shift = j % 4 * 2;  // of formats that keep four runs of 32 in one span of bytes
-  switch (f) {
+  switch (F) {
     case Format::Q2_K: {  // [16 scales, 4 + 4 bits][64 bytes of pairs][d][dmin]
       *factors = {half_at(p + 80), half_at(p + 82)};
       for (int i = 0; i < 32; ++i) c->q[i] = p[16 + 32 * half + i] >> shift & 3;
@@ -130,7 +133,7 @@ void read_super(Format f, const uint8_t* p, int j, Columns* c, SuperFactors* fac
   }
 }
 
-int file_block_bytes(Format f) {
+constexpr int file_block_bytes(Format f) {
   switch (f) {
     case Format::Q8_0: return 34;
     case Format::Q4_0:
@@ -144,6 +147,7 @@ int file_block_bytes(Format f) {
     case Format::Q5_K: return 176;
     case Format::Q6_K: return 210;
     case Format::IQ4_XS: return 136;
+    case Format::Planes: return 34;
     default: return 0;
   }
 }
@@ -182,19 +186,10 @@ void place_bits(const uint8_t* q, int row, uint8_t* out) {
   }
 }
 
-void place(int bits, const uint8_t* q, int row, uint8_t* out) {
-  switch (bits) {
-    case 2: return place_bits<2>(q, row, out);
-    case 3: return place_bits<3>(q, row, out);
-    case 4: return place_bits<4>(q, row, out);
-    case 5: return place_bits<5>(q, row, out);
-    case 6: return place_bits<6>(q, row, out);
-    default: return place_bits<8>(q, row, out);
-  }
-}
-
-void place_scales(const Layout& l, const Columns& c, int row, uint8_t* out) {
-  if (!l.has_super()) {
+template <Format F>
+void place_scales(const Columns& c, int row, uint8_t* out) {
+  constexpr Layout l = layout(F);
+  if constexpr (!l.has_super()) {
     std::memcpy(out + 2 * row, &c.half[0], 2);
     if (l.has_min()) std::memcpy(out + 32 + 2 * row, &c.half[1], 2);
     return;
@@ -202,10 +197,60 @@ void place_scales(const Layout& l, const Columns& c, int row, uint8_t* out) {
   for (int i = 0; i < l.scale_bytes() / kRows; ++i) out[16 * i + row] = c.bytes[i];
 }
 
-void pack_plain(int size, const uint8_t* source, int64_t rows, int64_t cols, int64_t row_bytes, int64_t first, uint8_t* out) {
-  for (int r = 0; r < kRows && first + r < rows; ++r) {
-    const uint8_t* p = source + (first + r) * row_bytes;
-    for (int64_t k = 0; k < cols; ++k) std::memcpy(out + (k * kRows + r) * size, p + k * size, static_cast<size_t>(size));
+// Four rows of four 16-bit elements each, to four columns of four.
+void transpose(const uint64_t* in, uint64_t* out) {
+  constexpr uint64_t kEven = 0x0000ffff0000ffffull, kLow = 0xffffffffull;
+  const uint64_t ab[2] = {(in[0] & kEven) | (in[1] & kEven) << 16, (in[0] >> 16 & kEven) | (in[1] & ~kEven)};
+  const uint64_t cd[2] = {(in[2] & kEven) | (in[3] & kEven) << 16, (in[2] >> 16 & kEven) | (in[3] & ~kEven)};
+  for (int i = 0; i < 2; ++i) {
+    out[i] = (ab[i] & kLow) | cd[i] << 32;
+    out[i + 2] = ab[i] >> 32 | (cd[i] & ~kLow);
+  }
+}
+
+void pack_halves(const uint8_t* source, int64_t cols, uint8_t* out) {  // a whole tile; cols is a multiple of 4
+  for (int64_t k = 0; k < cols; k += 4) {
+    for (int r = 0; r < kRows; r += 4) {
+      uint64_t in[4], turned[4];
+      for (int i = 0; i < 4; ++i) std::memcpy(in + i, source + ((r + i) * cols + k) * 2, 8);
+      transpose(in, turned);
+      for (int i = 0; i < 4; ++i) std::memcpy(out + ((k + i) * kRows + r) * 2, turned + i, 8);
+    }
+  }
+}
+
+void pack_plain(int size, const uint8_t* source, int rows, int64_t cols, uint8_t* out) {
+  if (size == 2 && rows == kRows && cols % 4 == 0 && std::endian::native == std::endian::little) return pack_halves(source, cols, out);
+  for (int64_t k = 0; k < cols; ++k) {
+    for (int r = 0; r < rows; ++r) std::memcpy(out + (k * kRows + r) * size, source + (r * cols + k) * size, static_cast<size_t>(size));
+  }
+}
+
+template <Format F>
+void pack_blocks(const uint8_t* source, int rows, int64_t cols, uint8_t* out) {
+  constexpr Layout l = layout(F);
+  constexpr int per = l.has_super() ? kSuper : 1, size = file_block_bytes(F);
+  const int64_t row_bytes = cols / kBlock / per * size;
+  for (int r = 0; r < rows; ++r) {
+    const uint8_t* p = source + r * row_bytes;
+    uint8_t *at = out, *super = nullptr;
+    for (int64_t b = 0; b < cols / kBlock; ++b, at += l.block_bytes()) {
+      Columns c;
+      if constexpr (l.has_super()) {
+        if (b % kSuper == 0) {
+          super = at;
+          at += l.super_bytes();
+        }
+        SuperFactors factors;
+        read_super<F>(p + b / per * size, static_cast<int>(b % kSuper), &c, &factors);
+        std::memcpy(super + 2 * r, &factors.d, 2);
+        if (l.has_min()) std::memcpy(super + 32 + 2 * r, &factors.least, 2);
+      } else {
+        read_small<F>(p + b * size, &c);
+      }
+      place_bits<l.bits>(c.q, r, at);
+      place_scales<F>(c, r, at + l.weight_bytes());
+    }
   }
 }
 
@@ -216,42 +261,32 @@ int64_t file_row_bytes(Format f, int64_t cols) {
   return cols / (layout(f).has_super() ? kBlock * kSuper : kBlock) * file_block_bytes(f);
 }
 
-void pack_tile(Format f, const uint8_t* source, int64_t rows, int64_t cols, int64_t row_bytes, int64_t first, uint8_t* out) {
-  std::memset(out, 0, static_cast<size_t>(tile_bytes(f, cols)));
-  if (is_plain(f)) return pack_plain(plain_bytes(f), source, rows, cols, row_bytes, first, out);
-  const Layout l = layout(f);
-  const int64_t step = l.block_bytes();
-  for (int r = 0; r < kRows && first + r < rows; ++r) {
-    const uint8_t* p = source + (first + r) * row_bytes;
-    uint8_t* at = out;
-    uint8_t* super = nullptr;
-    for (int64_t b = 0; b < cols / kBlock; ++b, at += step) {
-      Columns c;
-      if (l.has_super()) {
-        if (b % kSuper == 0) {
-          super = at;
-          at += l.super_bytes();
-        }
-        SuperFactors factors;
-        read_super(f, p + b / kSuper * file_block_bytes(f), static_cast<int>(b % kSuper), &c, &factors);
-        std::memcpy(super + 2 * r, &factors.d, 2);
-        if (l.has_min()) std::memcpy(super + 32 + 2 * r, &factors.least, 2);
-      } else {
-        read_small(f, p + b * file_block_bytes(f), &c);
-      }
-      place(l.bits, c.q, r, at);
-      place_scales(l, c, r, at + l.weight_bytes());
-    }
+void pack_tile(Format f, const uint8_t* source, int rows, int64_t cols, uint8_t* out) {
+  if (rows < kRows) std::memset(out, 0, static_cast<size_t>(tile_bytes(f, cols)));
+  switch (f) {
+    case Format::Q8_0: return pack_blocks<Format::Q8_0>(source, rows, cols, out);
+    case Format::Q4_0: return pack_blocks<Format::Q4_0>(source, rows, cols, out);
+    case Format::Q4_1: return pack_blocks<Format::Q4_1>(source, rows, cols, out);
+    case Format::Q5_0: return pack_blocks<Format::Q5_0>(source, rows, cols, out);
+    case Format::Q5_1: return pack_blocks<Format::Q5_1>(source, rows, cols, out);
+    case Format::Q2_K: return pack_blocks<Format::Q2_K>(source, rows, cols, out);
+    case Format::Q3_K: return pack_blocks<Format::Q3_K>(source, rows, cols, out);
+    case Format::Q4_K: return pack_blocks<Format::Q4_K>(source, rows, cols, out);
+    case Format::Q5_K: return pack_blocks<Format::Q5_K>(source, rows, cols, out);
+    case Format::Q6_K: return pack_blocks<Format::Q6_K>(source, rows, cols, out);
+    case Format::IQ4_NL: return pack_blocks<Format::IQ4_NL>(source, rows, cols, out);
+    case Format::IQ4_XS: return pack_blocks<Format::IQ4_XS>(source, rows, cols, out);
+    default: return pack_plain(plain_bytes(f), source, rows, cols, out);
   }
 }
 
-void pack_planes(const uint8_t* source, int64_t rows, int64_t cols, int64_t first, uint8_t* high, uint8_t* low) {
+void pack_planes(const uint8_t* source, int rows, int64_t cols, uint8_t* high, uint8_t* low) {
   const int64_t blocks = cols / kBlock;
   std::memset(high, 0, static_cast<size_t>(high_bytes(cols)));
   std::memset(low, 0, static_cast<size_t>(low_bytes(cols)));
   const double rounding = static_cast<double>(2 * blocks + 8) * 724 * 0x1p-24;  // of the sums, per unit of the activations' length
-  for (int r = 0; r < kRows && first + r < rows; ++r) {
-    const uint8_t* p = source + (first + r) * blocks * 34;
+  for (int r = 0; r < rows; ++r) {
+    const uint8_t* p = source + r * blocks * 34;
     for (int64_t b = 0; b < blocks; ++b, p += 34) {
       uint8_t* coarse = high + b * kHighBlock;
       uint8_t* fine = low + (r % 4 * blocks + b) * 64 + r / 4 * 16;

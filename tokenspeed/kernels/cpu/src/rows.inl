@@ -1,12 +1,21 @@
 // What is done to rows between projections: quantizing, norms, activations, rotation, and the largest of a row.
+constexpr float kLeast = 4e-34f;  // below it 1 / scale may overflow, and no sum would feel the block
+
+// NaN where one of the values is NaN or infinite, else 0.
+inline float broken(F a, F b) { return sum(add(sub(a, a), sub(b, b))); }
+
 // Blocks of 32: scale is the largest magnitude / 127, hi the rounded quotient, lo what it leaves in 1/256 steps.
+// A block that holds NaN or an infinity has zeros for codes and NaN for its scale: every product with it is NaN.
 void quantize(const float* x, int64_t cols, int8_t* hi, int8_t* lo, float* scale, int32_t* sums) {
   for (int64_t b = 0; b < cols / ts::kBlock; ++b, x += 32, hi += 32, lo += 32) {
-    const F v[2] = {load(x), load(x + 16)};
-    const float largest = max_lane(max(abs(v[0]), abs(v[1])));
+    F v[2] = {load(x), load(x + 16)};
+    const float flaw = broken(v[0], v[1]);
+    if (flaw != 0) v[0] = v[1] = set(0.0f);
+    float largest = max_lane(max(abs(v[0]), abs(v[1])));
+    if (largest < kLeast) largest = 0;
     const float step = largest / 127.0f;
     const F inverse = set(largest > 0 ? 127.0f / largest : 0.0f);
-    scale[b] = step / 256.0f;
+    scale[b] = step / 256.0f + flaw;
     for (int h = 0; h < 2; ++h) {
       const F quotient = mul(v[h], inverse);
       const F whole = max(set(-127.0f), min(set(127.0f), round(quotient)));

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+namespace {  // each set has functions of these names: they must not be merged when linked
 namespace simd {
 
 struct W { uint8_t b[64]; };
@@ -104,6 +105,15 @@ inline void store_bf16(uint16_t* p, F v) {
 }
 inline F load_u8(const uint8_t* p) { return lanes([=](int i) { return static_cast<float>(p[i]); }); }
 inline F load_s8(const int8_t* p) { return lanes([=](int i) { return static_cast<float>(p[i]); }); }
+// Sixteen e4m3 values over 256: their bits, moved, are those of a float32 over 2^112.
+inline F load_e4m3(const uint8_t* p) {
+  return lanes([=](int i) {
+    const uint32_t bits = static_cast<uint32_t>(p[i] & 0x80) << 24 | static_cast<uint32_t>(p[i] & 0x7f) << 20;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f * 0x1p112f;
+  });
+}
 inline F add(F a, F b) { return lanes([&](int i) { return a.v[i] + b.v[i]; }); }
 inline F sub(F a, F b) { return lanes([&](int i) { return a.v[i] - b.v[i]; }); }
 inline F mul(F a, F b) { return lanes([&](int i) { return a.v[i] * b.v[i]; }); }
@@ -120,7 +130,10 @@ inline float sum(F v) {
 }
 inline float max_lane(F v) { float m = v.v[0]; for (float x : v.v) m = x > m ? x : m; return m; }
 inline F round(F v) { return lanes([&](int i) { return std::nearbyintf(v.v[i]); }); }
-inline F scale_by_power(F v, F n) { return lanes([&](int i) { return std::ldexp(v.v[i], static_cast<int>(n.v[i])); }); }
+inline F scale_by_power(F v, F n) {
+  return lanes([&](int i) { return std::isnan(n.v[i]) ? n.v[i] : std::ldexp(v.v[i], static_cast<int>(n.v[i])); });
+}
 inline void store_s8(int8_t* p, F v) { for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(std::nearbyintf(v.v[i])); }
 
 }  // namespace simd
+}  // namespace

@@ -3,7 +3,27 @@
 
 #include "kernels.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace ts {
+namespace {
+
+#if defined(__aarch64__)
+bool has_dot_products() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__APPLE__)
+  return true;  // every Apple processor that runs macOS
+#else
+  return false;
+#endif
+}
+#endif
+
+}  // namespace
 
 const Kernels* kernels_for(const std::string& isa) {
   const Kernels* usable[4] = {};
@@ -16,7 +36,7 @@ const Kernels* kernels_for(const std::string& isa) {
   if (avx512) usable[count++] = avx512_kernels();
   if (avx2) usable[count++] = avx2_kernels();
 #elif defined(__aarch64__)
-  usable[count++] = neon_kernels();
+  if (has_dot_products()) usable[count++] = neon_kernels();
 #endif
   usable[count++] = generic_kernels();
   for (int i = 0; i < count; ++i) {

@@ -1,0 +1,103 @@
+"""Child process: compiles the dense kernels for a target on real shapes and prints what their assembly holds as JSON.
+
+python -m tests.kernels.triton.dense_launches TARGET SET
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+from tests.kernels.triton.compilation import recorded
+from tokenspeed.kernels.triton import linear, norm
+from tokenspeed.kernels.triton.linear import project
+from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue
+from tokenspeed.quantization.fp8 import Fp8Weight
+
+NO_FP8 = ("sm_80", "gfx942")
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def fp8(rows: int, cols: int, block: bool = False) -> Fp8Weight:
+    scale = (rows // 128, cols // 128) if block else (rows,)
+    return Fp8Weight(meta(rows, cols, dtype=torch.float8_e4m3fn), meta(*scale, dtype=torch.float32))
+
+
+def vector(cols: int) -> torch.Tensor:
+    return meta(cols, dtype=torch.float32)
+
+
+def layer(rows: int, hidden: int, ff: int, weight: Any, dtype: torch.dtype) -> None:
+    """The projections of a layer, and those of one with branch norms and biases."""
+    x, branch = meta(rows, hidden, dtype=dtype), meta(rows, hidden, dtype=dtype)
+    plain = Norm(vector(hidden), 1e-5)
+    project(x, weight(3 * hidden, hidden), vector(3 * hidden), prologue=Prologue(plain))
+    project(x, weight(hidden, hidden))
+    project(x, weight(2 * ff, hidden), act="silu", prologue=Prologue(plain, branch))
+    project(meta(rows, ff, dtype=dtype), weight(hidden, ff))
+    project(x, weight(2 * ff, hidden), act="gelu_tanh", prologue=Prologue(plain, branch, plain))
+
+
+def row_kernels(dtype: torch.dtype) -> None:
+    x = meta(100, 4096, dtype=dtype)
+    norm.add_rows(x, x)
+    norm.norm_heads(x, Norm(vector(128), 1e-6))
+    norm.norm_rows(x, Norm(vector(4096), 1e-6), x, Norm(vector(4096), 1e-6))
+    norm.act_mul(x, "silu")
+    norm.embed_rows(meta(100, dtype=torch.int32), meta(1000, 4096, dtype=dtype), 64.0)
+
+
+def quantised_rows() -> None:
+    x = meta(100, 28672)
+    norm.act_mul(x, "gelu_tanh", quantize=True)
+    norm.norm_rows(x[:, :4096], Norm(vector(4096), 1e-6), x[:, :4096], quantize=True)
+    norm.norm_rows(x, None, quantize=True)
+
+
+def few(target: str) -> None:
+    """One configuration of each kernel."""
+    x = meta(1, 4096)
+    prologue = Prologue(Norm(vector(4096), 1e-5), x)
+    project(x, meta(28672, 4096), act="silu", prologue=prologue)
+    project(x, fp8(6144, 4096), prologue=prologue)
+    project(meta(32, 4096), meta(4096, 4096), vector(4096))
+    project(meta(64, 4096), fp8(28672, 4096), act="silu")
+    row_kernels(torch.bfloat16)
+
+
+def product(target: str) -> None:
+    """Every path, dtype and padded row count."""
+
+    def plain(rows: int, cols: int) -> Matrix:
+        return meta(rows, cols, dtype=dtype)
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for rows in (1, 2, 8, 32, 64) if dtype == torch.bfloat16 else (1, 64):
+            layer(rows, 2048, 8192, plain, dtype)
+        layer(2, 640, 2048, plain, dtype)
+        row_kernels(dtype)
+    if target not in NO_FP8:
+        quantised_rows()
+        for rows in (1, 2, 8, 32, 64):
+            layer(rows, 4096, 14336, fp8, torch.bfloat16)
+        project(meta(9, 4096), fp8(6144, 4096, block=True))
+
+
+def main() -> None:
+    target, which = sys.argv[1:]
+    # Kernels of a target without dependent launch are compiled as they are launched there.
+    ahead = target in ("sm_90", "sm_100")
+    linear.dependent_launch = norm.dependent_launch = lambda device: ahead  # type: ignore[attr-defined]
+    with recorded(target) as kernels:
+        (few if which == "few" else product)(target)
+    print(json.dumps(kernels))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""A GPU that is not there: recorded work is kept and run again, on CPU tensors at the same addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tokenspeed.kernels.registry import Implementation, Registry
+from tokenspeed.ops import reference
+from tokenspeed.program.program import Record
+from tokenspeed.runner.gpu.view import GpuView
+
+Tensors = Sequence[torch.Tensor]
+
+
+@dataclass
+class FakeGraph:
+    work: Callable[[], None]
+    replays: int = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.work()
+
+
+@dataclass
+class FakeLink:
+    """Marks resolve in order, and only when asked: nothing may look at a result before that."""
+
+    graphs: list[FakeGraph] = field(default_factory=list)
+    waits: int = 0
+
+    @property
+    def recorder(self) -> FakeLink:
+        return self
+
+    def capture(self, work: Callable[[], None]) -> FakeGraph:
+        self.graphs.append(FakeGraph(work))
+        return self.graphs[-1]
+
+    def forget(self) -> None:
+        self.graphs.clear()
+
+    def pinned(self, *size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=torch.int32)
+
+    def mark(self) -> Callable[[], None]:
+        def wait() -> None:
+            self.waits += 1
+
+        return wait
+
+
+def register_twins(registry: Registry) -> None:
+    """Ops that see the step, in torch, token by token."""
+    for op, run in (("rope", _rope), ("kv_write", _kv_write), ("attention", _attention)):
+        registry.add(Implementation("twin", op, "twin", run, lambda operands, situation: True, priority=5))
+
+
+def _rope(view: GpuView, record: Record, inputs: Tensors, weights: Tensors) -> tuple[torch.Tensor, ...]:
+    none = torch.empty(0)
+    step = reference.StepView(none, view.positions.long(), none, [], [], [], (), none, none)
+    return reference.rope(step, inputs, weights, record.attrs)
+
+
+def _entry(view: GpuView, group: int, slot: int, position: int) -> tuple[int, int]:
+    page = int(view.block_tables[group, slot, position // view.page_size])
+    return page, position % view.page_size
+
+
+def _kv_write(view: GpuView, record: Record, inputs: Tensors, weights: Tensors) -> tuple[torch.Tensor, ...]:
+    group, index = view.places[record.attrs["layer"]]
+    for t, slot in enumerate(view.slots.tolist()):
+        if slot >= 0:
+            page, offset = _entry(view, group, slot, int(view.positions[t]))
+            for which, x in enumerate(inputs):
+                view.kv[page, index, which, offset] = x[t].view(view.num_kv_heads, view.head_dim)
+    return (inputs[0],)
+
+
+def _attention(view: GpuView, record: Record, inputs: Tensors, weights: Tensors) -> tuple[torch.Tensor, ...]:
+    attrs: Any = record.attrs
+    group, index = view.places[attrs["layer"]]
+    out = torch.zeros_like(inputs[0])
+    for t, slot in enumerate(view.slots.tolist()):
+        if slot < 0:
+            continue
+        position = int(view.positions[t])
+        first = max(0, position - attrs["window"] + 1) if attrs["window"] else 0
+        entries = [_entry(view, group, slot, p) for p in range(first, position + 1)]
+        keys = torch.stack([view.kv[page, index, 0, offset] for page, offset in entries])
+        values = torch.stack([view.kv[page, index, 1, offset] for page, offset in entries])
+        q = inputs[0][t].view(attrs["kv_heads"], -1, attrs["head_dim"])
+        scores = torch.einsum("hgd,nhd->hgn", q, keys.to(q.dtype)) * attrs["scale"]
+        out[t] = torch.einsum("hgn,nhd->hgd", scores.softmax(-1), values.to(q.dtype)).reshape(-1)
+    return (out,)

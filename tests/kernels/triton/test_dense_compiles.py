@@ -1,0 +1,52 @@
+"""The dense kernels compile, and their assembly holds what makes them fast. In child processes, without interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def compiled(target: str, which: str, cache: Path) -> list[dict[str, Any]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.kernels.triton.dense_launches", target, which]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kernels: list[dict[str, Any]] = json.loads(done.stdout)
+    return kernels
+
+
+def test_one_of_each_for_hopper(tmp_path: Path) -> None:
+    kernels = compiled("sm_90", "few", tmp_path)
+    names = {"gemv_kernel", "skinny_kernel", "add_parts_kernel", "rows_kernel", "act_kernel", "embed_kernel"}
+    assert {kernel["name"] for kernel in kernels} == names
+    for kernel in kernels:
+        assert kernel["griddepcontrol.wait"] == 1, kernel
+        assert kernel["griddepcontrol.launch_dependents"] == 1, kernel
+        if kernel["name"] == "skinny_kernel":
+            assert kernel["wgmma.mma_async"] > 0, kernel
+            assert kernel["prefetch.global.L2"] > 0, kernel
+        if kernel["name"] == "gemv_kernel":
+            # Weights are asked for before the wait, and do not push activations out of the caches.
+            assert kernel["evict_first loads before wait"] > 0, kernel
+            assert kernel["other loads before wait"] == 0, kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"])
+def test_every_path_for_every_target(target: str, tmp_path: Path) -> None:
+    kernels = compiled(target, "product", tmp_path)
+    assert len(kernels) > 60
+    waits = sum(kernel["griddepcontrol.wait"] for kernel in kernels)
+    assert waits == (len(kernels) if target in ("sm_90", "sm_100") else 0)
+    if target.startswith("sm"):
+        products = [kernel for kernel in kernels if kernel["name"] == "skinny_kernel"]
+        assert all(k["wgmma.mma_async"] + k["mma.sync"] + k["tcgen05.mma"] > 0 for k in products)

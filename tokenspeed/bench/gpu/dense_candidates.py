@@ -1,0 +1,38 @@
+"""Tiles worth timing for the small-row projections; the first of a list is the one to compare variants with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tokenspeed.kernels.triton.tiles import GemvTile, SkinnyTile
+
+_GEMV = {
+    (1, 2): ((4, 2048, 8), (2, 2048, 8), (8, 2048, 8), (4, 1024, 4), (8, 1024, 4), (16, 512, 4), (2, 4096, 8)),
+    (2, 2): ((4, 2048, 8), (2, 2048, 8), (8, 1024, 8), (4, 1024, 4)),
+    (4, 2): ((2, 2048, 8), (4, 1024, 8), (4, 512, 4)),
+    (1, 1): ((4, 4096, 8), (2, 4096, 8), (8, 4096, 8), (8, 2048, 8), (4, 2048, 8), (16, 1024, 8)),
+    (2, 1): ((4, 4096, 8), (2, 4096, 8), (4, 2048, 8), (8, 2048, 8)),
+    (4, 1): ((2, 4096, 8), (4, 2048, 8), (4, 1024, 4)),
+}
+"""(rows of W, columns, warps) by rows of x and bytes of an element."""
+
+_NARROW = ((16, 512, 1, 2, 6), (16, 1024, 1, 2, 4), (32, 512, 1, 4, 4), (32, 256, 1, 2, 6), (16, 512, 2, 2, 6))
+"""(rows of W, bytes of a row's tile, split of K, warps, stages)."""
+
+
+def gemv_candidates(rows: int, item: int) -> list[GemvTile]:
+    """For 1, 2 or 4 rows and elements of `item` bytes."""
+    tiles = [GemvTile(*numbers) for numbers in _GEMV[rows, item]]
+    return [*tiles, replace(tiles[0], pdl=False)]
+
+
+def skinny_candidates(rows: int, n: int, k: int, item: int) -> list[SkinnyTile]:
+    """For 16, 32 or 64 padded rows against W [n, k]."""
+    stages = 4 if rows <= 32 else 3
+    splits = [s for s in (1, 2, 4, 8) if 96 <= -(-n // 64) * s <= 1024 and k // s >= 512] or [1]
+    tiles = [SkinnyTile(64, 256 // item, s, 4, stages) for s in splits]
+    tiles += [SkinnyTile(64, 128 // item, splits[0], 4, 6), SkinnyTile(128, 128 // item, splits[-1], 8, 4)]
+    if rows <= 32:
+        tiles += [SkinnyTile(bn, width // item, s, warps, depth) for bn, width, s, warps, depth in _NARROW]
+    wide = [replace(tile, prefetch=512 // item) for tile in tiles]
+    return [*wide, replace(wide[0], prefetch=0), replace(wide[0], pdl=False)]

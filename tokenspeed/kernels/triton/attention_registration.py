@@ -1,0 +1,106 @@
+"""Paged attention and KV writes on a GPU: what runs them, and what they take.
+
+A `run` is called as run(view, record, inputs, weights) with a `PagedView` and gives the record's outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from tokenspeed.kernels.registry import Implementation, Registry, Situation
+from tokenspeed.kernels.triton.attention_tiles import MAX_GROUP, MAX_HEAD_DIM, decode_tile, prefill_tile
+from tokenspeed.kernels.triton.decode_attention import decode_attention
+from tokenspeed.kernels.triton.launch import dependent_launch
+from tokenspeed.kernels.triton.paged import Heads, PagedLayer, heads_of, paged_layer
+from tokenspeed.kernels.triton.prefill_attention import prefill_attention
+from tokenspeed.kernels.triton.rope_write import HeadNorm, rope_write
+from tokenspeed.kernels.triton.view import PagedView, RecordView
+from tokenspeed.ops.definitions import Operands
+
+Tensors = tuple[torch.Tensor, ...]
+Inputs = Sequence[torch.Tensor]
+MOST_DECODE_TOKENS = 64
+"""Buckets up to this hold the decode kernel alone, which takes every token as a sequence of its own."""
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def run_decode(view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs) -> Tensors:
+    """attention of a bucket up to MOST_DECODE_TOKENS. weights: none, or sinks float32 [heads]."""
+    heads, paged = heads_of(record.attrs), paged_layer(view, record.attrs["layer"])
+    return (_decode(inputs[0], paged, heads, _sinks(weights), None, None),)
+
+
+def run_prefill(view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs) -> Tensors:
+    """attention of a larger bucket: the view's items, then its decode rows where it has them; without items every token
+    is a sequence of its own."""
+    if view.items is None:
+        return run_decode(view, record, inputs, weights)
+    heads, paged, q = heads_of(record.attrs), paged_layer(view, record.attrs["layer"]), inputs[0]
+    tile = prefill_tile(heads.head_dim, q.element_size())
+    out = prefill_attention(q, paged, view.items, heads, tile, _sinks(weights))
+    if view.decode_rows is not None:
+        _decode(q, paged, heads, _sinks(weights), view.decode_rows, out)
+    return (out,)
+
+
+def _sinks(weights: Inputs) -> torch.Tensor | None:
+    return weights[0] if weights else None
+
+
+def _decode(
+    q: torch.Tensor,
+    paged: PagedLayer,
+    heads: Heads,
+    sinks: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    sequences = q.shape[0] if rows is None else rows.shape[0]
+    widest = max(q.element_size(), paged.kv.element_size())
+    tile = decode_tile(sequences, heads.kv_heads, heads.head_dim, widest)
+    return decode_attention(q, paged, heads, tile, sinks, rows, out, pdl=dependent_launch(q))
+
+
+def run_rope_write(view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs) -> Tensors:
+    """rope_write and qk_norm_rope_write: inputs q, k, v; weights none, or the norms of q and of k."""
+    parts = list(record.plain())
+    rope = next(part.attrs["rope"] for part in parts if part.op == "rope")
+    layer = next(part.attrs["layer"] for part in parts if part.op == "kv_write")
+    eps = [part.attrs["eps"] for part in parts if part.op == "norm"]
+    norms = (HeadNorm(weights[0], eps[0]), HeadNorm(weights[1], eps[1])) if eps else None
+    q, k, v = inputs
+    paged = paged_layer(view, layer)
+    rotated = rope_write(q, k, v, paged, rope, norms, pdl=dependent_launch(q))
+    return rotated, paged.kv
+
+
+def _takes(operands: Operands, situation: Situation) -> bool:
+    return situation.device == "cuda" and situation.dtype in DTYPES
+
+
+def _takes_attention(operands: Operands, situation: Situation) -> bool:
+    attrs = operands.attrs
+    fits = attrs["head_dim"] <= MAX_HEAD_DIM and attrs["heads"] <= MAX_GROUP * attrs["kv_heads"]
+    return fits and _takes(operands, situation)
+
+
+def _takes_decode(operands: Operands, situation: Situation) -> bool:
+    return situation.tokens <= MOST_DECODE_TOKENS and _takes_attention(operands, situation)
+
+
+def _takes_prefill(operands: Operands, situation: Situation) -> bool:
+    return situation.tokens > MOST_DECODE_TOKENS and _takes_attention(operands, situation)
+
+
+def register(registry: Registry) -> None:
+    """Add attention and the fused writes."""
+    table: tuple[tuple[str, str, Callable[..., Tensors], Callable[[Operands, Situation], bool]], ...] = (
+        ("decode", "attention", run_decode, _takes_decode),
+        ("prefill", "attention", run_prefill, _takes_prefill),
+        ("rope_write", "rope_write", run_rope_write, _takes),
+        ("rope_write", "qk_norm_rope_write", run_rope_write, _takes),
+    )
+    for name, op, run, takes in table:
+        registry.add(Implementation(name, op, "triton", run, takes, priority=10))

@@ -1,0 +1,205 @@
+"""Row kernels for any number of rows: join, RMS norms, quantising to fp8, gated activation, embedding rows."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tokenspeed.kernels.triton.dependent import dependent_launch, options
+from tokenspeed.kernels.triton.operands import Norm, Rows
+from tokenspeed.kernels.triton.rows import activation, fp8_scale, gated, residual, rms_factors, to_fp8
+
+FP8 = torch.float8_e4m3fn
+_ELEMENTS_PER_WARP = 512
+_ACT_COLUMNS = 1024
+
+
+@triton.jit
+def rows_kernel(
+    x: tl.tensor,
+    branch: tl.tensor,
+    norm_weight: tl.tensor,
+    branch_weight: tl.tensor,
+    y: tl.tensor,
+    y_scale: tl.tensor,
+    joined: tl.tensor,
+    x_stride: tl.tensor,
+    branch_stride: tl.tensor,
+    eps: tl.tensor,
+    branch_eps: tl.tensor,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """One program per row (axis 0) and head of K columns (axis 1). Writes what is not None: the sum with the branch,
+    the normed row, and with y_scale the latter in e4m3 of that scale."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    t, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    cols = tl.arange(0, BLOCK_K)
+    x_at, branch_at = t * x_stride + head * K, t * branch_stride + head * K
+    out_at = (t * tl.num_programs(1) + head) * K
+    branch_rstd, rstd = rms_factors(
+        x, branch, branch_weight, norm_weight, x_at, branch_at, eps, branch_eps, cols, K, BLOCK_K
+    )
+    if joined is not None:
+        total = residual(x, branch, branch_weight, x_at, branch_at, branch_rstd, cols, K, BLOCK_K)
+        tl.store(joined + out_at + cols, total, mask=cols < K)
+    if y is not None:
+        value = activation(x, branch, branch_weight, norm_weight, x_at, branch_at, branch_rstd, rstd, cols, K, BLOCK_K)
+        if y_scale is not None:
+            scale = fp8_scale(tl.max(tl.abs(value), axis=0))
+            tl.store(y_scale + t, scale)
+            value = to_fp8(value, scale)
+        tl.store(y + out_at + cols, value.to(y.dtype.element_ty), mask=cols < K)
+
+
+@triton.jit
+def act_kernel(
+    x: tl.tensor,
+    y: tl.tensor,
+    y_scale: tl.tensor,
+    x_stride: tl.tensor,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACT: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """y [rows, N] = act(left half) * right half of x [rows, 2N]; with y_scale a program holds a whole row."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    dtype: tl.constexpr = x.dtype.element_ty
+    t = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < N
+    gate = tl.load(x + t * x_stride + cols, mask=mask, other=0.0)
+    up = tl.load(x + t * x_stride + N + cols, mask=mask, other=0.0)
+    value = gated(gate, up, ACT, dtype).to(dtype).to(tl.float32)
+    if y_scale is not None:
+        scale = fp8_scale(tl.max(tl.abs(value), axis=0))
+        tl.store(y_scale + t, scale)
+        value = to_fp8(value, scale)
+    tl.store(y + t * N + cols, value.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def embed_kernel(
+    tokens: tl.tensor,
+    table: tl.tensor,
+    y: tl.tensor,
+    t_stride: tl.tensor,
+    vocab: tl.tensor,
+    scale: tl.tensor,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """y [rows, K] = table[tokens] * scale; zeros for ids outside the table."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    dtype: tl.constexpr = y.dtype.element_ty
+    t = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(tokens + t).to(tl.int64)
+    known_columns = tl.where((token >= 0) & (token < vocab), K, 0)
+    value = tl.load(table + token * t_stride + cols, mask=cols < known_columns, other=0.0)
+    value = value.to(tl.float32) * scale
+    tl.store(y + t * K + cols, value.to(dtype), mask=cols < K)
+
+
+def norm_rows(
+    x: torch.Tensor,
+    norm: Norm | None,
+    branch: torch.Tensor | None = None,
+    branch_norm: Norm | None = None,
+    quantize: bool = False,
+) -> tuple[Rows, torch.Tensor | None]:
+    """RMS norm (arXiv:1910.07467) of x [T, K], or of x plus a branch [T, K] that is normed first where asked.
+
+    Returns the rows, normed, in the dtype of x or in e4m3 with a scale per row (absmax / 448), and the sum [T, K], or
+    None without a branch. Without `norm` the rows are only joined and quantised. x and branch may be column slices.
+    """
+    rows, cols = x.shape
+    y = torch.empty(rows, cols, dtype=FP8 if quantize else x.dtype, device=x.device)
+    y_scale = torch.empty(rows, dtype=torch.float32, device=x.device) if quantize else None
+    joined = None if branch is None else torch.empty(rows, cols, dtype=x.dtype, device=x.device)
+    _launch_rows(x, branch, norm, branch_norm, y, y_scale, joined, heads=1)
+    return Rows(y, y_scale), joined
+
+
+def norm_heads(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """RMS norm of each head of x [T, heads * width], width being that of the norm's weight. Dtype of x."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch_rows(x, None, norm, None, y, None, None, heads=x.shape[1] // norm.weight.numel())
+    return y
+
+
+def add_rows(x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """x + branch, both [T, K], in the dtype of x."""
+    joined = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch_rows(x, branch, None, None, None, None, joined, heads=1)
+    return joined
+
+
+def _launch_rows(
+    x: torch.Tensor,
+    branch: torch.Tensor | None,
+    norm: Norm | None,
+    branch_norm: Norm | None,
+    y: torch.Tensor | None,
+    y_scale: torch.Tensor | None,
+    joined: torch.Tensor | None,
+    heads: int,
+) -> None:
+    rows, width = x.shape[0], x.shape[1] // heads
+    block = triton.next_power_of_2(width)
+    rows_kernel[(rows, heads)](
+        x,
+        branch,
+        None if norm is None else norm.weight,
+        None if branch_norm is None else branch_norm.weight,
+        y,
+        y_scale,
+        joined,
+        x.stride(0),
+        0 if branch is None else branch.stride(0),
+        0.0 if norm is None else norm.eps,
+        0.0 if branch_norm is None else branch_norm.eps,
+        K=width,
+        BLOCK_K=block,
+        **options(_warps(block), dependent_launch(x.device)),
+    )
+
+
+def act_mul(x: torch.Tensor, act: str, quantize: bool = False) -> Rows:
+    """act(left half) * right half of x [T, 2N], act being silu or gelu_tanh; [T, N] in the dtype of x, or in e4m3 with
+    a scale per row."""
+    rows, cols = x.shape[0], x.shape[1] // 2
+    block = triton.next_power_of_2(cols) if quantize else min(_ACT_COLUMNS, triton.next_power_of_2(cols))
+    y = torch.empty(rows, cols, dtype=FP8 if quantize else x.dtype, device=x.device)
+    y_scale = torch.empty(rows, dtype=torch.float32, device=x.device) if quantize else None
+    grid = (rows, triton.cdiv(cols, block))
+    launch = options(_warps(block), dependent_launch(x.device))
+    act_kernel[grid](x, y, y_scale, x.stride(0), N=cols, BLOCK=block, ACT=act, **launch)
+    return Rows(y, y_scale)
+
+
+def embed_rows(tokens: torch.Tensor, table: torch.Tensor, scale: float) -> torch.Tensor:
+    """table[tokens] * scale, [T, K] in the dtype of the table; zeros for ids outside it. tokens: int32 or int64 [T]."""
+    rows, (vocab, cols) = tokens.shape[0], table.shape
+    block = min(_ACT_COLUMNS, triton.next_power_of_2(cols))
+    y = torch.empty(rows, cols, dtype=table.dtype, device=table.device)
+    grid = (rows, triton.cdiv(cols, block))
+    launch = options(_warps(block), dependent_launch(table.device))
+    rounded = torch.tensor(scale, dtype=table.dtype).item()  # as the reference does
+    embed_kernel[grid](tokens, table, y, table.stride(0), vocab, rounded, K=cols, BLOCK=block, **launch)
+    return y
+
+
+def _warps(columns: int) -> int:
+    return max(1, min(16, columns // _ELEMENTS_PER_WARP))

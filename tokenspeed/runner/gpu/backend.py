@@ -1,0 +1,132 @@
+"""One model on a GPU: plans per bucket, walked kernel by kernel; whoever calls may capture the walk in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+
+import torch
+
+from tokenspeed.kernels import ref
+from tokenspeed.kernels.registry import Implementation, Registry, Situation
+from tokenspeed.ops.definitions import Operands
+from tokenspeed.program.plan import Plan, Planned, plan
+from tokenspeed.program.program import Record
+from tokenspeed.quantization.fp8 import FORMAT as FP8_FORMAT
+from tokenspeed.quantization.fp8 import Fp8Weight, quantize_fp8
+from tokenspeed.runner.gpu.view import GpuView
+from tokenspeed.runner.model import LoadedModel, Progress
+from tokenspeed.weights.unpacked import unpack_all
+
+
+class GpuBackend:
+    """Weights in the compute dtype on the device; every record of the program by the fastest kernel that takes it."""
+
+    name = "gpu"
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        progress: Progress | None = None,
+        register: Callable[[Registry], None] | None = None,
+        quantization: str | None = None,
+    ) -> None:
+        """register: adds the fast kernels; by default Triton's. quantization: fp8 makes every projection but the head
+        e4m3 with a scale per output channel, and its activations e4m3 per token."""
+        self.model = model
+        plain = unpack_all(model.packed, model.dtype, progress)
+        narrow = _fp8_names(model) if quantization == "fp8" else frozenset()
+        self.weights = {name: _on_device(tensor, model.device, name in narrow) for name, tensor in plain.items()}
+        self.formats = model.formats | dict.fromkeys(narrow, (FP8_FORMAT,))
+        self.weight_bytes = {name: _nbytes(weight) for name, weight in self.weights.items()}
+        self._registry = Registry()
+        (register or _register_kernels)(self._registry)
+        self._registry.add(Implementation("rows", "select", "gpu", _select, _always, priority=10))
+        ref.register(self._registry)
+        self._plans: dict[int, Plan] = {}
+
+        shape = model.definition.config
+        self.num_heads, self.vocab_size = shape.num_heads, shape.vocab_size
+
+    @property
+    def fallback_ops(self) -> list[str]:
+        """Ops that the reference runs in the smallest bucket, although they have arithmetic of their own."""
+        steps = self.plan_for(1).steps
+        slow = [s.record.op for s in steps if s.implementation.backend == "ref" and s.record.op not in ("split",)]
+        return list(dict.fromkeys(slow))
+
+    def plan_for(self, tokens: int) -> Plan:
+        """The plan for a bucket of `tokens`; made on first use."""
+        if tokens not in self._plans:
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            situation = Situation(self.model.device.type, dtype, tokens, self.formats)
+            self._plans[tokens] = plan(self.model.program, self._registry, situation)
+        return self._plans[tokens]
+
+    def forward(self, view: GpuView) -> torch.Tensor:
+        """Logits [rows, vocabulary] of the step's rows, in the compute dtype; KV is written on the way.
+
+        The head is planned for its own number of rows, which is smaller than that of tokens when prompts are fed.
+        """
+        program = self.model.program
+        body, _ = _at_select(self.plan_for(len(view.tokens)).steps)
+        _, head = _at_select(self.plan_for(len(view.rows)).steps)
+        values = {program.inputs["tokens"]: view.tokens}
+        self.walk((*body, *head), view, values)
+        return values[program.outputs["logits"]]
+
+    def walk(self, steps: Sequence[Planned], view: GpuView, values: dict[int, torch.Tensor]) -> None:
+        """Run planned records; `values` takes their outputs and loses what is dead."""
+        for step in steps:
+            record, implementation = step.record, step.implementation
+            inputs = [values[v] for v in record.inputs]
+            weights = [self.weights[name] for name in record.weights]
+            if implementation.backend == "ref":
+                outputs = implementation.run(view, inputs, weights, record.attrs)
+            else:
+                outputs = implementation.run(view, record, inputs, weights)
+            values.update(zip(record.outputs, outputs, strict=True))
+            for value in step.frees:
+                values.pop(value, None)
+
+
+def _fp8_names(model: LoadedModel) -> frozenset[str]:
+    head = list(model.program.records[-1].plain())[-1].weights[0]
+    return frozenset(name for name, w in model.packed.items() if w.spec.kind == "linear" and name != head)
+
+
+def _on_device(tensor: torch.Tensor, device: torch.device, narrow: bool) -> torch.Tensor | Fp8Weight:
+    moved = tensor.to(device)
+    return quantize_fp8(moved) if narrow else moved
+
+
+def _nbytes(weight: torch.Tensor | Fp8Weight) -> float:
+    parts = (weight.q, weight.scale) if isinstance(weight, Fp8Weight) else (weight,)
+    return float(sum(part.nbytes for part in parts))
+
+
+def _at_select(steps: Sequence[Planned]) -> tuple[Sequence[Planned], Sequence[Planned]]:
+    at = next(i for i, step in enumerate(steps) if step.record.op == "select")
+    return steps[:at], steps[at:]
+
+
+def _select(
+    view: GpuView, record: Record, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    return (inputs[0].index_select(0, view.rows.clamp(min=0)),)
+
+
+def _always(operands: Operands, situation: Situation) -> bool:
+    return True
+
+
+def triton_available() -> bool:
+    """Whether Triton can be imported."""
+    return find_spec("triton") is not None
+
+
+def _register_kernels(registry: Registry) -> None:
+    from tokenspeed.kernels.triton import attention_registration, dense  # Triton is an optional package
+
+    attention_registration.register(registry)
+    dense.register(registry)

@@ -1,0 +1,64 @@
+"""What CUDA offers beyond tensors: graphs, pinned memory and events; and the kernels around the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tokenspeed.kernels.triton import attention_tiles, sample, step, work_items
+from tokenspeed.kernels.triton.sampling_state import SamplingState
+from tokenspeed.runner.arena import Arena
+from tokenspeed.runner.gpu.graphs import CudaDevice
+
+MOST_DECODE_TOKENS = 64
+"""Buckets up to this treat every token as a sequence of its own and need no work list."""
+
+
+class CudaLink:
+    """The current CUDA device and stream."""
+
+    def __init__(self) -> None:
+        self.recorder = CudaDevice()
+
+    def pinned(self, *shape: int) -> torch.Tensor:
+        """Page-locked zeros, int32."""
+        return torch.zeros(shape, dtype=torch.int32).pin_memory()
+
+    def mark(self) -> Callable[[], None]:
+        """An event after all work given so far."""
+        event = torch.cuda.Event()
+        event.record()
+        return event.synchronize
+
+
+class TritonSteps:
+    """The kernels before and after the forward pass. heads: of queries; itemsize: bytes of an activation."""
+
+    def __init__(self, heads: int, itemsize: int) -> None:
+        self._heads, self._itemsize = heads, itemsize
+
+    prepare = staticmethod(step.prepare)
+    finish = staticmethod(step.finish)
+    count_tokens = staticmethod(step.count_tokens)
+
+    def items(self, inputs: Any, header: torch.Tensor, arena: Arena) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The prefill kernel's work list, and the rows left to the decode kernel; none for small buckets."""
+        tokens, rows, shape = len(inputs.tokens), len(inputs.row_slots), arena.shape
+        if tokens <= MOST_DECODE_TOKENS:
+            return None, None
+        each = attention_tiles.item_tokens(self._heads, shape.kv_heads, shape.head_dim, self._itemsize)
+        count = attention_tiles.max_items(tokens, rows, each)
+        items = torch.empty((count, 4), dtype=torch.int32, device=header.device)
+        decode_rows = torch.empty(rows, dtype=torch.int32, device=header.device)
+        fed = work_items.StepRows(inputs.row_slots, inputs.row_starts, inputs.row_counts, inputs.row_firsts, header[:1])
+        work_items.make_items(fed, tokens, each, items, decode_rows)
+        return items, decode_rows
+
+    @staticmethod
+    def sample(
+        logits: torch.Tensor, inputs: Any, state: SamplingState, pool: torch.Tensor, edits: bool
+    ) -> torch.Tensor:
+        """A token per row."""
+        return sample.sample(logits, inputs.sample_slots, inputs.sample_positions, state, edits=edits, pool=pool)
