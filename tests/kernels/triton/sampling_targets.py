@@ -40,6 +40,7 @@ def cases(pdl: bool) -> list[tuple[Any, dict[str, Any]]]:
 
 def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget, dtype: str) -> dict[str, Any]:
     """The kernel's assembly by kind."""
+    assert "params" not in kernel.arg_names  # Triton's launcher overwrites an argument of that name.
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
