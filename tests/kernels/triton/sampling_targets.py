@@ -1,19 +1,23 @@
-"""Compiles the sampling kernels for given targets, without a GPU; prints one line per kernel. Run as a child process,
-as kernels that were imported for the interpreter cannot be compiled: `python FILE [--dtype bf16] sm_90 gfx942 ...`"""
+"""Compiles the sampling kernels for given targets, without a GPU: `python FILE [--dtype bf16] sm_90 gfx942 ...`.
+
+Prints one line of JSON per kernel. Run as a child process: what was imported for the interpreter cannot be compiled.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tokenspeed.kernels.triton import edits, sample
+from tokenspeed.kernels.triton import edits, logprobs, sample, step
 
-FLOATS, INTS = {"peaks_in", "peaks_out", "edited", "candidate_values"}, {"stride", "num_slots", "vocab", "num_peaks"}
-SCALARS = INTS | {"mask_words", "pool_stride"}
+FLOATS = {"peaks_in", "peaks_out", "edited", "candidate_values", "sums", "logprobs", "top_logprobs"}
+SIZES = {"stride", "num_slots", "vocab", "num_peaks", "mask_words", "pool_stride", "parts", "top"}
+STEP_SIZES = {"header_size", "state_size", "bucket", "max_rows", "pool_length", "rows"}
 
 
 def cases(pdl: bool) -> list[tuple[Any, dict[str, Any]]]:
@@ -25,16 +29,23 @@ def cases(pdl: bool) -> list[tuple[Any, dict[str, Any]]]:
         (sample._choose, choose),
         (edits._edit_all, {"TILE": 4096, **edit}),
         (edits._edit_listed, {"POOL": True, **edit}),
+        (logprobs._summaries, {"P": 2048, "PEAKS": 64, "PDL": pdl}),
+        (logprobs._logprobs, {"P": 2048, "PEAKS": 64, "TOP": 32, "PDL": pdl}),
+        (step._scatter, {"BLOCK": 1024, "PDL": pdl}),
+        (step._expand, {"ROWS": 128, "BLOCK": 64, "PDL": pdl}),
+        (step._finish, {"ROWS": 128, "COUNTS": True, "PDL": pdl}),
+        (step._count, {"BLOCK": 1024}),
     ]
 
 
 def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget, dtype: str) -> dict[str, Any]:
     """The kernel's assembly by kind."""
+    assert "params" not in kernel.arg_names  # Triton's launcher overwrites an argument of that name.
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in SCALARS:
+        elif name in SIZES | STEP_SIZES:
             signature[name] = "i32"
         else:
             signature[name] = "*fp32" if name in FLOATS else f"*{dtype}" if name == "logits" else "*i32"
@@ -57,18 +68,13 @@ def main() -> None:
         for kernel, constants in cases(pdl):
             asm = compiled(kernel, constants, target, options.dtype)
             text = asm.get("ptx", "")
-            waits = "griddepcontrol.wait" in text and "griddepcontrol.launch_dependents" in text
-            binary = "cubin" in asm or "hsaco" in asm
-            fused = any(f"fma.rn.f32 {part}" in text for part in ("%f", "%r"))
-            print(
-                kernel.__name__,
-                name,
-                f"binary={binary}",
-                f"pdl={waits}",
-                f"wanted_pdl={pdl}",
-                f"fma={fused}",
-                flush=True,
-            )
+            found = {
+                "binary": "cubin" in asm or "hsaco" in asm,
+                "pdl": pdl and "PDL" in constants,
+                "waits": "griddepcontrol.wait" in text and "griddepcontrol.launch_dependents" in text,
+                "fused": "fma.rn.f32" in text,
+            }
+            print(json.dumps({"kernel": kernel.__name__, "target": name, **found}), flush=True)
 
 
 if __name__ == "__main__":

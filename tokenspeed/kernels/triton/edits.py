@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tokenspeed.kernels.triton.launch import launch_options
 from tokenspeed.kernels.triton.sampling_state import (
     EDITED,
     LIST_CAPACITY,
@@ -71,7 +72,7 @@ def edited_logits(
     given = (counts if counts is not None else slots, mask if mask is not None else slots)
     words_of_mask = mask.shape[1] if mask is not None else 0
     flags = {"COUNTS": counts is not None, "MASK": mask is not None, "PDL": pdl}
-    options = {"enable_fp_fusion": False, **({"launch_pdl": True} if pdl else {})}
+    options = launch_options(pdl, enable_fp_fusion=False)
     _edit_all[(triton.cdiv(vocab, TILE), rows)](
         *shared, *given, words_of_mask, vocab, TILE=TILE, **flags, num_warps=WARPS, **options
     )

@@ -11,6 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.kernels.triton.filters import PEAK
+from tokenspeed.kernels.triton.launch import launch_options
 from tokenspeed.kernels.triton.sampling_state import MAX_TOP, Field, SamplingState
 
 _NUM_TOP = tl.constexpr(Field.NUM_TOP.value)
@@ -59,7 +60,7 @@ def token_logprobs(
         tensor(top, torch.float32),
     )
     shared = (logits, logits.stride(0), tokens, slots, state.params, state.params.shape[1], peaks, sums, above)
-    options = {"enable_fp_fusion": False, **({"launch_pdl": True} if pdl else {})}
+    options = launch_options(pdl, enable_fp_fusion=False)
     _summaries[(parts, rows)](
         *shared, vocab, num_peaks, parts, P=width, PEAKS=PEAKS, PDL=pdl, num_warps=WARPS, **options
     )
@@ -118,7 +119,7 @@ def _summaries(
         values = tl.load(line + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
         peaks = tl.max(values, 1)
         best = tl.max(peaks, 0)
-        weights = tl.where(values > float("-inf"), tl.exp(values - best), 0.0)
+        weights = tl.exp(values - tl.where(best > float("-inf"), best, 0.0))
         at = row.to(tl.int64) * parts + part
         tl.store(sums + at, tl.sum(tl.sum(weights, 1), 0))
         tl.store(above + at, tl.sum(tl.sum((values > own).to(tl.int32), 1), 0))
@@ -146,8 +147,7 @@ def _log_total(peaks: tl.tensor, sums: tl.tensor, parts: tl.tensor, P: tl.conste
     part_best = tl.max(tl.reshape(peaks, [P // PEAKS, PEAKS]), 1)
     part = tl.arange(0, P // PEAKS)
     part_sum = tl.load(sums + part, mask=part < parts, other=0.0)
-    scaled = part_sum * tl.exp(part_best - tl.max(peaks, 0))
-    return tl.log(tl.sum(tl.where(part_sum > 0, scaled, 0.0), 0))
+    return tl.log(tl.sum(part_sum * tl.exp(part_best - tl.max(peaks, 0)), 0))
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from tokenspeed.kernels.triton.filters import (
     row_mass,
     scaled_block,
 )
+from tokenspeed.kernels.triton.launch import launch_options
 from tokenspeed.kernels.triton.noise import REACH, block_words, gumbel_screen
 from tokenspeed.kernels.triton.sampling_state import Field, SamplingState
 
@@ -97,7 +98,7 @@ def sample(
 
     peaks, tokens = scratch(width, torch.float32), scratch(1, torch.int32).view(rows)
     shared = (logits, logits.stride(0), slots, positions, state.params, state.params.shape[1], peaks)
-    options = {"enable_fp_fusion": False, **({"launch_pdl": True} if pdl else {})}
+    options = launch_options(pdl, enable_fp_fusion=False)
     _peaks[(triton.cdiv(num_peaks, tiles.peaks), rows)](
         *shared, vocab, num_peaks, P=width, PEAKS=tiles.peaks, PDL=pdl, num_warps=tiles.peaks_warps, **options
     )

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tokenspeed.kernels.triton.launch import launch_options
 from tokenspeed.kernels.triton.sampling_state import PENALIZED, SEEN_IN_PROMPT, Field, SamplingState
 
 _PENALIZED, _SEEN_IN_PROMPT = tl.constexpr(PENALIZED), tl.constexpr(SEEN_IN_PROMPT)
@@ -46,9 +47,8 @@ class StepInputs:
 
     tokens, positions, slots: [T]; slot -1, token and position 0 for padding. row_slots, row_counts: [R], slot of each
     row and how many tokens it feeds; -1 and 0 beyond the last. row_starts, row_firsts: [R], offset and position of its
-    first one. sample_rows: [R], offset of the last token of each row
-    that reaches the end of what is known, else -1; sample_slots, sample_positions: [R], its slot (else -1) and the
-    position of the token to draw (else 0).
+    first one. sample_rows: [R], offset of the last token of each row that reaches the end of what is known, else -1;
+    sample_slots, sample_positions: [R], its slot (else -1) and the position of the token to draw (else 0).
     """
 
     tokens: torch.Tensor
@@ -94,7 +94,7 @@ def prepare(
         return torch.empty(size, dtype=torch.int32, device=header.device)
 
     inputs = StepInputs(*(new(size) for size in [tokens] * 3 + [rows] * 7))
-    options = {"launch_pdl": True} if pdl else {}
+    options = launch_options(pdl)
     programs = min(SCATTER_PROGRAMS, triton.cdiv(header.numel() // 2, SCATTER_BLOCK))
     _scatter[(programs,)](
         header, state, header.numel(), state.numel(), BLOCK=SCATTER_BLOCK, PDL=pdl, num_warps=4, **options
@@ -154,7 +154,7 @@ def finish(
         COUNTS=counts is not None,
         PDL=pdl,
         num_warps=4,
-        **({"launch_pdl": True} if pdl else {}),
+        **launch_options(pdl),
     )
     return result
 

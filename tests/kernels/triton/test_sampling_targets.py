@@ -1,0 +1,52 @@
+"""The sampling kernels compile for GPUs that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("sampling_targets.py")
+KERNELS = 10
+
+
+def compiled(*arguments: str) -> list[dict[str, Any]]:
+    """What a process whose kernels are not interpreted says of each kernel and target."""
+    root = str(SCRIPT.parents[3])
+    surroundings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        env={**surroundings, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(found: list[dict[str, Any]]) -> None:
+    for entry in found:
+        assert entry["binary"], entry
+        assert entry["waits"] == entry["pdl"], entry
+        assert not entry["fused"], entry
+
+
+def test_kernels_compile_for_hopper_and_launch_dependently() -> None:
+    found = compiled("sm_90")
+    check(found)
+    assert len(found) == KERNELS
+    assert sum(entry["pdl"] for entry in found) == KERNELS - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_kernels_compile_for_every_target(dtype: str) -> None:
+    found = compiled("sm_80", "sm_90", "sm_100", "gfx942", "gfx950", "--dtype", dtype)
+    check(found)
+    assert len(found) == 5 * KERNELS
