@@ -44,9 +44,11 @@ def test_one_of_each_for_hopper(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"])
 def test_every_path_for_every_target(target: str, tmp_path: Path) -> None:
     kernels = compiled(target, "product", tmp_path)
-    assert len(kernels) > 60
+    assert len(kernels) > 50
     waits = sum(kernel["griddepcontrol.wait"] for kernel in kernels)
     assert waits == (len(kernels) if target in ("sm_90", "sm_100") else 0)
     if target.startswith("sm"):
-        products = [kernel for kernel in kernels if kernel["name"] == "skinny_kernel"]
+        # float32 products are exact, so not on tensor cores.
+        products = [kernel for kernel in kernels if kernel["name"] == "skinny_kernel" and kernel["x"] != "*fp32"]
+        assert len(products) >= 15
         assert all(k["wgmma.mma_async"] + k["mma.sync"] + k["tcgen05.mma"] > 0 for k in products)

@@ -70,7 +70,7 @@ def test_gemv_with_everything_around_it(dtype: torch.dtype, kind: str, shape: tu
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
 @pytest.mark.parametrize("kind", ["none", "norm", "join", "branch"])
-@pytest.mark.parametrize("shape", [*SHAPES, ("none", 4, 130, 640), ("silu", 1, 65, 1000)])
+@pytest.mark.parametrize("shape", [*SHAPES, ("none", 4, 34, 640), ("silu", 1, 13, 1000)])
 def test_gemv_products(dtype: torch.dtype, kind: str, shape: tuple[str, int, int, int]) -> None:
     check_gemv(dtype, kind, *shape)
 
@@ -96,7 +96,7 @@ def test_skinny_against_float64(dtype: torch.dtype, split: int, shape: tuple[str
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
 @pytest.mark.parametrize("split", [1, 2, 3, 8])
-@pytest.mark.parametrize("shape", [*WIDE_SHAPES, ("none", 64, 130, 640)])
+@pytest.mark.parametrize("shape", [*WIDE_SHAPES, ("none", 64, 34, 640)])
 def test_skinny_products(dtype: torch.dtype, split: int, shape: tuple[str, int, int, int]) -> None:
     check_skinny(dtype, split, *shape)
 
