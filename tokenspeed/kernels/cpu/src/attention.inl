@@ -1,11 +1,16 @@
 // Attention over pages, one task at a time, and the parts of a row put together.
+// A type of this file's own: functions of a vector of any other would be linked once for all instruction sets.
+struct Place {
+  const uint8_t* entry;
+};
+
 // Where the task's keys lie, by position - begin, from `live` on. A division per key would cost more than its sums.
-inline const uint8_t* const* find_keys(const ts::AttentionTask& t) {
-  thread_local std::vector<const uint8_t*> places;
+inline const Place* find_keys(const ts::AttentionTask& t) {
+  thread_local std::vector<Place> places;
   places.resize(static_cast<size_t>(t.end - t.begin));
   int64_t page = t.live / t.page_size, offset = t.live % t.page_size;
   for (int64_t key = t.live; key < t.end; ++key) {
-    places[static_cast<size_t>(key - t.begin)] = t.kv + t.table[page] * t.page_bytes + offset * t.token_bytes + t.head_bytes;
+    places[static_cast<size_t>(key - t.begin)].entry = t.kv + t.table[page] * t.page_bytes + offset * t.token_bytes + t.head_bytes;
     if (++offset == t.page_size) {
       offset = 0;
       ++page;
@@ -81,7 +86,7 @@ inline void fetch(const ts::AttentionTask& t, const uint8_t* const* keys, int64_
 
 // Scores of up to four rows; a key that a row does not see gets -inf.
 template <class T>
-void scores_of(const ts::AttentionTask& t, const uint8_t* const* keys, int first, int rows, int64_t width) {
+void scores_of(const ts::AttentionTask& t, const Place* keys, int first, int rows, int64_t width) {
   const float none = -std::numeric_limits<float>::infinity();
   const float* q[4];
   for (int i = 0; i < rows; ++i) q[i] = t.q + (first + i) / t.group * t.q_stride + (first + i) % t.group * t.head_dim;
@@ -92,7 +97,7 @@ void scores_of(const ts::AttentionTask& t, const uint8_t* const* keys, int first
     const int some = static_cast<int>(std::min<int64_t>(4, end - key));
     if (first == 0) fetch(t, keys, key);
     const T* k[4];
-    for (int n = 0; n < some; ++n) k[n] = reinterpret_cast<const T*>(keys[key + n - t.begin]);
+    for (int n = 0; n < some; ++n) k[n] = reinterpret_cast<const T*>(keys[key + n - t.begin].entry);
     float cells[4][4];
     score_some<T>(rows, some, q, k, t.head_dim, cells);
     for (int i = 0; i < rows; ++i) {
@@ -124,12 +129,12 @@ void soften(const ts::AttentionTask& t, int rows, int64_t width) {
 }
 
 template <class T, int Q, int V>
-inline void weigh_block(const ts::AttentionTask& t, const uint8_t* const* keys, int first, int d, int64_t width) {
+inline void weigh_block(const ts::AttentionTask& t, const Place* keys, int first, int d, int64_t width) {
   F acc[Q][V];
   for (auto& row : acc) for (auto& x : row) x = set(0.0f);
   const int64_t end = std::min(t.end, t.first_position + (first + Q - 1) / t.group + 1);
   for (int64_t key = t.live; key < end; ++key) {
-    const T* v = reinterpret_cast<const T*>(keys[key - t.begin] + t.value_bytes);
+    const T* v = reinterpret_cast<const T*>(keys[key - t.begin].entry + t.value_bytes);
     F values[V];
     for (int n = 0; n < V; ++n) values[n] = widen(v, d + 16 * n, t.head_dim);
     for (int i = 0; i < Q; ++i) {
@@ -141,7 +146,7 @@ inline void weigh_block(const ts::AttentionTask& t, const uint8_t* const* keys, 
 }
 
 template <class T, int Q>
-void weigh(const ts::AttentionTask& t, const uint8_t* const* keys, int first, int64_t width) {
+void weigh(const ts::AttentionTask& t, const Place* keys, int first, int64_t width) {
   int d = 0;
   for (; d + 64 <= t.head_dim; d += 64) weigh_block<T, Q, 4>(t, keys, first, d, width);
   for (; d < t.head_dim; d += 16) weigh_block<T, Q, 1>(t, keys, first, d, width);
@@ -151,7 +156,7 @@ template <class T>
 void attend_to(const ts::AttentionTask& t) {
   const int rows = t.queries * t.group;
   const int64_t width = (t.end - t.begin + 15) / 16 * 16;
-  const uint8_t* const* const keys = find_keys(t);
+  const Place* const keys = find_keys(t);
   for (int first = 0; first < rows; first += 4) scores_of<T>(t, keys, first, std::min(4, rows - first), width);
   soften(t, rows, width);
   int first = 0;
