@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Read by torch when it is first imported: workers of one run must not fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Read by triton when it is first imported, by whichever test does so: kernels run in its interpreter here.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ def test_the_closing_line(cli: Cli, ceilings: Ceilings) -> None:
 @pytest.mark.parametrize("dtype, backend, gigabytes", [("auto", "cpu", 0.2468), ("float32", "ref", 1.0725)])
 def test_timings(cli: Cli, ceilings: Ceilings, dtype: str, backend: str, gigabytes: float) -> None:
     """The C++ walk reads the file's own bytes, the reference its float32 matrices."""
-    timings = json.loads(cli(*SHORT, "--json", "--dtype", dtype, PROMPT).out)["timings"]
+    timings = json.loads(cli(*SHORT, "--json", "--dtype", dtype, "--lm-head", "full", PROMPT).out)["timings"]
     assert timings["backend"] == backend
     assert timings["ttft_ms"] > 0
     assert timings["tpot_ms"] > 0
@@ -60,6 +60,11 @@ def test_timings(cli: Cli, ceilings: Ceilings, dtype: str, backend: str, gigabyt
     assert timings["gb_s"] == pytest.approx(timings["gb_per_token"] * timings["decode_tok_s"])
     assert timings["gb_per_token"] == pytest.approx(gigabytes, rel=0.01)
     assert timings["weight_share"] / timings["bus_share"] == pytest.approx(0.2468 / gigabytes, rel=0.01)
+
+
+def test_a_screened_head_reads_less(cli: Cli) -> None:
+    timings = json.loads(cli(*SHORT, "--json", PROMPT).out)["timings"]
+    assert 0.166 < timings["gb_per_token"] < 0.19
 
 
 def test_a_slow_path_shows(

@@ -140,6 +140,7 @@ def test_one_token_at_a_time_with_the_cache(demo_path: Path, prompts: Prompts) -
     check_alone(make_llm(demo_path, 1, 16, True), prompts, True, 16)
 
 
+@pytest.mark.slow
 def test_one_token_at_a_time_without_the_cache(demo_path: Path, prompts: Prompts) -> None:
     check(run(make_llm(demo_path, 1, 4, False), [prompts.base()]), prompts.oracle)
 
