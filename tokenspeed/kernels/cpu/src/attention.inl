@@ -72,14 +72,14 @@ inline bool sees(const ts::AttentionTask& t, int64_t query, int64_t key) {
 
 // Entries lie a few hundred bytes each in pages strewn over the arena, where the hardware's own prefetch finds nothing:
 // while four keys are used, their values are fetched, and the keys of two blocks on.
-inline void fetch(const ts::AttentionTask& t, const uint8_t* const* keys, int64_t key) {
+inline void fetch(const ts::AttentionTask& t, const Place* keys, int64_t key) {
   constexpr int64_t ahead = 8;
   const int64_t bytes = kv_entry_bytes(t.format, t.head_dim);
   for (int64_t k = key; k < std::min(t.end, key + 4); ++k) {
-    const uint8_t* value = keys[k - t.begin] + t.value_bytes;
+    const uint8_t* value = keys[k - t.begin].entry + t.value_bytes;
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(value + at);
     if (k + ahead >= t.end) continue;
-    const uint8_t* next = keys[k + ahead - t.begin];
+    const uint8_t* next = keys[k + ahead - t.begin].entry;
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(next + at);
   }
 }
