@@ -1,6 +1,7 @@
 #include "pack.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -280,25 +281,46 @@ void pack_tile(Format f, const uint8_t* source, int rows, int64_t cols, uint8_t*
   }
 }
 
+namespace {
+
+// A row's length of l - 7.5 in a block, in sixths and rounded up, by -sum l (l - 15), which is 0 to 32 * 56.
+std::array<uint8_t, 32 * 56 + 1> low_lengths(int64_t blocks) {
+  const double rounding = static_cast<double>(2 * blocks + 8) * 724 * 0x1p-24;  // of the sums, per unit of the activations' length
+  std::array<uint8_t, 32 * 56 + 1> lengths;
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    const double squares = 32 * 56.25 - static_cast<double>(i);
+    lengths[i] = static_cast<uint8_t>(std::min(255.0, std::ceil(6 * (std::sqrt(squares) + rounding))));
+  }
+  return lengths;
+}
+
+}  // namespace
+
 void pack_planes(const uint8_t* source, int rows, int64_t cols, uint8_t* high, uint8_t* low) {
   const int64_t blocks = cols / kBlock;
-  std::memset(high, 0, static_cast<size_t>(high_bytes(cols)));
-  std::memset(low, 0, static_cast<size_t>(low_bytes(cols)));
-  const double rounding = static_cast<double>(2 * blocks + 8) * 724 * 0x1p-24;  // of the sums, per unit of the activations' length
+  if (rows < kRows) {
+    std::memset(high, 0, static_cast<size_t>(high_bytes(cols)));
+    std::memset(low, 0, static_cast<size_t>(low_bytes(cols)));
+  }
+  const auto lengths = low_lengths(blocks);
   for (int r = 0; r < rows; ++r) {
     const uint8_t* p = source + r * blocks * 34;
     for (int64_t b = 0; b < blocks; ++b, p += 34) {
       uint8_t* coarse = high + b * kHighBlock;
       uint8_t* fine = low + (r % 4 * blocks + b) * 64 + r / 4 * 16;
-      double squares = 0;
-      for (int k = 0; k < kBlock; ++k) {
-        const int q = static_cast<uint8_t>(p[2 + k] ^ 0x80), shift = 4 * (k / 16);
-        coarse[64 * (k % 16 / 4) + 4 * r + k % 4] |= static_cast<uint8_t>(q >> 4 << shift);
-        fine[k % 16] |= static_cast<uint8_t>((q & 15) << shift);
-        squares += (q % 16 - 7.5) * (q % 16 - 7.5);
+      uint32_t quads[8];
+      std::memcpy(quads, p + 2, 32);
+      for (auto& quad : quads) quad ^= 0x80808080u;
+      int32_t sum = 0;
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t coarse_quad = (quads[i] >> 4 & 0x0f0f0f0fu) | (quads[i + 4] & 0xf0f0f0f0u);
+        const uint32_t fine_quad = (quads[i] & 0x0f0f0f0fu) | (quads[i + 4] & 0x0f0f0f0fu) << 4;
+        std::memcpy(coarse + 64 * i + 4 * r, &coarse_quad, 4);
+        std::memcpy(fine + 4 * i, &fine_quad, 4);
       }
+      for (int k = 0; k < kBlock; ++k) sum += (p[2 + k] & 15) * (15 - (p[2 + k] & 15));
       std::memcpy(coarse + 256 + 2 * r, p, 2);
-      coarse[288 + r] = static_cast<uint8_t>(std::min(255.0, std::ceil(6 * (std::sqrt(squares) + rounding))));
+      coarse[288 + r] = lengths[static_cast<size_t>(sum)];
     }
   }
 }
