@@ -9,10 +9,9 @@ import torch
 
 from tests.kernels.triton.paged_step import GROUP, PagedCase, check
 from tests.seeds import SEED
-from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.kernels.registry import Registry, Situation
 from tokenspeed.kernels.triton import attention_tiles
-from tokenspeed.kernels.triton.attention_registration import register, run_prefill
+from tokenspeed.kernels.triton.attention_registration import register, run_decode, run_prefill
 from tokenspeed.kernels.triton.attention_tiles import item_tokens, max_items
 from tokenspeed.kernels.triton.paged import Heads
 from tokenspeed.kernels.triton.work_items import StepRows, make_items
@@ -110,8 +109,10 @@ def test_nothing_is_offered_beyond_the_limits(heads, situation):
     assert registry.choose("attention", program(HEADS, False).operands(attend), usual) is not None
 
 
-def test_many_tokens_need_work_items():
+def test_without_work_items_every_token_is_a_sequence_of_its_own():
     case = PagedCase([(0, 2, 0)], HEADS, 16, SEED)
     attend = next(record for record in program(HEADS, False).records if record.op == "attention")
-    with pytest.raises(UnsupportedError, match="needs a list of work items"):
-        run_prefill(case.step, attend, [case.q], [])
+    (found,) = run_prefill(case.step, attend, [case.q], [])
+    (wanted,) = run_decode(case.step, attend, [case.q], [])
+    assert found.abs().sum() > 0
+    assert torch.equal(found, wanted)

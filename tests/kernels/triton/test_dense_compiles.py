@@ -33,11 +33,12 @@ def test_one_of_each_for_hopper(tmp_path: Path) -> None:
         assert kernel["griddepcontrol.launch_dependents"] == 1, kernel
         if kernel["name"] == "skinny_kernel":
             assert kernel["wgmma.mma_async"] > 0, kernel
-            assert kernel["prefetch.global.L2"] > 0, kernel
         if kernel["name"] == "gemv_kernel":
             # Weights are asked for before the wait, and do not push activations out of the caches.
             assert kernel["evict_first loads before wait"] > 0, kernel
             assert kernel["other loads before wait"] == 0, kernel
+    # Tiles that measured better so ask for weights before the wait.
+    assert any(kernel["prefetch.global.L2"] > 0 for kernel in kernels if kernel["name"] == "skinny_kernel")
 
 
 @pytest.mark.slow
