@@ -100,7 +100,7 @@ def test_a_floor_is_where_the_sampler_has_it(fields: dict[str, Any], seed: int) 
     rng, count = random.Random(seed), 14
     logits = (peaked(seed % 2**31, 1, 120) / 20).expand(count, -1).contiguous()
     rows = [SampledRow(sampling(**fields, seed=rng.getrandbits(64)), [0] * 9, 1, 9) for _ in range(count)]
-    assert len(set(check(logits, rows, rng, tiles=MIDDLE))) > 6
+    assert len(set(check(logits, rows, rng, tiles=MIDDLE))) > 1
 
 
 def test_a_row_that_allows_nothing_and_padding_give_token_zero() -> None:
