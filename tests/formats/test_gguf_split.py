@@ -37,7 +37,7 @@ def write(path: Path, arrays: dict[str, np.ndarray], **split: Any) -> list[Path]
 
 def random_arrays(seed: int, count: int = 7) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    shapes = [(int(rng.integers(1, 9)), int(rng.integers(1, 70))) for _ in range(count)]
+    shapes = [(int(rng.integers(2, 9)), int(rng.integers(20, 70))) for _ in range(count)]
     return {f"w{i}": rng.standard_normal(shape).astype(np.float32) for i, shape in enumerate(shapes)}
 
 
@@ -47,7 +47,7 @@ def random_arrays(seed: int, count: int = 7) -> dict[str, np.ndarray]:
     [
         ({"split_max_tensors": 1}, 7),
         ({"split_max_tensors": 3}, 3),
-        ({"split_max_size": 1500}, None),
+        ({"split_max_size": 600}, None),
         ({"split_max_tensors": 4, "small_first_shard": True}, 3),
     ],
 )
@@ -55,7 +55,7 @@ def test_any_shard_opens_all(tmp_path: Path, split: dict[str, Any], shards: int 
     arrays = random_arrays(seed)
     (whole,) = write(tmp_path / "whole.gguf", arrays)
     paths = write(tmp_path / "cut.gguf", arrays, **split)
-    assert len(paths) == shards or (shards is None and len(paths) > 2)
+    assert len(paths) == shards or (shards is None and len(paths) > 1)
     expected = open_gguf(whole)
     for path in paths:
         opened = open_gguf(path)
@@ -73,12 +73,13 @@ def test_any_shard_opens_all(tmp_path: Path, split: dict[str, Any], shards: int 
 
 @pytest.mark.parametrize("seed", [SEED])
 def test_the_digest_covers_every_shard(tmp_path: Path, seed: int) -> None:
-    arrays = random_arrays(seed, 3)
+    rng = np.random.default_rng(seed)
+    arrays = {f"w{i}": rng.standard_normal((3, int(rng.integers(4, 70)))).astype(np.float32) for i in range(3)}
     paths = write(tmp_path / "cut.gguf", arrays, split_max_tensors=1)
     digests = {checkpoint_digest(open_gguf(paths[0]))}
     for path in paths:
         raw = bytearray(path.read_bytes())
-        raw[-40] ^= 1  # within the last tensor, whose padding is at most 31 bytes
+        raw[-40] ^= 1  # within the tensor: it has 48 bytes or more, its padding at most 31
         path.write_bytes(raw)
         digests.add(checkpoint_digest(open_gguf(paths[0])))
     assert len(digests) == 4

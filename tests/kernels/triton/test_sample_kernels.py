@@ -93,14 +93,14 @@ def test_filters_by_candidates_and_by_whole_rows(fields: dict[str, Any], tiles: 
     check(logits, rows, rng, tiles=tiles)
 
 
-@pytest.mark.parametrize("fields", [{"top_p": 0.5}, {"top_k": 40}, {"min_p": 0.8}])
+@pytest.mark.parametrize("fields", [{"top_p": 0.5}, {"top_k": 40}, {"min_p": 0.5}])
 @pytest.mark.parametrize("seed", [SEED])
 def test_a_floor_is_where_the_sampler_has_it(fields: dict[str, Any], seed: int) -> None:
     """Logits so flat that a token too many or too few is drawn soon."""
     rng, count = random.Random(seed), 14
     logits = (peaked(seed % 2**31, 1, 120) / 20).expand(count, -1).contiguous()
     rows = [SampledRow(sampling(**fields, seed=rng.getrandbits(64)), [0] * 9, 1, 9) for _ in range(count)]
-    assert len(set(check(logits, rows, rng, tiles=MIDDLE))) > 1
+    assert len(set(check(logits, rows, rng, tiles=MIDDLE))) > 6
 
 
 def test_a_row_that_allows_nothing_and_padding_give_token_zero() -> None:

@@ -23,7 +23,7 @@ from tokenspeed.kernels.triton.attention_tiles import (
     prefill_tile,
 )
 from tokenspeed.kernels.triton.decode_attention import decode_attention
-from tokenspeed.kernels.triton.launch import dependent_launch
+from tokenspeed.kernels.triton.launch import small_step
 from tokenspeed.kernels.triton.paged import Heads
 from tokenspeed.kernels.triton.prefill_attention import prefill_attention
 from tokenspeed.kernels.triton.rope_write import rope_write
@@ -80,7 +80,7 @@ def prefill_candidates(usual: PrefillTile) -> Iterator[PrefillTile]:
 def _decode(rows: tuple[tuple[int, int], ...], heads: Heads, page: int, tile: DecodeTile, pdl: bool) -> Launch:
     step = _step(rows, heads, page)
     q = _query(step, heads)
-    pdl = pdl and dependent_launch(q)
+    pdl = pdl and small_step(q)
     return lambda i: decode_attention(q, step.layer(i), heads, tile, pdl=pdl)
 
 
@@ -110,7 +110,7 @@ def _write(tokens: int, heads: Heads, page: int) -> Launch:
     qkv = torch.randn(tokens, (heads.group + 2) * size, device="cuda").bfloat16()
     q, k, v = qkv.split([heads.group * size, size, size], dim=-1)
     rope = Rope(5e5, heads.head_dim)
-    return lambda i: rope_write(q, k, v, step.layer(i), rope, pdl=dependent_launch(q))
+    return lambda i: rope_write(q, k, v, step.layer(i), rope, pdl=small_step(q))
 
 
 def _moved(rows: tuple[tuple[int, int], ...], heads: Heads) -> tuple[float, float]:
@@ -171,7 +171,7 @@ def check() -> bool:
             step = paged_step([(0, 1), (776, 1), (4096, 1)], heads, page, layers=1)
             q = _query(step, heads)
             tile = decode_tile(1, heads.kv_heads, heads.head_dim, 2)
-            outs = [decode_attention(q, step.layer(0), heads, tile, pdl=pdl) for pdl in (False, dependent_launch(q))]
+            outs = [decode_attention(q, step.layer(0), heads, tile, pdl=pdl) for pdl in (False, small_step(q))]
             good &= _same(f"decode {heads} page={page}", outs, step.answer(q, heads))
             step = paged_step([(1000, 333), (0, 200), (2500, 1)], heads, page, layers=1)
             q, prefill = _query(step, heads), prefill_tile(heads.head_dim, 2)

@@ -19,7 +19,7 @@ import torch
 
 from tokenspeed.bench.gpu.graph_timing import Case, Launch, print_table
 from tokenspeed.contracts.step import SamplingRow
-from tokenspeed.kernels.triton.launch import dependent_launch
+from tokenspeed.kernels.triton.launch import small_step
 from tokenspeed.kernels.triton.logprobs import token_logprobs
 from tokenspeed.kernels.triton.sample import Tiles, sample, tiles_for
 from tokenspeed.kernels.triton.sampling_state import SEEN_IN_PROMPT, SamplingState, is_edited, slot_entries
@@ -77,7 +77,7 @@ def _launch(rows: int, kind: str, spread: str, tiles: Tiles, pdl: bool) -> Launc
     sampling, state = KINDS[kind], state_of(rows, KINDS[kind], VOCAB, "cuda")
     slots = torch.arange(rows, dtype=torch.int32, device="cuda")
     positions = torch.full_like(slots, len(HISTORY))
-    pdl = pdl and dependent_launch(slots)
+    pdl = pdl and small_step(slots)
 
     def launch(i: int) -> None:
         line = logits[i % len(logits)]
@@ -98,7 +98,7 @@ def _around(rows: int) -> Launch:
     header = torch.from_numpy(step_header(entries, pairs, values, 16384)).cuda()
     state = SamplingState.over(flat[2 * rows :], rows)
     drawn = torch.zeros(rows, dtype=torch.int32, device="cuda")
-    pdl = dependent_launch(drawn)
+    pdl = small_step(drawn)
     return lambda i: finish(drawn, prepare(header, flat, lengths, rows, rows, pdl=pdl), lengths, state, pdl=pdl)
 
 
@@ -151,7 +151,7 @@ def check(rows: int = 256, vocab: int = VOCAB, device: str = "cuda") -> bool:
                 torch.full_like(slots, len(HISTORY)),
                 state_of(rows, sampling, vocab, device),
                 edits=is_edited(sampling),
-                pdl=dependent_launch(slots),
+                pdl=small_step(slots),
             )
             own = [msgspec.structs.replace(sampling, seed=slot) for slot in range(rows)]
             asked = [SampledRow(each, HISTORY, NUM_PROMPT, len(HISTORY)) for each in own]

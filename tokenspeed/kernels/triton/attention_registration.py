@@ -12,7 +12,7 @@ import torch
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.kernels.triton.attention_tiles import MAX_GROUP, MAX_HEAD_DIM, decode_tile, prefill_tile
 from tokenspeed.kernels.triton.decode_attention import decode_attention
-from tokenspeed.kernels.triton.launch import dependent_launch
+from tokenspeed.kernels.triton.launch import small_step
 from tokenspeed.kernels.triton.paged import Heads, PagedLayer, heads_of, paged_layer
 from tokenspeed.kernels.triton.prefill_attention import prefill_attention
 from tokenspeed.kernels.triton.rope_write import HeadNorm, rope_write
@@ -60,7 +60,7 @@ def _decode(
     sequences = q.shape[0] if rows is None else rows.shape[0]
     widest = max(q.element_size(), paged.kv.element_size())
     tile = decode_tile(sequences, heads.kv_heads, heads.head_dim, widest)
-    return decode_attention(q, paged, heads, tile, sinks, rows, out, pdl=dependent_launch(q))
+    return decode_attention(q, paged, heads, tile, sinks, rows, out, pdl=small_step(q))
 
 
 def run_rope_write(view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs) -> Tensors:
@@ -72,7 +72,7 @@ def run_rope_write(view: PagedView, record: RecordView, inputs: Inputs, weights:
     norms = (HeadNorm(weights[0], eps[0]), HeadNorm(weights[1], eps[1])) if eps else None
     q, k, v = inputs
     paged = paged_layer(view, layer)
-    rotated = rope_write(q, k, v, paged, rope, norms, pdl=dependent_launch(q))
+    rotated = rope_write(q, k, v, paged, rope, norms, pdl=small_step(q))
     return rotated, paged.kv
 
 

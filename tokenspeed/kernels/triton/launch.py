@@ -1,27 +1,45 @@
-"""Programmatic dependent launch: a kernel starts while the one before it drains, and waits for it inside.
+"""How kernels are launched: compile options, and programmatic dependent launch where the device has it.
 
-Every program of a kernel launched so must wait, also one that has nothing to do: the next kernel takes this one's end
-as a sign that all before it has ended.
+A kernel launched so may start before the one in front of it has ended. It must call `gdc_wait` before it reads what an
+earlier kernel wrote and before it writes anything; what it reads before the wait may only be constant (weights). Every
+program must wait, also one that has nothing to do: the next kernel takes this one's end as a sign that all before it
+has ended.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 
-
-@lru_cache
-def _capable(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+MOST_TOKENS = 64
+"""Attention and its writes are launched ahead up to so many tokens: beyond, there is work enough to hide the gap."""
 
 
-def dependent_launch(x: torch.Tensor) -> bool:
-    """Whether kernels over `x` [tokens, ...] are launched dependently: on NVIDIA from Hopper on, for small steps."""
-    return x.is_cuda and x.shape[0] <= 64 and _capable(x.device)
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def dependent_launch(device: torch.device) -> bool:
+    """Whether kernels on this device can be launched ahead: NVIDIA GPUs from Hopper on."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _capability(index) >= (9, 0)
+
+
+def small_step(x: torch.Tensor) -> bool:
+    """Whether kernels over `x` [tokens, ...] are launched ahead: where the device can, for small steps."""
+    return x.shape[0] <= MOST_TOKENS and dependent_launch(x.device)
 
 
 def launch_options(pdl: bool, **options: Any) -> dict[str, Any]:
     """Keyword arguments of a launch; AMD's compiler does not know `launch_pdl`."""
     return {**options, "launch_pdl": True} if pdl else options
+
+
+def options(warps: int, pdl: bool, stages: int = 1) -> dict[str, Any]:
+    """The same, with the kernel's own PDL constant among them."""
+    return launch_options(pdl, num_warps=warps, num_stages=stages, PDL=pdl)

@@ -12,8 +12,8 @@ import triton
 
 from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.kernels.triton import norm as row_kernels
-from tokenspeed.kernels.triton.dependent import dependent_launch, options
 from tokenspeed.kernels.triton.gemv import gemv_kernel
+from tokenspeed.kernels.triton.launch import dependent_launch, options
 from tokenspeed.kernels.triton.operands import Matrix, Prologue, Rows
 from tokenspeed.kernels.triton.skinny import add_parts_kernel, skinny_kernel
 from tokenspeed.kernels.triton.tiles import (

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tokenspeed.kernels.triton.dependent import dependent_launch, options
+from tokenspeed.kernels.triton.launch import dependent_launch, options
 from tokenspeed.kernels.triton.operands import Norm, Rows
 from tokenspeed.kernels.triton.rows import activation, fp8_scale, gated, residual, rms_factors, to_fp8
 

@@ -70,17 +70,22 @@ def step_header(
 
     Raises ValueError where it does not fit into `size`.
     """
-    needed = 2 + 4 * len(rows) + 2 * len(indices)
-    if needed > size:
-        raise ValueError(f"{len(rows)} rows and {len(indices)} pairs need a header of {needed}, it has {size}")
     header = np.zeros(size, dtype=np.int32)
-    header[0] = len(rows)
-    first = 1 + 4 * len(rows)
-    header[1:first] = np.array(rows, dtype=np.int32).reshape(-1)
-    header[first] = len(indices)
-    header[first + 1 : needed : 2] = indices
-    header[first + 2 : needed : 2] = values
+    write_header(header, rows, indices, values)
     return header
+
+
+def write_header(
+    header: np.ndarray, rows: Sequence[tuple[int, int, int, int]], indices: np.ndarray, values: np.ndarray
+) -> int:
+    """The same into int32 words that are there already; how many of them are used. Raises ValueError likewise."""
+    first, needed = 1 + 4 * len(rows), 2 + 4 * len(rows) + 2 * len(indices)
+    if needed > len(header):
+        raise ValueError(f"{len(rows)} rows and {len(indices)} pairs need a header of {needed}, it has {len(header)}")
+    header[0], header[first] = len(rows), len(indices)
+    header[1:first] = np.array(rows, dtype=np.int32).reshape(-1)
+    header[first + 1 : needed : 2], header[first + 2 : needed : 2] = indices, values
+    return needed
 
 
 def prepare(

@@ -16,6 +16,7 @@ import torch
 
 from tokenspeed.contracts.step import NewSequence, ResultRow, StepPlan, StepResult
 from tokenspeed.kernels.triton.sampling_state import excess, is_edited
+from tokenspeed.kernels.triton.step import write_header
 from tokenspeed.program.plan import bucket_of
 from tokenspeed.runner.arena import Arena
 from tokenspeed.runner.edits import has_penalties
@@ -206,12 +207,8 @@ class GpuExecutor:
             self._count(changes.new)
 
     def _send(self, header: torch.Tensor, rows: Sequence[LaunchedRow], indices: np.ndarray, values: np.ndarray) -> None:
-        words, first = header.numpy(), 1 + 4 * len(rows)
-        words[0], words[first] = len(rows), len(indices)
-        for at, row in enumerate(rows):
-            words[1 + 4 * at : 5 + 4 * at] = (row.number, row.count, row.offset, row.start + row.count)
-        end = first + 1 + 2 * len(indices)
-        words[first + 1 : end : 2], words[first + 2 : end : 2] = indices, values
+        fed = [(row.number, row.count, row.offset, row.start + row.count) for row in rows]
+        end = write_header(header.numpy(), fed, indices, values)
         self._header[:end].copy_(header[:end], non_blocking=True)
 
     def _count(self, sequences: list[NewSequence]) -> None:
