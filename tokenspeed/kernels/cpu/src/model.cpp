@@ -11,6 +11,7 @@
 namespace ts {
 namespace {
 
+constexpr int64_t kAheadBytes = 512 << 10;  // of the next projection, fetched by threads without work: half of a second-level cache
 constexpr int64_t kItemBytes = 96 << 10;  // of weights one thread takes at a time
 
 const Kernels* kernels_or_throw(const std::string& isa) {
@@ -167,7 +168,19 @@ void Model::body(const Step& step) {
     for (int32_t t = step.start[s]; t < step.start[s + 1]; ++t) owner_[static_cast<size_t>(t)] = static_cast<int32_t>(s);
   }
   make_angles();
-  for (size_t i = 0; i < head_; ++i) run(ops_[i], step.tokens);
+  for (size_t i = 0; i < head_; ++i) {
+    if (ops_[i].kind == Kind::Attention) look_ahead(i);
+    run(ops_[i], step.tokens);
+  }
+}
+
+// Tell the pool which projection comes after an op.
+void Model::look_ahead(size_t op) {
+  while (++op < ops_.size() && ops_[op].matrix < 0) {}
+  if (op == ops_.size()) return;
+  const Matrix& m = matrices_[static_cast<size_t>(ops_[op].matrix)];
+  const Segment& s = m.segments[0];
+  pool_.look_ahead(s.data, std::min(kAheadBytes, s.tiles * tile_bytes(s.format, m.cols)));
 }
 
 // Everything between the body and the last projection, which it returns.

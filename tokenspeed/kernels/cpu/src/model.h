@@ -142,6 +142,7 @@ class Model {
  private:
   float* at(int32_t value, int64_t row) const;
   void run(const Op& op, int64_t tokens);
+  void look_ahead(size_t op);
   const Op& before_head(const int32_t* rows, int64_t count);
   void prepare_plain(const Matrix& m, const float* x, int64_t count);
   const std::vector<std::vector<Pick>>& pick_prepared(const Op& last, const Ask* asks, int64_t count);

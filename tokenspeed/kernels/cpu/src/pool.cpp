@@ -7,6 +7,7 @@
 namespace ts {
 namespace {
 
+constexpr uintptr_t kFetch = 512;  // bytes fetched between two looks for work
 constexpr int kSpins = 4000;  // some tens of microseconds: longer than the gap between two ops, shorter than a time slice
 
 inline void relax() {
@@ -42,6 +43,21 @@ bool Pool::take_one() {
   return true;
 }
 
+void Pool::look_ahead(const uint8_t* from, int64_t bytes) {
+  ahead_end_.store(0, std::memory_order_relaxed);
+  ahead_.store(reinterpret_cast<uintptr_t>(from), std::memory_order_relaxed);
+  ahead_end_.store(reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(bytes), std::memory_order_relaxed);
+}
+
+// Loads, since a processor may drop prefetches. The cursor never passes the end it was given, so whatever of a change is
+// seen, what is read has been announced.
+void Pool::pass_time() {
+  uintptr_t from = ahead_.load(std::memory_order_relaxed);
+  if (from >= ahead_end_.load(std::memory_order_relaxed)) return relax();
+  if (!ahead_.compare_exchange_weak(from, from + kFetch, std::memory_order_relaxed)) return;
+  for (uintptr_t at = 0; at < kFetch; at += 64) static_cast<void>(*reinterpret_cast<const volatile uint8_t*>(from + at));
+}
+
 void Pool::run(int64_t items, const std::function<void(int64_t)>& work) {
   if (workers_.empty() || items <= 1) {
     for (int64_t i = 0; i < items; ++i) work(i);
@@ -56,7 +72,7 @@ void Pool::run(int64_t items, const std::function<void(int64_t)>& work) {
   }
   while (take_one()) {}
   for (int spins = 0; done_.load(std::memory_order_acquire) < items; ++spins) {
-    if (spins < kSpins) relax();
+    if (spins < kSpins) pass_time();
     else std::this_thread::yield();  // a worker lost its core in the middle of an item: let it have this one
   }
 }
@@ -66,7 +82,7 @@ void Pool::serve() {
     if (take_one()) {
       spins = 0;
     } else if (++spins < kSpins) {
-      relax();
+      pass_time();
     } else {
       std::unique_lock lock(mutex_);
       asleep_.fetch_add(1, std::memory_order_seq_cst);
