@@ -168,8 +168,8 @@ class Model {
   void rows_of(int64_t count, const std::function<void(int64_t)>& work);
 
   const Kernels* kernels_;
-  Pool pool_;
   Store store_;
+  Pool pool_;  // goes first: idle threads read the store
   std::vector<Matrix> matrices_;
   std::vector<std::vector<float>> vectors_;
   std::vector<Rope> ropes_;
