@@ -6,6 +6,7 @@ inline void high_plane(const uint8_t* p, const Rows& rows, int64_t first, const 
   const int64_t blocks = rows.cols / ts::kBlock;
   for (int m = 0; m < Count; ++m) acc[m] = bound[m] = set(0.0f);
   for (int64_t b = 0; b < blocks; ++b, p += ts::kHighBlock) {
+    for (int at = 0; at < ts::kHighBlock; at += 64) __builtin_prefetch(p + 1024 + at);
     W w[8];
     load_quads<Format::Q4_0>(p, w);
     const F d = load_f16(halves(p + 256));
