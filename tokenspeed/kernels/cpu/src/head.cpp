@@ -1,8 +1,8 @@
 // From a step's last hidden rows to tokens: the whole head, or a screen of it that reads half of its bytes.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
+#include <numeric>
 
 #include "model.h"
 
@@ -11,26 +11,15 @@ namespace {
 
 constexpr int64_t kScreened = 4;       // most rows at once for which reading half of the head pays
 constexpr size_t kRescored = 64;       // rows made exact to find the threshold
-constexpr float kMostNoise = 22.89f, kLeastNoise = -2.83f;  // bounds of the sampler's noise
-constexpr float kNone = -std::numeric_limits<float>::infinity();
+constexpr int64_t kListed = 1024;      // most tokens for which top_k is looked for in a first look
 
-// The kernels' noise, and sums with it, are this close to the sampler's own: whatever is nearer is left to it.
-inline float doubt(float value) { return 2e-4f + 3e-7f * std::fabs(value); }
-
-inline float scaled(float logit, const Ask& ask) { return ask.temperature == 0 ? logit : logit / ask.temperature; }
-
-// Keep those that may still be the best: of equal logits the lowest id without noise, all within doubt with it.
-std::vector<Pick> best_of(const std::vector<Scored>& found, const Ask& ask) {
-  float best = kNone;
-  for (const auto& each : found) best = std::max(best, each.value);
-  std::vector<Pick> picks;
-  for (const auto& each : found) {
-    if (ask.temperature == 0 ? each.value == best : each.value >= best - doubt(best)) picks.push_back({each.token, each.logit});
-  }
-  std::sort(picks.begin(), picks.end(), [](const Pick& a, const Pick& b) { return a.token < b.token; });
-  if (ask.temperature == 0) picks.resize(std::min<size_t>(1, picks.size()));
-  return picks;
+// Whether a first look shows all tokens that a row may draw: not where top_p needs the mass of all others.
+inline bool screenable(const Ask& ask) {
+  return !filtered(ask) || (ask.top_k > 0 && ask.top_k <= kListed) || ask.log_min_p > kNone;
 }
+
+// Whether tokens are compared with their noise from the start: filters come before it.
+inline bool noisy(const Ask& ask) { return ask.temperature != 0 && !filtered(ask); }
 
 }  // namespace
 
@@ -50,42 +39,18 @@ const std::vector<std::vector<Pick>>& Model::draw(int32_t matrix, const float* x
 const std::vector<std::vector<Pick>>& Model::pick_prepared(const Op& last, const Ask* asks, int64_t count) {
   const Matrix& m = matrices_[static_cast<size_t>(last.matrix)];
   picks_.assign(static_cast<size_t>(count), {});
-  if (m.segments[0].format == Format::Planes && last.bias < 0 && count <= kScreened) {
-    screen(m, asks, count);
-  } else {
-    near_.resize(static_cast<size_t>(count * m.rows));
-    each_tile(m, last, count, near_.data(), m.rows);
-    for (int64_t i = 0; i < count; ++i) pick_full(near_.data() + i * m.rows, m.rows, asks[i], &picks_[static_cast<size_t>(i)]);
+  std::vector<int64_t> left(static_cast<size_t>(count));
+  std::iota(left.begin(), left.end(), 0);
+  const bool planes = m.segments[0].format == Format::Planes && last.bias < 0;
+  if (planes && count <= kScreened && std::all_of(asks, asks + count, screenable)) left = screen(m, asks, count);
+  if (left.empty()) return picks_;
+  whole_ += count;
+  near_.resize(static_cast<size_t>(count * m.rows));
+  each_tile(m, last, count, near_.data(), m.rows);
+  for (const int64_t row : left) {
+    picks_[static_cast<size_t>(row)] = draw_row(*kernels_, pool_, near_.data() + row * m.rows, m.rows, asks[row]);
   }
   return picks_;
-}
-
-void Model::pick_full(const float* logits, int64_t width, const Ask& ask, std::vector<Pick>* picks) {
-  const int64_t first = kernels_->argmax(logits, width);
-  if (std::isnan(logits[first])) return;  // none is a number above -inf
-  if (ask.temperature == 0) return picks->push_back({first, logits[first]});
-  const NoiseKey key{ask.seed, ask.sample, ask.position};
-  const float floor = scaled(logits[first], ask) + kLeastNoise - kMostNoise;
-  constexpr int64_t chunk = 4096;
-  std::vector<std::vector<Scored>> found(static_cast<size_t>((width + chunk - 1) / chunk));
-  pool_.run(static_cast<int64_t>(found.size()), [&](int64_t item) {
-    auto& mine = found[static_cast<size_t>(item)];
-    float best = kNone, noise[64];
-    for (int64_t at = item * chunk; at < std::min(width, (item + 1) * chunk); at += 64) {
-      const int64_t end = std::min(width, at + 64);
-      if (scaled(logits[at + kernels_->argmax(logits + at, end - at)], ask) < floor) continue;
-      kernels_->gumbel(key, at, noise);
-      for (int64_t i = at; i < end; ++i) {
-        const float value = scaled(logits[i], ask) + noise[i - at];
-        if (value < best - doubt(best)) continue;
-        best = std::max(best, value);
-        mine.push_back({i, logits[i], value});
-      }
-    }
-  });
-  std::vector<Scored> all;
-  for (const auto& part : found) all.insert(all.end(), part.begin(), part.end());
-  *picks = best_of(all, ask);
 }
 
 // How far a unit of low-plane length can move a product: the activations' own length, by block.
@@ -116,16 +81,16 @@ void Model::look(const Matrix& m, const Rows& input, const Share& share, const A
 // Scale, add noise, bound; the token that looks best.
 Scored Model::look_closer(const Matrix& m, const Share& share, int64_t row, const Ask& ask) {
   const int64_t width = m.tiles * kRows;
-  const bool noisy = ask.temperature != 0;
-  const float inverse = noisy ? 1.0f / ask.temperature : 1.0f;
+  const bool with_noise = noisy(ask);
+  const float inverse = ask.temperature != 0 ? 1.0f / ask.temperature : 1.0f;
   float noise[64], value;
   Scored likely{-1, 0, kNone};
   for (int64_t t = share.first; t < share.last; ++t) {
     const int64_t at = t * kRows;
-    if (noisy && (at % 64 == 0 || t == share.first)) kernels_->gumbel({ask.seed, ask.sample, ask.position}, at / 64 * 64, noise);
+    if (with_noise && (at % 64 == 0 || t == share.first)) kernels_->gumbel({ask.seed, ask.sample, ask.position}, at / 64 * 64, noise);
     const float* near = near_.data() + row * width + at;
     float* upper = upper_.data() + row * width + at;
-    kernels_->weigh_look(near, upper, noisy ? noise + at % 64 : nullptr, inverse, &value, &most_[static_cast<size_t>(row * m.tiles + t)]);
+    kernels_->weigh_look(near, upper, with_noise ? noise + at % 64 : nullptr, inverse, &value, &most_[static_cast<size_t>(row * m.tiles + t)]);
     for (int64_t r = m.rows - at; r < kRows; ++r) upper[r] = std::numeric_limits<float>::quiet_NaN();  // rows that only fill the last tile reach nothing
     if (value > likely.value) likely = {at, 0, value};
   }
@@ -137,7 +102,7 @@ void Model::rescore(const Matrix& m, const Rows& input, int64_t row, int64_t til
   const int64_t width = m.tiles * kRows, at = tile * kRows;
   const float* upper = upper_.data() + row * width + at;
   float exact[kRows], noise[64] = {};
-  if (ask.temperature != 0) kernels_->gumbel({ask.seed, ask.sample, ask.position}, at / 64 * 64, noise);
+  if (noisy(ask)) kernels_->gumbel({ask.seed, ask.sample, ask.position}, at / 64 * 64, noise);
   const uint8_t* high = m.segments[0].data;
   const uint8_t* low = high + m.tiles * high_bytes(m.cols);
   for (int part = 0; part < 4; ++part) {
@@ -151,37 +116,52 @@ void Model::rescore(const Matrix& m, const Rows& input, int64_t row, int64_t til
   }
 }
 
-void Model::screen(const Matrix& m, const Ask* asks, int64_t count) {
+// All tokens that may reach `threshold`, with their exact values.
+std::vector<Scored> Model::reaching(const Matrix& m, const Rows& input, int64_t row, float threshold, const Ask& ask) {
+  const auto shares = static_cast<int64_t>(m.shares.size());
+  std::vector<std::vector<Scored>> found(static_cast<size_t>(shares));
+  pool_.run(shares, [&](int64_t i) {
+    const Share& share = m.shares[static_cast<size_t>(i)];
+    for (int64_t t = share.first; t < share.last; ++t) {
+      if (most_[static_cast<size_t>(row * m.tiles + t)] < threshold) continue;
+      rescore(m, input, row, t, threshold, ask, &found[static_cast<size_t>(i)]);
+    }
+  });
+  std::vector<Scored> all;
+  for (const auto& part : found) all.insert(all.end(), part.begin(), part.end());
+  rescored_ += static_cast<int64_t>(all.size());
+  return all;
+}
+
+// Draws what half of the head's bytes and few exact products can tell; gives the rows that need all logits.
+std::vector<int64_t> Model::screen(const Matrix& m, const Ask* asks, int64_t count) {
   const Rows input{count, m.cols, normed_.data(), hi_.data(), lo_.data(), scale_.data(), sums_.data()};
   const auto shares = static_cast<int64_t>(m.shares.size());
   near_.resize(static_cast<size_t>(count * m.tiles * kRows));
   upper_.resize(near_.size());
   most_.resize(static_cast<size_t>(count * m.tiles));
   measure_reach(m, count);
-  std::vector<Scored> likely(static_cast<size_t>(shares * count));
+  looked_ += count;
+  std::vector<Scored> likely(static_cast<size_t>(shares * count)), mine(static_cast<size_t>(shares));
   pool_.run(shares, [&](int64_t i) { look(m, input, m.shares[static_cast<size_t>(i)], asks, likely.data() + i * count); });
+  std::vector<int64_t> left;
   for (int64_t row = 0; row < count; ++row) {
-    const float threshold = threshold_of(m, input, row, asks[row], likely, shares, count);
-    std::vector<std::vector<Scored>> found(static_cast<size_t>(shares));
-    pool_.run(shares, [&](int64_t i) {
-      const Share& share = m.shares[static_cast<size_t>(i)];
-      for (int64_t t = share.first; t < share.last; ++t) {
-        if (most_[static_cast<size_t>(row * m.tiles + t)] < threshold) continue;
-        rescore(m, input, row, t, threshold, asks[row], &found[static_cast<size_t>(i)]);
-      }
-    });
-    std::vector<Scored> all;
-    for (const auto& part : found) all.insert(all.end(), part.begin(), part.end());
-    rescored_ += static_cast<int64_t>(all.size());
-    picks_[static_cast<size_t>(row)] = best_of(all, asks[row]);
+    const Ask& ask = asks[row];
+    for (int64_t i = 0; i < shares; ++i) mine[static_cast<size_t>(i)] = likely[static_cast<size_t>(i * count + row)];
+    const float threshold = filtered(ask) ? filter_threshold(m, input, row, ask) : threshold_of(m, input, row, ask, mine);
+    if (filtered(ask) && !reached_by_few(m, row, threshold)) {
+      left.push_back(row);
+      continue;
+    }
+    std::vector<Scored> found = reaching(m, input, row, threshold, ask);
+    picks_[static_cast<size_t>(row)] = filtered(ask) ? draw_listed(*kernels_, std::move(found), ask) : best_of(found, ask);
   }
+  return left;
 }
 
 // What the best of the likely tokens really reaches, less the doubt about it.
-float Model::threshold_of(const Matrix& m, const Rows& input, int64_t row, const Ask& ask, const std::vector<Scored>& likely,
-                          int64_t shares, int64_t count) {
-  std::vector<Scored> front;
-  for (int64_t i = 0; i < shares; ++i) front.push_back(likely[static_cast<size_t>(i * count + row)]);
+float Model::threshold_of(const Matrix& m, const Rows& input, int64_t row, const Ask& ask, const std::vector<Scored>& likely) {
+  std::vector<Scored> front = likely;
   const size_t keep = std::min(kRescored, front.size());
   std::nth_element(front.begin(), front.begin() + static_cast<int64_t>(keep) - 1, front.end(),
                    [](const Scored& a, const Scored& b) { return a.value > b.value; });
@@ -194,6 +174,26 @@ float Model::threshold_of(const Matrix& m, const Rows& input, int64_t row, const
   float best = kNone;
   for (const auto& each : exact) best = std::max(best, each.value);
   return ask.temperature == 0 ? best : best - doubt(best);
+}
+
+// A scaled logit below which no token passes top_k and min_p: that of the kth best of tokens that may reach most, and what
+// min_p leaves below their best.
+float Model::filter_threshold(const Matrix& m, const Rows& input, int64_t row, const Ask& ask) {
+  const int64_t k = ask.top_k > 0 && ask.top_k <= kListed ? ask.top_k : 1;
+  Largest front(std::max(static_cast<int64_t>(kRescored), 2 * k)), kth(k), best(1);
+  for (int64_t t = 0; t < m.tiles; ++t) front.push(most_[static_cast<size_t>(row * m.tiles + t)]);
+  for (const auto& each : reaching(m, input, row, front.kth(), ask)) {
+    kth.push(each.value);
+    best.push(each.value);
+  }
+  const float floor = min_p_floor(best.kth(), ask);
+  return ask.top_k > 0 && ask.top_k <= kListed ? std::max(floor, kth.kth()) : floor;
+}
+
+// Whether exact products of the tokens that may reach `threshold` cost less than all do.
+bool Model::reached_by_few(const Matrix& m, int64_t row, float threshold) const {
+  const float* most = most_.data() + row * m.tiles;
+  return 4 * std::count_if(most, most + m.tiles, [&](float value) { return value >= threshold; }) <= m.tiles;
 }
 
 }  // namespace ts
