@@ -21,6 +21,17 @@ TEMPERATURES = (0.01, 0.3, 0.7, 1.0, 3.0)
 TOP_K = (0, 1, 2, 40, 1000, 1100, 10**6)
 TOP_P = (1.0, 1e-9, 0.1, 0.5, 0.95, 1 - 1e-9)
 MIN_P = (0.0, 1e-6, 0.05, 0.7, 1.0)
+SCREENED = (
+    (40, 0.95, 0.0),
+    (40, 0.5, 0.0),
+    (4, 0.6, 0.0),
+    (1000, 0.9, 0.0),
+    (0, 1.0, 0.05),
+    (5, 1.0, 0.01),
+    (0, 0.95, 0.0),
+    (0, 0.3, 1e-4),
+)
+"""top_k, top_p, min_p."""
 
 
 def any_asks(count: int, rng: np.random.Generator) -> list[SampledRow]:
@@ -123,35 +134,38 @@ def test_the_screened_head_draws_what_the_full_one_does(isa: str, count: int, ro
     assert model.looked > 0
 
 
-def test_thousands_of_draws_of_a_screened_head() -> None:
-    rng, num_tokens, cols = np.random.default_rng([SEED, 8]), 8192, 320
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.5])
+def test_thousands_of_draws_of_a_screened_head(scale: float) -> None:
+    rng, num_tokens, cols, draws = np.random.default_rng([SEED, 8]), 30011, 96, 100
     data, values = random_rows("Q8_0", num_tokens, cols, rng)
     model, matrix = planes("", 2, data, cols)
     left = 0
-    for number in range(3):
-        x = values[number : number + 1] * 0.02 + rng.normal(size=(1, cols))
-        logits = multiply(model, matrix, x.astype(np.float32), num_tokens)
-        for top_k, top_p, min_p in ((40, 0.95, 0.0), (1000, 0.9, 0.0), (0, 1.0, 0.05), (5, 1.0, 0.01)):
-            asks = [ask(row, 0.8, top_k, top_p, min_p) for row in range(400)]
-            wanted = sampled(np.repeat(logits, len(asks), axis=0), asks)
+    for number in range(2):
+        x = (values[number : number + 1] * 0.05 + scale * rng.normal(size=(1, cols))).astype(np.float32)
+        logits = multiply(model, matrix, x, num_tokens)
+        for top_k, top_p, min_p in SCREENED:
+            asks = [ask(row, 0.8, top_k, top_p, min_p) for row in range(draws)]
+            wanted = sampled(np.repeat(logits, draws, axis=0), asks)
             for row, token in zip(asks, wanted, strict=True):
-                (found,) = draw(model, matrix, x.astype(np.float32), [row])
+                (found,) = draw(model, matrix, x, [row])
                 left += not found
-                assert not found or settle(found, row) == token
+                assert not found or settle(found, row) == token, row.sampling
     assert left <= 2
-    assert model.looked > model.whole
+    assert 0 < model.whole < model.looked
 
 
-@pytest.mark.parametrize("top_p", [0.9, 1.0])
-def test_few_rows_are_looked_at_twice_for_top_k(top_p: float) -> None:
-    rng, num_tokens, cols = np.random.default_rng([SEED, 4]), 8192, 640
+def test_few_rows_are_looked_at_twice_for_filters() -> None:
+    rng, num_tokens, cols = np.random.default_rng([SEED, 4]), 30011, 640
     data, values = random_rows("Q8_0", num_tokens, cols, rng)
     model, matrix = planes("", 1, data, cols)
-    draw(model, matrix, values[77:78].astype(np.float32), [ask(0, 0.8, 1, top_p, 0.1)])
-    assert (model.looked, model.whole) == (1, 0)
-    assert model.rescored < num_tokens // 10
-    draw(model, matrix, values[77:78].astype(np.float32), [ask(0, 0.8, 0, 0.9)])
-    assert (model.looked, model.whole) == (1, 1)
+    sure, flat = values[77:78].astype(np.float32), np.zeros((1, cols), np.float32)
+    few = [filters for filters in SCREENED if filters[0] <= 40]
+    for filters in few:
+        draw(model, matrix, sure, [ask(0, 0.8, *filters)])
+    assert (model.looked, model.whole) == (len(few), 0)
+    assert model.rescored < len(few) * num_tokens // 20
+    draw(model, matrix, flat, [ask(0, 0.8, 40, 0.9)])
+    assert (model.looked, model.whole) == (len(few) + 1, 1)
 
 
 @pytest.mark.parametrize("isa", TIERS_HERE)

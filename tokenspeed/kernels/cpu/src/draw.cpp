@@ -97,7 +97,7 @@ double Row::mass(float best, float above) const {
   return sum;
 }
 
-// A few tokens, in ascending order of ids.
+// Some tokens.
 class List {
  public:
   List(const Kernels& kernels, const std::vector<Scored>& found, const Ask& ask) : kernels_(kernels), found_(found), ask_(ask) {
@@ -153,6 +153,12 @@ std::vector<Pick> draw_kept(const Tokens& tokens, float best, float floor, const
   }
 }
 
+float best_scaled(const std::vector<Scored>& found, const Ask& ask) {
+  float best = kNone;
+  for (const auto& each : found) best = std::max(best, scaled(each.logit, ask));
+  return best;
+}
+
 }  // namespace
 
 float Largest::kth() {
@@ -196,17 +202,33 @@ std::vector<Pick> draw_row(const Kernels& kernels, Pool& pool, const float* logi
 }
 
 std::vector<Pick> draw_listed(const Kernels& kernels, std::vector<Scored> found, const Ask& ask) {
-  if (found.empty()) return {};
-  std::sort(found.begin(), found.end(), [](const Scored& a, const Scored& b) { return a.token < b.token; });
-  Largest first(1), last(ask.top_k > 0 ? ask.top_k : 1);
-  for (const auto& each : found) {
-    first.push(each.logit);
-    last.push(each.logit);
-  }
-  const float best = scaled(first.kth(), ask);
+  const float best = best_scaled(found, ask);
   if (!std::isfinite(best)) return {};
-  const float floor = min_p_floor(best, ask);
-  return draw_kept(List(kernels, found, ask), best, ask.top_k > 0 ? std::fmax(floor, scaled(last.kth(), ask)) : floor, ask);
+  float floor = min_p_floor(best, ask);
+  if (ask.top_k > 0) {
+    Largest largest(ask.top_k);
+    for (const auto& each : found) largest.push(each.logit);
+    floor = std::fmax(floor, scaled(largest.kth(), ask));
+  }
+  std::erase_if(found, [&](const Scored& each) { return scaled(each.logit, ask) < floor; });
+  std::sort(found.begin(), found.end(), [](const Scored& a, const Scored& b) { return a.token < b.token; });
+  return draw_kept(List(kernels, found, ask), best, floor, ask);
+}
+
+bool surely_kept(const Kernels& kernels, std::vector<Scored> found, float value, const Ask& ask) {
+  const float best = best_scaled(found, ask), floor = min_p_floor(best, ask);
+  if (!std::isfinite(best) || value < floor) return false;
+  const auto above = std::count_if(found.begin(), found.end(), [&](const Scored& each) { return scaled(each.logit, ask) > value; });
+  if (ask.top_k > 0 && above >= ask.top_k) return false;
+  if (ask.top_p >= 1 || above == 0) return true;
+  // Whatever else there is, the tokens that top_k leaves weigh no less than as many of these.
+  if (ask.top_k > 0 && ask.top_k < static_cast<int64_t>(found.size())) {
+    std::nth_element(found.begin(), found.begin() + ask.top_k, found.end(), [](const Scored& a, const Scored& b) { return a.logit > b.logit; });
+    found.resize(static_cast<size_t>(ask.top_k));
+  }
+  const List list(kernels, found, ask);
+  const double before = list.mass(best, value), wanted = ask.top_p * list.mass(best, std::nextafter(floor, kNone));
+  return before - wanted < -kMassDoubt * (before + wanted) - static_cast<double>(list.size()) * kMassUnit;
 }
 
 }  // namespace ts

@@ -72,6 +72,9 @@ std::vector<Pick> draw_row(const Kernels& kernels, Pool& pool, const float* logi
 // for; values are not read.
 std::vector<Pick> draw_listed(const Kernels& kernels, std::vector<Scored> found, const Ask& ask);
 
+// Whether filters leave a token of this scaled logit for sure, given all tokens from there on and some others.
+bool surely_kept(const Kernels& kernels, std::vector<Scored> found, float value, const Ask& ask);
+
 // What min_p leaves of tokens of which the best has this scaled logit; as the sampler computes it.
 inline float min_p_floor(float best, const Ask& ask) { return std::fmax(best + ask.log_min_p, std::numeric_limits<float>::lowest()); }
 

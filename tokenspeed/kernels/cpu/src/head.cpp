@@ -11,12 +11,11 @@ namespace {
 
 constexpr int64_t kScreened = 4;       // most rows at once for which reading half of the head pays
 constexpr size_t kRescored = 64;       // rows made exact to find the threshold
-constexpr int64_t kListed = 1024;      // most tokens for which top_k is looked for in a first look
+constexpr int64_t kFront = 256;        // the same for rows with filters, beside what top_k asks for
+constexpr int64_t kListed = 1024;      // a larger top_k is not looked for in a first look
 
-// Whether a first look shows all tokens that a row may draw: not where top_p needs the mass of all others.
-inline bool screenable(const Ask& ask) {
-  return !filtered(ask) || (ask.top_k > 0 && ask.top_k <= kListed) || ask.log_min_p > kNone;
-}
+// Tokens that top_k surely leaves; 0 where they are too many to look for.
+inline int64_t listed(const Ask& ask) { return ask.top_k <= kListed ? ask.top_k : 0; }
 
 // Whether tokens are compared with their noise from the start: filters come before it.
 inline bool noisy(const Ask& ask) { return ask.temperature != 0 && !filtered(ask); }
@@ -42,7 +41,7 @@ const std::vector<std::vector<Pick>>& Model::pick_prepared(const Op& last, const
   std::vector<int64_t> left(static_cast<size_t>(count));
   std::iota(left.begin(), left.end(), 0);
   const bool planes = m.segments[0].format == Format::Planes && last.bias < 0;
-  if (planes && count <= kScreened && std::all_of(asks, asks + count, screenable)) left = screen(m, asks, count);
+  if (planes && count <= kScreened) left = screen(m, asks, count);
   if (left.empty()) return picks_;
   whole_ += count;
   near_.resize(static_cast<size_t>(count * m.rows));
@@ -97,18 +96,23 @@ Scored Model::look_closer(const Matrix& m, const Share& share, int64_t row, cons
   return likely;
 }
 
-// The exact values of the tokens of one tile that may reach `threshold`.
-void Model::rescore(const Matrix& m, const Rows& input, int64_t row, int64_t tile, float threshold, const Ask& ask, std::vector<Scored>* found) {
+// Whether one of the tokens of a tile's part reaches `threshold`.
+inline bool part_reaches(const float* upper, int part, float threshold) {
+  bool any = false;
+  for (int r = part; r < kRows; r += 4) any |= upper[r] >= threshold;
+  return any;
+}
+
+// The exact values of those tokens of one tile whose `upper` reaches `threshold`.
+void Model::rescore(const Matrix& m, const Rows& input, int64_t row, int64_t tile, const float* upper, float threshold, const Ask& ask,
+                    std::vector<Scored>* found) {
   const int64_t width = m.tiles * kRows, at = tile * kRows;
-  const float* upper = upper_.data() + row * width + at;
   float exact[kRows], noise[64] = {};
   if (noisy(ask)) kernels_->gumbel({ask.seed, ask.sample, ask.position}, at / 64 * 64, noise);
   const uint8_t* high = m.segments[0].data;
   const uint8_t* low = high + m.tiles * high_bytes(m.cols);
   for (int part = 0; part < 4; ++part) {
-    bool wanted = false;
-    for (int r = part; r < kRows; r += 4) wanted |= upper[r] >= threshold;
-    if (!wanted) continue;
+    if (!part_reaches(upper, part, threshold)) continue;
     kernels_->refine(high + tile * high_bytes(m.cols), low + tile * low_bytes(m.cols), input, row, part, near_.data() + row * width + at, exact);
     for (int r = part; r < kRows; r += 4) {
       if (upper[r] >= threshold) found->push_back({at + r, exact[r], scaled(exact[r], ask) + noise[at % 64 + r]});
@@ -116,21 +120,25 @@ void Model::rescore(const Matrix& m, const Rows& input, int64_t row, int64_t til
   }
 }
 
-// All tokens that may reach `threshold`, with their exact values.
-std::vector<Scored> Model::reaching(const Matrix& m, const Rows& input, int64_t row, float threshold, const Ask& ask) {
-  const auto shares = static_cast<int64_t>(m.shares.size());
-  std::vector<std::vector<Scored>> found(static_cast<size_t>(shares));
-  pool_.run(shares, [&](int64_t i) {
-    const Share& share = m.shares[static_cast<size_t>(i)];
-    for (int64_t t = share.first; t < share.last; ++t) {
-      if (most_[static_cast<size_t>(row * m.tiles + t)] < threshold) continue;
-      rescore(m, input, row, t, threshold, ask, &found[static_cast<size_t>(i)]);
-    }
-  });
+// Run work(share, found) for all shares of a matrix; gives what they found, in order.
+template <class Work>
+std::vector<Scored> Model::found_by_shares(const Matrix& m, Work work) {
+  std::vector<std::vector<Scored>> found(m.shares.size());
+  pool_.run(static_cast<int64_t>(m.shares.size()), [&](int64_t i) { work(m.shares[static_cast<size_t>(i)], &found[static_cast<size_t>(i)]); });
   std::vector<Scored> all;
   for (const auto& part : found) all.insert(all.end(), part.begin(), part.end());
   rescored_ += static_cast<int64_t>(all.size());
   return all;
+}
+
+// All tokens that may reach `threshold`, with their exact values.
+std::vector<Scored> Model::reaching(const Matrix& m, const Rows& input, int64_t row, float threshold, const Ask& ask) {
+  return found_by_shares(m, [&](const Share& share, std::vector<Scored>* found) {
+    for (int64_t t = row * m.tiles + share.first; t < row * m.tiles + share.last; ++t) {
+      if (most_[static_cast<size_t>(t)] < threshold) continue;
+      rescore(m, input, row, t - row * m.tiles, upper_.data() + t * kRows, threshold, ask, found);
+    }
+  });
 }
 
 // Draws what half of the head's bytes and few exact products can tell; gives the rows that need all logits.
@@ -148,13 +156,9 @@ std::vector<int64_t> Model::screen(const Matrix& m, const Ask* asks, int64_t cou
   for (int64_t row = 0; row < count; ++row) {
     const Ask& ask = asks[row];
     for (int64_t i = 0; i < shares; ++i) mine[static_cast<size_t>(i)] = likely[static_cast<size_t>(i * count + row)];
-    const float threshold = filtered(ask) ? filter_threshold(m, input, row, ask) : threshold_of(m, input, row, ask, mine);
-    if (filtered(ask) && !reached_by_few(m, row, threshold)) {
-      left.push_back(row);
-      continue;
-    }
-    std::vector<Scored> found = reaching(m, input, row, threshold, ask);
-    picks_[static_cast<size_t>(row)] = filtered(ask) ? draw_listed(*kernels_, std::move(found), ask) : best_of(found, ask);
+    auto& picks = picks_[static_cast<size_t>(row)];
+    if (!filtered(ask)) picks = best_of(reaching(m, input, row, threshold_of(m, input, row, ask, mine), ask), ask);
+    else if (!pick_filtered(m, input, row, ask, &picks)) left.push_back(row);
   }
   return left;
 }
@@ -168,32 +172,96 @@ float Model::threshold_of(const Matrix& m, const Rows& input, int64_t row, const
   std::vector<Scored> exact;
   for (size_t i = 0; i < keep; ++i) {
     if (front[i].token < 0) continue;
-    const int64_t tile = front[i].token / kRows;
-    rescore(m, input, row, tile, most_[static_cast<size_t>(row * m.tiles + tile)], ask, &exact);
+    const int64_t tile = front[i].token / kRows, at = row * m.tiles + tile;
+    rescore(m, input, row, tile, upper_.data() + at * kRows, most_[static_cast<size_t>(at)], ask, &exact);
   }
   float best = kNone;
   for (const auto& each : exact) best = std::max(best, each.value);
   return ask.temperature == 0 ? best : best - doubt(best);
 }
 
-// A scaled logit below which no token passes top_k and min_p: that of the kth best of tokens that may reach most, and what
-// min_p leaves below their best.
-float Model::filter_threshold(const Matrix& m, const Rows& input, int64_t row, const Ask& ask) {
-  const int64_t k = ask.top_k > 0 && ask.top_k <= kListed ? ask.top_k : 1;
-  Largest front(std::max(static_cast<int64_t>(kRescored), 2 * k)), kth(k), best(1);
-  for (int64_t t = 0; t < m.tiles; ++t) front.push(most_[static_cast<size_t>(row * m.tiles + t)]);
-  for (const auto& each : reaching(m, input, row, front.kth(), ask)) {
+// Whether at most one in `parts` tokens may reach `threshold`.
+bool Model::reached_by_few(const Matrix& m, int64_t row, float threshold, int64_t parts) const {
+  const float* upper = upper_.data() + row * m.tiles * kRows;
+  int64_t reaching = 0;
+  for (int64_t i = 0; i < m.rows; ++i) reaching += upper[i] >= threshold;
+  return parts * reaching <= m.rows;
+}
+
+// Draw under filters. Where few tokens may pass top_k and min_p, from all of these; else look which token the noise puts
+// first, and whether it passes all filters, for which only those with larger logits have to be exact. False where too many
+// exact products would be needed.
+bool Model::pick_filtered(const Matrix& m, const Rows& input, int64_t row, const Ask& ask, std::vector<Pick>* picks) {
+  const Front front = front_of(m, input, row, ask);
+  if (!reached_by_few(m, row, front.floor, 100)) {
+    *picks = best_of(noisy_from(m, input, row, front, ask), ask);
+    float least = -kNone;
+    for (const auto& pick : *picks) least = std::min(least, scaled(pick.logit, ask));
+    if (picks->empty() || !reached_by_few(m, row, least, 10)) return false;
+    if (surely_kept(*kernels_, reaching(m, input, row, least, ask), least, ask)) return true;
+    if (!reached_by_few(m, row, front.floor, 10)) return false;
+  }
+  *picks = draw_listed(*kernels_, reaching(m, input, row, front.floor, ask), ask);
+  return true;
+}
+
+// From the tokens that may reach most: a scaled logit below which none passes top_k and min_p, and what noise makes of them.
+Model::Front Model::front_of(const Matrix& m, const Rows& input, int64_t row, const Ask& ask) {
+  Largest tiles(kFront + 2 * listed(ask)), kth(std::max<int64_t>(1, listed(ask))), best(1);
+  for (int64_t t = 0; t < m.tiles; ++t) tiles.push(most_[static_cast<size_t>(row * m.tiles + t)]);
+  std::vector<Scored> found = reaching(m, input, row, tiles.kth(), ask);
+  for (const auto& each : found) {
     kth.push(each.value);
     best.push(each.value);
   }
-  const float floor = min_p_floor(best.kth(), ask);
-  return ask.top_k > 0 && ask.top_k <= kListed ? std::max(floor, kth.kth()) : floor;
+  Front front{min_p_floor(best.kth(), ask), kNone};
+  if (listed(ask) > 0) front.floor = std::max(front.floor, kth.kth());
+  float noise[64];
+  for (const auto& each : found) {
+    if (each.value < front.floor) continue;
+    kernels_->gumbel({ask.seed, ask.sample, ask.position}, each.token / 64 * 64, noise);
+    front.noisy = std::max(front.noisy, each.value + noise[each.token % 64]);
+  }
+  return front;
 }
 
-// Whether exact products of the tokens that may reach `threshold` cost less than all do.
-bool Model::reached_by_few(const Matrix& m, int64_t row, float threshold) const {
-  const float* most = most_.data() + row * m.tiles;
-  return 4 * std::count_if(most, most + m.tiles, [&](float value) { return value >= threshold; }) <= m.tiles;
+// Tokens from the front's floor on that noise may put first, with it, and some others.
+std::vector<Scored> Model::noisy_from(const Matrix& m, const Rows& input, int64_t row, const Front& front, const Ask& ask) {
+  return found_by_shares(m, [&](const Share& share, std::vector<Scored>* found) {
+    float best = front.noisy;
+    for (int64_t t = share.first; t < share.last;) {
+      const int64_t end = std::min(share.last, (t / 4 + 1) * 4);
+      const float* most = most_.data() + row * m.tiles;
+      if (std::any_of(most + t, most + end, [&](float value) { return value >= front.floor; })) {
+        best = rescore_noisy(m, input, row, {share.segment, t, end}, {front.floor, best}, ask, found);
+      }
+      t = end;
+    }
+  });
+}
+
+// The same for tiles that have their noise from one call; gives the best value by now.
+float Model::rescore_noisy(const Matrix& m, const Rows& input, int64_t row, const Share& tiles, Front front, const Ask& ask,
+                           std::vector<Scored>* found) {
+  const int64_t first = tiles.first * kRows, group = first / 64 * 64, n = tiles.last * kRows - first;
+  const float* bare = upper_.data() + row * m.tiles * kRows + first;
+  float noise[64], upper[128] = {};  // room for 64 from any of the first 64
+  kernels_->gumbel({ask.seed, ask.sample, ask.position}, group, noise);
+  std::copy(noise, noise + 64, upper);
+  float* values = upper + (first - group);
+  const float rounding = 1e-5f;
+  if (kernels_->add_scaled(bare, n, 1.0f, values) + rounding < front.noisy - doubt(front.noisy)) return front.noisy;
+  for (int64_t i = 0; i < n; ++i) values[i] = bare[i] < front.floor ? kNone : values[i] + rounding;
+  for (int64_t t = tiles.first; t < tiles.last; ++t) {
+    const size_t before = found->size();
+    rescore(m, input, row, t, values + (t - tiles.first) * kRows, front.noisy - doubt(front.noisy), ask, found);
+    for (size_t i = before; i < found->size(); ++i) {
+      Scored& each = (*found)[i];
+      each.value = each.value < front.floor ? kNone : each.value + noise[each.token - group];
+      front.noisy = std::max(front.noisy, each.value);
+    }
+  }
+  return front.noisy;
 }
 
 }  // namespace ts

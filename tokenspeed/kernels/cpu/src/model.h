@@ -136,12 +136,22 @@ class Model {
   void measure_reach(const Matrix& m, int64_t count);
   void look(const Matrix& m, const Rows& input, const Share& share, const Ask* asks, Scored* likely);
   Scored look_closer(const Matrix& m, const Share& share, int64_t row, const Ask& ask);
-  void rescore(const Matrix& m, const Rows& input, int64_t row, int64_t tile, float threshold, const Ask& ask, std::vector<Scored>* found);
+  void rescore(const Matrix& m, const Rows& input, int64_t row, int64_t tile, const float* upper, float threshold, const Ask& ask,
+               std::vector<Scored>* found);
+  template <class Work>
+  std::vector<Scored> found_by_shares(const Matrix& m, Work work);
   std::vector<Scored> reaching(const Matrix& m, const Rows& input, int64_t row, float threshold, const Ask& ask);
   std::vector<int64_t> screen(const Matrix& m, const Ask* asks, int64_t count);
   float threshold_of(const Matrix& m, const Rows& input, int64_t row, const Ask& ask, const std::vector<Scored>& likely);
-  float filter_threshold(const Matrix& m, const Rows& input, int64_t row, const Ask& ask);
-  bool reached_by_few(const Matrix& m, int64_t row, float threshold) const;
+  struct Front {
+    float floor, noisy;
+  };
+  bool pick_filtered(const Matrix& m, const Rows& input, int64_t row, const Ask& ask, std::vector<Pick>* picks);
+  Front front_of(const Matrix& m, const Rows& input, int64_t row, const Ask& ask);
+  std::vector<Scored> noisy_from(const Matrix& m, const Rows& input, int64_t row, const Front& front, const Ask& ask);
+  float rescore_noisy(const Matrix& m, const Rows& input, int64_t row, const Share& tiles, Front front, const Ask& ask,
+                      std::vector<Scored>* found);
+  bool reached_by_few(const Matrix& m, int64_t row, float threshold, int64_t parts) const;
   void embed(const Op& op);
   void linear(const Op& op, int64_t rows, float* out, int64_t stride);
   void prepare(const Op& op, const Matrix& m, int64_t rows);

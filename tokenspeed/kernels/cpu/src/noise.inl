@@ -79,7 +79,7 @@ float add_scaled(const float* x, int64_t n, float temperature, float* values) {
   for (int i = 0; i < 64; i += 16) {
     const F sum = add(div(load(tile.at + i), set(temperature)), load(values + i));
     store(values + i, sum);
-    most = max(most, sum);
+    most = max(sum, most);  // of a sum that is no number, what was there
   }
   return max_lane(most);
 }
