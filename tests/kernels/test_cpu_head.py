@@ -7,54 +7,19 @@ import pytest
 import torch
 
 from tests.kernels.blocks import random_rows
+from tests.kernels.drawing import ask, check, draw, planes
 from tests.kernels.test_cpu_linear import TOLERANCE, multiply, packed
 from tests.kernels.tiers import TIERS_HERE
 from tests.seeds import SEED
-from tokenspeed.contracts.step import SamplingRow
 from tokenspeed.kernels.cpu import _walk
-from tokenspeed.kernels.cpu.registration import PLANES
 from tokenspeed.runner.edits import SampledRow
 from tokenspeed.runner.noise import gumbel, noise_keys
-from tokenspeed.runner.sampler import sample, sampler_inputs, settle
 
 TEMPERATURES = (0.0, 0.01, 0.7, 1.0, 3.0)
 
 
-def planes(isa: str, threads: int, data: np.ndarray, cols: int) -> tuple[_walk.Model, int]:
-    model = _walk.Model(threads, isa)
-    matrix = model.add_matrix(cols)
-    model.add_segment(matrix, PLANES, data)
-    return model, matrix
-
-
 def asks(temperature: float, count: int) -> list[SampledRow]:
-    return [
-        SampledRow(SamplingRow(temperature, 0, 1.0, SEED + 5 * row, sample_index=row), [], 0, 7 + row)
-        for row in range(count)
-    ]
-
-
-def draw(model: _walk.Model, matrix: int, x: np.ndarray, rows: list[SampledRow]) -> list[list[tuple[int, float]]]:
-    params = [row.sampling for row in rows]
-    return model.draw(
-        matrix,
-        x,
-        np.array([each.temperature for each in params], np.float32),
-        np.array([each.seed for each in params], np.uint64),
-        np.array([each.sample_index for each in params], np.uint32),
-        np.array([row.position for row in rows], np.uint32),
-    )
-
-
-def check(model: _walk.Model, matrix: int, x: np.ndarray, num_tokens: int, temperature: float) -> None:
-    """The tokens drawn are those the sampler draws from the logits, and so are the logits they come with."""
-    rows = asks(temperature, len(x))
-    logits = multiply(model, matrix, x, num_tokens)
-    wanted = sample(torch.from_numpy(logits), sampler_inputs(rows, num_tokens, torch.device("cpu"))).tokens.tolist()
-    for row, candidates in enumerate(draw(model, matrix, x, rows)):
-        token = candidates[0][0] if len(candidates) == 1 else settle(candidates, rows[row])
-        assert token == wanted[row]
-        assert all(logits[row, at] == np.float32(logit) for at, logit in candidates)
+    return [ask(row, temperature) for row in range(count)]
 
 
 @pytest.mark.parametrize("isa", TIERS_HERE)
@@ -88,7 +53,7 @@ def test_tokens_are_those_of_all_logits(isa: str, temperature: float, count: int
     x = np.where(
         rng.random((count, 1)) < 0.5, values[rng.integers(num_tokens, size=count)], rng.normal(size=(count, cols))
     )
-    check(model, matrix, x.astype(np.float32), num_tokens, temperature)
+    assert not check(model, matrix, x.astype(np.float32), num_tokens, asks(temperature, len(x)))
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -124,7 +89,7 @@ def test_rows_that_a_bound_could_get_wrong(kind: str, temperature: float) -> Non
         blocks[701, :, 2:] = np.where(sign > 0, 0x30, 0x2F)
         x[:] = sign.reshape(-1)
     model, matrix = planes("", 2, data, cols)
-    check(model, matrix, x.astype(np.float32), num_tokens, temperature)
+    assert not check(model, matrix, x.astype(np.float32), num_tokens, asks(temperature, len(x)))
 
 
 def test_few_rows_are_looked_at_twice() -> None:
@@ -154,7 +119,8 @@ def test_other_formats_draw_the_same_tokens_too(temperature: float) -> None:
     rng, num_tokens, cols = np.random.default_rng([SEED, 5]), 5003, 256
     data, _ = random_rows("Q6_K", num_tokens, cols, rng)
     model, matrix = packed("", 2, [("Q6_K", data)], cols)
-    check(model, matrix, rng.normal(size=(6, cols)).astype(np.float32), num_tokens, temperature)
+    x = rng.normal(size=(6, cols)).astype(np.float32)
+    assert not check(model, matrix, x, num_tokens, asks(temperature, len(x)))
 
 
 @pytest.mark.parametrize("isa", TIERS_HERE)

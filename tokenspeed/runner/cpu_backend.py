@@ -26,7 +26,7 @@ from tokenspeed.runner.inputs import FedRow
 from tokenspeed.runner.model import LoadedModel, Progress
 from tokenspeed.runner.packed_copy import PackedCopy
 from tokenspeed.runner.packing import pack_weights
-from tokenspeed.runner.sampler import settle
+from tokenspeed.runner.sampler import log_min_p, settle
 
 BLOCK = 32
 """Columns of a block of packed weights."""
@@ -103,13 +103,13 @@ class CpuBackend:
     def weight_bytes(self) -> dict[str, float]:
         """Bytes of each weight that a row reads; for a screened head the mean over all rows so far."""
         bytes_ = {name: float(weight.nbytes) for name, weight in self._model.packed.items()}
-        if self._screened and self._picks:
+        native = self._native
+        whole = native.whole + self._rows_of_logits
+        if self._screened and native.looked:
             rows, cols = self._model.packed[self._screened].shape
-            looks = (
-                self._picks * rows * cols / BLOCK * _LOOK_BYTES + self._native.rescored * cols / BLOCK * _CLOSE_BYTES
-            )
-            total = looks + self._rows_of_logits * bytes_[self._screened]
-            bytes_[self._screened] = total / (self._picks + self._rows_of_logits)
+            looks = cols / BLOCK * (native.looked * rows * _LOOK_BYTES + native.rescored * _CLOSE_BYTES)
+            drawn = self._picks + self._rows_of_logits
+            bytes_[self._screened] = (looks + whole * bytes_[self._screened]) / drawn
         return bytes_
 
     @property
@@ -159,9 +159,12 @@ class CpuBackend:
             np.array([each.seed & _SEED for each in params], np.uint64),
             np.array([each.sample_index & _COUNTER for each in params], np.uint32),
             np.array([ask.position & _COUNTER for ask in asks], np.uint32),
+            np.array([each.top_k for each in params], np.int64),
+            np.array([each.top_p for each in params], np.float64),
+            np.array([log_min_p(each) for each in params], np.float32),
         )
         if not all(found):
-            return None  # logits that are not numbers: let the sampler say what that gives
+            return None  # logits that are not numbers, or too close to where top_p cuts: let the sampler draw
         return [
             candidates[0][0] if len(candidates) == 1 else settle(candidates, ask)
             for candidates, ask in zip(found, asks, strict=True)

@@ -171,11 +171,11 @@ def _forbidden_ids(row: SampledRow) -> list[int]:
 
 
 def drawn_plainly(row: SampledRow) -> bool:
-    """Whether a row's token is the largest of logits / temperature + noise, with nothing else to be done or told."""
+    """Whether a row's token comes of the raw logits by temperature, filters and noise, with nothing else to be done or
+    told."""
     sampling = row.sampling
-    filtered = sampling.temperature > 0 and (sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0)
     edited = sampling.logit_bias or sampling.allowed_ids is not None or sampling.masked or has_penalties(sampling)
-    return not (filtered or edited or sampling.logprobs >= 0 or sampling.bad_words or _forbidden_ids(row))
+    return not (edited or sampling.logprobs >= 0 or sampling.bad_words or _forbidden_ids(row))
 
 
 def has_penalties(sampling: SamplingRow) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tokenspeed.contracts.step import SamplingRow
 from tokenspeed.runner.draw import DrawRows, draw
 from tokenspeed.runner.edits import LogitEdits, SampledRow, logit_edits
 from tokenspeed.runner.logprobs import Logprobs, token_logprobs
@@ -106,8 +107,8 @@ def sample(
 
 
 def settle(candidates: Sequence[tuple[int, float]], row: SampledRow) -> int:
-    """The token that `sample` draws for a row that is `drawn_plainly`, out of those (id, logit) that it may be, in
-    ascending order of ids."""
+    """The token that `sample` draws for a row that is `drawn_plainly`, out of those (id, logit) that its filters leave
+    and that it may be, in ascending order of ids."""
     sampling = row.sampling
     ids, logits = (torch.tensor(column) for column in zip(*candidates, strict=True))
     keys = noise_keys([sampling.seed], [sampling.sample_index], [row.position], ids.device)
@@ -115,6 +116,11 @@ def settle(candidates: Sequence[tuple[int, float]], row: SampledRow) -> int:
     noisy = noise[torch.arange(len(ids)), ids % TOKENS_PER_BLOCK] + logits / sampling.temperature
     values = noisy.tolist()
     return int(ids[values.index(max(values))])
+
+
+def log_min_p(sampling: SamplingRow) -> float:
+    """How far below the best scaled logit min_p cuts; -inf without one."""
+    return math.log(sampling.min_p) if sampling.min_p else -math.inf
 
 
 def _logprobs(logits: torch.Tensor, tokens: torch.Tensor, inputs: SamplerInputs) -> Logprobs | None:
@@ -147,7 +153,7 @@ def _group(numbers: list[int], rows: Sequence[SampledRow], device: torch.device)
         rows=_numbers(numbers, len(rows), device),
         draw=DrawRows(
             temperature=column([each.temperature for each in params], torch.float32),
-            log_min_p=column([math.log(each.min_p) if each.min_p else -math.inf for each in params], torch.float32),
+            log_min_p=column([log_min_p(each) for each in params], torch.float32),
             top_k=column([each.top_k for each in params], torch.int64),
             top_p=column([each.top_p for each in params], torch.float64),
             keys=noise_keys(

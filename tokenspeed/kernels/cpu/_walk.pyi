@@ -52,12 +52,34 @@ class Model:
     def body(self, tokens: Any, positions: Any, starts: Any, tables: Any, table_starts: Any, groups: int) -> None: ...
     def head(self, rows: Any, logits: Any) -> None: ...
     def pick(
-        self, rows: Any, temperatures: Any, seeds: Any, samples: Any, positions: Any
+        self,
+        rows: Any,
+        temperatures: Any,
+        seeds: Any,
+        samples: Any,
+        positions: Any,
+        top_k: Any,
+        top_p: Any,
+        log_min_p: Any,
     ) -> list[list[tuple[int, float]]]: ...
     def draw(
-        self, matrix: int, x: Any, temperatures: Any, seeds: Any, samples: Any, positions: Any
+        self,
+        matrix: int,
+        x: Any,
+        temperatures: Any,
+        seeds: Any,
+        samples: Any,
+        positions: Any,
+        top_k: Any,
+        top_p: Any,
+        log_min_p: Any,
     ) -> list[list[tuple[int, float]]]: ...
     def gumbel(self, seed: int, sample: int, position: int, first: int) -> list[float]: ...
+    def mass(self, logits: Any, temperature: float, best: float, above: float) -> float: ...
+    @property
+    def looked(self) -> int: ...
+    @property
+    def whole(self) -> int: ...
     @property
     def rescored(self) -> int: ...
     def multiply(self, matrix: int, x: Any, out: Any) -> None: ...

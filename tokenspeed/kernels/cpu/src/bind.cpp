@@ -31,10 +31,25 @@ ts::Step step_of(const Array1<int32_t>& tokens, const Array1<int32_t>& positions
   return {static_cast<int64_t>(tokens.shape(0)), sequences, groups, tokens.data(), positions.data(), starts.data(), tables.data(), table_starts.data()};
 }
 
-std::vector<ts::Ask> asks_of(const Array1<float>& temperatures, const Array1<uint64_t>& seeds, const Array1<uint32_t>& samples,
-                             const Array1<uint32_t>& positions) {
+// What rows ask for, one of each for every row.
+struct Asks {
+  const Array1<float>& temperatures;
+  const Array1<uint64_t>& seeds;
+  const Array1<uint32_t>& samples;
+  const Array1<uint32_t>& positions;
+  const Array1<int64_t>& top_k;
+  const Array1<double>& top_p;
+  const Array1<float>& log_min_p;
+};
+
+std::vector<ts::Ask> asks_of(const Asks& from, size_t count) {
+  const size_t counts[] = {from.temperatures.shape(0), from.seeds.shape(0), from.samples.shape(0), from.positions.shape(0),
+                           from.top_k.shape(0), from.top_p.shape(0), from.log_min_p.shape(0)};
+  for (const size_t each : counts) if (each != count) throw nb::value_error("the asks' arrays do not fit the rows");
   std::vector<ts::Ask> asks;
-  for (size_t i = 0; i < temperatures.shape(0); ++i) asks.push_back({temperatures(i), samples(i), positions(i), seeds(i)});
+  for (size_t i = 0; i < count; ++i) {
+    asks.push_back({from.temperatures(i), from.samples(i), from.positions(i), from.seeds(i), from.top_k(i), from.top_p(i), from.log_min_p(i)});
+  }
   return asks;
 }
 
@@ -123,13 +138,15 @@ NB_MODULE(_walk, m) {
         model.head(rows.data(), static_cast<int64_t>(rows.shape(0)), logits.data());
       })
       .def("pick", [](ts::Model& model, const Array1<int32_t>& rows, const Array1<float>& temperatures, const Array1<uint64_t>& seeds,
-                      const Array1<uint32_t>& samples, const Array1<uint32_t>& positions) {
-        const auto asks = asks_of(temperatures, seeds, samples, positions);
+                      const Array1<uint32_t>& samples, const Array1<uint32_t>& positions, const Array1<int64_t>& top_k,
+                      const Array1<double>& top_p, const Array1<float>& log_min_p) {
+        const auto asks = asks_of({temperatures, seeds, samples, positions, top_k, top_p, log_min_p}, rows.shape(0));
         return pairs_of([&]() -> auto& { return model.pick(rows.data(), asks.data(), static_cast<int64_t>(asks.size())); });
       })
       .def("draw", [](ts::Model& model, int32_t matrix, const Array2<float>& x, const Array1<float>& temperatures,
-                      const Array1<uint64_t>& seeds, const Array1<uint32_t>& samples, const Array1<uint32_t>& positions) {
-        const auto asks = asks_of(temperatures, seeds, samples, positions);
+                      const Array1<uint64_t>& seeds, const Array1<uint32_t>& samples, const Array1<uint32_t>& positions,
+                      const Array1<int64_t>& top_k, const Array1<double>& top_p, const Array1<float>& log_min_p) {
+        const auto asks = asks_of({temperatures, seeds, samples, positions, top_k, top_p, log_min_p}, x.shape(0));
         return pairs_of([&]() -> auto& { return model.draw(matrix, x.data(), asks.data(), static_cast<int64_t>(asks.size())); });
       })
       .def("gumbel", [](const ts::Model& model, uint64_t seed, uint32_t sample, uint32_t position, int64_t first) {
@@ -137,6 +154,14 @@ NB_MODULE(_walk, m) {
         model.kernels().gumbel({seed, sample, position}, first, noise.data());
         return noise;
       })
+      .def("mass", [](const ts::Model& model, const Array1<float>& logits, float temperature, float best, float above) {
+        double sum = 0;
+        const auto count = static_cast<int64_t>(logits.shape(0));
+        for (int64_t at = 0; at < count; at += 64) sum += model.kernels().mass(logits.data() + at, std::min<int64_t>(64, count - at), temperature, best, above);
+        return sum;
+      })
+      .def_prop_ro("looked", &ts::Model::looked)
+      .def_prop_ro("whole", &ts::Model::whole)
       .def_prop_ro("rescored", &ts::Model::rescored)
       .def("multiply", [](ts::Model& model, int32_t matrix, const Array2<float>& x, const Out2<float>& out) {
         nb::gil_scoped_release unlocked;

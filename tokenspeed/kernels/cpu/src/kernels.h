@@ -82,6 +82,10 @@ struct Kernels {
   void (*refine)(const uint8_t* high, const uint8_t* low, const Rows& rows, int64_t row, int part, const float* near, float* out);
   // Gumbel noise of 64 tokens from `first`, a multiple of 64, within 1e-5 of the sampler's own.
   void (*gumbel)(const NoiseKey& key, int64_t first, float* out);
+  // Tiles of 64 logits (noise.inl): the largest of each; up to 64, scaled, added to values; masses, within 1e-6 of themselves.
+  void (*tile_maxima)(const float* x, int64_t n, float* out);
+  float (*add_scaled)(const float* x, int64_t n, float temperature, float* values);
+  float (*mass)(const float* x, int64_t n, float temperature, float best, float above);
 };
 
 const Kernels* generic_kernels();

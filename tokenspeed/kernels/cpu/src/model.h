@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "draw.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -87,22 +88,6 @@ struct Step {  // packed tokens of `sequences` sequences
   const int64_t* table_start;  // [sequences * groups], offsets into table
 };
 
-struct Ask {  // how to draw one token from a row: greedily at temperature 0, else with noise
-  float temperature;
-  uint32_t sample, position;
-  uint64_t seed;
-};
-
-struct Pick {
-  int64_t token;
-  float logit;
-};
-
-struct Scored {  // value: scaled, and with noise
-  int64_t token;
-  float logit, value;
-};
-
 class Model {
  public:
   Model(int threads, const std::string& isa);
@@ -130,10 +115,13 @@ class Model {
   // The head for some of the step's tokens: logits [rows, vocabulary].
   void head(const int32_t* rows, int64_t count, float* logits);
   // The head and a token for some of the step's tokens: mostly one pick each; several where only the sampler's own noise
-  // can tell which is best.
+  // can tell which is best, none where the sampler has to draw.
   const std::vector<std::vector<Pick>>& pick(const int32_t* rows, const Ask* asks, int64_t count);
   // The same for rows x of a matrix, x [count, cols].
   const std::vector<std::vector<Pick>>& draw(int32_t matrix, const float* x, const Ask* asks, int64_t count);
+  // Rows drawn from by a first look and from all logits so far, and the products that first looks made exact.
+  int64_t looked() const { return looked_; }
+  int64_t whole() const { return whole_; }
   int64_t rescored() const { return rescored_; }
   // rows x of a matrix: out [count, matrix rows], x [count, cols].
   void multiply(int32_t matrix, const float* x, int64_t count, float* out);
@@ -146,14 +134,25 @@ class Model {
   const Op& before_head(const int32_t* rows, int64_t count);
   void prepare_plain(const Matrix& m, const float* x, int64_t count);
   const std::vector<std::vector<Pick>>& pick_prepared(const Op& last, const Ask* asks, int64_t count);
-  void pick_full(const float* logits, int64_t width, const Ask& ask, std::vector<Pick>* picks);
   void measure_reach(const Matrix& m, int64_t count);
   void look(const Matrix& m, const Rows& input, const Share& share, const Ask* asks, Scored* likely);
   Scored look_closer(const Matrix& m, const Share& share, int64_t row, const Ask& ask);
-  void rescore(const Matrix& m, const Rows& input, int64_t row, int64_t tile, float threshold, const Ask& ask, std::vector<Scored>* found);
-  void screen(const Matrix& m, const Ask* asks, int64_t count);
-  float threshold_of(const Matrix& m, const Rows& input, int64_t row, const Ask& ask, const std::vector<Scored>& likely,
-                     int64_t shares, int64_t count);
+  void rescore(const Matrix& m, const Rows& input, int64_t row, int64_t tile, const float* upper, float threshold, const Ask& ask,
+               std::vector<Scored>* found);
+  template <class Work>
+  std::vector<Scored> found_by_shares(const Matrix& m, Work work);
+  std::vector<Scored> reaching(const Matrix& m, const Rows& input, int64_t row, float threshold, const Ask& ask);
+  std::vector<int64_t> screen(const Matrix& m, const Ask* asks, int64_t count);
+  float threshold_of(const Matrix& m, const Rows& input, int64_t row, const Ask& ask, const std::vector<Scored>& likely);
+  struct Front {
+    float floor, noisy;
+  };
+  bool pick_filtered(const Matrix& m, const Rows& input, int64_t row, const Ask& ask, std::vector<Pick>* picks);
+  Front front_of(const Matrix& m, const Rows& input, int64_t row, const Ask& ask);
+  std::vector<Scored> noisy_from(const Matrix& m, const Rows& input, int64_t row, const Front& front, const Ask& ask);
+  float rescore_noisy(const Matrix& m, const Rows& input, int64_t row, const Share& tiles, Front front, const Ask& ask,
+                      std::vector<Scored>* found);
+  bool reached_by_few(const Matrix& m, int64_t row, float threshold, int64_t parts) const;
   void embed(const Op& op);
   void linear(const Op& op, int64_t rows, float* out, int64_t stride);
   void prepare(const Op& op, const Matrix& m, int64_t rows);
@@ -187,7 +186,7 @@ class Model {
   std::vector<int32_t> sums_, owner_;
   std::vector<float> near_, upper_, most_, reach_;  // of the head's first look
   std::vector<std::vector<Pick>> picks_;
-  int64_t rescored_ = 0;
+  int64_t looked_ = 0, whole_ = 0, rescored_ = 0;
 };
 
 }  // namespace ts

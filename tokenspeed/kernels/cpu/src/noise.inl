@@ -50,3 +50,47 @@ void gumbel(const ts::NoiseKey& key, int64_t first, float* out) {
   }
   for (int i = 0; i < 16; ++i) for (int j = 0; j < 4; ++j) out[4 * i + j] = noise[j][i];
 }
+
+// A tile of 64 logits, filled up where it has fewer.
+struct LogitTile {
+  LogitTile(const float* x, int64_t n, float filler) : at(x) {
+    if (n == 64) return;
+    std::fill(std::copy(x, x + n, filled), filled + 64, filler);
+    at = filled;
+  }
+  float filled[64];
+  const float* at;
+};
+
+// The largest of each 64 logits; NaN where one of them is not finite.
+void tile_maxima(const float* x, int64_t n, float* out) {
+  for (; n > 0; x += 64, n -= 64) {
+    const LogitTile tile(x, std::min<int64_t>(n, 64), std::numeric_limits<float>::lowest());
+    const F a = load(tile.at), b = load(tile.at + 16), c = load(tile.at + 32), d = load(tile.at + 48);
+    *out++ = max_lane(max(max(a, b), max(c, d))) + broken(a, b) + broken(c, d);
+  }
+}
+
+// Up to 64 logits over the temperature are added to as many values; gives the largest sum.
+float add_scaled(const float* x, int64_t n, float temperature, float* values) {
+  const float none = -std::numeric_limits<float>::infinity();
+  const LogitTile tile(x, n, none);
+  F most = set(none);
+  for (int i = 0; i < 64; i += 16) {
+    const F sum = add(div(load(tile.at + i), set(temperature)), load(values + i));
+    store(values + i, sum);
+    most = max(sum, most);  // of a sum that is no number, what was there
+  }
+  return max_lane(most);
+}
+
+// The sum of exp(x / temperature - best) over those of up to 64 logits for which x / temperature > above.
+float mass(const float* x, int64_t n, float temperature, float best, float above) {
+  const LogitTile tile(x, n, -std::numeric_limits<float>::infinity());
+  F total = set(0.0f);
+  for (int i = 0; i < 64; i += 16) {
+    const F value = div(load(tile.at + i), set(temperature));
+    total = add(total, keep_above(exp_or_zero(sub(value, set(best))), value, above));
+  }
+  return sum(total);
+}
