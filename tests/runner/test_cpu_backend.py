@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace as replace_struct
 
 from tests.kernels.tiers import TIERS_HERE
 from tests.seeds import SEED
@@ -265,3 +266,64 @@ def test_what_it_does_not_take_is_named() -> None:
     assert why_not(replace(captured, program=program), torch.bfloat16) == []
     between = captured.definition.program(adapters={"layers.0.qkv": 4})
     assert why_not(replace(captured, program=fuse(between)), torch.bfloat16) == []
+
+
+def decoding(model: LoadedModel, threads: int, prompts: list[list[int]]) -> tuple[Stepper, list[list[int]]]:
+    """A stepper whose slots know one sampled token, and their known tokens."""
+    stepper = Stepper(model, CpuBackend(model, threads), 16, torch.bfloat16)
+    known = []
+    for slot, tokens in enumerate(prompts):
+        stepper.start(slot, tokens, 100)
+        token = int(stepper.step({slot: len(tokens)})[-1].argmax())
+        stepper.table._slots[slot].append(token)
+        known.append([*tokens, token])
+    return stepper, known
+
+
+SAMPLINGS = [
+    GREEDY,
+    SamplingRow(0.9, 0, 1.0, 77),
+    SamplingRow(1.3, 7, 0.8, SEED % 2**63, sample_index=3),
+]
+
+
+def asks_of(known: list[list[int]], stops: tuple[int, ...] = ()) -> list[SampledRow]:
+    rows = [replace_struct(SAMPLINGS[i % 3], stop_ids=list(stops)) for i in range(len(known))]
+    return [SampledRow(row, tokens, 4, len(tokens)) for row, tokens in zip(rows, known, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_passes_draw_what_single_steps_draw(name: str) -> None:
+    model = make_model(name, "Q8_0")
+    prompts = [prompt(40), prompt(7, 5), prompt(15, 9)]
+    stepper, known = decoding(model, 2, prompts)
+    fed = stepper.table.feed([PlanRow(slot, 6, len(each) + 5) for slot, each in enumerate(known)])
+    passes = stepper.backend.decode(fed, asks_of(known), 6)
+    assert len(passes) == 6
+    other, known = decoding(model, 1, prompts)
+    for drawn in passes:
+        logits = other.step(dict.fromkeys(range(3), 1))
+        inputs = sampler_inputs(asks_of(known), BASE.vocab_size, model.device)
+        assert sample(logits, inputs).tokens.tolist() == drawn
+        for slot, token in enumerate(drawn):
+            other.table._slots[slot].append(token)
+            known[slot].append(token)
+
+
+def test_passes_end_with_a_stop_id_and_before_what_is_not_a_number() -> None:
+    model = make_model("llama", {"lm_head": "Q8_0"})
+    prompts = [prompt(12), prompt(5, 3)]
+    stepper, known = decoding(model, 2, prompts)
+    fed = stepper.table.feed([PlanRow(slot, 9, len(each) + 8) for slot, each in enumerate(known)])
+    passes = stepper.backend.decode(fed, asks_of(known), 9)
+    assert len(passes) == 9
+    stop = passes[3][1]
+    first = next(i for i, drawn in enumerate(passes) if stop in drawn)
+    assert stepper.backend.decode(fed, asks_of(known, (stop,)), 9) == passes[: first + 1]
+    seen = {token for tokens in known for token in tokens}
+    last, token = next((i, token) for i, drawn in enumerate(passes) for token in drawn if token not in seen)
+    model.packed["embed"].segments[0].data.view(torch.float32)[token, 5] = float("nan")
+    stepper, known = decoding(model, 2, prompts)
+    fed = stepper.table.feed([PlanRow(slot, 9, len(each) + 8) for slot, each in enumerate(known)])
+    assert last < 8
+    assert stepper.backend.decode(fed, asks_of(known), 9) == passes[: last + 1]

@@ -1,9 +1,9 @@
 """Plans and results of one engine step: plain data, small ints, no tensor. They cross process borders as msgpack.
 
 Device lengths are the truth, and several steps may be under way: a plan names upper bounds. The executor feeds a
-sequence its known tokens that are not computed, then drafts of its own if it has any, `max_tokens` at most and never
-past `num_reserved` positions; whenever that reaches the end of what is known it samples, one token per fed row that it
-accepts.
+sequence its known tokens that are not computed, then drafts of its own if it has any, or in further passes what it
+sampled, `max_tokens` at most and never past `num_reserved` positions; whenever that reaches the end of what is known it
+samples, one token per fed row that it accepts.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ class ResultRow(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class StepResult(msgspec.Struct, array_like=True, frozen=True):
-    """Rows in the order of the plan's."""
+    """Rows in the order of the plan's. `num_passes`: how often the model was run."""
 
     step_id: int
     rows: list[ResultRow]
+    num_passes: int = 1

@@ -43,15 +43,16 @@ class StepClock:
     decode_steps: int = 0
     decode_s: float = 0.0
 
-    def add(self, fed: list[int], sampled: int, seconds: float) -> None:
-        """One step: most tokens fed per row, tokens sampled, wall seconds."""
-        if all(count == 1 for count in fed) and sampled == len(fed):
-            self.decode_tokens += sampled
-            self.decode_steps += 1
-            self.decode_s += seconds
-        elif not any(count == 1 for count in fed):
-            self.prefill_tokens += sum(fed)
-            self.prefill_s += seconds
+    def add_decode(self, sampled: int, num_passes: int, seconds: float) -> None:
+        """A step that only decoded: tokens sampled, runs through the model, wall seconds."""
+        self.decode_tokens += sampled
+        self.decode_steps += num_passes
+        self.decode_s += seconds
+
+    def add_prefill(self, fed: int, seconds: float) -> None:
+        """A step that only fed prompts."""
+        self.prefill_tokens += fed
+        self.prefill_s += seconds
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,16 @@ class StepLoop:
         now = time.perf_counter()
         seconds = now - max(step.launched, self._retired)
         self._retired = now
-        fed = [row.max_tokens for row in step.plan.rows]
+        record = step.record
         sampled = sum(len(row.token_ids) for row in result.rows)
-        self.clock.add(fed, sampled, seconds)
-        self.ring.append(TimedStep(step.record, sampled, seconds))
-        self.scheduler.observe(sum(fed), seconds)
+        self.ring.append(TimedStep(record, sampled, seconds))
+        if not record.num_prefill_tokens and sampled:
+            self.clock.add_decode(sampled, result.num_passes, seconds)
+            self.scheduler.observe_decode(sampled, result.num_passes, seconds)
+            return
+        self.scheduler.observe(record.num_tokens, seconds)
+        if record.num_prefill_tokens == record.num_tokens > len(step.plan.rows):
+            self.clock.add_prefill(record.num_tokens, seconds)
 
     def _drop_all(self) -> None:
         for request_id in tuple(self._alive):
@@ -191,6 +197,7 @@ class EngineCore(StepLoop):
             config.max_num_seqs,
             config.max_num_batched_tokens,
             self.capacity.max_model_len,
+            max_passes=prepared.backend.max_passes,
             target_itl_ms=config.target_itl_ms,
         )
         super().__init__(Scheduler(limits, self.cache), _executor(prepared, self.capacity, config))

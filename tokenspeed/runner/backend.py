@@ -28,12 +28,23 @@ class Backend(Protocol):
         """Ops for which a fast backend had no kernel, so that this slower one runs."""
         ...
 
+    @property
+    def max_passes(self) -> int:
+        """Decode passes that `decode` can run in one call; 1 where it has no such way."""
+        ...
+
     def bind(self, arena: Arena) -> None:
         """Use an arena's pages."""
         ...
 
     def body(self, fed: Sequence[FedRow]) -> None:
         """Run everything before the head for the tokens of a step; writes their KV."""
+        ...
+
+    def decode(self, fed: Sequence[FedRow], asks: Sequence[SampledRow], most: int) -> list[list[int]]:
+        """Run a step of rows that feed one token each and are `drawn_plainly`, then up to `most` - 1 further passes,
+        each with the tokens drawn in the one before. Ids per pass and row; the first pass that draws a stop id is the
+        last, and so is one whose tokens cannot be told without logits: it is left out, so nothing may come."""
         ...
 
     def pick(self, rows: Sequence[int], asks: Sequence[SampledRow]) -> list[int] | None:

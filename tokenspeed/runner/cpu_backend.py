@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -63,6 +65,7 @@ class CpuBackend:
 
     name = "cpu"
     fallback_ops: Sequence[str] = ()
+    max_passes = 8
 
     def __init__(
         self,
@@ -134,41 +137,25 @@ class CpuBackend:
         self._arena = arena
 
     def body(self, fed: Sequence[FedRow]) -> None:
-        tokens = [token for row in fed for token in row.slot.tokens[row.start : row.start + row.count]]
-        positions = [p for row in fed for p in range(row.start, row.start + row.count)]
-        starts = np.cumsum([0] + [row.count for row in fed])
-        tables = [table for row in fed for table in row.slot.tables]
-        ends = np.cumsum([0] + [len(table) for table in tables])
-        flat = np.fromiter((page for table in tables for page in table), np.int32, int(ends[-1]))
-        groups = len(fed[0].slot.tables)
-        self._native.body(
-            np.array(tokens, np.int32),
-            np.array(positions, np.int32),
-            starts.astype(np.int32),
-            flat,
-            ends[:-1].astype(np.int64),
-            groups,
-        )
+        self._native.body(*_step(fed))
+
+    def decode(self, fed: Sequence[FedRow], asks: Sequence[SampledRow], most: int) -> list[list[int]]:
+        ends = {token for ask in asks for token in ask.sampling.stop_ids}
+        passes = self._native.decode(most, list(ends), *_step(fed), *_columns(asks))
+        self._picks += len(asks) * len(passes)
+        drawn = []
+        for number, found in enumerate(passes):
+            if not all(found):
+                break  # logits that are not numbers, or too close to where top_p cuts: let the sampler draw
+            drawn.append([_settled(candidates, ask, number) for candidates, ask in zip(found, asks, strict=True)])
+        return drawn
 
     def pick(self, rows: Sequence[int], asks: Sequence[SampledRow]) -> list[int] | None:
-        params = [ask.sampling for ask in asks]
         self._picks += len(rows)
-        found = self._native.pick(
-            np.array(rows, np.int32),
-            np.array([each.temperature for each in params], np.float32),
-            np.array([each.seed & _SEED for each in params], np.uint64),
-            np.array([each.sample_index & _COUNTER for each in params], np.uint32),
-            np.array([ask.position & _COUNTER for ask in asks], np.uint32),
-            np.array([each.top_k for each in params], np.int64),
-            np.array([each.top_p for each in params], np.float64),
-            np.array([log_min_p(each) for each in params], np.float32),
-        )
+        found = self._native.pick(np.array(rows, np.int32), *_columns(asks))
         if not all(found):
             return None  # logits that are not numbers, or too close to where top_p cuts: let the sampler draw
-        return [
-            candidates[0][0] if len(candidates) == 1 else settle(candidates, ask)
-            for candidates, ask in zip(found, asks, strict=True)
-        ]
+        return [_settled(candidates, ask, 0) for candidates, ask in zip(found, asks, strict=True)]
 
     def logits(self, rows: Sequence[int]) -> torch.Tensor:
         self._rows_of_logits += len(rows)
@@ -300,3 +287,39 @@ def _screened_head(model: LoadedModel) -> str | None:
 
 def _act(record: Record) -> int:
     return ("silu", "gelu_tanh").index(record.attrs["act"])
+
+
+def _step(fed: Sequence[FedRow]) -> tuple[Any, ...]:
+    """Tokens, positions, row starts, block tables one after the other, their starts, and how many a row has."""
+    tokens = [token for row in fed for token in row.slot.tokens[row.start : row.start + row.count]]
+    positions = [p for row in fed for p in range(row.start, row.start + row.count)]
+    tables = [table for row in fed for table in row.slot.tables]
+    return (
+        np.array(tokens, np.int32),
+        np.array(positions, np.int32),
+        np.array(list(accumulate((row.count for row in fed), initial=0)), np.int32),
+        np.array(list(chain.from_iterable(tables)), np.int32),
+        np.array(list(accumulate(map(len, tables[:-1]), initial=0)), np.int64),
+        len(fed[0].slot.tables),
+    )
+
+
+def _columns(asks: Sequence[SampledRow]) -> tuple[Any, ...]:
+    """What rows ask for, a column each."""
+    params = [ask.sampling for ask in asks]
+    return (
+        np.array([each.temperature for each in params], np.float32),
+        np.array([each.seed & _SEED for each in params], np.uint64),
+        np.array([each.sample_index & _COUNTER for each in params], np.uint32),
+        np.array([ask.position & _COUNTER for ask in asks], np.uint32),
+        np.array([each.top_k for each in params], np.int64),
+        np.array([each.top_p for each in params], np.float64),
+        np.array([log_min_p(each) for each in params], np.float32),
+    )
+
+
+def _settled(candidates: list[tuple[int, float]], ask: SampledRow, later: int) -> int:
+    """The token of a row that was drawn `later` passes after what it asked for."""
+    if len(candidates) == 1:
+        return candidates[0][0]
+    return settle(candidates, replace(ask, position=ask.position + later))

@@ -10,7 +10,7 @@ from tokenspeed.contracts.step import ResultRow, StepPlan, StepResult
 from tokenspeed.runner.arena import Arena
 from tokenspeed.runner.backend import Backend
 from tokenspeed.runner.edits import drawn_plainly
-from tokenspeed.runner.inputs import FedRow, SlotTable, wanted_rows
+from tokenspeed.runner.inputs import FedRow, SlotTable, num_prompt_logprobs, wanted_rows
 from tokenspeed.runner.jobs import Job, jobs_of, run_jobs, sampled_row
 
 LOGITS_BYTES = 256 * 2**20
@@ -43,11 +43,19 @@ class LocalExecutor:
         self._table.apply(plan.delta)
         fed = self._table.feed(plan.rows)
         with torch.inference_mode():
-            rows = self._run(fed)
-        return Finished(StepResult(plan.step_id, rows))
+            drawn = self._decode(fed)
+            rows = self._run(fed) if not drawn else _taken(fed, drawn)
+        return Finished(StepResult(plan.step_id, rows, max(1, len(drawn))))
 
     def close(self) -> None:
         """Nothing to release: memory goes with the objects."""
+
+    def _decode(self, fed: list[FedRow]) -> list[list[int]]:
+        """Tokens per pass and row, where every row decodes and the backend needs nobody for that."""
+        if self.backend.max_passes == 1 or len(fed) > self._chunk or not all(map(_decodes, fed)):
+            return []
+        asks = [sampled_row(row.slot) for row in fed]
+        return self.backend.decode(fed, asks, min(row.most for row in fed)) if all(map(drawn_plainly, asks)) else []
 
     def _run(self, fed: list[FedRow]) -> list[ResultRow]:
         self.backend.body(fed)
@@ -72,3 +80,18 @@ class LocalExecutor:
             job.row.slot.append(token)
             job.result.token_ids.append(token)
         return tokens is not None
+
+
+def _decodes(row: FedRow) -> bool:
+    return row.count == 1 and row.samples and not num_prompt_logprobs(row)
+
+
+def _taken(fed: list[FedRow], drawn: list[list[int]]) -> list[ResultRow]:
+    """Every pass but the last fed what it drew."""
+    results = []
+    for row, tokens in zip(fed, zip(*drawn, strict=True), strict=True):
+        for token in tokens:
+            row.slot.append(token)
+        row.slot.num_computed += len(tokens)
+        results.append(ResultRow(row.number, row.slot.num_computed, list(tokens)))
+    return results

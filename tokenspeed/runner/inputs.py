@@ -37,13 +37,14 @@ class Slot:
 @dataclass(frozen=True)
 class FedRow:
     """A plan row as it is run: `count` tokens from position `start`; `samples` when they reach the end of what is
-    known."""
+    known; it may go on with what it samples until it has fed `most`."""
 
     number: int
     slot: Slot
     start: int
     count: int
     samples: bool
+    most: int
 
 
 class SlotTable:
@@ -85,7 +86,7 @@ class SlotTable:
             held = min(map(len, slot.tables)) * self._arena.shape.page_size
             if end > min(row.num_reserved, held):
                 raise RuntimeError(f"slot {row.slot} has no page for position {end - 1}")
-            fed.append(FedRow(row.slot, slot, slot.num_computed, count, end == len(slot.tokens)))
+            fed.append(FedRow(row.slot, slot, slot.num_computed, count, end == len(slot.tokens), row.max_tokens))
         return fed
 
 

@@ -21,6 +21,7 @@ class RefBackend:
     """Weights unpacked once: matrices [rows, cols] in the compute dtype, vectors in float32."""
 
     name = "ref"
+    max_passes = 1
 
     def __init__(
         self,
@@ -53,6 +54,9 @@ class RefBackend:
             situation = Situation(self._model.device.type, dtype, bucket, self._model.formats)
             self._plans[bucket] = plan(self._model.program, self._registry, situation)
         return self._plans[bucket]
+
+    def decode(self, fed: Sequence[FedRow], asks: Sequence[SampledRow], most: int) -> list[list[int]]:
+        return []
 
     def body(self, fed: Sequence[FedRow]) -> None:
         assert self._arena is not None

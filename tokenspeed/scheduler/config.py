@@ -16,6 +16,7 @@ class SchedulerConfig:
     max_model_len: most tokens of one sequence, prompt and output.
     long_prefill_token_threshold: most prompt tokens fed per step by one sequence, 0 for no such limit.
     max_draft_tokens: tokens a decoding row may feed beside the one it knows.
+    max_passes: decode passes that the executor can run in one step.
     target_itl_ms: while something decodes, prompts are fed in chunks that keep a step within this time; None feeds them
     as fast as max_num_batched_tokens allows.
     """
@@ -25,6 +26,7 @@ class SchedulerConfig:
     max_model_len: int
     long_prefill_token_threshold: int = 0
     max_draft_tokens: int = 0
+    max_passes: int = 1
     target_itl_ms: float | None = None
 
     def __post_init__(self) -> None:
@@ -33,6 +35,7 @@ class SchedulerConfig:
         _check_least("max_model_len", self.max_model_len, 2)
         _check_least("long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
         _check_least("max_draft_tokens", self.max_draft_tokens, 0)
+        _check_least("max_passes", self.max_passes, 1)
         if self.target_itl_ms is not None and not (math.isfinite(self.target_itl_ms) and self.target_itl_ms > 0):
             raise ConfigError(f"target_itl_ms must be a positive number of milliseconds, got {self.target_itl_ms}")
 

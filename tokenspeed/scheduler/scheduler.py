@@ -12,6 +12,7 @@ from tokenspeed.contracts.lifecycle import Status
 from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.contracts.step import ResultRow, StepPlan, StepResult
 from tokenspeed.scheduler.admission import AdmissionPolicy, ForecastAdmission
+from tokenspeed.scheduler.burst import Burst
 from tokenspeed.scheduler.config import SchedulerConfig
 from tokenspeed.scheduler.pace import StepPace
 from tokenspeed.scheduler.queue import OrderedSequences, order_of
@@ -36,6 +37,7 @@ class Scheduler:
         self._cache = cache
         self._admission = admission or ForecastAdmission(cache)
         self._pace = StepPace(config.target_itl_ms / 1000) if config.target_itl_ms is not None else None
+        self._burst = Burst(config.max_passes)
         self._requests: dict[str, LiveRequest] = {}
         self._waiting = OrderedSequences()
         self._running = OrderedSequences()
@@ -128,6 +130,11 @@ class Scheduler:
         if self._pace is not None:
             self._pace.observe(num_tokens, seconds)
 
+    def observe_decode(self, num_tokens: int, num_passes: int, seconds: float) -> None:
+        """A step that only decoded, `num_tokens` in all its passes, took `seconds`."""
+        self._burst.observe(num_passes, seconds)
+        self.observe(max(1, num_tokens // num_passes), seconds / num_passes)
+
     def schedule(self) -> StepPlan | None:
         """Plan the next step. None when there is nothing to run, at least until a step in flight has retired."""
         step = Step(self._next_step_id, self._config.max_num_batched_tokens)
@@ -201,7 +208,8 @@ class Scheduler:
         if decoding:
             # Each sequence must find a token, so drafts get no more than a fair share of what is left over.
             share = (step.budget - len(prefilling)) // len(decoding)
-            most = min(1 + self._config.max_draft_tokens, share)
+            passes = 1 if prefilling or len(self._waiting) else self._burst.num_passes()
+            most = min(max(1 + self._config.max_draft_tokens, passes), share)
             for sequence in decoding:
                 self._decode(sequence, most, step)
             self._pace_prefill(step)

@@ -62,6 +62,24 @@ class Model:
         top_p: Any,
         log_min_p: Any,
     ) -> list[list[tuple[int, float]]]: ...
+    def decode(
+        self,
+        most: int,
+        ends: list[int],
+        tokens: Any,
+        positions: Any,
+        starts: Any,
+        tables: Any,
+        table_starts: Any,
+        groups: int,
+        temperatures: Any,
+        seeds: Any,
+        samples: Any,
+        at: Any,
+        top_k: Any,
+        top_p: Any,
+        log_min_p: Any,
+    ) -> list[list[list[tuple[int, float]]]]: ...
     def draw(
         self,
         matrix: int,

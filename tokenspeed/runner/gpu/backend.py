@@ -23,6 +23,7 @@ class GpuBackend:
     """Weights in the compute dtype on the device; every record of the program by the fastest kernel that takes it."""
 
     name = "gpu"
+    max_passes = 1
 
     def __init__(
         self,

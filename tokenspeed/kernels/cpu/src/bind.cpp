@@ -53,19 +53,25 @@ std::vector<ts::Ask> asks_of(const Asks& from, size_t count) {
   return asks;
 }
 
+using Pairs = std::vector<std::vector<std::pair<int64_t, float>>>;
+
+Pairs pairs_of(const std::vector<std::vector<ts::Pick>>& picks) {
+  Pairs result;
+  for (const auto& row : picks) {
+    result.emplace_back();
+    for (const auto& each : row) result.back().emplace_back(each.token, each.logit);
+  }
+  return result;
+}
+
 template <class Run>
-std::vector<std::vector<std::pair<int64_t, float>>> pairs_of(Run run) {
+Pairs pairs_from(Run run) {
   const std::vector<std::vector<ts::Pick>>* picks = nullptr;
   {
     nb::gil_scoped_release unlocked;
     picks = &run();
   }
-  std::vector<std::vector<std::pair<int64_t, float>>> result;
-  for (const auto& row : *picks) {
-    result.emplace_back();
-    for (const auto& each : row) result.back().emplace_back(each.token, each.logit);
-  }
-  return result;
+  return pairs_of(*picks);
 }
 
 }  // namespace
@@ -141,13 +147,30 @@ NB_MODULE(_walk, m) {
                       const Array1<uint32_t>& samples, const Array1<uint32_t>& positions, const Array1<int64_t>& top_k,
                       const Array1<double>& top_p, const Array1<float>& log_min_p) {
         const auto asks = asks_of({temperatures, seeds, samples, positions, top_k, top_p, log_min_p}, rows.shape(0));
-        return pairs_of([&]() -> auto& { return model.pick(rows.data(), asks.data(), static_cast<int64_t>(asks.size())); });
+        return pairs_from([&]() -> auto& { return model.pick(rows.data(), asks.data(), static_cast<int64_t>(asks.size())); });
+      })
+      .def("decode", [](ts::Model& model, int64_t most, const std::vector<int64_t>& ends, const Array1<int32_t>& tokens, const Array1<int32_t>& positions, const Array1<int32_t>& starts,
+                        const Array1<int32_t>& tables, const Array1<int64_t>& table_starts, int64_t groups,
+                        const Array1<float>& temperatures, const Array1<uint64_t>& seeds, const Array1<uint32_t>& samples,
+                        const Array1<uint32_t>& at, const Array1<int64_t>& top_k, const Array1<double>& top_p,
+                        const Array1<float>& log_min_p) {
+        const ts::Step step = step_of(tokens, positions, starts, tables, table_starts, groups);
+        if (step.tokens != step.sequences) throw nb::value_error("decode takes one token per sequence");
+        auto asks = asks_of({temperatures, seeds, samples, at, top_k, top_p, log_min_p}, tokens.shape(0));
+        std::vector<std::vector<std::vector<ts::Pick>>> passes;
+        {
+          nb::gil_scoped_release unlocked;
+          passes = model.decode(step, std::move(asks), ends, most);
+        }
+        std::vector<Pairs> result;
+        for (const auto& picks : passes) result.push_back(pairs_of(picks));
+        return result;
       })
       .def("draw", [](ts::Model& model, int32_t matrix, const Array2<float>& x, const Array1<float>& temperatures,
                       const Array1<uint64_t>& seeds, const Array1<uint32_t>& samples, const Array1<uint32_t>& positions,
                       const Array1<int64_t>& top_k, const Array1<double>& top_p, const Array1<float>& log_min_p) {
         const auto asks = asks_of({temperatures, seeds, samples, positions, top_k, top_p, log_min_p}, x.shape(0));
-        return pairs_of([&]() -> auto& { return model.draw(matrix, x.data(), asks.data(), static_cast<int64_t>(asks.size())); });
+        return pairs_from([&]() -> auto& { return model.draw(matrix, x.data(), asks.data(), static_cast<int64_t>(asks.size())); });
       })
       .def("gumbel", [](const ts::Model& model, uint64_t seed, uint32_t sample, uint32_t position, int64_t first) {
         std::vector<float> noise(64);

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <numeric>
 
 #include "model.h"
 
@@ -26,6 +27,31 @@ const std::vector<std::vector<Pick>>& Model::pick(const int32_t* rows, const Ask
   const Op& last = before_head(rows, count);
   rows_of(count, [&](int64_t row) { prepare_row(last, matrices_[static_cast<size_t>(last.matrix)], row); });
   return pick_prepared(last, asks, count);
+}
+
+std::vector<std::vector<std::vector<Pick>>> Model::decode(Step step, std::vector<Ask> asks, const std::vector<int64_t>& ends, int64_t most) {
+  const auto count = static_cast<size_t>(step.tokens);
+  fed_.assign(step.token, step.token + count);
+  fed_at_.assign(step.position, step.position + count);
+  fed_rows_.resize(count);
+  std::iota(fed_rows_.begin(), fed_rows_.end(), 0);
+  step.token = fed_.data();
+  step.position = fed_at_.data();
+  std::vector<std::vector<std::vector<Pick>>> passes;
+  for (bool more = true; more;) {
+    body(step);
+    passes.push_back(pick(fed_rows_.data(), asks.data(), step.tokens));
+    more = static_cast<int64_t>(passes.size()) < most;
+    for (size_t i = 0; i < count && more; ++i) {
+      const auto& found = passes.back()[i];
+      more = found.size() == 1 && std::find(ends.begin(), ends.end(), found[0].token) == ends.end();
+      if (!more) break;
+      fed_[i] = static_cast<int32_t>(found[0].token);
+      ++fed_at_[i];
+      ++asks[i].position;
+    }
+  }
+  return passes;
 }
 
 const std::vector<std::vector<Pick>>& Model::draw(int32_t matrix, const float* x, const Ask* asks, int64_t count) {

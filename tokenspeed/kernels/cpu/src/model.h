@@ -117,6 +117,9 @@ class Model {
   // The head and a token for some of the step's tokens: mostly one pick each; several where only the sampler's own noise
   // can tell which is best, none where the sampler has to draw.
   const std::vector<std::vector<Pick>>& pick(const int32_t* rows, const Ask* asks, int64_t count);
+  // A step of one token per sequence and a pick for each, then again with what was picked, `most` times in all. Stops after
+  // a pass that picks one of `ends`, or several for a row, or none.
+  std::vector<std::vector<std::vector<Pick>>> decode(Step step, std::vector<Ask> asks, const std::vector<int64_t>& ends, int64_t most);
   // The same for rows x of a matrix, x [count, cols].
   const std::vector<std::vector<Pick>>& draw(int32_t matrix, const float* x, const Ask* asks, int64_t count);
   // Rows drawn from by a first look and from all logits so far, and the products that first looks made exact.
@@ -184,6 +187,7 @@ class Model {
   std::vector<float> normed_, scale_, scratch_;
   std::vector<int8_t> hi_, lo_;
   std::vector<int32_t> sums_, owner_;
+  std::vector<int32_t> fed_, fed_at_, fed_rows_;  // of a decode: tokens, positions, 0 to count - 1
   std::vector<float> near_, upper_, most_, reach_;  // of the head's first look
   std::vector<std::vector<Pick>> picks_;
   int64_t looked_ = 0, whole_ = 0, rescored_ = 0;
