@@ -1,0 +1,211 @@
+"""The GPU runner's KV memory on a driver that is not there: measured, asleep, and awake again under the same graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernels.triton.test_gpu_executor import PLAIN, SETTINGS, SLOW, Opened, open_gpu, tiny
+from tests.runner.cuda_fake import FakeCard, FakeCuda
+from tokenspeed.contracts.errors import EngineAsleepError, EngineBusyError, MemoryLimitError
+from tokenspeed.contracts.sampling import SamplingParams
+from tokenspeed.engine.llm import LLM
+from tokenspeed.runner import build, room
+
+__all__ = ["open_gpu", "tiny"]
+GIB = 2**30
+PROMPTS = [[1, 5, 9], [1, *range(3, 30)], [1, 7]]
+GREEDY = [SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)] * 3
+MIXED = [SamplingParams(max_tokens=8, ignore_eos=True, **kind) for kind in (PLAIN[0], PLAIN[2], SLOW[1])]
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> FakeCard:
+    card = FakeCard(FakeCuda(total=4 * GIB))
+    monkeypatch.setattr(build, "open_card", lambda device: card)
+    return card
+
+
+def run(llm: LLM, params: list[SamplingParams]) -> list[list[int]]:
+    outputs = llm.generate(prompt_token_ids=PROMPTS, sampling_params=params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def reference(path: Path, params: list[SamplingParams], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Tokens without a card."""
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "open_card", lambda device: None)
+        return run(LLM(str(path), **SETTINGS), params)
+
+
+def page_bytes(llm: LLM) -> int:
+    return llm.core.page_shape.page_bytes
+
+
+def test_asleep_the_pages_are_gone_and_awake_all_is_as_before(
+    tiny: Path, open_gpu: Callable[..., Opened], card: FakeCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, link = open_gpu()
+    wanted = reference(tiny, MIXED, monkeypatch)
+    assert run(gpu, MIXED) == wanted
+    assert run(gpu, GREEDY) == run(gpu, GREEDY)
+    executor: Any = gpu.core.executor
+    graphs, address, used = list(link.graphs), executor._arena.kv.data_ptr(), 4 * GIB - card.cuda.free
+    replays = sum(graph.replays for graph in graphs)
+    assert gpu.core.cache.num_cached_pages > 0
+    assert used >= gpu.core.capacity.num_pages * page_bytes(gpu)
+    for _ in range(2):
+        gpu.sleep()
+        gpu.sleep()
+        assert gpu.is_sleeping()
+        assert card.cuda.free == 4 * GIB
+        assert gpu.core.cache.num_cached_pages == 0
+        with pytest.raises(EngineAsleepError, match="wake_up"):
+            run(gpu, MIXED)
+        gpu.wake_up()
+        gpu.wake_up()
+        assert not gpu.is_sleeping()
+        assert (card.cuda.free, executor._arena.kv.data_ptr()) == (4 * GIB - used, address)
+        assert run(gpu, MIXED) == wanted
+    assert link.graphs[: len(graphs)] == graphs
+    assert sum(graph.replays for graph in graphs) > replays > 0
+    gpu.core.cache.check_idle()
+    gpu.close()
+    assert card.cuda.leaks() == []
+
+
+def test_steps_of_a_request_that_left_are_over_before_the_pages_go(
+    open_gpu: Callable[..., Opened], card: FakeCard
+) -> None:
+    gpu, link = open_gpu()
+    stream = gpu.stream({"prompt_token_ids": [1, 2, 3]}, GREEDY[0])
+    next(stream)
+    with pytest.raises(EngineBusyError, match="1 requests are under way"):
+        gpu.sleep()
+    assert not gpu.is_sleeping()
+    del stream
+    assert gpu.core.has_work
+    waits = link.waits
+    gpu.sleep()
+    assert link.waits > waits
+    assert not gpu.core.has_work
+    gpu.wake_up()
+    assert len(run(gpu, GREEDY)) == 3
+
+
+def test_who_finds_no_memory_sleeps_on(open_gpu: Callable[..., Opened], card: FakeCard) -> None:
+    gpu, _ = open_gpu()
+    before = run(gpu, GREEDY)
+    gpu.sleep()
+    card.cuda.others = 4 * GIB - 10_000
+    with pytest.raises(MemoryLimitError, match=r"cuMemCreate .* \(10000 of"):
+        gpu.wake_up()
+    assert gpu.is_sleeping()
+    assert card.cuda.free == 10_000
+    with pytest.raises(EngineAsleepError):
+        run(gpu, GREEDY)
+    card.cuda.others = 0
+    gpu.wake_up()
+    assert run(gpu, GREEDY) == before
+
+
+@pytest.mark.parametrize("failing", ["unmap", "release", "wait"])
+def test_a_driver_that_fails_while_it_falls_asleep(
+    open_gpu: Callable[..., Opened], card: FakeCard, failing: str
+) -> None:
+    gpu, _ = open_gpu()
+    before = run(gpu, GREEDY)
+    plain, calls = getattr(card.cuda, names := {"unmap": "cuMemUnmap", "release": "cuMemRelease"}.get(failing, "cuCtxSynchronize")), []  # fmt: skip
+
+    def second_fails(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == (1 if failing == "wait" else 2):
+            return (card.cuda.CUresult.CUDA_ERROR_UNKNOWN,)
+        return plain(*arguments)
+
+    second_fails.__name__ = names
+    setattr(card.cuda, names, second_fails)
+    with pytest.raises(Exception, match=names):
+        gpu.sleep()
+    assert gpu.is_sleeping()  # not to be used as it is
+    gpu.wake_up()
+    assert run(gpu, GREEDY) == before
+    gpu.sleep()
+    assert card.cuda.free == 4 * GIB
+
+
+def test_the_largest_step_is_run_before_the_cache_is_sized(
+    open_gpu: Callable[..., Opened], card: FakeCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes 3 MiB, of which 2 are still taken when it is over: what is left after it counts."""
+    monkeypatch.setattr(room, "MARGIN_BYTES", 2**20)
+    cuda, launched = card.cuda, []  # type: ignore[var-annotated]
+    cuda.total = 64 * 2**20
+    plain = build.run_largest_steps
+
+    def measured(executor: Any, limits: Any, *rest: Any) -> None:
+        launch = executor.launch
+
+        def counted(plan: Any) -> Any:
+            launched.append([(row.max_tokens, plan.delta.new[row.slot].sampling.prompt_logprobs) for row in plan.rows])
+            return launch(plan)
+
+        executor.launch = counted
+        plain(executor, limits, *rest)
+        cuda.others += 2 * 2**20
+
+    monkeypatch.setattr(build, "run_largest_steps", measured)
+    monkeypatch.setattr(build, "share_of_card", lambda use, config: rooms.append(plan(use, config)) or rooms[-1])
+    plan, rooms = room.share_of_card, []  # type: ignore[var-annotated]
+    gpu, link = open_gpu(max_num_batched_tokens=19)
+    # Four rows with 19 tokens between them, eagerly and captured; then one that scores.
+    assert launched == [[(5, -1), (5, -1), (5, -1), (4, -1)]] * 2 + [[(19, 0)]]
+    assert [graph.replays for graph in link.graphs] == [1, 1]
+    before, after = (found.cache_bytes for found in rooms)
+    logits = 97 * 4 * (1 + 2 + 4 * 4 + 1 + 2 + 4 + 4)  # of buckets to 32 mixed, to 4 decoding; counts of 4 slots
+    assert before == int(0.9 * 64 * 2**20)
+    assert after == before - 2 * 2**20 - logits
+    assert cuda.free >= 2**20
+    assert run(gpu, GREEDY) == run(gpu, GREEDY)
+
+
+def test_a_size_that_is_asked_for_is_not_measured(open_gpu: Callable[..., Opened], card: FakeCard) -> None:
+    gpu, link = open_gpu(kv_cache_memory_bytes=100_000)
+    assert link.graphs == []
+    assert gpu.core.capacity.num_pages == 100_000 // page_bytes(gpu)
+    with pytest.raises(
+        MemoryLimitError, match=r"--kv-cache-memory-bytes .* is more than \d+: \d+ bytes are free on the"
+    ):
+        open_gpu(kv_cache_memory_bytes=4 * GIB)
+
+
+@pytest.mark.parametrize("pages", [32, 45])
+def test_fewer_pages_than_all_sequences_want_let_fewer_run_at_once(
+    tiny: Path, open_gpu: Callable[..., Opened], card: FakeCard, monkeypatch: pytest.MonkeyPatch, pages: int
+) -> None:
+    """32 pages hold one sequence of the model's whole context."""
+    monkeypatch.setattr(room, "MARGIN_BYTES", 0)
+    page = 4 * 2 * 2 * 2 * 8 * 4
+    later = 97 * 4 * (1 + 2 + 4 * 3 + 1 + 2 + 4 + 4)
+    card.cuda.total = -(-(pages * page + later) // 0.9)
+    gpu, _ = open_gpu()
+    assert page_bytes(gpu) == page
+    assert (gpu.core.capacity.num_pages, gpu.core.capacity.max_model_len) == (pages, 128)
+    params = [SamplingParams(temperature=0, max_tokens=60 + i, ignore_eos=True) for i in range(3)]
+    assert run(gpu, params) == reference(tiny, params, monkeypatch)
+    gpu.core.cache.check_idle()
+
+
+def test_a_length_that_does_not_fit_is_refused_with_numbers(
+    open_gpu: Callable[..., Opened], card: FakeCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "MARGIN_BYTES", 0)
+    card.cuda.total = 25_000
+    with pytest.raises(MemoryLimitError, match="one sequence of 128 tokens needs 0.0 MiB; .*--gpu-memory-utilization"):
+        open_gpu(max_model_len=128)
+    card.cuda.others = 24_000
+    with pytest.raises(MemoryLimitError, match="no memory is left for the KV cache.*--gpu-memory-utilization 0.9 of"):
+        open_gpu()
