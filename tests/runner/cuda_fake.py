@@ -1,5 +1,7 @@
-"""CUDA's driver as `cuda.bindings.driver` shows it, over memory of this process: it keeps account of every range, handle
-and mapping, asserts that calls obey the documented rules, and can fail at chosen calls."""
+"""CUDA's driver as `cuda.bindings.driver` shows it, over memory of this process.
+
+It accounts for every range, handle and mapping, asserts that calls obey the documented rules, and can fail at chosen
+calls."""
 
 from __future__ import annotations
 
@@ -196,7 +198,8 @@ class FakeCard:
 
     def tensor(self, owner: VirtualRange, nbytes: int) -> torch.Tensor:
         assert self.cuda.touchable(owner.address, nbytes)
-        held = type("Held", (ctypes.c_uint8 * nbytes,), {}).from_address(owner.address)
+        held: Any = type("Held", (ctypes.c_uint8 * nbytes,), {})
+        held = held.from_address(owner.address)
         held.owner = owner
         return torch.frombuffer(held, dtype=torch.uint8)
 

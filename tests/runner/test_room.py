@@ -77,7 +77,7 @@ def test_nothing_left_names_every_number() -> None:
     for number in ("taken 15360.0 MiB", "needs 1.0 more", "share of 14745.6", "0.9 of 16384.0", "1024.0 are free"):
         assert number in str(caught.value)
     assert "513.0 stay so" in str(caught.value)
-    with pytest.raises(MemoryLimitError, match="share of 4096.0 "):
+    with pytest.raises(MemoryLimitError, match=r"share of 4096\.0 "):
         share_of_card(CardUse(16 * 2**30, 15 * 2**30, 2**30), config(gpu_memory_utilization=0.25))
 
 

@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -71,10 +72,10 @@ def script(cuda: FakeCuda, kept: list[VirtualRange], attempt: Callable[[Callable
     """A range's whole life; `attempt` runs each part."""
     attempt(lambda: kept.append(open_range(cuda, 40_000)))
     for pages in kept:
-        attempt(lambda pages=pages: pages.map(9000))
-        attempt(lambda pages=pages: pages.map(40_000))
+        attempt(partial(pages.map, 9000))
+        attempt(partial(pages.map, 40_000))
         attempt(pages.unmap)
-        attempt(lambda pages=pages: pages.map(30_000))
+        attempt(partial(pages.map, 30_000))
         attempt(pages.close)
 
 
@@ -144,7 +145,7 @@ def test_too_little_memory_names_call_bytes_and_limit() -> None:
 
 def test_a_limit_that_cannot_be_read_hides_no_error() -> None:
     cuda = FakeCuda(TOTAL, fail_at=frozenset({3, 4}))
-    with pytest.raises(DeviceError, match="^cuMemAddressReserve of 8192 bytes failed with CUDA_ERROR_UNKNOWN$"):
+    with pytest.raises(DeviceError, match=r"^cuMemAddressReserve of 8192 bytes failed with CUDA_ERROR_UNKNOWN$"):
         open_range(cuda, 5000)
 
 

@@ -24,8 +24,8 @@ class ArenaMemory(Protocol):
         ...
 
     def wake(self) -> None:
-        """Take memory again, with any content. Nothing to do where it is awake. Raises MemoryLimitError and DeviceError,
-        and is asleep then."""
+        """Take memory again, with any content. Nothing to do where it is awake. Raises MemoryLimitError and
+        DeviceError, and is asleep then."""
         ...
 
     def close(self) -> None:

@@ -68,9 +68,9 @@ def share_of_card(use: CardUse, config: EngineConfig) -> Room:
         return Room(budget, use.free, "--gpu-memory-utilization")
     raise MemoryLimitError(
         f"no memory is left for the KV cache: the engine has taken {_mib(taken)} MiB and needs {_mib(use.later)} more "
-        f"of its share of {_mib(share)} (--gpu-memory-utilization {config.gpu_memory_utilization} of {_mib(use.total)}), "
-        f"{_mib(use.free)} are free and {_mib(use.margin)} stay so: raise it, end what else uses the GPU, lower "
-        "--max-num-batched-tokens or --max-num-seqs, or add --quantization fp8"
+        f"of its share of {_mib(share)} (--gpu-memory-utilization {config.gpu_memory_utilization} of "
+        f"{_mib(use.total)}), {_mib(use.free)} are free and {_mib(use.margin)} stay so: raise it, end what "
+        "else uses the GPU, lower --max-num-batched-tokens or --max-num-seqs, or add --quantization fp8"
     )
 
 

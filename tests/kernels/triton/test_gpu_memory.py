@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,18 @@ import pytest
 
 from tests.kernels.triton.test_gpu_executor import PLAIN, SETTINGS, SLOW, Opened, open_gpu, tiny
 from tests.runner.cuda_fake import FakeCard, FakeCuda
-from tokenspeed.contracts.errors import EngineAsleepError, EngineBusyError, MemoryLimitError
+from tokenspeed.contracts.errors import DeviceError, EngineAsleepError, EngineBusyError, MemoryLimitError
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
 from tokenspeed.runner import build, room
+from tokenspeed.runner.gpu import largest_step
 
 __all__ = ["open_gpu", "tiny"]
 GIB = 2**30
 PROMPTS = [[1, 5, 9], [1, *range(3, 30)], [1, 7]]
 GREEDY = [SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)] * 3
-MIXED = [SamplingParams(max_tokens=8, ignore_eos=True, **kind) for kind in (PLAIN[0], PLAIN[2], SLOW[1])]
+KINDS: Any = [PLAIN[0], PLAIN[2], SLOW[1]]
+MIXED = [SamplingParams(max_tokens=8, ignore_eos=True, **kind) for kind in KINDS]
 
 
 @pytest.fixture
@@ -112,23 +116,20 @@ def test_who_finds_no_memory_sleeps_on(open_gpu: Callable[..., Opened], card: Fa
     assert run(gpu, GREEDY) == before
 
 
-@pytest.mark.parametrize("failing", ["unmap", "release", "wait"])
+@pytest.mark.parametrize("name, failing", [("cuMemUnmap", 2), ("cuMemRelease", 2), ("cuCtxSynchronize", 1)])
 def test_a_driver_that_fails_while_it_falls_asleep(
-    open_gpu: Callable[..., Opened], card: FakeCard, failing: str
+    open_gpu: Callable[..., Opened], card: FakeCard, monkeypatch: pytest.MonkeyPatch, name: str, failing: int
 ) -> None:
     gpu, _ = open_gpu()
     before = run(gpu, GREEDY)
-    plain, calls = getattr(card.cuda, names := {"unmap": "cuMemUnmap", "release": "cuMemRelease"}.get(failing, "cuCtxSynchronize")), []  # fmt: skip
+    plain, calls = getattr(card.cuda, name), itertools.count(1)
 
-    def second_fails(*arguments: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == (1 if failing == "wait" else 2):
-            return (card.cuda.CUresult.CUDA_ERROR_UNKNOWN,)
-        return plain(*arguments)
+    def one_fails(*arguments: Any) -> Any:
+        return (card.cuda.CUresult.CUDA_ERROR_UNKNOWN,) if next(calls) == failing else plain(*arguments)
 
-    second_fails.__name__ = names
-    setattr(card.cuda, names, second_fails)
-    with pytest.raises(Exception, match=names):
+    one_fails.__name__ = name
+    monkeypatch.setattr(card.cuda, name, one_fails)
+    with pytest.raises(DeviceError, match=name):
         gpu.sleep()
     assert gpu.is_sleeping()  # not to be used as it is
     gpu.wake_up()
@@ -140,13 +141,13 @@ def test_a_driver_that_fails_while_it_falls_asleep(
 def test_the_largest_step_is_run_before_the_cache_is_sized(
     open_gpu: Callable[..., Opened], card: FakeCard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes 3 MiB, of which 2 are still taken when it is over: what is left after it counts."""
+    """2 MiB are still taken when it is over: what is left after it counts."""
     monkeypatch.setattr(room, "MARGIN_BYTES", 2**20)
-    cuda, launched = card.cuda, []  # type: ignore[var-annotated]
-    cuda.total = 64 * 2**20
-    plain = build.run_largest_steps
+    card.cuda.total = 64 * 2**20
+    launched: list[list[tuple[int, int]]] = []
+    rooms: list[room.Room] = []
 
-    def measured(executor: Any, limits: Any, *rest: Any) -> None:
+    def measured(executor: Any, *rest: Any) -> None:
         launch = executor.launch
 
         def counted(plan: Any) -> Any:
@@ -154,12 +155,15 @@ def test_the_largest_step_is_run_before_the_cache_is_sized(
             return launch(plan)
 
         executor.launch = counted
-        plain(executor, limits, *rest)
-        cuda.others += 2 * 2**20
+        largest_step.run_largest_steps(executor, *rest)
+        card.cuda.others += 2 * 2**20
+
+    def shared(use: room.CardUse, config: Any) -> room.Room:
+        rooms.append(room.share_of_card(use, config))
+        return rooms[-1]
 
     monkeypatch.setattr(build, "run_largest_steps", measured)
-    monkeypatch.setattr(build, "share_of_card", lambda use, config: rooms.append(plan(use, config)) or rooms[-1])
-    plan, rooms = room.share_of_card, []  # type: ignore[var-annotated]
+    monkeypatch.setattr(build, "share_of_card", shared)
     gpu, link = open_gpu(max_num_batched_tokens=19)
     # Four rows with 19 tokens between them, eagerly and captured; then one that scores.
     assert launched == [[(5, -1), (5, -1), (5, -1), (4, -1)]] * 2 + [[(19, 0)]]
@@ -168,7 +172,7 @@ def test_the_largest_step_is_run_before_the_cache_is_sized(
     logits = 97 * 4 * (1 + 2 + 4 * 4 + 1 + 2 + 4 + 4)  # of buckets to 32 mixed, to 4 decoding; counts of 4 slots
     assert before == int(0.9 * 64 * 2**20)
     assert after == before - 2 * 2**20 - logits
-    assert cuda.free >= 2**20
+    assert card.cuda.free >= 2**20
     assert run(gpu, GREEDY) == run(gpu, GREEDY)
 
 
@@ -190,7 +194,7 @@ def test_fewer_pages_than_all_sequences_want_let_fewer_run_at_once(
     monkeypatch.setattr(room, "MARGIN_BYTES", 0)
     page = 4 * 2 * 2 * 2 * 8 * 4
     later = 97 * 4 * (1 + 2 + 4 * 3 + 1 + 2 + 4 + 4)
-    card.cuda.total = -(-(pages * page + later) // 0.9)
+    card.cuda.total = math.ceil((pages * page + later) / 0.9)
     gpu, _ = open_gpu()
     assert page_bytes(gpu) == page
     assert (gpu.core.capacity.num_pages, gpu.core.capacity.max_model_len) == (pages, 128)
@@ -204,8 +208,8 @@ def test_a_length_that_does_not_fit_is_refused_with_numbers(
 ) -> None:
     monkeypatch.setattr(room, "MARGIN_BYTES", 0)
     card.cuda.total = 25_000
-    with pytest.raises(MemoryLimitError, match="one sequence of 128 tokens needs 0.0 MiB; .*--gpu-memory-utilization"):
+    with pytest.raises(MemoryLimitError, match=r"sequence of 128 tokens needs 0\.0 MiB; .*--gpu-memory-utilization"):
         open_gpu(max_model_len=128)
-    card.cuda.others = 24_000
-    with pytest.raises(MemoryLimitError, match="no memory is left for the KV cache.*--gpu-memory-utilization 0.9 of"):
+    card.cuda.others = 25_000
+    with pytest.raises(MemoryLimitError, match=r"no memory is left for the KV cache.*-utilization 0\.9 of"):
         open_gpu()
