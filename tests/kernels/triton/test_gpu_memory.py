@@ -15,7 +15,7 @@ from tests.runner.cuda_fake import FakeCard, FakeCuda
 from tokenspeed.contracts.errors import DeviceError, EngineAsleepError, EngineBusyError, MemoryLimitError
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
-from tokenspeed.runner import build, room
+from tokenspeed.runner import build, jobs, room
 from tokenspeed.runner.gpu import largest_step
 
 __all__ = ["open_gpu", "tiny"]
@@ -176,6 +176,23 @@ def test_the_largest_step_is_run_before_the_cache_is_sized(
     assert run(gpu, GREEDY) == run(gpu, GREEDY)
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 27])
+def test_prompts_are_scored_a_few_tokens_at_a_time(
+    tiny: Path, open_gpu: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    asked: dict[str, Any] = {"prompt_token_ids": PROMPTS, "sampling_params": MIXED, "use_tqdm": False}
+    wanted = LLM(str(tiny), **SETTINGS).generate(**asked)
+    monkeypatch.setattr(jobs, "LOGITS_BYTES", at_once * 97 * 4)
+    gpu, _ = open_gpu()
+    for found, expected in zip(gpu.generate(**asked), wanted, strict=True):
+        assert found.outputs[0].token_ids == expected.outputs[0].token_ids
+        assert (found.prompt_logprobs is None) == (expected.prompt_logprobs is None)
+        for mine, theirs in zip(found.prompt_logprobs or (), expected.prompt_logprobs or (), strict=True):
+            assert list(mine or ()) == list(theirs or ())
+            for token, entry in (mine or {}).items():
+                assert entry.logprob == pytest.approx((theirs or {})[token].logprob, abs=1e-4)
+
+
 def test_a_size_that_is_asked_for_is_not_measured(open_gpu: Callable[..., Opened], card: FakeCard) -> None:
     gpu, link = open_gpu(kv_cache_memory_bytes=100_000)
     assert link.graphs == []
@@ -186,19 +203,18 @@ def test_a_size_that_is_asked_for_is_not_measured(open_gpu: Callable[..., Opened
         open_gpu(kv_cache_memory_bytes=4 * GIB)
 
 
-@pytest.mark.parametrize("pages", [32, 45])
 def test_fewer_pages_than_all_sequences_want_let_fewer_run_at_once(
-    tiny: Path, open_gpu: Callable[..., Opened], card: FakeCard, monkeypatch: pytest.MonkeyPatch, pages: int
+    tiny: Path, open_gpu: Callable[..., Opened], card: FakeCard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """32 pages hold one sequence of the model's whole context."""
+    """32 pages hold one sequence of the model's whole context; the three want 35 together."""
     monkeypatch.setattr(room, "MARGIN_BYTES", 0)
     page = 4 * 2 * 2 * 2 * 8 * 4
     later = 97 * 4 * (1 + 2 + 4 * 3 + 1 + 2 + 4 + 4)
-    card.cuda.total = math.ceil((pages * page + later) / 0.9)
+    card.cuda.total = math.ceil((32 * page + later) / 0.9)
     gpu, _ = open_gpu()
     assert page_bytes(gpu) == page
-    assert (gpu.core.capacity.num_pages, gpu.core.capacity.max_model_len) == (pages, 128)
-    params = [SamplingParams(temperature=0, max_tokens=60 + i, ignore_eos=True) for i in range(3)]
+    assert (gpu.core.capacity.num_pages, gpu.core.capacity.max_model_len) == (32, 128)
+    params = [SamplingParams(temperature=0, max_tokens=34 + i, ignore_eos=True) for i in range(3)]
     assert run(gpu, params) == reference(tiny, params, monkeypatch)
     gpu.core.cache.check_idle()
 
