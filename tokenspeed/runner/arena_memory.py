@@ -60,7 +60,11 @@ class TorchMemory:
     """Memory of torch's allocator, which cannot sleep. why_awake: the reason, for people."""
 
     def __init__(self, nbytes: int, device: torch.device, why_awake: str) -> None:
-        self.data = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        """Raises MemoryLimitError where the device has too little."""
+        try:
+            self.data = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError as error:
+            raise MemoryLimitError(f"{nbytes} bytes for the KV cache on {device}: {error}") from None
         self._why = why_awake
 
     def sleep(self) -> None:
