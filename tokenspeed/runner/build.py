@@ -136,7 +136,7 @@ def prepare(files: ModelFiles, config: EngineConfig, progress: Progress | None =
     backend = choose_backend(model, config, kv_dtype, progress, _packed_copy(files, checkpoint, config))
     if checkpoint is not None:
         checkpoint.drop_pages()  # the backend has its own copy by now
-    if config.quantization in ("int8", "int4"):
+    if config.quantization in ("int8", "int4") or isinstance(backend, GpuBackend):
         model.release()
     if card is not None:
         card.settle()

@@ -166,6 +166,8 @@ def test_the_largest_step_is_run_before_the_cache_is_sized(
     monkeypatch.setattr(build, "share_of_card", shared)
     gpu, link = open_gpu(max_num_batched_tokens=19)
     # Four rows with 19 tokens between them, eagerly and captured; then one that scores.
+    packed = gpu.core.model.packed.values()
+    assert {s.data.device.type for weight in packed for s in weight.segments} == {"meta"}  # the backend has its own
     assert launched == [[(5, -1), (5, -1), (5, -1), (4, -1)]] * 2 + [[(19, 0)]]
     assert [graph.replays for graph in link.graphs] == [1, 1]
     before, after = (found.cache_bytes for found in rooms)
