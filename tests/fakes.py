@@ -141,6 +141,13 @@ class FakeExecutor:
         self.in_flight.append(launched)
         return FakeHandle(self, launched)
 
+    def sleep(self) -> None:
+        assert not self.in_flight
+        self._contents = [[None] * self.page_size for _ in range(self.num_pages)]
+
+    def wake(self) -> None:
+        pass
+
     def close(self) -> None:
         self.slots.clear()
 

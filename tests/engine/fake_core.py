@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tokenspeed.config.engine import EngineConfig
-from tokenspeed.contracts.errors import MemoryLimitError, ModelNotFoundError
+from tokenspeed.contracts.errors import MemoryLimitError, ModelNotFoundError, UnsupportedError
 from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.engine.loop import Progress, run
 from tokenspeed.engine.messages import EngineInfo
@@ -88,6 +88,22 @@ class FakeCore:
 
     def stats(self) -> Mapping[str, float]:
         return self.counts | {"running": len(self.running)}
+
+    asleep = False
+
+    def sleep(self, level: int = 1) -> None:
+        assert not self.running
+        if self.mode == "no-sleep":
+            raise UnsupportedError("no bed for the KV cache")
+        time.sleep(self.step_s)
+        self.asleep = True
+
+    def wake(self) -> None:
+        if self.mode == "no-wake":
+            raise MemoryLimitError("somebody else has the memory, 0 bytes are free")
+        if self.mode == "exit-on-wake":
+            os._exit(7)
+        self.asleep = False
 
     def close(self) -> None:
         if self.mode == "slow-close":

@@ -22,6 +22,7 @@ from tokenspeed.engine import loop
 from tokenspeed.engine.ipc import MAX_INBOX, EngineChannel, ServingChannel
 from tokenspeed.engine.messages import (
     Abort,
+    Changed,
     EngineInfo,
     ErrorInfo,
     Failed,
@@ -29,11 +30,13 @@ from tokenspeed.engine.messages import (
     Loading,
     Ready,
     Refused,
+    Sleep,
     Start,
     Step,
     Stop,
     Submit,
     ToEngine,
+    Wake,
 )
 
 __all__ = ["importable"]
@@ -88,7 +91,9 @@ def shape(kind: Any, message: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "message", [Submit(REQUEST), Abort("a", 3), Abort("b"), Stop()], ids=lambda message: type(message).__name__
+    "message",
+    [Submit(REQUEST), Abort("a", 3), Abort("b"), Sleep(), Sleep(2), Wake(), Stop()],
+    ids=lambda message: type(message).__name__,
 )
 def test_messages_to_the_engine_round_trip(message: ToEngine) -> None:
     assert shape(ToEngine, message) == message
@@ -102,6 +107,8 @@ def test_messages_to_the_engine_round_trip(message: ToEngine) -> None:
         Step([UPDATE, SequenceUpdate(request_id="b")], 3, 7, {"running": 2.0}),
         Step([], 0),
         Refused("a", ErrorInfo("PromptError", "no")),
+        Changed(True),
+        Changed(False, ErrorInfo("MemoryLimitError", "no")),
         Failed(ErrorInfo("ValueError", "")),
     ],
     ids=lambda message: type(message).__name__,
@@ -194,6 +201,14 @@ def test_a_refusal_is_for_one_request() -> None:
     refused, step = channel.sent
     assert (refused.request_id, refused.error.kind) == ("a", "MemoryLimitError")
     assert [update.request_id for update in step.updates] == ["b"]
+
+
+def test_changes_are_answered_in_order_and_counted() -> None:
+    channel = serve([Sleep(), Wake()], [request("a", [1], 1)], [Stop()])
+    sleeping, awake, idle, step = channel.sent
+    assert (sleeping, awake) == (Changed(True), Changed(False))
+    assert (idle.idle_after, step.idle_after) == (2, 3)
+    assert [update.request_id for update in step.updates] == ["a"]
 
 
 def test_steps_without_updates_still_tell_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,12 @@ class EngineConfig:
     max_num_batched_tokens: int = _setting(512, "most tokens fed per step, by all sequences")
     block_size: int = _setting(16, "tokens per KV page")
     kv_cache_memory_bytes: int | None = _setting(
-        None, "bytes of KV cache; by default a quarter of the free memory, at most what all sequences could fill"
+        None,
+        "bytes of KV cache; by default a quarter of the free memory (on a GPU see --gpu-memory-utilization), at most "
+        "what all sequences could fill",
+    )
+    gpu_memory_utilization: float = _setting(
+        0.9, "on a GPU, the part of its memory that this engine may use in all: weights, the largest step, KV cache"
     )
     enable_prefix_caching: bool = _setting(True, "reuse the KV of shared prompt prefixes")
     target_itl_ms: float | None = _setting(
@@ -89,6 +94,10 @@ class EngineConfig:
         for name in ("threads", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes"):
             _at_least(name, getattr(self, name), 1)
         _at_least("max_model_len", self.max_model_len, 2)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"{flag('gpu_memory_utilization')} must be above 0 and at most 1, got {self.gpu_memory_utilization}"
+            )
         if self.revision is not None and self.model is None:
             raise ConfigError("--revision needs --model, a Hugging Face repository id")
         for name, allowed in PRECISE.items():

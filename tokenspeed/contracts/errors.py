@@ -38,9 +38,21 @@ class MemoryLimitError(TokenSpeedError):
     """Not enough memory; the message says what is needed, what is free and which flag helps."""
 
 
+class DeviceError(TokenSpeedError):
+    """A call to a device's driver failed; the message names the call, what it was asked for and what is there."""
+
+
 class EngineDeadError(TokenSpeedError):
     """The engine process ended or failed while it was needed; the message says how. Nothing more comes from it."""
 
 
 class EngineClosedError(TokenSpeedError):
     """The engine takes no new requests: it is draining or closed."""
+
+
+class EngineAsleepError(EngineClosedError):
+    """The engine sleeps and takes no new requests until it is woken."""
+
+
+class EngineBusyError(TokenSpeedError):
+    """What was asked for must wait until no request is under way; the message says how many are."""

@@ -27,6 +27,16 @@ class Executor(Protocol):
         """Apply the plan's delta, start its rows, return without waiting where the device allows."""
         ...
 
+    def sleep(self) -> None:
+        """Give back the memory of the pages, and with it what they hold. Every step has been waited for, and no launch
+        may come before `wake`. May be called again, also after it failed."""
+        ...
+
+    def wake(self) -> None:
+        """Take memory for the pages again, at the same addresses. May be called again. Raises MemoryLimitError where
+        others have it by now."""
+        ...
+
     def close(self) -> None:
         """Release the device. No launch may follow."""
         ...

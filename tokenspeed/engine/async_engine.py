@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -19,17 +20,21 @@ from tokenspeed.engine.ipc import ServingChannel
 from tokenspeed.engine.loop import FAILED
 from tokenspeed.engine.messages import (
     Abort,
+    Changed,
     EngineInfo,
     Failed,
     FromEngine,
     Loading,
     Ready,
     Refused,
+    Sleep,
     Step,
     Stop,
     Submit,
+    Wake,
 )
 from tokenspeed.engine.process import EngineProcess, exit_text
+from tokenspeed.engine.sleep import asleep_error, check_level, wakes_cache
 from tokenspeed.engine.stream import Outbox, RequestStream
 from tokenspeed.tokenizer.base import Tokenizer
 
@@ -38,6 +43,8 @@ STUCK_AFTER_S = 60.0
 """A slow processor may need tens of seconds for one step of a long prompt."""
 CLOSE_S = 5.0
 """How long a process that was told to stop may take before it is killed."""
+SLEEP_AFTER_S = 30.0
+"""How long requests under way may go on before an engine that is to sleep aborts them."""
 _LAST_WORDS_S = 1.0
 Progress = Callable[[int, int], None]
 
@@ -69,6 +76,10 @@ class AsyncEngine:
         self._refusal: TokenSpeedError | None = None
         self._death: EngineDeadError | None = None
         self._closed = False
+        self._asleep = False
+        """Also while it falls asleep."""
+        self._one_change = asyncio.Lock()
+        self._changes: deque[asyncio.Future[None]] = deque()
         self._outboxes: dict[str, Outbox] = {}
         self._emptied = asyncio.Event()
         self._emptied.set()
@@ -129,11 +140,12 @@ class AsyncEngine:
     ) -> RequestStream:
         """Queue a request, and give the stream of its outputs, cumulative or not as `params.output_kind` says.
 
-        Raises PromptError and ParameterError on what is seen to be wrong here, EngineClosedError, EngineDeadError. What
-        the engine itself refuses is raised by the stream.
+        Raises PromptError and ParameterError on what is seen to be wrong here, EngineClosedError, EngineAsleepError,
+        EngineDeadError. What the engine itself refuses is raised by the stream.
         """
-        if self._refusal is not None:
-            raise self._refusal.with_traceback(None)
+        self._check_open()
+        if self._asleep:
+            raise asleep_error()
         number = next(self._numbers)
         shown_id = str(number) if request_id is None else request_id
         # Ids that users chose may come again while late updates of an aborted request are still under way.
@@ -154,7 +166,7 @@ class AsyncEngine:
             return Health(False, "the engine is closed")
         self._channel.drain()  # what has come while this loop was busy counts
         if not self._busy:
-            return Health(True, "idle")
+            return Health(True, "asleep" if self._asleep else "idle")
         silent = time.monotonic() - self._progressed
         if silent > self._stuck_after_s:
             waiting = f"{len(self._outboxes)} requests wait"
@@ -174,6 +186,56 @@ class AsyncEngine:
         """Take no new requests, let those that run finish for `timeout` seconds, abort the others; how many those
         were."""
         self._refusal = self._refusal or EngineClosedError("the engine is draining and takes no new requests")
+        return await self._empty(timeout)
+
+    async def sleep(self, level: int = 1, timeout: float = SLEEP_AFTER_S) -> int:
+        """Give back the memory of the KV cache and forget its prefixes; weights stay. Nothing new where it sleeps.
+
+        From now on requests are refused with EngineAsleepError. Those under way may finish within `timeout` seconds,
+        the others are aborted; how many those were. Raises UnsupportedError for another level, and where a device has
+        no way (it is awake again then); DeviceError; EngineClosedError; EngineDeadError.
+        """
+        check_level(level)
+        async with self._one_change:
+            self._check_open()
+            was_asleep, self._asleep = self._asleep, True
+            try:
+                aborted = await self._empty(timeout)
+                self._check_open()
+            except BaseException:
+                self._asleep = was_asleep
+                raise
+            await self._ask(Sleep(level))
+            return aborted
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Take the memory again, and requests. tags: see `LLM.wake_up`.
+
+        Raises ParameterError for an unknown tag; MemoryLimitError where others have the memory by now, after which it
+        goes on sleeping; EngineClosedError; EngineDeadError.
+        """
+        if not wakes_cache(tags):
+            return
+        async with self._one_change:
+            self._check_open()
+            if self._asleep:
+                await self._ask(Wake())
+
+    def is_sleeping(self) -> bool:
+        """Whether it takes no requests before `wake_up`."""
+        return self._asleep
+
+    async def close(self, timeout: float = CLOSE_S) -> None:
+        """End every stream with EngineClosedError, and the process, which is killed after `timeout` seconds, or at once
+        when it is stuck. May be called again."""
+        await self._end(timeout if self.health().ok else 0)
+
+    def _check_open(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal.with_traceback(None)
+
+    async def _empty(self, timeout: float) -> int:
+        """Let requests finish for `timeout` seconds and abort the others; how many those were."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._emptied.wait(), timeout)
         left = list(self._outboxes)
@@ -181,10 +243,12 @@ class AsyncEngine:
             self._abort(wire_id)
         return len(left)
 
-    async def close(self, timeout: float = CLOSE_S) -> None:
-        """End every stream with EngineClosedError, and the process, which is killed after `timeout` seconds, or at once
-        when it is stuck. May be called again."""
-        await self._end(timeout if self.health().ok else 0)
+    async def _ask(self, change: Sleep | Wake) -> None:
+        """Send, and wait for the answer. Who stops waiting changes nothing: `_asleep` follows the engine."""
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._changes.append(answer)
+        self._send(change)
+        await answer
 
     async def _end(self, timeout: float) -> None:
         closed = EngineClosedError("the engine is closed")
@@ -203,7 +267,7 @@ class AsyncEngine:
     def _busy(self) -> bool:
         return self._idle_after != self._num_sent
 
-    def _send(self, message: Submit | Abort) -> None:
+    def _send(self, message: Submit | Abort | Sleep | Wake) -> None:
         if not self._busy:
             self._progressed = time.monotonic()
         self._num_sent += 1
@@ -216,6 +280,8 @@ class AsyncEngine:
             outbox = self._forget(message.request_id)
             if outbox is not None:
                 outbox.fail(message.error.rebuild())
+        elif isinstance(message, Changed):
+            self._take_change(message)
         elif isinstance(message, Loading):
             if self._report is not None:
                 self._report(message.done, message.total)
@@ -237,6 +303,16 @@ class AsyncEngine:
             self._stats = step.stats
         for update in step.updates:
             self._deliver(update)
+
+    def _take_change(self, change: Changed) -> None:
+        self._asleep = change.asleep
+        waiting = self._changes.popleft()
+        if waiting.done():
+            return  # cancelled
+        if change.error is None:
+            waiting.set_result(None)
+        else:
+            waiting.set_exception(change.error.rebuild())
 
     def _deliver(self, update: SequenceUpdate) -> None:
         outbox = self._outboxes.get(update.request_id)
@@ -270,6 +346,9 @@ class AsyncEngine:
             outbox = self._forget(wire_id)
             if outbox is not None:
                 outbox.fail(error)
+        for waiting in self._changes:
+            if not waiting.done():
+                waiting.set_exception(error)
 
     def _die(self, error: EngineDeadError) -> None:
         if self._death is not None or self._closed:

@@ -26,9 +26,11 @@ def fit_capacity(
     asked_len: int | None,
     context: int,
     max_num_seqs: int,
+    flag: str = "--kv-cache-memory-bytes",
 ) -> Capacity:
-    """Capacity of `cache_bytes`, at most what `max_num_seqs` sequences could fill.
+    """Capacity of `cache_bytes`, at most what `max_num_seqs` sequences could fill. flag: the one that gives more.
 
+    Fewer pages than that are no error: fewer sequences run at once, as admission forecasts, and the others wait.
     A length that was asked for must fit; the model's own context is lowered to what fits. Raises MemoryLimitError with
     what is needed, what is there, and the flags that help.
     """
@@ -39,7 +41,7 @@ def fit_capacity(
         raise MemoryLimitError(
             f"the KV cache of one sequence of {max(length, 2)} tokens needs {_mib(needed * page_bytes)} MiB; "
             f"{_mib(cache_bytes)} MiB are set aside, {_mib(free_bytes)} MiB free: "
-            "raise --kv-cache-memory-bytes, or lower --max-model-len or --kv-cache-dtype"
+            f"raise {flag}, or lower --max-model-len or --kv-cache-dtype"
         )
     most = max_num_seqs * len(groups) * -(-length // page_size)
     return Capacity(min(pages, most), length)

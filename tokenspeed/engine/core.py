@@ -18,13 +18,21 @@ from tokenspeed.cache.groups import GroupSpec
 from tokenspeed.cache.keys import root_key
 from tokenspeed.cache.manager import CacheManager
 from tokenspeed.config.engine import EngineConfig
-from tokenspeed.contracts.errors import ParameterError, PromptError
+from tokenspeed.contracts.errors import (
+    EngineBusyError,
+    EngineClosedError,
+    ParameterError,
+    PromptError,
+    UnsupportedError,
+)
 from tokenspeed.contracts.executor import Executor, StepHandle
 from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.contracts.step import ResultRow, StepPlan, StepResult
 from tokenspeed.engine.capacity import Capacity, fit_capacity
 from tokenspeed.engine.messages import EngineInfo
+from tokenspeed.engine.sleep import asleep_error, check_level
 from tokenspeed.runner.build import ModelFiles, Prepared, open_model, prepare
+from tokenspeed.runner.room import Room
 from tokenspeed.scheduler.config import SchedulerConfig
 from tokenspeed.scheduler.records import StepRecord
 from tokenspeed.scheduler.scheduler import Scheduler
@@ -86,9 +94,14 @@ class StepLoop:
         self._in_flight: deque[_InFlight] = deque()
         self._retired = 0.0
         self._alive: set[str] = set()
+        self._asleep = self._closed = False
 
     def add(self, request: Request) -> None:
-        """Queue a request; a refused one leaves no trace."""
+        """Queue a request; a refused one leaves no trace. Raises EngineAsleepError, and EngineClosedError."""
+        if self._closed:
+            raise EngineClosedError("the engine is closed")
+        if self._asleep:
+            raise asleep_error()
         self.scheduler.add(request)
         self._alive.add(request.request_id)
 
@@ -123,8 +136,40 @@ class StepLoop:
         self._time(oldest, result)
         return self.scheduler.update(result)
 
+    @property
+    def asleep(self) -> bool:
+        """Whether it sleeps, or tried to and did not come far enough to be used without `wake`."""
+        return self._asleep
+
+    def sleep(self, level: int = 1) -> None:
+        """Give back the memory of the KV cache, whose prefixes are forgotten; weights stay. May be called again.
+
+        Raises UnsupportedError for another level, EngineBusyError while a request is alive, DeviceError; after that
+        last one both `sleep` and `wake` may be tried.
+        """
+        check_level(level)
+        if self.scheduler.has_work:
+            raise EngineBusyError(
+                f"{self.scheduler.num_requests} requests are under way: finish or abort them before the engine sleeps"
+            )
+        while self._in_flight:  # steps of requests that were aborted
+            self.step()
+        self.scheduler.forget_prefixes()
+        self._asleep = True
+        try:
+            self.executor.sleep()
+        except UnsupportedError:
+            self._asleep = False
+            raise
+
+    def wake(self) -> None:
+        """Take the memory again. Raises MemoryLimitError where others have it by now; it goes on sleeping then."""
+        self.executor.wake()
+        self._asleep = False
+
     def close(self) -> None:
-        """Release the executor."""
+        """Release the executor. It takes no requests any more."""
+        self._closed = True
         self.executor.close()
 
     def _launch(self) -> None:
@@ -176,16 +221,9 @@ class EngineCore(StepLoop):
         prepared = prepare(files, config, progress)
         self.model, self.backend, self.page_shape = prepared.model, prepared.backend, prepared.shape
         groups = tuple(GroupSpec(window) for window in prepared.shape.layout.windows)
-        self.capacity = fit_capacity(
-            groups,
-            config.block_size,
-            prepared.shape.page_bytes,
-            cache_bytes=prepared.cache_bytes,
-            free_bytes=prepared.free_bytes,
-            asked_len=config.max_model_len,
-            context=files.definition.config.context,
-            max_num_seqs=config.max_num_seqs,
-        )
+        context = files.definition.config.context
+        longest = _capacity(prepared, prepared.room, groups, context).max_model_len
+        self.capacity = _capacity(prepared, prepared.measured(longest), groups, context)
         self.cache = CacheManager(
             self.capacity.num_pages,
             config.block_size,
@@ -241,6 +279,21 @@ class EngineCore(StepLoop):
     def stats(self) -> dict[str, float]:
         """Counters and gauges by name."""
         return {name: float(value) for name, value in msgspec.structs.asdict(self.scheduler.stats()).items()}
+
+
+def _capacity(prepared: Prepared, room: Room, groups: tuple[GroupSpec, ...], context: int) -> Capacity:
+    config = prepared.config
+    return fit_capacity(
+        groups,
+        config.block_size,
+        prepared.shape.page_bytes,
+        cache_bytes=room.cache_bytes,
+        free_bytes=room.free_bytes,
+        asked_len=config.max_model_len,
+        context=context,
+        max_num_seqs=config.max_num_seqs,
+        flag=room.flag,
+    )
 
 
 def _executor(prepared: Prepared, capacity: Capacity, config: EngineConfig) -> Executor:

@@ -18,6 +18,7 @@ from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.core import EngineCore
 from tokenspeed.engine.intake import Intake, open_tokenizer
 from tokenspeed.engine.output import OutputBuilder, RequestOutput
+from tokenspeed.engine.sleep import wakes_cache
 from tokenspeed.runner.build import ModelFiles, open_model
 from tokenspeed.tokenizer.base import Tokenizer
 
@@ -66,7 +67,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete prompts; results in their order. One SamplingParams serves all, or give one for each.
 
-        Every prompt is checked before any is run. Raises PromptError, ParameterError, MemoryLimitError.
+        Every prompt is checked before any is run. Raises PromptError, ParameterError, MemoryLimitError,
+        EngineAsleepError.
         """
         builders = self._submit(_prompt_list(prompts, prompt_token_ids), sampling_params)
         outputs = [builder.output for builder in builders]
@@ -89,8 +91,31 @@ class LLM:
         next(pieces)  # A generator that never started would not clean up when it is dropped.
         return pieces
 
+    def sleep(self, level: int = 1) -> None:
+        """Give back the memory of the KV cache and forget its prefixes. Weights stay, and so do captured graphs. Until
+        `wake_up`, prompts are refused with EngineAsleepError. Nothing new where it sleeps.
+
+        Raises UnsupportedError for level 2, which would drop the weights, and where a device has no way;
+        EngineBusyError while a stream is half read: finish it or drop it; DeviceError.
+        """
+        self.core.sleep(level)
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Take the memory again. tags: of "weights" and "kv_cache", what to wake, by default both; weights never sleep,
+        so alone they change nothing.
+
+        Raises ParameterError for another tag; MemoryLimitError where others have the memory by now; it goes on
+        sleeping.
+        """
+        if wakes_cache(tags) and self.core.asleep:
+            self.core.wake()
+
+    def is_sleeping(self) -> bool:
+        """Whether `wake_up` has to come before the next prompt."""
+        return self.core.asleep
+
     def close(self) -> None:
-        """Release the model."""
+        """Release the model. Prompts are refused with EngineClosedError afterwards."""
         self.core.close()
 
     def _pieces(self, builder: OutputBuilder) -> Iterator[tuple[str, RequestOutput]]:

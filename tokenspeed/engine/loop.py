@@ -23,17 +23,20 @@ from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.engine.ipc import EngineChannel
 from tokenspeed.engine.messages import (
     Abort,
+    Changed,
     EngineInfo,
     ErrorInfo,
     Failed,
     Loading,
     Ready,
     Refused,
+    Sleep,
     Start,
     Step,
     Stop,
     Submit,
     ToEngine,
+    Wake,
 )
 
 REPORT_S = 0.25
@@ -71,6 +74,19 @@ class Core(Protocol):
 
     def stats(self) -> Mapping[str, float]:
         """Counters and gauges by name."""
+        ...
+
+    @property
+    def asleep(self) -> bool:
+        """Whether it takes no requests before it is woken."""
+        ...
+
+    def sleep(self, level: int = 1) -> None:
+        """Give back the memory of the KV cache. Raises a TokenSpeedError; `asleep` says how it ended."""
+        ...
+
+    def wake(self) -> None:
+        """Take it again. Raises a TokenSpeedError where it goes on sleeping."""
         ...
 
     def close(self) -> None:
@@ -149,6 +165,19 @@ def _take(core: Core, channel: EngineChannel, message: ToEngine) -> None:
             core.add(message.request)
         except TokenSpeedError as error:
             channel.send(Refused(message.request.request_id, ErrorInfo.of(error)))
+    elif isinstance(message, Sleep | Wake):
+        channel.send(_changed(core, message))
+
+
+def _changed(core: Core, message: Sleep | Wake) -> Changed:
+    try:
+        if isinstance(message, Sleep):
+            core.sleep(message.level)
+        else:
+            core.wake()
+    except TokenSpeedError as error:
+        return Changed(core.asleep, ErrorInfo.of(error))
+    return Changed(core.asleep)
 
 
 def _leave_signals_to_the_parent() -> None:

@@ -84,6 +84,16 @@ class Abort(msgspec.Struct, tag="abort", array_like=True):
     index: int | None = None
 
 
+class Sleep(msgspec.Struct, tag="sleep", array_like=True):
+    """Give back the memory of the KV cache. No request is under way."""
+
+    level: int = 1
+
+
+class Wake(msgspec.Struct, tag="wake", array_like=True):
+    """Take it again."""
+
+
 class Stop(msgspec.Struct, tag="stop", array_like=True):
     """Release the model and end the process."""
 
@@ -122,11 +132,18 @@ class Refused(msgspec.Struct, tag="refused", array_like=True):
     error: ErrorInfo
 
 
+class Changed(msgspec.Struct, tag="changed", array_like=True):
+    """The answer to a Sleep or a Wake: what the engine does now, and why not what was asked for."""
+
+    asleep: bool
+    error: ErrorInfo | None = None
+
+
 class Failed(msgspec.Struct, tag="failed", array_like=True):
     """The start or a step failed; the process ends after this."""
 
     error: ErrorInfo
 
 
-ToEngine = Submit | Abort | Stop
-FromEngine = Loading | Ready | Step | Refused | Failed
+ToEngine = Submit | Abort | Sleep | Wake | Stop
+FromEngine = Loading | Ready | Step | Refused | Changed | Failed

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tokenspeed.ops.kv import entry_columns
+from tokenspeed.runner.arena_memory import ArenaMemory, HostMemory, TorchMemory
 from tokenspeed.runner.layout import PageLayout
 
 
@@ -41,11 +42,30 @@ class PageShape:
 class Arena:
     """One tensor [pages, layers per group, 2, page_size, kv_heads, entry]; index 2 is key, value; see `ops.kv`."""
 
-    def __init__(self, num_pages: int, shape: PageShape, device: torch.device) -> None:
+    def __init__(
+        self, num_pages: int, shape: PageShape, device: torch.device, memory: ArenaMemory | None = None
+    ) -> None:
+        """memory: at least the bytes of all pages, on `device`; by default the host's or torch's own."""
+        nbytes = num_pages * shape.page_bytes
+        if memory is None:
+            memory = HostMemory(nbytes) if device.type == "cpu" else TorchMemory(nbytes, device, "torch holds it")
         # Left uninitialised: untouched pages cost no memory, and no position is read before it is written.
         size = (num_pages, shape.layout.layers_per_group, 2, shape.page_size, shape.kv_heads, shape.entry_columns)
-        self.kv = torch.empty(size, dtype=shape.dtype, device=device)
+        self._memory = memory
+        self.kv = memory.data[:nbytes].view(shape.dtype).view(size)
         self.shape = shape
+
+    def sleep(self) -> None:
+        """Give back the memory of all pages, and what they hold. Raises what `ArenaMemory.sleep` does."""
+        self._memory.sleep()
+
+    def wake(self) -> None:
+        """Take memory for all pages again, at the same addresses. Raises what `ArenaMemory.wake` does."""
+        self._memory.wake()
+
+    def close(self) -> None:
+        """Give the memory back for good: `kv` must not be touched again."""
+        self._memory.close()
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy pages, given as (from, to)."""

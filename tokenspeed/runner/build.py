@@ -13,7 +13,7 @@ import torch
 from tokenspeed.config.engine import EngineConfig
 from tokenspeed.config.generation import GenerationDefaults, generation_from_gguf, generation_from_hf
 from tokenspeed.config.source import ModelSource, resolve_model
-from tokenspeed.contracts.errors import ConfigError, MemoryLimitError, ModelNotFoundError
+from tokenspeed.contracts.errors import ConfigError, ModelNotFoundError
 from tokenspeed.contracts.executor import Executor
 from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.formats.digest import checkpoint_digest
@@ -27,13 +27,15 @@ from tokenspeed.runner.arena import Arena, PageShape
 from tokenspeed.runner.cpu_backend import CpuBackend, why_not
 from tokenspeed.runner.executor import LocalExecutor
 from tokenspeed.runner.gpu.backend import GpuBackend, triton_available
+from tokenspeed.runner.gpu.card import Card, open_card
+from tokenspeed.runner.gpu.largest_step import StepLimits, later_bytes, run_largest_steps
 from tokenspeed.runner.layout import page_layout
-from tokenspeed.runner.model import DTYPES, LoadedModel, Progress, compute_dtype, load_model
+from tokenspeed.runner.model import DTYPES, LoadedModel, Progress, compute_device, compute_dtype, load_model
 from tokenspeed.runner.packed_copy import PackedCopy
 from tokenspeed.runner.ref_backend import RefBackend
+from tokenspeed.runner.room import CardUse, Room, share_of_card, share_of_free
 
 logger = logging.getLogger("tokenspeed")
-DEFAULT_CACHE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -80,17 +82,37 @@ def open_model(config: EngineConfig) -> ModelFiles:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A loaded model with its backend, the shape of its KV pages, and the bytes set aside and free for them."""
+    """A loaded model with its backend, the shape of its KV pages, and the room for them: on a card an upper bound,
+    before any step has run. free_at_start: of the card, before loading."""
 
+    config: EngineConfig
     model: LoadedModel
     backend: RefBackend | CpuBackend | GpuBackend
     shape: PageShape
-    cache_bytes: int
-    free_bytes: int
+    room: Room
+    card: Card | None = None
+    free_at_start: int = 0
+
+    def measured(self, max_model_len: int) -> Room:
+        """The room beside the largest step with sequences of up to `max_model_len` tokens; on a card that step is run
+        for it, unless the size of the cache was asked for. Raises MemoryLimitError."""
+        if self.card is None or not isinstance(self.backend, GpuBackend) or self.config.kv_cache_memory_bytes:
+            return self.room
+        limits = StepLimits(self.config.max_num_seqs, self.config.max_num_batched_tokens, max_model_len)
+        later = later_bytes(limits, self.backend.vocab_size, self.model.dtype.itemsize)
+        self.card.settle()
+        executor = gpu_executor(self.backend, Arena(1, self.shape, self.model.device), limits.rows, limits.length)
+        run_largest_steps(executor, limits, self.shape.layout, self.shape.page_size, self.backend.vocab_size)
+        use = card_use(self.card, self.free_at_start, later)
+        executor.close()
+        del executor
+        self.card.settle()
+        return share_of_card(use, self.config)
 
     def executor(self, num_pages: int, max_num_seqs: int, max_model_len: int) -> Executor:
-        """Reserve the pages and make the executor."""
-        arena = Arena(num_pages, self.shape, self.model.device)
+        """Take memory for the pages and make the executor."""
+        memory = None if self.card is None else self.card.pages(num_pages * self.shape.page_bytes)
+        arena = Arena(num_pages, self.shape, self.model.device, memory)
         if isinstance(self.backend, GpuBackend):
             return gpu_executor(self.backend, arena, max_num_seqs, max_model_len)
         self.backend.bind(arena)
@@ -107,20 +129,30 @@ def prepare(files: ModelFiles, config: EngineConfig, progress: Progress | None =
     if config.max_model_len is not None and config.max_model_len > shape.context:
         raise ConfigError(f"--max-model-len {config.max_model_len} is more than the model's context of {shape.context}")
     checkpoint = None if config.load_format == "dummy" else files.checkpoint
+    card = open_card(compute_device(config))
+    free_at_start = card.memory()[0] if card else 0
     model = load_model(files.definition, checkpoint, config)
     kv_dtype = kv_cache_dtype(config, model.dtype, model.device)
     backend = choose_backend(model, config, kv_dtype, progress, _packed_copy(files, checkpoint, config))
     if checkpoint is not None:
         checkpoint.drop_pages()  # the backend has its own copy by now
-    if config.quantization in ("int8", "int4"):
+    if config.quantization in ("int8", "int4") or isinstance(backend, GpuBackend):
         model.release()
-    free = free_memory(model.device)
-    budget = config.kv_cache_memory_bytes or int(free * DEFAULT_CACHE_SHARE)
-    if budget > free:
-        raise MemoryLimitError(f"--kv-cache-memory-bytes {budget} is more than the {free} that are free: lower it")
+    if card is not None:
+        card.settle()
+    if card is not None and isinstance(backend, GpuBackend):
+        room = share_of_card(card_use(card, free_at_start), config)
+    else:
+        room = share_of_free(free_memory(model.device), config)
     layout = page_layout(shape.windows)
     page = PageShape(layout, config.block_size, shape.num_kv_heads, shape.head_dim, kv_dtype)
-    return Prepared(model, backend, page, budget, free)
+    return Prepared(config, model, backend, page, room, card, free_at_start)
+
+
+def card_use(card: Card, free_at_start: int, later: int = 0) -> CardUse:
+    """How a card's memory is used now."""
+    free, total = card.memory()
+    return CardUse(total, free_at_start, free, later)
 
 
 def _packed_copy(files: ModelFiles, checkpoint: Checkpoint | None, config: EngineConfig) -> PackedCopy | None:

@@ -11,10 +11,7 @@ from tokenspeed.runner.arena import Arena
 from tokenspeed.runner.backend import Backend
 from tokenspeed.runner.edits import drawn_plainly
 from tokenspeed.runner.inputs import FedRow, SlotTable, num_prompt_logprobs, wanted_rows
-from tokenspeed.runner.jobs import Job, jobs_of, run_jobs, sampled_row
-
-LOGITS_BYTES = 256 * 2**20
-"""Most bytes of float32 logits at once; more rows are taken in turns."""
+from tokenspeed.runner.jobs import Job, jobs_at_once, jobs_of, run_jobs, sampled_row
 
 
 @dataclass(frozen=True)
@@ -35,8 +32,9 @@ class LocalExecutor:
 
     def __init__(self, backend: Backend, arena: Arena, vocab_size: int) -> None:
         self.backend = backend
+        self._arena = arena
         self._table = SlotTable(arena)
-        self._chunk = max(1, LOGITS_BYTES // (4 * vocab_size))
+        self._chunk = jobs_at_once(vocab_size)
 
     def launch(self, plan: StepPlan) -> Finished:
         """Run the step to its end."""
@@ -47,8 +45,17 @@ class LocalExecutor:
             rows = self._run(fed) if not drawn else _taken(fed, drawn)
         return Finished(StepResult(plan.step_id, rows, max(1, len(drawn))))
 
+    def sleep(self) -> None:
+        """Give back the memory of the pages."""
+        self._arena.sleep()
+
+    def wake(self) -> None:
+        """Take it again."""
+        self._arena.wake()
+
     def close(self) -> None:
-        """Nothing to release: memory goes with the objects."""
+        """Release the pages; other memory goes with the objects."""
+        self._arena.close()
 
     def _decode(self, fed: list[FedRow]) -> list[list[int]]:
         """Tokens per pass and row, where every row decodes and the backend needs nobody for that."""

@@ -12,6 +12,9 @@ from tokenspeed.runner.inputs import FedRow, Slot, num_prompt_logprobs
 from tokenspeed.runner.logprobs import token_logprobs
 from tokenspeed.runner.sampler import sample, sampler_inputs
 
+LOGITS_BYTES = 256 * 2**20
+"""Most bytes of float32 logits at once; more rows are taken in turns."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -27,6 +30,11 @@ def jobs_of(row: FedRow, result: ResultRow) -> list[Job]:
     scored = row.slot.tokens[row.start + 1 : row.start + 1 + num_prompt_logprobs(row)]
     jobs = [Job(row, result, token) for token in scored]
     return jobs + [Job(row, result, None)] * row.samples
+
+
+def jobs_at_once(vocab_size: int) -> int:
+    """Most jobs whose logits may be in memory together."""
+    return max(1, LOGITS_BYTES // (4 * vocab_size))
 
 
 def run_jobs(logits: torch.Tensor, jobs: list[Job]) -> None:

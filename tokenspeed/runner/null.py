@@ -51,6 +51,12 @@ class NullExecutor:
                 rows.append(ResultRow(slot, end, []))
         return Done(StepResult(plan.step_id, rows))
 
+    def sleep(self) -> None:
+        """Nothing to give back: there are no pages."""
+
+    def wake(self) -> None:
+        """Nothing to take."""
+
     def close(self) -> None:
         """Forget the sequences."""
         self._computed.clear()

@@ -63,6 +63,12 @@ class ScriptedExecutor:
         self._ready_at = max(self._ready_at, time.monotonic()) + self._delay_s
         return Delayed(StepResult(plan.step_id, rows), self._ready_at)
 
+    def sleep(self) -> None:
+        """Nothing to give back: there are no pages."""
+
+    def wake(self) -> None:
+        """Nothing to take."""
+
     def close(self) -> None:
         """Forget the sequences."""
         self._slots.clear()

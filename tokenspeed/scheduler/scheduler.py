@@ -60,6 +60,11 @@ class Scheduler:
         return bool(self._requests)
 
     @property
+    def num_requests(self) -> int:
+        """Requests that are alive."""
+        return len(self._requests)
+
+    @property
     def num_running(self) -> int:
         """Sequences that have a slot and were not preempted."""
         return len(self._running)
@@ -134,6 +139,13 @@ class Scheduler:
         """A step that only decoded, `num_tokens` in all its passes, took `seconds`."""
         self._burst.observe(num_passes, seconds)
         self.observe(max(1, num_tokens // num_passes), seconds / num_passes)
+
+    def forget_prefixes(self) -> int:
+        """Drop what the cache holds of sequences that ended; how many pages that were. RuntimeError while a request is
+        alive or a step in flight."""
+        if self._requests or self._in_flight:
+            raise RuntimeError(f"{len(self._requests)} requests and {len(self._in_flight)} steps use the cache")
+        return self._cache.reset()
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step. None when there is nothing to run, at least until a step in flight has retired."""

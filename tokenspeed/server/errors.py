@@ -10,7 +10,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tokenspeed.contracts.errors import EngineClosedError, EngineDeadError, ParameterError, TokenSpeedError
+from tokenspeed.contracts.errors import (
+    EngineAsleepError,
+    EngineClosedError,
+    EngineDeadError,
+    ParameterError,
+    TokenSpeedError,
+)
 
 logger = logging.getLogger("tokenspeed.server")
 _FIRST_WORD = re.compile(r"[a-z][a-z0-9_]*(?= )")
@@ -45,6 +51,8 @@ def api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, EngineDeadError):
         return ApiError(503, str(error), code="engine_dead")
+    if isinstance(error, EngineAsleepError):
+        return ApiError(503, str(error), code="asleep")
     if isinstance(error, EngineClosedError):
         return ApiError(503, str(error), code="shutting_down")
     if isinstance(error, ParameterError):

@@ -69,12 +69,20 @@ class GpuBackend:
 
         The head is planned for its own number of rows, which is smaller than that of tokens when prompts are fed.
         """
-        program = self.model.program
-        body, _ = _at_select(self.plan_for(len(view.tokens)).steps)
-        _, head = _at_select(self.plan_for(len(view.rows)).steps)
-        values = {program.inputs["tokens"]: view.tokens}
-        self.walk((*body, *head), view, values)
-        return values[program.outputs["logits"]]
+        return self.head(view, self.body(view))
+
+    def body(self, view: GpuView) -> dict[int, torch.Tensor]:
+        """Everything before the head: what it left for the head, by value."""
+        steps, _ = _at_select(self.plan_for(len(view.tokens)).steps)
+        values = {self.model.program.inputs["tokens"]: view.tokens}
+        self.walk(steps, view, values)
+        return values
+
+    def head(self, view: GpuView, values: dict[int, torch.Tensor]) -> torch.Tensor:
+        """Logits of the view's rows from what `body` left, which is used up."""
+        _, steps = _at_select(self.plan_for(len(view.rows)).steps)
+        self.walk(steps, view, values)
+        return values[self.model.program.outputs["logits"]]
 
     def walk(self, steps: Sequence[Planned], view: GpuView, values: dict[int, torch.Tensor]) -> None:
         """Run planned records; `values` takes their outputs and loses what is dead."""

@@ -27,7 +27,7 @@ from tokenspeed.runner.gpu.link import TritonSteps
 from tokenspeed.runner.gpu.state import DeviceState, StateShape
 from tokenspeed.runner.gpu.view import GpuView
 from tokenspeed.runner.inputs import wanted_rows
-from tokenspeed.runner.jobs import jobs_of, run_jobs
+from tokenspeed.runner.jobs import jobs_at_once, jobs_of, run_jobs
 
 DEPTH = 2
 """Steps under way: one runs while the host prepares the next."""
@@ -110,9 +110,19 @@ class GpuExecutor:
         with torch.inference_mode():
             return self._launch(plan)
 
-    def close(self) -> None:
-        """Wait for what runs; memory goes with the objects."""
+    def sleep(self) -> None:
+        """Give back the memory of the pages; captured steps stay, as addresses do."""
         self._link.mark()()
+        self._arena.sleep()
+
+    def wake(self) -> None:
+        """Take it again."""
+        self._arena.wake()
+
+    def close(self) -> None:
+        """Wait for what runs and release the pages; other memory goes with the objects."""
+        self._link.mark()()
+        self._arena.close()
 
     def _launch(self, plan: StepPlan) -> Launched:
         self.graphs.begin_step()
@@ -160,11 +170,13 @@ class GpuExecutor:
         step = _Step(bucket, min(bucket, self._max_rows), mixed=True)
         view = self._prepare(step)
         wanted = torch.tensor(wanted_rows(rows), dtype=torch.int32, device=self.device)
+        values = self.backend.body(view)
         results = [ResultRow(row.number, row.start + row.count, [], [], []) for row in rows]
         jobs = [job for row, result in zip(rows, results, strict=True) for job in jobs_of(row, result)]
-        logits = self.backend.forward(view.asking(wanted)).float()
-        if jobs:
-            run_jobs(logits, jobs)
+        at_once = jobs_at_once(self.backend.vocab_size)
+        for first in range(0, len(jobs), at_once):
+            part = slice(first, first + at_once)
+            run_jobs(self.backend.head(view.asking(wanted[part]), dict(values)).float(), jobs[part])
         drawn = torch.zeros(step.rows, dtype=torch.int32)
         for at, result in enumerate(results):
             drawn[at] = result.token_ids[0] if result.token_ids else -1
