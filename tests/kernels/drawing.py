@@ -32,9 +32,7 @@ def ask(
     return SampledRow(sampling, [], 0, 7 + row)
 
 
-def draw(
-    model: _walk.Model, matrix: int, x: np.ndarray, rows: Sequence[SampledRow]
-) -> list[list[tuple[int, float]]]:
+def draw(model: _walk.Model, matrix: int, x: np.ndarray, rows: Sequence[SampledRow]) -> list[list[tuple[int, float]]]:
     params = [row.sampling for row in rows]
     return model.draw(
         matrix,
