@@ -81,7 +81,7 @@ def test_tokens_are_the_samplers_own(isa: str, kind: str) -> None:
         model, matrix, x = head_of(isa, 2, logits)
         left += check(model, matrix, x, num_tokens, any_asks(60, rng))
         total += 60
-    assert left <= total // 100
+    assert left <= total // (20 if kind == "near" else 100)  # with near ones top_p often cuts where masses are equal
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
