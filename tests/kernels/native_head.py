@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 from tests.kernels.blocks import random_rows
-from tests.kernels.native_cases import Case, activations, product
+from tests.kernels.native_cases import Case, activations
+from tests.kernels.native_cases import product as exact_product
 from tests.runner.sampler_reference import plain_philox
 from tokenspeed.kernels.cpu.registration import FORMATS, PLANES
 
@@ -29,7 +31,7 @@ def planes_case(rows: int, blocks: int, count: int, rng: np.random.Generator, al
         values = (d * codes[:, :, 2:].copy().view(np.int8)).reshape(rows, cols)
         x = (np.abs(rng.normal(size=(count, 1))) * signs.reshape(1, cols)).astype(np.float32)
     name = f"planes {rows}x{cols}, {count} rows{', aligned' if aligned else ''}"
-    return name, product("Q8_0", PLANES, source, values, x)
+    return name, exact_product("Q8_0", PLANES, source, values, x)
 
 
 def keys(count: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -42,7 +44,19 @@ def keys(count: int, rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
-def draw_case(kind: str, rows: int, blocks: int, count: int, rng: np.random.Generator, fmt: str = "Planes") -> Case:
+def filters(count: int, rng: np.random.Generator | None = None) -> dict[str, Any]:
+    """Some of top_k, top_p and min_p for each row; none without randomness."""
+    top_k, top_p, log_min_p = np.zeros(count, np.int64), np.ones(count), np.full(count, -np.inf, np.float32)
+    if rng is not None:
+        top_k[:] = rng.choice([0, 1, 2, 40, 1000, 2**31], size=count)
+        top_p[:] = rng.choice([1.0, 1e-6, 0.3, 0.95], size=count)
+        log_min_p[:] = rng.choice([-np.inf, -7, -1, 0], size=count)
+    return {"top_k": top_k, "top_p": top_p, "log_min_p": log_min_p}
+
+
+def draw_case(
+    kind: str, rows: int, blocks: int, count: int, rng: np.random.Generator, fmt: str = "Planes", filtered: bool = False
+) -> Case:
     """Tokens for `count` rows out of `rows`, at temperatures in turn. kind: random; ties, where rows of weights are
     equal and one row of x is zero; nan, where some rows of x are no numbers; negative, where no logit is above zero;
     huge, where logits are beyond all floats."""
@@ -61,7 +75,7 @@ def draw_case(kind: str, rows: int, blocks: int, count: int, rng: np.random.Gene
         blocks_of[:, :, :2] = np.array([0.25], np.float16).view(np.uint8)
         x = -np.clip(np.abs(x), 0.01, 30) * np.float32(1e37 if kind == "huge" else 1)
     first = rng.integers(len(TEMPERATURES))
-    return f"draw {kind} {fmt} {rows}x{cols}, {count} rows, from {TEMPERATURES[first]}", {
+    return f"draw {kind} {fmt} {rows}x{cols}, {count} rows, from {TEMPERATURES[first]}{', filtered' * filtered}", {
         "format": PLANES if fmt == "Planes" else FORMATS.index(fmt),
         "rows": rows,
         "cols": cols,
@@ -70,6 +84,7 @@ def draw_case(kind: str, rows: int, blocks: int, count: int, rng: np.random.Gene
         "x": x,
         "temperature": np.roll(np.resize(TEMPERATURES, max(5, count)), -first)[:count].astype(np.float32),
         **keys(count, rng),
+        **filters(count, rng if filtered else None),
     }
 
 
@@ -88,6 +103,7 @@ def level_case(rows: int, rng: np.random.Generator) -> Case:
         "x": np.ones((1, 1), np.float32),
         "temperature": temperature.reshape(1),
         **ask,
+        **filters(1),
     }
 
 
@@ -107,6 +123,7 @@ def gumbel_case(count: int, rng: np.random.Generator) -> Case:
     )
     return f"gumbel {count} keys", {
         **ask,
+        **filters(count),
         "temperature": np.ones(count, np.float32),
         "first": first,
         "expected": expected,
@@ -132,6 +149,10 @@ def head_cases(rng: np.random.Generator) -> Iterator[Case]:
     for kind in ("nan", "negative", "huge"):
         for rows, count in ((3, 1), (70, 3), (333, 5)):
             yield draw_case(kind, rows, 2, count, rng)
+    for kind, rows, count in product(("random", "ties", "nan", "negative", "huge"), (1, 65, 1000, 9001), (1, 3, 5)):
+        yield draw_case(kind, rows, 2, count, rng, filtered=True)
+    for fmt, _ in product(("F32", "Q4_0"), range(4)):
+        yield draw_case("random", 4197, 2, 5, rng, fmt, filtered=True)
     for fmt in ("F32", "Q4_0", "Q8_0"):
         yield draw_case("random", 4197, 2, 3, rng, fmt)
         yield draw_case("nan", 70, 2, 3, rng, fmt)
@@ -148,6 +169,10 @@ def few_head_cases(rng: np.random.Generator) -> Iterator[Case]:
         yield draw_case("random", 333, 3, count, rng)
     for kind in ("ties", "nan", "negative", "huge"):
         yield draw_case(kind, 77, 2, 4, rng)
+        yield draw_case(kind, 77, 2, 4, rng, filtered=True)
+    for count in (1, 3, 5):
+        yield draw_case("random", 9001, 1, count, rng, filtered=True)
     yield draw_case("random", 333, 2, 5, rng, "Q4_0")
+    yield draw_case("random", 333, 2, 5, rng, "Q4_0", filtered=True)
     yield draw_case("nan", 37, 2, 3, rng, "F32")
     yield level_case(77, rng)

@@ -25,7 +25,7 @@ from tokenspeed.program.fuse import fuse
 from tokenspeed.runner.arena import Arena, PageShape
 from tokenspeed.runner.backend import Backend
 from tokenspeed.runner.cpu_backend import CpuBackend, why_not
-from tokenspeed.runner.edits import SampledRow
+from tokenspeed.runner.edits import SampledRow, drawn_plainly
 from tokenspeed.runner.inputs import SlotTable
 from tokenspeed.runner.layout import page_layout
 from tokenspeed.runner.model import LoadedModel
@@ -253,6 +253,27 @@ def test_hidden_rows_that_are_no_numbers_are_left_to_the_sampler() -> None:
     assert stepper.backend.pick([0, 1], [ask, ask]) is None
     inputs = sampler_inputs([ask, ask], BASE.vocab_size, model.device)
     assert sample(logits, inputs).tokens.tolist() == [0, int(logits[1].argmax())]
+
+
+@pytest.mark.parametrize("lm_head", ["screened", "full"])
+def test_rows_with_filters_are_picked_as_they_are_sampled(lm_head: str) -> None:
+    model = make_model("llama", {"lm_head": "Q8_0"})
+    stepper = Stepper(model, CpuBackend(model, 2, lm_head), 16, torch.bfloat16)
+    for slot in range(4):
+        stepper.start(slot, prompt(3, slot), 16)
+    logits = stepper.step(dict.fromkeys(range(4), 3))[2::3]
+    filters: list[dict[str, Any]] = [{}, {"top_k": 5, "top_p": 0.8}, {"min_p": 0.3}, {"temperature": 0.0}]
+    for seed in range(50):
+        rows = [
+            SampledRow(SamplingRow(**{"temperature": 0.9, "top_k": 0, "top_p": 1.0, "seed": seed} | fields), [], 0, 3)
+            for fields in filters
+        ]
+        assert all(map(drawn_plainly, rows))
+        inputs = sampler_inputs(rows, BASE.vocab_size, model.device)
+        assert stepper.backend.pick([2, 5, 8, 11], rows) == sample(logits, inputs).tokens.tolist()
+    whole = model.packed["lm_head"].nbytes
+    read = stepper.backend.weight_bytes["lm_head"]
+    assert read == whole if lm_head == "full" else read != whole
 
 
 def test_what_it_does_not_take_is_named() -> None:

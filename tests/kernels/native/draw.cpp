@@ -1,5 +1,8 @@
 // Tokens drawn by the screened head and by the whole one against all logits, and the noise they are drawn with.
+#include <algorithm>
 #include <cmath>
+#include <functional>
+#include <limits>
 
 #include "packed.h"
 
@@ -11,7 +14,12 @@ std::vector<ts::Ask> read_asks(const Case& c) {
   const auto seed = c.array<uint64_t>("seed");
   const auto sample = c.array<uint32_t>("sample"), position = c.array<uint32_t>("position");
   std::vector<ts::Ask> asks;
-  for (size_t i = 0; i < seed.size(); ++i) asks.push_back({temperature[i], sample[i], position[i], seed[i]});
+  const auto top_k = c.array<int64_t>("top_k");
+  const auto top_p = c.array<double>("top_p");
+  const auto log_min_p = c.array<float>("log_min_p");
+  for (size_t i = 0; i < seed.size(); ++i) {
+    asks.push_back({temperature[i], sample[i], position[i], seed[i], top_k[i], top_p[i], log_min_p[i]});
+  }
   return asks;
 }
 
@@ -23,6 +31,30 @@ Exact<float> noisy(const float* logits, int64_t width, const ts::Ask& ask, const
     values[static_cast<size_t>(i)] = logits[i] / ask.temperature + noise[static_cast<size_t>(i % 64)];
   }
   return values;
+}
+
+// Drop the values of tokens that filters leave out, as slowly and plainly as can be. False where float64 and the sampler's own
+// masses may disagree about which these are.
+bool filter(Exact<float>* values, const float* logits, int64_t width, const ts::Ask& ask) {
+  if (!ts::filtered(ask)) return true;
+  Exact<float> scaled(logits, logits + width);
+  for (float& value : scaled) value /= ask.temperature;
+  Exact<float> sorted = scaled;
+  std::sort(sorted.begin(), sorted.end(), std::greater<>());
+  float floor = std::max(sorted[0] + ask.log_min_p, std::numeric_limits<float>::lowest());
+  if (ask.top_k > 0 && ask.top_k <= width) floor = std::max(floor, sorted[static_cast<size_t>(ask.top_k) - 1]);
+  double total = 0, before = 0;
+  for (const float value : sorted) total += value >= floor ? std::exp(static_cast<double>(value) - sorted[0]) : 0;
+  bool sure = true;
+  for (size_t i = 0; ask.top_p < 1 && i < sorted.size() && sorted[i] >= floor; ++i) {
+    if (i > 0 && sorted[i] < sorted[i - 1]) {
+      sure = sure && std::fabs(before - ask.top_p * total) > 1e-5 * total;
+      if (before > ask.top_p * total) floor = std::nextafter(sorted[i], INFINITY);
+    }
+    before += std::exp(static_cast<double>(sorted[i]) - sorted[0]);
+  }
+  for (size_t i = 0; i < scaled.size(); ++i) if (!(scaled[i] >= floor)) (*values)[i] = -INFINITY;
+  return sure;
 }
 
 // The lowest of the largest; with noise all that the sampler's own could still put first. None where none is a number.
@@ -51,7 +83,12 @@ void check_picks(const std::vector<ts::Pick>& picks, const float* logits, int64_
     report.check(known && std::memcmp(&pick.logit, &logits[pick.token], 4) == 0, name + "token " + std::to_string(pick.token) + " has another logit");
     tokens.push_back(pick.token);
   }
-  const Exact<float> values = noisy(logits, width, ask, kernels);
+  const auto finite = std::count_if(logits, logits + width, [&](float logit) { return std::isfinite(logit / ask.temperature); });
+  if (ts::filtered(ask) && finite < width) {
+    return report.check(finite > 0 || tokens.empty(), name + "drew " + listed(tokens) + " of what is not finite");
+  }
+  Exact<float> values = noisy(logits, width, ask, kernels);
+  if (!filter(&values, logits, width, ask)) return;
   const std::vector<int64_t> expected = wanted(values, ask.temperature == 0);
   // Values beyond all floats may also be left to the sampler.
   if (tokens.empty() && !expected.empty() && std::isinf(values[static_cast<size_t>(expected[0])])) return;

@@ -184,7 +184,7 @@ std::vector<int64_t> Model::screen(const Matrix& m, const Ask* asks, int64_t cou
     for (int64_t i = 0; i < shares; ++i) mine[static_cast<size_t>(i)] = likely[static_cast<size_t>(i * count + row)];
     auto& picks = picks_[static_cast<size_t>(row)];
     if (!filtered(ask)) picks = best_of(reaching(m, input, row, threshold_of(m, input, row, ask, mine), ask), ask);
-    else if (!pick_filtered(m, input, row, ask, &picks)) left.push_back(row);
+    else if (!left.empty() || !pick_filtered(m, input, row, ask, &picks)) left.push_back(row);
   }
   return left;
 }
@@ -215,17 +215,17 @@ bool Model::reached_by_few(const Matrix& m, int64_t row, float threshold, int64_
 }
 
 // Draw under filters. Where few tokens may pass top_k and min_p, from all of these; else look which token the noise puts
-// first, and whether it passes all filters, for which only those with larger logits have to be exact. False where too many
-// exact products would be needed.
+// first, and where it seems to pass all filters make those exact that may have larger logits, to be sure. False where more
+// exact products would be needed than pay.
 bool Model::pick_filtered(const Matrix& m, const Rows& input, int64_t row, const Ask& ask, std::vector<Pick>* picks) {
   const Front front = front_of(m, input, row, ask);
   if (!reached_by_few(m, row, front.floor, 100)) {
     *picks = best_of(noisy_from(m, input, row, front, ask), ask);
     float least = -kNone;
     for (const auto& pick : *picks) least = std::min(least, scaled(pick.logit, ask));
-    if (picks->empty() || !reached_by_few(m, row, least, 10)) return false;
-    if (surely_kept(*kernels_, reaching(m, input, row, least, ask), least, ask)) return true;
-    if (!reached_by_few(m, row, front.floor, 10)) return false;
+    const bool likely = !picks->empty() && surely_kept(*kernels_, front.found, least, ask) && reached_by_few(m, row, least, 16);
+    if (likely && surely_kept(*kernels_, reaching(m, input, row, least, ask), least, ask)) return true;
+    if (!reached_by_few(m, row, front.floor, 12)) return false;
   }
   *picks = draw_listed(*kernels_, reaching(m, input, row, front.floor, ask), ask);
   return true;
@@ -235,15 +235,15 @@ bool Model::pick_filtered(const Matrix& m, const Rows& input, int64_t row, const
 Model::Front Model::front_of(const Matrix& m, const Rows& input, int64_t row, const Ask& ask) {
   Largest tiles(kFront + 2 * listed(ask)), kth(std::max<int64_t>(1, listed(ask))), best(1);
   for (int64_t t = 0; t < m.tiles; ++t) tiles.push(most_[static_cast<size_t>(row * m.tiles + t)]);
-  std::vector<Scored> found = reaching(m, input, row, tiles.kth(), ask);
-  for (const auto& each : found) {
+  Front front{kNone, kNone, reaching(m, input, row, tiles.kth(), ask)};
+  for (const auto& each : front.found) {
     kth.push(each.value);
     best.push(each.value);
   }
-  Front front{min_p_floor(best.kth(), ask), kNone};
+  front.floor = min_p_floor(best.kth(), ask);
   if (listed(ask) > 0) front.floor = std::max(front.floor, kth.kth());
   float noise[64];
-  for (const auto& each : found) {
+  for (const auto& each : front.found) {
     if (each.value < front.floor) continue;
     kernels_->gumbel({ask.seed, ask.sample, ask.position}, each.token / 64 * 64, noise);
     front.noisy = std::max(front.noisy, each.value + noise[each.token % 64]);
@@ -259,7 +259,7 @@ std::vector<Scored> Model::noisy_from(const Matrix& m, const Rows& input, int64_
       const int64_t end = std::min(share.last, (t / 4 + 1) * 4);
       const float* most = most_.data() + row * m.tiles;
       if (std::any_of(most + t, most + end, [&](float value) { return value >= front.floor; })) {
-        best = rescore_noisy(m, input, row, {share.segment, t, end}, {front.floor, best}, ask, found);
+        best = rescore_noisy(m, input, row, {share.segment, t, end}, front.floor, best, ask, found);
       }
       t = end;
     }
@@ -267,7 +267,7 @@ std::vector<Scored> Model::noisy_from(const Matrix& m, const Rows& input, int64_
 }
 
 // The same for tiles that have their noise from one call; gives the best value by now.
-float Model::rescore_noisy(const Matrix& m, const Rows& input, int64_t row, const Share& tiles, Front front, const Ask& ask,
+float Model::rescore_noisy(const Matrix& m, const Rows& input, int64_t row, const Share& tiles, float floor, float best, const Ask& ask,
                            std::vector<Scored>* found) {
   const int64_t first = tiles.first * kRows, group = first / 64 * 64, n = tiles.last * kRows - first;
   const float* bare = upper_.data() + row * m.tiles * kRows + first;
@@ -276,18 +276,18 @@ float Model::rescore_noisy(const Matrix& m, const Rows& input, int64_t row, cons
   std::copy(noise, noise + 64, upper);
   float* values = upper + (first - group);
   const float rounding = 1e-5f;
-  if (kernels_->add_scaled(bare, n, 1.0f, values) + rounding < front.noisy - doubt(front.noisy)) return front.noisy;
-  for (int64_t i = 0; i < n; ++i) values[i] = bare[i] < front.floor ? kNone : values[i] + rounding;
+  if (kernels_->add_scaled(bare, n, 1.0f, values) + rounding < best - doubt(best)) return best;
+  for (int64_t i = 0; i < n; ++i) values[i] = bare[i] < floor ? kNone : values[i] + rounding;
   for (int64_t t = tiles.first; t < tiles.last; ++t) {
     const size_t before = found->size();
-    rescore(m, input, row, t, values + (t - tiles.first) * kRows, front.noisy - doubt(front.noisy), ask, found);
+    rescore(m, input, row, t, values + (t - tiles.first) * kRows, best - doubt(best), ask, found);
     for (size_t i = before; i < found->size(); ++i) {
       Scored& each = (*found)[i];
-      each.value = each.value < front.floor ? kNone : each.value + noise[each.token - group];
-      front.noisy = std::max(front.noisy, each.value);
+      each.value = each.value < floor ? kNone : each.value + noise[each.token - group];
+      best = std::max(best, each.value);
     }
   }
-  return front.noisy;
+  return best;
 }
 
 }  // namespace ts

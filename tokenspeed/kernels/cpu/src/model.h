@@ -147,13 +147,14 @@ class Model {
   std::vector<Scored> reaching(const Matrix& m, const Rows& input, int64_t row, float threshold, const Ask& ask);
   std::vector<int64_t> screen(const Matrix& m, const Ask* asks, int64_t count);
   float threshold_of(const Matrix& m, const Rows& input, int64_t row, const Ask& ask, const std::vector<Scored>& likely);
-  struct Front {
+  struct Front {  // of a first look: what was made exact, no more than what filters leave, and the best of that with noise
     float floor, noisy;
+    std::vector<Scored> found;
   };
   bool pick_filtered(const Matrix& m, const Rows& input, int64_t row, const Ask& ask, std::vector<Pick>* picks);
   Front front_of(const Matrix& m, const Rows& input, int64_t row, const Ask& ask);
   std::vector<Scored> noisy_from(const Matrix& m, const Rows& input, int64_t row, const Front& front, const Ask& ask);
-  float rescore_noisy(const Matrix& m, const Rows& input, int64_t row, const Share& tiles, Front front, const Ask& ask,
+  float rescore_noisy(const Matrix& m, const Rows& input, int64_t row, const Share& tiles, float floor, float best, const Ask& ask,
                       std::vector<Scored>* found);
   bool reached_by_few(const Matrix& m, int64_t row, float threshold, int64_t parts) const;
   void embed(const Op& op);
