@@ -90,7 +90,7 @@ void Model::attention(const Op& op) {
   pool_.run(static_cast<int64_t>(work.size()), [&](int64_t i) {
     const Work& w = work[static_cast<size_t>(i)];
     thread_local std::vector<float> scores;
-    scores.resize(static_cast<size_t>(w.queries * group * kSplit));
+    scores.resize(static_cast<size_t>(w.queries * group * (kSplit + op.head_dim)));
     const int32_t cache_group = cache_.group[static_cast<size_t>(layer)];
     kernels_->attend({at(op.x, w.first_query) + w.head * group * op.head_dim, q_stride, w.queries, group, op.head_dim, cache_.format,
                       cache_.data + cache_.index[static_cast<size_t>(layer)] * cache_.layer_bytes, cache_.page_bytes,

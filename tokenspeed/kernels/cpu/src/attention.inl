@@ -1,23 +1,5 @@
 // Attention over pages, one task at a time, and the parts of a row put together.
-// A type of this file's own: functions of a vector of any other would be linked once for all instruction sets.
-struct Place {
-  const uint8_t* entry;
-};
-
-// Where the task's keys lie, by position - begin, from `live` on. A division per key would cost more than its sums.
-inline const Place* find_keys(const ts::AttentionTask& t) {
-  thread_local std::vector<Place> places;
-  places.resize(static_cast<size_t>(t.end - t.begin));
-  int64_t page = t.live / t.page_size, offset = t.live % t.page_size;
-  for (int64_t key = t.live; key < t.end; ++key) {
-    places[static_cast<size_t>(key - t.begin)].entry = t.kv + t.table[page] * t.page_bytes + offset * t.token_bytes + t.head_bytes;
-    if (++offset == t.page_size) {
-      offset = 0;
-      ++page;
-    }
-  }
-  return places.data();
-}
+constexpr int kChunk = 16;  // keys whose entries stay in the first cache while all rows use them
 
 inline float bf16_at(const void* p, int i) {
   uint16_t half;
@@ -28,83 +10,187 @@ inline float bf16_at(const void* p, int i) {
   return value;
 }
 
-// Sixteen values of an entry, from column d on.
-inline F widen(const float* entry, int d, int) { return load(entry + d); }
-inline F widen(const uint16_t* entry, int d, int) { return load_bf16(entry + d); }
-inline F widen(const int8_t* entry, int d, int head_dim) { return mul(load_s8(entry + d), set(bf16_at(entry + head_dim, d / ts::kBlock))); }
-inline F widen(const uint8_t* entry, int d, int) { return mul(load_e4m3(entry + d), set(256.0f)); }
+// fn(0) to fn(N - 1) without a loop: of nested loops compilers leave the arrays of vectors in memory.
+template <int... I, class Fn>
+inline void each(std::integer_sequence<int, I...>, const Fn& fn) { (fn(std::integral_constant<int, I>()), ...); }
+template <int N, class Fn>
+inline void repeat(const Fn& fn) { each(std::make_integer_sequence<int, N>(), fn); }
 
-// Dot products of Q query rows and K keys, the sums kept apart until the end.
-template <class T, int Q, int K>
-inline void score_block(const float* const* q, const T* const* k, int head_dim, float (*out)[4]) {
+// What a stored value is to be multiplied by.
+template <class T>
+constexpr float kUnit = std::is_same_v<T, uint8_t> ? 256.0f : 1.0f;
+
+// Sixteen values of an entry, from column d on.
+inline F widen_half(const float* entry, int d, int) { return load(entry + d); }
+inline F widen_half(const uint16_t* entry, int d, int) { return load_bf16(entry + d); }
+inline F widen_half(const int8_t* entry, int d, int head_dim) { return mul(load_s8(entry + d), set(bf16_at(entry + head_dim, d / ts::kBlock))); }
+inline F widen_half(const uint8_t* entry, int d, int) { return load_e4m3(entry + d); }
+
+// Thirty-two. Those of bfloat16 are taken apart, even columns and odd ones: it is cheaper, and queries and sums of values
+// are kept in that order too.
+template <class T>
+inline void widen(const T* entry, int d, int head_dim, F* x) {
+  if constexpr (std::is_same_v<T, uint16_t>) {
+    load_bf16_apart(entry + d, x, x + 1);
+  } else {
+    x[0] = widen_half(entry, d, head_dim);
+    x[1] = widen_half(entry, d + 16, head_dim);
+  }
+}
+
+template <class T>
+inline void order(const float* row, int head_dim, float* out) {
+  int d = 0;
+  for (; std::is_same_v<T, uint16_t> && d + 32 <= head_dim; d += 32) {
+    F even, odd;
+    take_apart(load(row + d), load(row + d + 16), &even, &odd);
+    store(out + d, even);
+    store(out + d + 16, odd);
+  }
+  for (; d < head_dim; d += 16) store(out + d, load(row + d));
+}
+
+template <class T>
+inline void order_back(float* row, int head_dim) {
+  int d = 0;
+  for (; std::is_same_v<T, uint16_t> && d + 32 <= head_dim; d += 32) {
+    F first, second;
+    put_together(load(row + d), load(row + d + 16), &first, &second);
+    store(row + d, first);
+    store(row + d + 16, second);
+  }
+  if (kUnit<T> == 1.0f) return;
+  for (d = 0; d < head_dim; d += 16) store(row + d, mul(load(row + d), set(kUnit<T>)));
+}
+
+inline int64_t chunks_of(const ts::AttentionTask& t) { return (t.end - t.begin + kChunk - 1) / kChunk; }
+
+// Where the entries of a chunk lie: first all chunks of keys, then all of values. In place of one that no query sees, which
+// must not be read, is the nearest that one may see.
+struct Chunk {
+  const uint8_t* entry[kChunk];
+};
+
+inline Chunk find_chunk(const ts::AttentionTask& t, int64_t index) {
+  const int64_t all = chunks_of(t);
+  const int64_t first = t.begin + index % all * kChunk;
+  int64_t key = std::max(first, t.live), page = key / t.page_size, place = key % t.page_size;
+  const uint8_t* layer = t.kv + t.head_bytes + (index < all ? 0 : t.value_bytes);
+  const uint8_t* at = layer + t.table[page] * t.page_bytes + place * t.token_bytes;
+  Chunk chunk;
+  for (int n = 0; n < kChunk; ++n) {
+    chunk.entry[n] = at;
+    if (first + n < key || key + 1 >= t.end) continue;
+    ++key;
+    at += t.token_bytes;
+    if (++place == t.page_size) {
+      place = 0;
+      at = layer + t.table[++page] * t.page_bytes;
+    }
+  }
+  return chunk;
+}
+
+// Fetch the lines of 32 columns. Pages are strewn over the arena, where the hardware's own prefetch ends with each of them.
+// To the second cache: the first has room for some twenty requests at a time, and then everything waits (Zen 4).
+template <class T>
+inline void fetch(const uint8_t* entry, int d) {
+  for (size_t at = 0; at < 32 * sizeof(T); at += 64) __builtin_prefetch(entry + static_cast<size_t>(d) * sizeof(T) + at, 0, 2);
+}
+
+// Dot products of Q rows and K keys, their sums kept apart: those of row i and key j in sums[i * stride + j].
+template <class T, int Q, int K, bool Ahead>
+inline void score_block(const float* q, const uint8_t* const* entry, const uint8_t* const* next, int head_dim, F* sums, int stride) {
   F acc[Q][K];
   for (auto& row : acc) for (auto& x : row) x = set(0.0f);
-  for (int d = 0; d < head_dim; d += 16) {
-    F keys[K];
-    for (int j = 0; j < K; ++j) keys[j] = widen(k[j], d, head_dim);
+  int d = 0;
+  for (; d + 32 <= head_dim; d += 32) {
+    F rows[Q][2];
+    for (int i = 0; i < Q; ++i) for (int h = 0; h < 2; ++h) rows[i][h] = load(q + i * head_dim + d + 16 * h);
+    repeat<K>([&](auto j) {
+      F key[2];
+      widen(reinterpret_cast<const T*>(entry[j.value]), d, head_dim, key);
+      if constexpr (Ahead) fetch<T>(next[j.value], d);
+      for (int h = 0; h < 2; ++h) for (int i = 0; i < Q; ++i) acc[i][j.value] = fma(rows[i][h], key[h], acc[i][j.value]);
+    });
+  }
+  for (; d < head_dim; d += 16) {
+    for (int j = 0; j < K; ++j) {
+      const F key = widen_half(reinterpret_cast<const T*>(entry[j]), d, head_dim);
+      for (int i = 0; i < Q; ++i) acc[i][j] = fma(load(q + i * head_dim + d), key, acc[i][j]);
+    }
+  }
+  for (int i = 0; i < Q; ++i) for (int j = 0; j < K; ++j) sums[i * stride + j] = acc[i][j];
+}
+
+// Scores of Q rows and 16 / Q keys: lane 16 / Q * i + j is that of row i and key j.
+template <class T, int Q, bool Ahead>
+inline F score_keys(const ts::AttentionTask& t, const float* q, const uint8_t* const* entry, const uint8_t* const* next) {
+  constexpr int K = 16 / Q, part = std::min(K, 8);
+  F sums[16];
+  for (int j = 0; j < K; j += part) score_block<T, Q, part, Ahead>(q, entry + j, next + j, t.head_dim, sums + j, K);
+  return mul(sums_of_16(sums), set(t.scale * kUnit<T>));
+}
+
+// work(how many rows, whether they are the first, the first of them) for all rows. The first fetch for all.
+template <class Work>
+inline void by_rows(int rows, const Work& work) {
+  const std::integral_constant<int, 4> four;
+  const std::integral_constant<int, 2> two;
+  const std::integral_constant<int, 1> one;
+  int row = rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+  if (row == 4) work(four, std::true_type(), 0);
+  else if (row == 2) work(two, std::true_type(), 0);
+  else work(one, std::true_type(), 0);
+  for (; row + 4 <= rows; row += 4) work(four, std::false_type(), row);
+  for (; row + 2 <= rows; row += 2) work(two, std::false_type(), row);
+  if (row < rows) work(one, std::false_type(), row);
+}
+
+struct Seen {  // keys from first to before last
+  int64_t first, last;
+};
+
+// Of what the task covers.
+inline Seen seen_by(const ts::AttentionTask& t, int row) {
+  const int64_t query = t.first_position + row / t.group;
+  return {t.window ? std::max(t.live, query - t.window + 1) : t.live, std::min(t.end, query + 1)};
+}
+
+// Scores of Q rows and the chunk that begins at position `begin`; those that a row does not see are left as they are.
+template <class T, int Q, bool Ahead>
+inline void score_rows(const ts::AttentionTask& t, const float* q, int row, int64_t begin, const Chunk& chunk, const Chunk& next, int64_t width) {
+  constexpr int K = 16 / Q;
+  const Seen low = seen_by(t, row), high = seen_by(t, row + Q - 1);
+  for (int n = 0; n < kChunk && begin + n < high.last; n += K) {
+    float cells[16];
+    store(cells, score_keys<T, Q, Ahead>(t, q + row * t.head_dim, chunk.entry + n, next.entry + n));
+    const int64_t key = begin + n;
+    float* out = t.scores + row * width + key - t.begin;
+    if (key >= high.first && key + K <= low.last) {
+      for (int i = 0; i < Q; ++i) std::memcpy(out + i * width, cells + i * K, sizeof(float) * K);
+      continue;
+    }
     for (int i = 0; i < Q; ++i) {
-      const F x = load(q[i] + d);
-      for (int j = 0; j < K; ++j) acc[i][j] = fma(x, keys[j], acc[i][j]);
+      const Seen seen = seen_by(t, row + i);
+      const int64_t to = std::min<int64_t>(K, seen.last - key);
+      for (int64_t j = std::max<int64_t>(0, seen.first - key); j < to; ++j) out[i * width + j] = cells[i * K + j];
     }
   }
-  for (int i = 0; i < Q; ++i) for (int j = 0; j < K; ++j) out[i][j] = sum(acc[i][j]);
 }
 
+// While a chunk is used, the next is fetched; after the last one of keys that is the first one of values.
 template <class T>
-inline void score_some(int rows, int keys, const float* const* q, const T* const* k, int head_dim, float (*out)[4]) {
-  if (rows == 4 && keys == 4) return score_block<T, 4, 4>(q, k, head_dim, out);
-  for (int i = 0; i < rows; ++i) {
-    if (keys == 4) {
-      score_block<T, 1, 4>(q + i, k, head_dim, out + i);
-    } else {
-      for (int j = 0; j < keys; ++j) {
-        float cell[1][4];
-        score_block<T, 1, 1>(q + i, k + j, head_dim, cell);
-        out[i][j] = cell[0][0];
-      }
-    }
-  }
-}
-
-inline bool sees(const ts::AttentionTask& t, int64_t query, int64_t key) {
-  return key <= query && (t.window == 0 || key > query - t.window);
-}
-
-// Entries lie a few hundred bytes each in pages strewn over the arena, where the hardware's own prefetch finds nothing:
-// while four keys are used, their values are fetched, and the keys of two blocks on.
-inline void fetch(const ts::AttentionTask& t, const Place* keys, int64_t key) {
-  constexpr int64_t ahead = 8;
-  const int64_t bytes = kv_entry_bytes(t.format, t.head_dim);
-  for (int64_t k = key; k < std::min(t.end, key + 4); ++k) {
-    const uint8_t* value = keys[k - t.begin].entry + t.value_bytes;
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(value + at);
-    if (k + ahead >= t.end) continue;
-    const uint8_t* next = keys[k + ahead - t.begin].entry;
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(next + at);
-  }
-}
-
-// Scores of up to four rows; a key that a row does not see gets -inf.
-template <class T>
-void scores_of(const ts::AttentionTask& t, const Place* keys, int first, int rows, int64_t width) {
-  const float none = -std::numeric_limits<float>::infinity();
-  const float* q[4];
-  for (int i = 0; i < rows; ++i) q[i] = t.q + (first + i) / t.group * t.q_stride + (first + i) % t.group * t.head_dim;
-  for (int i = 0; i < rows; ++i) std::fill_n(t.scores + (first + i) * width, width, none);
-  const int64_t last = t.first_position + (first + rows - 1) / t.group;
-  const int64_t end = std::min(t.end, last + 1);
-  for (int64_t key = t.live; key < end; key += 4) {
-    const int some = static_cast<int>(std::min<int64_t>(4, end - key));
-    if (first == 0) fetch(t, keys, key);
-    const T* k[4];
-    for (int n = 0; n < some; ++n) k[n] = reinterpret_cast<const T*>(keys[key + n - t.begin].entry);
-    float cells[4][4];
-    score_some<T>(rows, some, q, k, t.head_dim, cells);
-    for (int i = 0; i < rows; ++i) {
-      const int64_t query = t.first_position + (first + i) / t.group;
-      float* out = t.scores + (first + i) * width + key - t.begin;
-      for (int n = 0; n < some; ++n) if (sees(t, query, key + n)) out[n] = cells[i][n] * t.scale;
-    }
+void score(const ts::AttentionTask& t, const float* q, int rows, int64_t width) {
+  std::fill_n(t.scores, rows * width, -std::numeric_limits<float>::infinity());
+  Chunk next = find_chunk(t, 0);
+  for (const uint8_t* entry : next.entry) for (int d = 0; d < t.head_dim; d += 32) fetch<T>(entry, d);
+  for (int64_t i = 0; i < chunks_of(t); ++i) {
+    const Chunk chunk = next;
+    next = find_chunk(t, i + 1);
+    by_rows(rows, [&](auto count, auto first, int row) {
+      score_rows<T, count.value, first.value>(t, q, row, t.begin + i * kChunk, chunk, next, width);
+    });
   }
 }
 
@@ -128,40 +214,69 @@ void soften(const ts::AttentionTask& t, int rows, int64_t width) {
   }
 }
 
-template <class T, int Q, int V>
-inline void weigh_block(const ts::AttentionTask& t, const Place* keys, int first, int d, int64_t width) {
-  F acc[Q][V];
-  for (auto& row : acc) for (auto& x : row) x = set(0.0f);
-  const int64_t end = std::min(t.end, t.first_position + (first + Q - 1) / t.group + 1);
-  for (int64_t key = t.live; key < end; ++key) {
-    const T* v = reinterpret_cast<const T*>(keys[key - t.begin].entry + t.value_bytes);
-    F values[V];
-    for (int n = 0; n < V; ++n) values[n] = widen(v, d + 16 * n, t.head_dim);
+// Add a chunk's values, from the n-th to before the end, to 32 V columns of Q rows.
+template <class T, int Q, int V, bool Ahead>
+inline void weigh_block(const ts::AttentionTask& t, float* out, int d, const float* weights, int64_t width, const Chunk& chunk, const Chunk& next, int n, int end) {
+  F acc[Q][2 * V];
+  for (int i = 0; i < Q; ++i) for (int h = 0; h < 2 * V; ++h) acc[i][h] = load(out + i * t.head_dim + d + 16 * h);
+  for (; n < end; ++n) {
+    F values[2 * V];
+    for (int h = 0; h < V; ++h) {
+      widen(reinterpret_cast<const T*>(chunk.entry[n]), d + 32 * h, t.head_dim, values + 2 * h);
+      if constexpr (Ahead) fetch<T>(next.entry[n], d + 32 * h);
+    }
     for (int i = 0; i < Q; ++i) {
-      const F p = set(t.scores[(first + i) * width + key - t.begin]);
-      for (int n = 0; n < V; ++n) acc[i][n] = fma(p, values[n], acc[i][n]);
+      const F p = set(weights[i * width + n]);
+      for (int h = 0; h < 2 * V; ++h) acc[i][h] = fma(p, values[h], acc[i][h]);
     }
   }
-  for (int i = 0; i < Q; ++i) for (int n = 0; n < V; ++n) store(t.out + (first + i) * t.head_dim + d + 16 * n, acc[i][n]);
+  for (int i = 0; i < Q; ++i) for (int h = 0; h < 2 * V; ++h) store(out + i * t.head_dim + d + 16 * h, acc[i][h]);
 }
 
-template <class T, int Q>
-void weigh(const ts::AttentionTask& t, const Place* keys, int first, int64_t width) {
+// The last sixteen columns, where they are not 32.
+template <class T>
+inline void weigh_rest(float* out, int d, int head_dim, const float* weights, const Chunk& chunk, int n, int end) {
+  F acc = load(out + d);
+  for (; n < end; ++n) acc = fma(set(weights[n]), widen_half(reinterpret_cast<const T*>(chunk.entry[n]), d, head_dim), acc);
+  store(out + d, acc);
+}
+
+template <class T, int Q, bool Ahead>
+inline void weigh_rows(const ts::AttentionTask& t, int row, int64_t begin, const Chunk& chunk, const Chunk& next, int64_t width) {
+  const float* weights = t.scores + row * width + begin - t.begin;
+  float* out = t.out + row * t.head_dim;
+  const int from = static_cast<int>(std::max<int64_t>(0, t.live - begin));
+  const int to = static_cast<int>(std::min<int64_t>(kChunk, seen_by(t, row + Q - 1).last - begin));
   int d = 0;
-  for (; d + 64 <= t.head_dim; d += 64) weigh_block<T, Q, 4>(t, keys, first, d, width);
-  for (; d < t.head_dim; d += 16) weigh_block<T, Q, 1>(t, keys, first, d, width);
+  for (; d + 64 <= t.head_dim; d += 64) weigh_block<T, Q, 2, Ahead>(t, out, d, weights, width, chunk, next, from, to);
+  for (; d + 32 <= t.head_dim; d += 32) weigh_block<T, Q, 1, Ahead>(t, out, d, weights, width, chunk, next, from, to);
+  for (int i = 0; d < t.head_dim && i < Q; ++i) weigh_rest<T>(out + i * t.head_dim, d, t.head_dim, weights + i * width, chunk, from, to);
+}
+
+template <class T>
+void weigh(const ts::AttentionTask& t, int rows, int64_t width) {
+  std::fill_n(t.out, rows * t.head_dim, 0.0f);
+  const int64_t all = chunks_of(t);
+  Chunk next = find_chunk(t, all);
+  for (int64_t i = 0; i < all; ++i) {
+    const Chunk chunk = next;
+    next = find_chunk(t, std::min(all + i + 1, 2 * all - 1));
+    by_rows(rows, [&](auto count, auto first, int row) {
+      weigh_rows<T, count.value, first.value>(t, row, t.begin + i * kChunk, chunk, next, width);
+    });
+  }
+  for (int row = 0; row < rows; ++row) order_back<T>(t.out + row * t.head_dim, t.head_dim);
 }
 
 template <class T>
 void attend_to(const ts::AttentionTask& t) {
   const int rows = t.queries * t.group;
   const int64_t width = (t.end - t.begin + 15) / 16 * 16;
-  const Place* const keys = find_keys(t);
-  for (int first = 0; first < rows; first += 4) scores_of<T>(t, keys, first, std::min(4, rows - first), width);
+  float* const q = t.scores + rows * width;
+  for (int r = 0; r < rows; ++r) order<T>(t.q + r / t.group * t.q_stride + r % t.group * t.head_dim, t.head_dim, q + r * t.head_dim);
+  score<T>(t, q, rows, width);
   soften(t, rows, width);
-  int first = 0;
-  for (; first + 4 <= rows; first += 4) weigh<T, 4>(t, keys, first, width);
-  for (; first < rows; ++first) weigh<T, 1>(t, keys, first, width);
+  weigh<T>(t, rows, width);
 }
 
 void attend(const ts::AttentionTask& t) {

@@ -48,7 +48,7 @@ struct AttentionTask {
   int64_t live;            // keys before it are seen by no query and must not be read: their pages may be gone
   int window;              // 0: no window
   float scale;
-  float* scores;           // scratch [queries * group, end - begin rounded up to 16]
+  float* scores;           // scratch [queries * group, end - begin rounded up to 16, and head_dim]
   float* out;              // [queries * group, head_dim]: sum of exp(s - max) v
   float* max;              // [queries * group]
   float* sum;              // [queries * group]

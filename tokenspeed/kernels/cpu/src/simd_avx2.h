@@ -109,6 +109,25 @@ inline __m256 widen_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 inline F load_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+// Thirty-two, the even ones and the odd ones.
+inline void load_bf16_apart(const uint16_t* p, F* even, F* odd) {
+  const W both = load_bytes(reinterpret_cast<const uint8_t*>(p));
+  const __m256i top = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
+  *even = {_mm256_castsi256_ps(_mm256_slli_epi32(both.a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(both.b, 16))};
+  *odd = {_mm256_castsi256_ps(_mm256_and_si256(both.a, top)), _mm256_castsi256_ps(_mm256_and_si256(both.b, top))};
+}
+inline __m256 in_quarters(__m256 x) {  // quarters 0, 2, 1, 3
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xd8));
+}
+inline void take_apart(F first, F second, F* even, F* odd) {
+  *even = {in_quarters(_mm256_shuffle_ps(first.a, first.b, 0x88)), in_quarters(_mm256_shuffle_ps(second.a, second.b, 0x88))};
+  *odd = {in_quarters(_mm256_shuffle_ps(first.a, first.b, 0xdd)), in_quarters(_mm256_shuffle_ps(second.a, second.b, 0xdd))};
+}
+inline void put_together(F even, F odd, F* first, F* second) {
+  const F x = {in_quarters(even.a), in_quarters(even.b)}, y = {in_quarters(odd.a), in_quarters(odd.b)};
+  *first = {_mm256_unpacklo_ps(x.a, y.a), _mm256_unpackhi_ps(x.a, y.a)};
+  *second = {_mm256_unpacklo_ps(x.b, y.b), _mm256_unpackhi_ps(x.b, y.b)};
+}
 inline void store_bf16(uint16_t* p, F v) {
   uint32_t bits[16];
   std::memcpy(bits, &v, 64);
@@ -149,6 +168,13 @@ inline float sum(F v) {
   _mm256_storeu_ps(t, _mm256_add_ps(v.a, v.b));
   return ((t[0] + t[4]) + (t[2] + t[6])) + ((t[1] + t[5]) + (t[3] + t[7]));
 }
+inline __m256 sums_of_8(const F* v) {
+  const auto pair = [&](int i) { return _mm256_hadd_ps(_mm256_add_ps(v[i].a, v[i].b), _mm256_add_ps(v[i + 1].a, v[i + 1].b)); };
+  const __m256 x = _mm256_hadd_ps(pair(0), pair(2)), y = _mm256_hadd_ps(pair(4), pair(6));
+  return _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+}
+// Lane i is the sum of v[i]'s lanes.
+inline F sums_of_16(const F* v) { return {sums_of_8(v), sums_of_8(v + 8)}; }
 inline float max_lane(F v) {
   float t[8];
   _mm256_storeu_ps(t, _mm256_max_ps(v.a, v.b));

@@ -74,6 +74,22 @@ inline F load_bf16(const uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+// Thirty-two, the even ones and the odd ones.
+inline void load_bf16_apart(const uint16_t* p, F* even, F* odd) {
+  const __m512i both = _mm512_loadu_si512(p);
+  *even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+  *odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000))));
+}
+inline void take_apart(F first, F second, F* even, F* odd) {
+  const __m512i at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  *even = _mm512_permutex2var_ps(first, at, second);
+  *odd = _mm512_permutex2var_ps(first, _mm512_add_epi32(at, _mm512_set1_epi32(1)), second);
+}
+inline void put_together(F even, F odd, F* first, F* second) {
+  const __m512i at = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  *first = _mm512_permutex2var_ps(even, at, odd);
+  *second = _mm512_permutex2var_ps(even, _mm512_add_epi32(at, _mm512_set1_epi32(8)), odd);
+}
 inline void store_bf16(uint16_t* p, F v) {  // round to nearest even
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -104,6 +120,17 @@ inline F keep_above(F v, F x, float limit) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_GT_OQ), v);
 }
 inline float sum(F v) { return _mm512_reduce_add_ps(v); }
+inline F sums_of_4(F v, F w, F x, F y) {  // of each quarter's lanes
+  const F a = add(_mm512_unpacklo_ps(v, w), _mm512_unpackhi_ps(v, w)), b = add(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+  return add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+}
+inline F sums_of_quarters(F a, F b) { return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); }
+// Lane i is the sum of v[i]'s lanes. Without a loop: or compilers keep the vectors in memory all the time.
+inline F sums_of_16(const F* v) {
+  const F a = sums_of_4(v[0], v[1], v[2], v[3]), b = sums_of_4(v[4], v[5], v[6], v[7]);
+  const F c = sums_of_4(v[8], v[9], v[10], v[11]), d = sums_of_4(v[12], v[13], v[14], v[15]);
+  return sums_of_quarters(sums_of_quarters(a, b), sums_of_quarters(c, d));
+}
 inline float max_lane(F v) { return _mm512_reduce_max_ps(v); }
 inline F round(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // v times 2^n; n holds whole numbers.

@@ -96,6 +96,23 @@ inline F load_f16(const uint16_t* p) { return lanes([=](int i) { return half_to_
 inline F load_bf16(const uint16_t* p) {
   return lanes([=](int i) { const uint32_t bits = static_cast<uint32_t>(p[i]) << 16; float f; std::memcpy(&f, &bits, 4); return f; });
 }
+// Thirty-two, the even ones and the odd ones.
+inline void load_bf16_apart(const uint16_t* p, F* even, F* odd) {
+  const F x[2] = {load_bf16(p), load_bf16(p + 16)};
+  for (int i = 0; i < 16; ++i) {
+    even->v[i] = x[i / 8].v[i % 8 * 2];
+    odd->v[i] = x[i / 8].v[i % 8 * 2 + 1];
+  }
+}
+inline void take_apart(F first, F second, F* even, F* odd) {
+  for (int i = 0; i < 16; ++i) {
+    even->v[i] = (i < 8 ? first : second).v[i % 8 * 2];
+    odd->v[i] = (i < 8 ? first : second).v[i % 8 * 2 + 1];
+  }
+}
+inline void put_together(F even, F odd, F* first, F* second) {
+  for (int i = 0; i < 32; ++i) (i < 16 ? first : second)->v[i % 16] = (i % 2 ? odd : even).v[i / 2];
+}
 inline void store_bf16(uint16_t* p, F v) {
   for (int i = 0; i < 16; ++i) {
     uint32_t bits;
@@ -128,6 +145,8 @@ inline float sum(F v) {
   for (int n = 8; n; n /= 2) for (int i = 0; i < n; ++i) v.v[i] += v.v[i + n];
   return v.v[0];
 }
+// Lane i is the sum of v[i]'s lanes.
+inline F sums_of_16(const F* v) { return lanes([=](int i) { return sum(v[i]); }); }
 inline float max_lane(F v) { float m = v.v[0]; for (float x : v.v) m = x > m ? x : m; return m; }
 inline F round(F v) { return lanes([&](int i) { return std::nearbyintf(v.v[i]); }); }
 inline F scale_by_power(F v, F n) {

@@ -93,6 +93,28 @@ inline F load_f16(const uint16_t* p) {
 inline F load_bf16(const uint16_t* p) {
   return quarters<F>([=](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16)); });
 }
+// Thirty-two, the even ones and the odd ones.
+inline void load_bf16_apart(const uint16_t* p, F* even, F* odd) {
+  for (int i = 0; i < 4; ++i) {
+    const uint32x4_t both = vreinterpretq_u32_u16(vld1q_u16(p + 8 * i));
+    even->v[i] = vreinterpretq_f32_u32(vshlq_n_u32(both, 16));
+    odd->v[i] = vreinterpretq_f32_u32(vandq_u32(both, vdupq_n_u32(0xffff0000)));
+  }
+}
+inline void take_apart(F first, F second, F* even, F* odd) {
+  const float32x4_t* x[2] = {first.v, second.v};
+  for (int i = 0; i < 4; ++i) {
+    even->v[i] = vuzp1q_f32(x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
+    odd->v[i] = vuzp2q_f32(x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
+  }
+}
+inline void put_together(F even, F odd, F* first, F* second) {
+  F* x[2] = {first, second};
+  for (int i = 0; i < 4; ++i) {
+    x[i / 2]->v[i % 2 * 2] = vzip1q_f32(even.v[i], odd.v[i]);
+    x[i / 2]->v[i % 2 * 2 + 1] = vzip2q_f32(even.v[i], odd.v[i]);
+  }
+}
 inline void store_bf16(uint16_t* p, F v) {
   for (int i = 0; i < 4; ++i) {
     const uint32x4_t bits = vreinterpretq_u32_f32(v.v[i]);
@@ -136,6 +158,14 @@ inline F keep_above(F v, F x, float limit) {
   });
 }
 inline float sum(F v) { return vaddvq_f32(vaddq_f32(vaddq_f32(v.v[0], v.v[1]), vaddq_f32(v.v[2], v.v[3]))); }
+// Lane i is the sum of v[i]'s lanes.
+inline F sums_of_16(const F* v) {
+  const auto four = [](F x) { return vaddq_f32(vaddq_f32(x.v[0], x.v[1]), vaddq_f32(x.v[2], x.v[3])); };
+  return quarters<F>([&](int i) {
+    const F* x = v + 4 * i;
+    return vpaddq_f32(vpaddq_f32(four(x[0]), four(x[1])), vpaddq_f32(four(x[2]), four(x[3])));
+  });
+}
 inline float max_lane(F v) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(v.v[0], v.v[1]), vmaxq_f32(v.v[2], v.v[3]))); }
 inline F round(F v) { return quarters<F>([&](int i) { return vrndnq_f32(v.v[i]); }); }
 inline F scale_by_power(F v, F n) {  // two steps, so that exponents down to the subnormals survive
