@@ -68,6 +68,9 @@ def naive(q: np.ndarray, keys: np.ndarray, values: np.ndarray, first: int, windo
         (7, 2, 64, 20, 0, 16),
         (13, 5, 48, 0, 6, 3),
         (9, 1, 128, 61, 64, 16),
+        (1, 7, 112, 95, 0, 16),
+        (1, 6, 32, 530, 200, 7),
+        (6, 1, 240, 13, 5, 32),
     ],
 )
 def test_against_float64(
@@ -95,8 +98,14 @@ def test_against_float64(
     _walk.attend(isa, KV_FORMATS.index(dtype), q.numpy(), stored, table.numpy(), first, window, scale, out)
     expected = naive(q.numpy(), held[0], held[1], first, window, scale)
     assert np.abs(out - expected).max() <= TOLERANCE * np.abs(held[1][unseen:]).max()
-    alone = np.full((1, group, head_dim), np.nan, np.float32)
-    last = q[-1:].contiguous().numpy()
-    if not window or window >= length:
-        _walk.attend(isa, KV_FORMATS.index(dtype), last, stored, table.numpy(), length - 1, window, scale, alone)
-        assert (alone[0] == out[-1]).all(), "a query depends on those fed beside it"
+    alone = np.full((queries, 1, group, head_dim), np.nan, np.float32)
+    for i in range(queries):
+        one = q[i : i + 1].contiguous().numpy()
+        _walk.attend(isa, KV_FORMATS.index(dtype), one, stored, table.numpy(), first + i, window, scale, alone[i])
+    assert (alone[:, 0] == out).all(), "a query depends on those fed beside it"
+    single = np.full((queries, 1, 1, head_dim), np.nan, np.float32)
+    for head in {0, group - 1}:
+        for i in range(queries):
+            one = q[i : i + 1, head : head + 1].contiguous().numpy()
+            _walk.attend(isa, KV_FORMATS.index(dtype), one, stored, table.numpy(), first + i, window, scale, single[i])
+        assert (single[:, 0, 0] == out[:, head]).all(), "a head depends on those of its group"

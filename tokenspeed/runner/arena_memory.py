@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -35,7 +36,8 @@ class ArenaMemory(Protocol):
 
 class HostMemory:
     """Anonymous memory of this process: pages cost nothing before they are touched, and sleeping makes them all
-    untouched."""
+    untouched. Of 2 MiB where the system has such: attention reads all over them, and looking up addresses would hold up
+    its prefetch."""
 
     def __init__(self, nbytes: int) -> None:
         """Raises MemoryLimitError where the system grants no such range."""
@@ -43,6 +45,8 @@ class HostMemory:
             self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise MemoryLimitError(f"{nbytes} bytes for the KV cache: {error.strerror}") from None
+        with suppress(OSError, AttributeError):  # a system without such pages
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         self.data = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def sleep(self) -> None:
