@@ -203,7 +203,7 @@ def dummy_weights_of(spec: WeightSpec, fmt: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "kv, tolerance", [(torch.bfloat16, 5e-3), (torch.int8, 2e-2), (torch.float8_e4m3fn, 4e-2)], ids=str
+    "kv, tolerance", [(torch.bfloat16, 5e-3), (torch.int8, 3e-2), (torch.float8_e4m3fn, 8e-2)], ids=str
 )
 @pytest.mark.parametrize("page_size", [3, 16])
 def test_narrow_pages(kv: torch.dtype, tolerance: float, page_size: int) -> None:
@@ -220,7 +220,7 @@ def test_narrow_pages(kv: torch.dtype, tolerance: float, page_size: int) -> None
     assert (untouched[0] == untouched[1]).all()
     assert 0 < untouched[0].double().mean() < 1
     values, expected = (decode(kv[~untouched[0]], head_dim, torch.float64) for kv in stored)
-    assert (values - expected).abs().gt(1e-2 * expected.abs()).double().mean() < 0.01
+    assert (values - expected).abs().gt(1e-2 * expected.abs()).double().mean() < 0.04
     assert (values - expected).norm() < tolerance * expected.norm()
 
 
