@@ -18,6 +18,15 @@ def test_passes_fill_the_time_and_no_more() -> None:
         assert burst.num_passes() == expected
 
 
+def test_a_wanted_pace_bounds_the_time() -> None:
+    engine = Engine(max_passes=8, target_itl_ms=10.0)
+    for _ in range(20):
+        engine.scheduler.observe_decode(1, 1, 0.0045)
+    engine.add("a", 4, max_tokens=30)
+    engine.plan([ResultRow(0, 4, [5])])
+    assert engine.plan().rows == [PlanRow(0, 2, 6)]
+
+
 def quick(engine: Engine) -> Engine:
     for _ in range(20):
         engine.scheduler.observe_decode(1, 1, LONGEST_S / 100)

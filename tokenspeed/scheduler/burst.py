@@ -9,11 +9,11 @@ _WEIGHT = 0.5
 
 
 class Burst:
-    """As many passes as fit into LONGEST_S, by the steps of late."""
+    """As many passes as fit into `longest_s`, by the steps of late."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, longest_s: float = LONGEST_S) -> None:
         self._most = most
-        self._pass_s = LONGEST_S
+        self._longest_s = self._pass_s = longest_s
 
     def observe(self, num_passes: int, seconds: float) -> None:
         """A step that only decoded took `seconds` for its passes."""
@@ -21,4 +21,4 @@ class Burst:
 
     def num_passes(self) -> int:
         """For the next step."""
-        return max(1, min(self._most, int(LONGEST_S / max(self._pass_s, 1e-6))))
+        return max(1, min(self._most, int(self._longest_s / max(self._pass_s, 1e-6))))

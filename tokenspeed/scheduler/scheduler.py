@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Iterable
 
@@ -12,7 +13,7 @@ from tokenspeed.contracts.lifecycle import Status
 from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.contracts.step import ResultRow, StepPlan, StepResult
 from tokenspeed.scheduler.admission import AdmissionPolicy, ForecastAdmission
-from tokenspeed.scheduler.burst import Burst
+from tokenspeed.scheduler.burst import LONGEST_S, Burst
 from tokenspeed.scheduler.config import SchedulerConfig
 from tokenspeed.scheduler.pace import StepPace
 from tokenspeed.scheduler.queue import OrderedSequences, order_of
@@ -36,8 +37,9 @@ class Scheduler:
         self._config = config
         self._cache = cache
         self._admission = admission or ForecastAdmission(cache)
-        self._pace = StepPace(config.target_itl_ms / 1000) if config.target_itl_ms is not None else None
-        self._burst = Burst(config.max_passes)
+        target_s = math.inf if config.target_itl_ms is None else config.target_itl_ms / 1000
+        self._pace = StepPace(target_s) if math.isfinite(target_s) else None
+        self._burst = Burst(config.max_passes, min(LONGEST_S, target_s))
         self._requests: dict[str, LiveRequest] = {}
         self._waiting = OrderedSequences()
         self._running = OrderedSequences()

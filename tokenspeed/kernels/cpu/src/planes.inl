@@ -1,12 +1,19 @@
 // Q8_0 in two nibble planes: a first look by the high plane with a bound on what the low one can add, and exact products.
 
-// Sums of the high plane, in halves, and how far the low plane can take them.
+// While one plane of a tile is used, fetch the one that comes after it: `bytes` of it for each block.
+template <int Bytes>
+inline void fetch_plane(const uint8_t* p, int64_t block) {
+  for (int at = 0; at < Bytes; at += 64) __builtin_prefetch(p + block * Bytes + at);
+}
+
+// Sums of the high plane, in halves, and how far the low plane can take them. low: of the tile, where it comes next.
 template <int Count, bool Bound>
-inline void high_plane(const uint8_t* p, const Rows& rows, int64_t first, const float* reach, F (&acc)[Count], F (&bound)[Count]) {
+inline void high_plane(const uint8_t* p, const uint8_t* low, const Rows& rows, int64_t first, const float* reach, F (&acc)[Count], F (&bound)[Count]) {
   const int64_t blocks = rows.cols / ts::kBlock;
   for (int m = 0; m < Count; ++m) acc[m] = bound[m] = set(0.0f);
   for (int64_t b = 0; b < blocks; ++b, p += ts::kHighBlock) {
-    for (int at = 0; at < ts::kHighBlock; at += 64) __builtin_prefetch(p + 1024 + at);
+    if constexpr (Bound) fetch_plane<ts::kHighBlock>(p + 1024, 0);
+    else fetch_plane<ts::kLowBlock>(low, b);
     W w[8];
     load_quads<Format::Q4_0>(p, w);
     const F d = load_f16(halves(p + 256));
@@ -47,6 +54,7 @@ inline F low_plane(const uint8_t* high, const uint8_t* low, const Rows& rows, in
     const int8_t* hi = rows.hi + at * ts::kBlock;
     const int8_t* lo = rows.lo + at * ts::kBlock;
     I t[4];
+    fetch_plane<ts::kHighBlock>(high + ts::high_bytes(rows.cols), b);
     for (int i = 0; i < 4; ++i) t[i] = low_sums(load_bytes(low + (i * blocks + b) * 64), hi, lo);
     acc = low_step(acc, gather_sums(t[0], t[1], t[2], t[3]), high + b * ts::kHighBlock, rows, at);
   }
@@ -79,7 +87,7 @@ void refine(const uint8_t* high, const uint8_t* low, const Rows& rows, int64_t r
 template <int Count>
 void planes_rows(const uint8_t* high, const uint8_t* low, const Rows& rows, int64_t first, float* out, int64_t stride, int valid) {
   F acc[Count], unused[Count];
-  high_plane<Count, false>(high, rows, first, nullptr, acc, unused);
+  high_plane<Count, false>(high, low, rows, first, nullptr, acc, unused);
   for (int m = 0; m < Count; ++m) {
     store_some(out + (first + m) * stride, add(acc[m], low_plane(high, low, rows, first + m)), valid);
   }
@@ -94,7 +102,7 @@ void planes_tile(const uint8_t* high, const uint8_t* low, const Rows& rows, floa
 template <int Count>
 void screen_rows(const uint8_t* high, const Rows& rows, int64_t first, const float* reach, float* near, float* bound, int64_t stride) {
   F acc[Count], most[Count];
-  high_plane<Count, true>(high, rows, first, reach, acc, most);
+  high_plane<Count, true>(high, nullptr, rows, first, reach, acc, most);
   for (int m = 0; m < Count; ++m) {
     store(near + (first + m) * stride, acc[m]);
     store(bound + (first + m) * stride, most[m]);
