@@ -129,6 +129,18 @@ inline bool part_reaches(const float* upper, int part, float threshold) {
   return any;
 }
 
+// What `rescore` will read of a tile: lines strewn over both planes, whose latency is most of its time.
+void Model::fetch_tile(const Matrix& m, int64_t tile, const float* upper, float threshold) const {
+  const int64_t blocks = m.cols / kBlock;
+  const uint8_t* high = m.segments[0].data + tile * high_bytes(m.cols);
+  const uint8_t* low = m.segments[0].data + m.tiles * high_bytes(m.cols) + tile * low_bytes(m.cols);
+  for (int64_t b = 0; b < blocks; ++b) __builtin_prefetch(high + b * kHighBlock + 256);
+  for (int part = 0; part < 4; ++part) {
+    if (!part_reaches(upper, part, threshold)) continue;
+    for (int64_t b = part * blocks; b < (part + 1) * blocks; ++b) __builtin_prefetch(low + b * 64);
+  }
+}
+
 // The exact values of those tokens of one tile whose `upper` reaches `threshold`.
 void Model::rescore(const Matrix& m, const Rows& input, int64_t row, int64_t tile, const float* upper, float threshold, const Ask& ask,
                     std::vector<Scored>* found) {
@@ -160,10 +172,19 @@ std::vector<Scored> Model::found_by_shares(const Matrix& m, Work work) {
 // All tokens that may reach `threshold`, with their exact values.
 std::vector<Scored> Model::reaching(const Matrix& m, const Rows& input, int64_t row, float threshold, const Ask& ask) {
   return found_by_shares(m, [&](const Share& share, std::vector<Scored>* found) {
-    for (int64_t t = row * m.tiles + share.first; t < row * m.tiles + share.last; ++t) {
-      if (most_[static_cast<size_t>(t)] < threshold) continue;
-      rescore(m, input, row, t - row * m.tiles, upper_.data() + t * kRows, threshold, ask, found);
+    const float* most = most_.data() + row * m.tiles;
+    const float* upper = upper_.data() + row * m.tiles * kRows;
+    int64_t fetched = -1;
+    const auto rescore_fetched = [&] {
+      if (fetched >= 0) rescore(m, input, row, fetched, upper + fetched * kRows, threshold, ask, found);
+    };
+    for (int64_t t = share.first; t < share.last; ++t) {
+      if (most[t] < threshold) continue;
+      fetch_tile(m, t, upper + t * kRows, threshold);
+      rescore_fetched();
+      fetched = t;
     }
+    rescore_fetched();
   });
 }
 
@@ -197,6 +218,10 @@ float Model::threshold_of(const Matrix& m, const Rows& input, int64_t row, const
                    [](const Scored& a, const Scored& b) { return a.value > b.value; });
   std::vector<Scored> exact;
   for (size_t i = 0; i < keep; ++i) {
+    if (i + 1 < keep && front[i + 1].token >= 0) {
+      const int64_t next = front[i + 1].token / kRows, at = row * m.tiles + next;
+      fetch_tile(m, next, upper_.data() + at * kRows, most_[static_cast<size_t>(at)]);
+    }
     if (front[i].token < 0) continue;
     const int64_t tile = front[i].token / kRows, at = row * m.tiles + tile;
     rescore(m, input, row, tile, upper_.data() + at * kRows, most_[static_cast<size_t>(at)], ask, &exact);

@@ -140,6 +140,7 @@ class Model {
   void measure_reach(const Matrix& m, int64_t count);
   void look(const Matrix& m, const Rows& input, const Share& share, const Ask* asks, Scored* likely);
   Scored look_closer(const Matrix& m, const Share& share, int64_t row, const Ask& ask);
+  void fetch_tile(const Matrix& m, int64_t tile, const float* upper, float threshold) const;
   void rescore(const Matrix& m, const Rows& input, int64_t row, int64_t tile, const float* upper, float threshold, const Ask& ask,
                std::vector<Scored>* found);
   template <class Work>
