@@ -23,7 +23,7 @@ class LaunchedRow(FedRow):
     """A row as it was launched, its first token at place `offset` of the step."""
 
     slot: HostSlot
-    offset: int = 0
+    offset: int = field(kw_only=True)
 
 
 @dataclass
@@ -73,7 +73,7 @@ class HostSlots:
             if end > min(row.num_reserved, min(slot.table_lengths) * self._page_size):
                 raise RuntimeError(f"slot {row.slot} has no page for position {end - 1}")
             samples = end == slot.num_tokens
-            launched.append(LaunchedRow(row.slot, slot, start, count, samples, offset))
+            launched.append(LaunchedRow(row.slot, slot, start, count, samples, row.max_tokens, offset=offset))
             slot.num_computed = end
             slot.num_tokens += samples
             offset += count
