@@ -43,8 +43,8 @@ class PageShape:
 
 
 def _reserve(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory that costs nothing until touched. On a CPU in pages of 2 MiB where the system has them: attention reads all
-    over it, and looking up addresses would hold up its prefetch."""
+    """Memory that costs nothing until touched. On a CPU in pages of 2 MiB where the system has them: attention reads
+    all over it, and looking up addresses would hold up its prefetch."""
     if device.type != "cpu" or sys.platform != "linux":
         return torch.empty(size, dtype=dtype, device=device)
     block = mmap.mmap(-1, math.prod(size) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
