@@ -27,13 +27,13 @@ Parts attend(const Case& c, const ts::Kernels& kernels, int64_t split) {
   parts.sum.assign(static_cast<size_t>(parts.count * rows), NAN);
   for (int64_t i = 0, from = begin; from < last; ++i, from += split) {
     const int64_t end = std::min(from + split, last);
-    Exact<float> scores(static_cast<size_t>(rows * ((end - from + 15) / 16 * 16)), NAN);
+    Exact<float> scratch(static_cast<size_t>(ts::attention_scratch(rows, end - from, dim)), NAN);
     const ts::AttentionTask task{
         .q = q.data(), .q_stride = c.number("q_stride"), .queries = static_cast<int>(queries), .group = static_cast<int>(group),
         .head_dim = static_cast<int>(dim), .format = static_cast<ts::KvFormat>(c.number("format")), .kv = kv.data(), .page_bytes = strides[0],
         .value_bytes = strides[1], .token_bytes = strides[2], .head_bytes = strides[3], .table = table.data(),
         .page_size = static_cast<int>(c.number("page_size")), .first_position = first, .begin = from, .end = end,
-        .live = std::max(from, live), .window = window, .scale = static_cast<float>(c.real("scale")), .scores = scores.data(),
+        .live = std::max(from, live), .window = window, .scale = static_cast<float>(c.real("scale")), .scratch = scratch.data(),
         .out = parts.out.data() + i * rows * dim, .max = parts.max.data() + i * rows, .sum = parts.sum.data() + i * rows};
     kernels.attend(task);
   }

@@ -89,14 +89,14 @@ void Model::attention(const Op& op) {
   const int64_t q_stride = values_[static_cast<size_t>(op.x)].stride;
   pool_.run(static_cast<int64_t>(work.size()), [&](int64_t i) {
     const Work& w = work[static_cast<size_t>(i)];
-    thread_local std::vector<float> scores;
-    scores.resize(static_cast<size_t>(w.queries * group * (kSplit + op.head_dim)));
+    thread_local std::vector<float> scratch;
+    scratch.resize(static_cast<size_t>(attention_scratch(w.queries * group, kSplit, op.head_dim)));
     const int32_t cache_group = cache_.group[static_cast<size_t>(layer)];
     kernels_->attend({at(op.x, w.first_query) + w.head * group * op.head_dim, q_stride, w.queries, group, op.head_dim, cache_.format,
                       cache_.data + cache_.index[static_cast<size_t>(layer)] * cache_.layer_bytes, cache_.page_bytes,
                       cache_.value_bytes, cache_.token_bytes, w.head * cache_.head_bytes,
                       step_.table + step_.table_start[w.sequence * step_.groups + cache_group], cache_.page_size,
-                      step_.position[w.first_query], w.begin, w.end, w.live, op.window, op.scale, scores.data(),
+                      step_.position[w.first_query], w.begin, w.end, w.live, op.window, op.scale, scratch.data(),
                       out + w.slot * op.head_dim, maxima + w.slot, sums + w.slot});
   });
   rows_of(static_cast<int64_t>(sets.size()), [&](int64_t i) {

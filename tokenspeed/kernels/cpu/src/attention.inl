@@ -63,7 +63,8 @@ inline void order_back(float* row, int head_dim) {
   for (d = 0; d < head_dim; d += 16) store(row + d, mul(load(row + d), set(kUnit<T>)));
 }
 
-inline int64_t chunks_of(const ts::AttentionTask& t) { return (t.end - t.begin + kChunk - 1) / kChunk; }
+inline int64_t first_key(const ts::AttentionTask& t) { return t.live - (t.live - t.begin) % kChunk; }  // of the first chunk
+inline int64_t chunks_of(const ts::AttentionTask& t) { return (t.end - first_key(t) + kChunk - 1) / kChunk; }
 
 // Where the entries of a chunk lie: first all chunks of keys, then all of values. In place of one that no query sees, which
 // must not be read, is the nearest that one may see.
@@ -73,7 +74,7 @@ struct Chunk {
 
 inline Chunk find_chunk(const ts::AttentionTask& t, int64_t index) {
   const int64_t all = chunks_of(t);
-  const int64_t first = t.begin + index % all * kChunk;
+  const int64_t first = first_key(t) + index % all * kChunk;
   int64_t key = std::max(first, t.live), page = key / t.page_size, place = key % t.page_size;
   const uint8_t* layer = t.kv + t.head_bytes + (index < all ? 0 : t.value_bytes);
   const uint8_t* at = layer + t.table[page] * t.page_bytes + place * t.token_bytes;
@@ -166,7 +167,7 @@ inline void score_rows(const ts::AttentionTask& t, const float* q, int row, int6
     float cells[16];
     store(cells, score_keys<T, Q, Ahead>(t, q + row * t.head_dim, chunk.entry + n, next.entry + n));
     const int64_t key = begin + n;
-    float* out = t.scores + row * width + key - t.begin;
+    float* out = t.scratch + row * width + key - t.begin;
     if (key >= high.first && key + K <= low.last) {
       for (int i = 0; i < Q; ++i) std::memcpy(out + i * width, cells + i * K, sizeof(float) * K);
       continue;
@@ -182,14 +183,14 @@ inline void score_rows(const ts::AttentionTask& t, const float* q, int row, int6
 // While a chunk is used, the next is fetched; after the last one of keys that is the first one of values.
 template <class T>
 void score(const ts::AttentionTask& t, const float* q, int rows, int64_t width) {
-  std::fill_n(t.scores, rows * width, -std::numeric_limits<float>::infinity());
+  std::fill_n(t.scratch, rows * width, -std::numeric_limits<float>::infinity());
   Chunk next = find_chunk(t, 0);
   for (const uint8_t* entry : next.entry) for (int d = 0; d < t.head_dim; d += 32) fetch<T>(entry, d);
   for (int64_t i = 0; i < chunks_of(t); ++i) {
     const Chunk chunk = next;
     next = find_chunk(t, i + 1);
     by_rows(rows, [&](auto count, auto first, int row) {
-      score_rows<T, count.value, first.value>(t, q, row, t.begin + i * kChunk, chunk, next, width);
+      score_rows<T, count.value, first.value>(t, q, row, first_key(t) + i * kChunk, chunk, next, width);
     });
   }
 }
@@ -198,7 +199,7 @@ void score(const ts::AttentionTask& t, const float* q, int rows, int64_t width) 
 void soften(const ts::AttentionTask& t, int rows, int64_t width) {
   const float none = -std::numeric_limits<float>::infinity();
   for (int r = 0; r < rows; ++r) {
-    float* s = t.scores + r * width;
+    float* s = t.scratch + r * width;
     F top = set(none);
     for (int64_t j = 0; j < width; j += 16) top = max(top, load(s + j));
     t.max[r] = max_lane(top);
@@ -243,7 +244,7 @@ inline void weigh_rest(float* out, int d, int head_dim, const float* weights, co
 
 template <class T, int Q, bool Ahead>
 inline void weigh_rows(const ts::AttentionTask& t, int row, int64_t begin, const Chunk& chunk, const Chunk& next, int64_t width) {
-  const float* weights = t.scores + row * width + begin - t.begin;
+  const float* weights = t.scratch + row * width + begin - t.begin;
   float* out = t.out + row * t.head_dim;
   const int from = static_cast<int>(std::max<int64_t>(0, t.live - begin));
   const int to = static_cast<int>(std::min<int64_t>(kChunk, seen_by(t, row + Q - 1).last - begin));
@@ -262,7 +263,7 @@ void weigh(const ts::AttentionTask& t, int rows, int64_t width) {
     const Chunk chunk = next;
     next = find_chunk(t, std::min(all + i + 1, 2 * all - 1));
     by_rows(rows, [&](auto count, auto first, int row) {
-      weigh_rows<T, count.value, first.value>(t, row, t.begin + i * kChunk, chunk, next, width);
+      weigh_rows<T, count.value, first.value>(t, row, first_key(t) + i * kChunk, chunk, next, width);
     });
   }
   for (int row = 0; row < rows; ++row) order_back<T>(t.out + row * t.head_dim, t.head_dim);
@@ -272,7 +273,7 @@ template <class T>
 void attend_to(const ts::AttentionTask& t) {
   const int rows = t.queries * t.group;
   const int64_t width = (t.end - t.begin + 15) / 16 * 16;
-  float* const q = t.scores + rows * width;
+  float* const q = t.scratch + rows * width;
   for (int r = 0; r < rows; ++r) order<T>(t.q + r / t.group * t.q_stride + r % t.group * t.head_dim, t.head_dim, q + r * t.head_dim);
   score<T>(t, q, rows, width);
   soften(t, rows, width);

@@ -38,12 +38,12 @@ void attend(const std::string& isa, int32_t format, const Array<const float, 3>&
   const auto token_bytes = static_cast<int64_t>(pages.shape(3)), value_bytes = page_size * token_bytes;
   const int64_t end = first_position + queries, live = window ? std::max<int64_t>(0, first_position - window + 1) : 0;
   const int64_t begin = live / 16 * 16, rows = queries * group;
-  std::vector<float> scores(static_cast<size_t>(rows * ((end - begin + 15) / 16 * 16 + head_dim)));
+  std::vector<float> scratch(static_cast<size_t>(ts::attention_scratch(rows, end - begin, head_dim)));
   std::vector<float> sums(static_cast<size_t>(rows * head_dim)), max(static_cast<size_t>(rows)), sum(static_cast<size_t>(rows));
   const ts::Kernels& kernels = kernels_of(isa);
   kernels.attend({q.data(), static_cast<int64_t>(group) * head_dim, queries, group, head_dim, static_cast<ts::KvFormat>(format),
                   pages.data(), 2 * value_bytes, value_bytes, token_bytes, 0, table.data(), page_size, first_position, begin, end,
-                  live, window, scale, scores.data(), sums.data(), max.data(), sum.data()});
+                  live, window, scale, scratch.data(), sums.data(), max.data(), sum.data()});
   for (int64_t r = 0; r < rows; ++r) {
     const float* part = sums.data() + r * head_dim;
     kernels.combine(&part, &max[static_cast<size_t>(r)], &sum[static_cast<size_t>(r)], 1, rows, head_dim, out.data() + r * head_dim);

@@ -30,6 +30,9 @@ constexpr int kv_entry_bytes(KvFormat format, int head_dim) {
   }
 }
 
+// Floats that a task needs for the scores of its query rows and for the rows themselves.
+constexpr int64_t attention_scratch(int64_t rows, int64_t keys, int64_t head_dim) { return rows * ((keys + 15) / 16 * 16 + head_dim); }
+
 struct AttentionTask {
   const float* q;          // [queries, q_stride]; the group's heads of a token lie side by side
   int64_t q_stride;
@@ -48,7 +51,7 @@ struct AttentionTask {
   int64_t live;            // keys before it are seen by no query and must not be read: their pages may be gone
   int window;              // 0: no window
   float scale;
-  float* scores;           // scratch [queries * group, end - begin rounded up to 16, and head_dim]
+  float* scratch;          // attention_scratch of them
   float* out;              // [queries * group, head_dim]: sum of exp(s - max) v
   float* max;              // [queries * group]
   float* sum;              // [queries * group]
