@@ -12,8 +12,9 @@ from tests.seeds import SEED
 from tokenspeed.contracts.step import SamplingRow
 from tokenspeed.kernels.cpu import _walk
 from tokenspeed.kernels.cpu.registration import PLANES
+from tokenspeed.runner.cpu_backend import native_ask
 from tokenspeed.runner.edits import SampledRow
-from tokenspeed.runner.sampler import log_min_p, sample, sampler_inputs, settle
+from tokenspeed.runner.sampler import sample, sampler_inputs, settle
 
 CPU = torch.device("cpu")
 
@@ -33,18 +34,7 @@ def ask(
 
 
 def draw(model: _walk.Model, matrix: int, x: np.ndarray, rows: Sequence[SampledRow]) -> list[list[tuple[int, float]]]:
-    params = [row.sampling for row in rows]
-    return model.draw(
-        matrix,
-        x,
-        np.array([each.temperature for each in params], np.float32),
-        np.array([each.seed for each in params], np.uint64),
-        np.array([each.sample_index for each in params], np.uint32),
-        np.array([row.position for row in rows], np.uint32),
-        np.array([each.top_k for each in params], np.int64),
-        np.array([each.top_p for each in params], np.float64),
-        np.array([log_min_p(each) for each in params], np.float32),
-    )
+    return model.draw(matrix, x, [native_ask(row) for row in rows])
 
 
 def sampled(logits: np.ndarray, rows: Sequence[SampledRow]) -> list[int]:

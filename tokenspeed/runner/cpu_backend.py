@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from tokenspeed.runner.model import LoadedModel, Progress
 from tokenspeed.runner.packed_copy import PackedCopy
 from tokenspeed.runner.packing import pack_weights
 from tokenspeed.runner.sampler import log_min_p, settle
+
+if TYPE_CHECKING:
+    from tokenspeed.kernels.cpu import _walk
 
 BLOCK = 32
 """Columns of a block of packed weights."""
@@ -141,7 +144,7 @@ class CpuBackend:
 
     def decode(self, fed: Sequence[FedRow], asks: Sequence[SampledRow], most: int) -> list[list[int]]:
         ends = {token for ask in asks for token in ask.sampling.stop_ids}
-        passes = self._native.decode(most, list(ends), *_step(fed), *_columns(asks))
+        passes = self._native.decode(most, list(ends), [native_ask(ask) for ask in asks], *_step(fed))
         self._picks += len(asks) * len(passes)
         drawn = []
         for number, found in enumerate(passes):
@@ -152,7 +155,7 @@ class CpuBackend:
 
     def pick(self, rows: Sequence[int], asks: Sequence[SampledRow]) -> list[int] | None:
         self._picks += len(rows)
-        found = self._native.pick(np.array(rows, np.int32), *_columns(asks))
+        found = self._native.pick(np.array(rows, np.int32), [native_ask(ask) for ask in asks])
         if not all(found):
             return None  # logits that are not numbers, or too close to where top_p cuts: let the sampler draw
         return [_settled(candidates, ask, 0) for candidates, ask in zip(found, asks, strict=True)]
@@ -304,18 +307,13 @@ def _step(fed: Sequence[FedRow]) -> tuple[Any, ...]:
     )
 
 
-def _columns(asks: Sequence[SampledRow]) -> tuple[Any, ...]:
-    """What rows ask for, a column each."""
-    params = [ask.sampling for ask in asks]
-    return (
-        np.array([each.temperature for each in params], np.float32),
-        np.array([each.seed & _SEED for each in params], np.uint64),
-        np.array([each.sample_index & _COUNTER for each in params], np.uint32),
-        np.array([ask.position & _COUNTER for ask in asks], np.uint32),
-        np.array([each.top_k for each in params], np.int64),
-        np.array([each.top_p for each in params], np.float64),
-        np.array([log_min_p(each) for each in params], np.float32),
-    )
+def native_ask(row: SampledRow) -> _walk.Ask:
+    """How C++ is to draw a row's token."""
+    from tokenspeed.kernels.cpu import _walk
+
+    of = row.sampling
+    place = of.sample_index & _COUNTER, row.position & _COUNTER
+    return _walk.Ask(of.temperature, of.seed & _SEED, *place, of.top_k, of.top_p, log_min_p(of))
 
 
 def _settled(candidates: list[tuple[int, float]], ask: SampledRow, later: int) -> int:

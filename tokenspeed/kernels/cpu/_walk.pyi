@@ -23,6 +23,18 @@ class Op:
     def __setattr__(self, name: str, value: float) -> None: ...
     def __getattr__(self, name: str) -> Any: ...
 
+class Ask:
+    def __init__(
+        self,
+        temperature: float,
+        seed: int,
+        sample: int,
+        position: int,
+        top_k: int,
+        top_p: float,
+        log_min_p: float,
+    ) -> None: ...
+
 class Model:
     def __init__(self, threads: int, isa: str = "") -> None: ...
     @property
@@ -54,43 +66,25 @@ class Model:
     def pick(
         self,
         rows: Any,
-        temperatures: Any,
-        seeds: Any,
-        samples: Any,
-        positions: Any,
-        top_k: Any,
-        top_p: Any,
-        log_min_p: Any,
+        asks: list[Ask],
     ) -> list[list[tuple[int, float]]]: ...
     def decode(
         self,
         most: int,
         ends: list[int],
+        asks: list[Ask],
         tokens: Any,
         positions: Any,
         starts: Any,
         tables: Any,
         table_starts: Any,
         groups: int,
-        temperatures: Any,
-        seeds: Any,
-        samples: Any,
-        at: Any,
-        top_k: Any,
-        top_p: Any,
-        log_min_p: Any,
     ) -> list[list[list[tuple[int, float]]]]: ...
     def draw(
         self,
         matrix: int,
         x: Any,
-        temperatures: Any,
-        seeds: Any,
-        samples: Any,
-        positions: Any,
-        top_k: Any,
-        top_p: Any,
-        log_min_p: Any,
+        asks: list[Ask],
     ) -> list[list[tuple[int, float]]]: ...
     def gumbel(self, seed: int, sample: int, position: int, first: int) -> list[float]: ...
     def mass(self, logits: Any, temperature: float, best: float, above: float) -> float: ...
@@ -102,7 +96,6 @@ class Model:
     def rescored(self) -> int: ...
     def multiply(self, matrix: int, x: Any, out: Any) -> None: ...
     def unpack_row(self, matrix: int, row: int, out: Any) -> None: ...
-    def argmax(self, x: Any) -> list[int]: ...
 
 def store_kv(isa: str, format: int, x: Any, out: Any) -> None: ...
 def attend(

@@ -31,26 +31,8 @@ ts::Step step_of(const Array1<int32_t>& tokens, const Array1<int32_t>& positions
   return {static_cast<int64_t>(tokens.shape(0)), sequences, groups, tokens.data(), positions.data(), starts.data(), tables.data(), table_starts.data()};
 }
 
-// What rows ask for, one of each for every row.
-struct Asks {
-  const Array1<float>& temperatures;
-  const Array1<uint64_t>& seeds;
-  const Array1<uint32_t>& samples;
-  const Array1<uint32_t>& positions;
-  const Array1<int64_t>& top_k;
-  const Array1<double>& top_p;
-  const Array1<float>& log_min_p;
-};
-
-std::vector<ts::Ask> asks_of(const Asks& from, size_t count) {
-  const size_t counts[] = {from.temperatures.shape(0), from.seeds.shape(0), from.samples.shape(0), from.positions.shape(0),
-                           from.top_k.shape(0), from.top_p.shape(0), from.log_min_p.shape(0)};
-  for (const size_t each : counts) if (each != count) throw nb::value_error("the asks' arrays do not fit the rows");
-  std::vector<ts::Ask> asks;
-  for (size_t i = 0; i < count; ++i) {
-    asks.push_back({from.temperatures(i), from.samples(i), from.positions(i), from.seeds(i), from.top_k(i), from.top_p(i), from.log_min_p(i)});
-  }
-  return asks;
+void require(const std::vector<ts::Ask>& asks, size_t rows) {
+  if (asks.size() != rows) throw nb::value_error("one ask is needed for each row");
 }
 
 using Pairs = std::vector<std::vector<std::pair<int64_t, float>>>;
@@ -95,6 +77,12 @@ NB_MODULE(_walk, m) {
       .def_rw("rope", &ts::Op::rope).def_rw("layer", &ts::Op::layer).def_rw("heads", &ts::Op::heads)
       .def_rw("kv_heads", &ts::Op::kv_heads).def_rw("head_dim", &ts::Op::head_dim).def_rw("window", &ts::Op::window)
       .def_rw("per_head", &ts::Op::per_head);
+
+  nb::class_<ts::Ask>(m, "Ask")
+      .def("__init__", [](ts::Ask* ask, float temperature, uint64_t seed, uint32_t sample, uint32_t position, int64_t top_k, double top_p,
+                          float log_min_p) {
+        new (ask) ts::Ask{temperature, sample, position, seed, top_k, top_p, log_min_p};
+      });
 
   nb::class_<ts::Model>(m, "Model")
       .def(nb::init<int, const std::string&>(), "threads"_a, "isa"_a = "")
@@ -143,33 +131,27 @@ NB_MODULE(_walk, m) {
         nb::gil_scoped_release unlocked;
         model.head(rows.data(), static_cast<int64_t>(rows.shape(0)), logits.data());
       })
-      .def("pick", [](ts::Model& model, const Array1<int32_t>& rows, const Array1<float>& temperatures, const Array1<uint64_t>& seeds,
-                      const Array1<uint32_t>& samples, const Array1<uint32_t>& positions, const Array1<int64_t>& top_k,
-                      const Array1<double>& top_p, const Array1<float>& log_min_p) {
-        const auto asks = asks_of({temperatures, seeds, samples, positions, top_k, top_p, log_min_p}, rows.shape(0));
+      .def("pick", [](ts::Model& model, const Array1<int32_t>& rows, const std::vector<ts::Ask>& asks) {
+        require(asks, rows.shape(0));
         return pairs_from([&]() -> auto& { return model.pick(rows.data(), asks.data(), static_cast<int64_t>(asks.size())); });
       })
-      .def("decode", [](ts::Model& model, int64_t most, const std::vector<int64_t>& ends, const Array1<int32_t>& tokens, const Array1<int32_t>& positions, const Array1<int32_t>& starts,
-                        const Array1<int32_t>& tables, const Array1<int64_t>& table_starts, int64_t groups,
-                        const Array1<float>& temperatures, const Array1<uint64_t>& seeds, const Array1<uint32_t>& samples,
-                        const Array1<uint32_t>& at, const Array1<int64_t>& top_k, const Array1<double>& top_p,
-                        const Array1<float>& log_min_p) {
+      .def("decode", [](ts::Model& model, int64_t most, const std::vector<int64_t>& ends, const std::vector<ts::Ask>& asks,
+                        const Array1<int32_t>& tokens, const Array1<int32_t>& positions, const Array1<int32_t>& starts,
+                        const Array1<int32_t>& tables, const Array1<int64_t>& table_starts, int64_t groups) {
         const ts::Step step = step_of(tokens, positions, starts, tables, table_starts, groups);
         if (step.tokens != step.sequences) throw nb::value_error("decode takes one token per sequence");
-        auto asks = asks_of({temperatures, seeds, samples, at, top_k, top_p, log_min_p}, tokens.shape(0));
+        require(asks, tokens.shape(0));
         std::vector<std::vector<std::vector<ts::Pick>>> passes;
         {
           nb::gil_scoped_release unlocked;
-          passes = model.decode(step, std::move(asks), ends, most);
+          passes = model.decode(step, asks, ends, most);
         }
         std::vector<Pairs> result;
         for (const auto& picks : passes) result.push_back(pairs_of(picks));
         return result;
       })
-      .def("draw", [](ts::Model& model, int32_t matrix, const Array2<float>& x, const Array1<float>& temperatures,
-                      const Array1<uint64_t>& seeds, const Array1<uint32_t>& samples, const Array1<uint32_t>& positions,
-                      const Array1<int64_t>& top_k, const Array1<double>& top_p, const Array1<float>& log_min_p) {
-        const auto asks = asks_of({temperatures, seeds, samples, positions, top_k, top_p, log_min_p}, x.shape(0));
+      .def("draw", [](ts::Model& model, int32_t matrix, const Array2<float>& x, const std::vector<ts::Ask>& asks) {
+        require(asks, x.shape(0));
         return pairs_from([&]() -> auto& { return model.draw(matrix, x.data(), asks.data(), static_cast<int64_t>(asks.size())); });
       })
       .def("gumbel", [](const ts::Model& model, uint64_t seed, uint32_t sample, uint32_t position, int64_t first) {
@@ -192,11 +174,5 @@ NB_MODULE(_walk, m) {
       })
       .def("unpack_row", [](const ts::Model& model, int32_t matrix, int64_t row, const nb::ndarray<float, nb::ndim<1>, nb::c_contig>& out) {
         model.unpack_row(matrix, row, out.data());
-      })
-      .def("argmax", [](const ts::Model& model, const Array2<float>& x) {
-        std::vector<int64_t> best;
-        const auto width = static_cast<int64_t>(x.shape(1));
-        for (size_t i = 0; i < x.shape(0); ++i) best.push_back(model.kernels().argmax(x.data() + static_cast<int64_t>(i) * width, width));
-        return best;
       });
 }
