@@ -77,8 +77,14 @@ def register(registry: Registry, *, fp8: bool = True) -> None:
         registry.add(Implementation(f"triton.{op}", op, "triton", run_projection, takes_fused, PRIORITY))
 
 
-def run_projection(view: object, record: Node, inputs: Sequence[torch.Tensor], weights: Sequence[Matrix]) -> Outputs:
-    """linear with any of: norm or join before it, activation after it."""
+def run_projection(
+    view: object,
+    record: Node,
+    inputs: Sequence[torch.Tensor],
+    weights: Sequence[Matrix],
+    project: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = project,
+) -> Outputs:
+    """linear with any of: norm or join before it, activation after it. project: as `linear.project`."""
     values, named = dict(zip(record.inputs, inputs, strict=True)), dict(zip(record.weights, weights, strict=True))
     parts = list(record.plain())
     linear = next(part for part in parts if part.op == "linear")

@@ -135,7 +135,9 @@ def triton_available() -> bool:
 
 
 def _register_kernels(registry: Registry) -> None:
-    from tokenspeed.kernels.triton import attention_registration, dense  # Triton is an optional package
+    from tokenspeed.kernels.cuda import registration as cuda_registration  # Triton is an optional package
+    from tokenspeed.kernels.triton import attention_registration, dense
 
     attention_registration.register(registry)
     dense.register(registry)
+    cuda_registration.register(registry)

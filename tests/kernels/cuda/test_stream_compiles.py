@@ -1,0 +1,126 @@
+"""The streaming projection compiles for Hopper and Blackwell without spills, and asks for weights before it waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenspeed.contracts.errors import DeviceError
+from tokenspeed.kernels.cuda import program
+from tokenspeed.kernels.cuda.stream import SHARED, Variant, stream, variant
+from tokenspeed.kernels.triton.operands import Norm, Prologue
+from tokenspeed.quantization.fp8 import Fp8Weight
+
+NORM = Norm(torch.ones(1), 1e-5)
+PROLOGUES = {
+    "bare": None,
+    "norm": Prologue(NORM),
+    "join": Prologue(NORM, torch.ones(1)),
+    "branch norm": Prologue(NORM, torch.ones(1), NORM),
+}
+Compile = Callable[[Variant, str], tuple[str, str]]
+
+
+@pytest.fixture
+def compile_(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compile:
+    """Gives the compiler's log with the resources used, and the PTX."""
+    nvrtc = import_module("cuda.bindings.nvrtc")
+
+    def run(found: Variant, architecture: str) -> tuple[str, str]:
+        options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v"]
+        options += [f"-D{name}={int(value)}" for name, value in found.defines().items()]
+        _, made = nvrtc.nvrtcCreateProgram((program.SOURCES / "stream.cu").read_bytes(), b"stream.cu", 0, [], [])
+        (status,) = nvrtc.nvrtcCompileProgram(made, len(options), [option.encode() for option in options])
+        log = b" " * nvrtc.nvrtcGetProgramLogSize(made)[1]
+        nvrtc.nvrtcGetProgramLog(made, log)
+        assert not status.value, log.decode()
+        ptx = b" " * nvrtc.nvrtcGetPTXSize(made)[1]
+        nvrtc.nvrtcGetPTX(made, ptx)
+        return log.decode(), ptx.decode()
+
+    monkeypatch.setattr(program, "_cache_dir", lambda: tmp_path)
+    return run
+
+
+def check(found: Variant, compiled: tuple[str, str]) -> None:
+    log, ptx = compiled
+    assert " 0 bytes spill stores, 0 bytes spill loads" in log
+    copies, waits = ptx.count("cp.async.bulk.shared"), ptx.count("griddepcontrol.wait")
+    assert copies >= 2
+    assert waits == 1
+    assert (
+        ptx.index("griddepcontrol.launch_dependents")
+        < ptx.index("cp.async.bulk.shared")
+        < ptx.index("griddepcontrol.wait")
+    )
+    assert ("mma.sync.aligned.m16n8k16.row.col.f32.f16" in ptx) == (found.item == 1)
+    assert ("mma.sync.aligned.m16n8k16.row.col.f32.bf16" in ptx) == (found.item == 2)
+
+
+@pytest.mark.parametrize("item", [1, 2])
+@pytest.mark.parametrize(
+    ("columns", "prologue", "act"),
+    [(4096, "join", "silu"), (14336, "bare", "none"), (2048, "branch norm", "gelu_tanh"), (640, "norm", "none")],
+)
+def test_hopper(compile_: Compile, columns: int, prologue: str, act: str, item: int) -> None:
+    found = variant(columns, item, act, PROLOGUES[prologue], bias=act == "none")
+    if columns * item % 1024:
+        assert found is None
+        return
+    assert found is not None
+    check(found, compile_(found, "sm_90a"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("item", [1, 2])
+@pytest.mark.parametrize("act", ["none", "silu", "gelu_tanh"])
+@pytest.mark.parametrize("prologue", PROLOGUES)
+@pytest.mark.parametrize("columns", [1024, 2048, 3072, 4096, 5120, 8192, 14336, 16384])
+def test_every_variant(compile_: Compile, columns: int, prologue: str, act: str, item: int, architecture: str) -> None:
+    found = variant(columns, item, act, PROLOGUES[prologue], bias=True)
+    if found is not None:
+        check(found, compile_(found, architecture))
+
+
+@pytest.mark.parametrize("item", [1, 2])
+def test_two_programs_fit_a_processor(item: int) -> None:
+    found = [variant(columns, item, "none", PROLOGUES["join"], True) for columns in range(64, 9000, 64)]
+    fitting = [each for each in found if each is not None]
+    assert len(fitting) >= 8
+    for each in fitting:
+        assert each.shared <= SHARED
+        assert each.k * item % (each.warps * each.segment) == 0
+        assert each.segment % 128 == 0
+        assert each.stages >= 2
+
+
+def test_what_no_tile_fits_is_left_to_the_twin() -> None:
+    x, weight = torch.ones(1, 1000, dtype=torch.bfloat16), torch.ones(8, 1000, dtype=torch.bfloat16)
+    assert stream(x, weight) is None
+    blocks = Fp8Weight(torch.ones(128, 4096).to(torch.float8_e4m3fn), torch.ones(1, 32))
+    assert stream(torch.ones(1, 4096, dtype=torch.bfloat16), blocks) is None
+    odd = torch.ones(1, 4104, dtype=torch.bfloat16)[:, 4:4100]
+    assert odd.data_ptr() % 16 == 8
+    assert stream(odd, torch.ones(8, 4096, dtype=torch.bfloat16)) is None
+
+
+def test_a_cubin_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = variant(4096, 2, "none", None, False)
+    assert found is not None
+    defines = {name: int(value) for name, value in found.defines().items()}
+    first = program.compiled("stream", defines, "sm_90a")
+    assert first[:4] == b"\x7fELF"
+    assert len(list(tmp_path.rglob("*.cubin"))) == 1
+    monkeypatch.setattr(program, "_compile", None)
+    assert program.compiled("stream", defines, "sm_90a") == first
+
+
+def test_what_does_not_compile_says_why() -> None:
+    with pytest.raises(DeviceError, match=r"stream\.cu with .*-DK=4096.* does not compile"):
+        program.compiled("stream", {"K": 4096}, "sm_90a")

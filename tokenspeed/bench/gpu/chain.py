@@ -1,0 +1,159 @@
+"""A layer's projections as a decode step chains them: `python -m tokenspeed.bench.gpu.chain --model 8b --format fp8`.
+
+Compares the streaming kernel with float64 first, over outputs poisoned before, then times layers of distinct weights in
+one graph: without attention, norms and joins included. Ends with status 1 where a result is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+from tokenspeed.kernels.cuda.stream import stream
+from tokenspeed.kernels.triton.linear import project
+from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue
+from tokenspeed.quantization.fp8 import Fp8Weight, quantize_fp8
+
+SHAPES = {"1b": (2048, 3072, 8192, 12), "8b": (4096, 6144, 14336, 6)}
+"""Hidden size, rows of q, k and v, of up; layers timed."""
+REPEATS, REPLAYS = 4, 9
+Projection = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+Layer = dict[str, Matrix]
+
+
+def streamed(
+    x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, act: str, prologue: Prologue | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The streaming kernel, which must take it."""
+    found = stream(x, weight, bias, act, prologue)
+    assert found is not None, f"no variant for {tuple(weight.shape)}"
+    return found
+
+
+def matrix(rows: int, columns: int, narrow: bool) -> Matrix:
+    """Random, of unit-scale products."""
+    weight = (torch.randn(rows, columns, device="cuda") * columns**-0.5).bfloat16()
+    return quantize_fp8(weight) if narrow else weight
+
+
+def layers(model: str, narrow: bool) -> list[Layer]:
+    """Weights of some layers."""
+    hidden, qkv, ff, count = SHAPES[model]
+    sizes = {"qkv": (qkv, hidden), "o": (hidden, hidden), "gate_up": (2 * ff, hidden), "down": (hidden, ff)}
+    return [{name: matrix(*size, narrow) for name, size in sizes.items()} for _ in range(count)]
+
+
+def run(made: list[Layer], projection: Projection, norm: Norm, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """All layers; what attention would give is taken from q."""
+    for layer in made:
+        qkv, joined = projection(x, layer["qkv"], None, "none", Prologue(norm, branch))
+        assert joined is not None
+        out, _ = projection(qkv[:, : x.shape[1]], layer["o"], None, "none", None)
+        hidden, joined = projection(joined, layer["gate_up"], None, "silu", Prologue(norm, out))
+        assert joined is not None
+        x = joined
+        branch, _ = projection(hidden, layer["down"], None, "none", None)
+    return branch
+
+
+def microseconds(made: list[Layer], projection: Projection) -> float:
+    """Of one layer, the median over replays."""
+    columns = made[0]["o"].shape[0]
+    norm = Norm(torch.ones(columns, device="cuda"), 1e-5)
+    x, branch = torch.randn(2, 1, columns, device="cuda").bfloat16()
+    run(made, projection, norm, x, branch)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(REPEATS):
+            run(made, projection, norm, x, branch)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times = []
+    for _ in range(REPLAYS):
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / REPEATS / len(made))
+    return median(times[1:])
+
+
+def check(narrow: bool) -> bool:
+    """Against float64 of the same rounded operands, every prologue and activation, sizes with a ragged last unit."""
+    good = True
+    for rows, columns in ((24, 4096), (1001 * 2, 2048), (4096, 14336), (6144, 4096), (66, 8192)):
+        for act in ("none", "silu", "gelu_tanh"):
+            for kind in ("bare", "norm", "join", "branch norm"):
+                if columns <= 8192 or kind in ("bare", "norm"):
+                    good &= _same(matrix(rows, columns, narrow), act, kind)
+    return good
+
+
+def _same(weight: Matrix, act: str, kind: str) -> bool:
+    rows, columns = weight.shape
+    x, branch = torch.randn(2, 1, columns, device="cuda").bfloat16()
+    norms = [Norm(torch.rand(columns, device="cuda") + 0.5, 1e-5) for _ in range(2)]
+    prologue = None if kind == "bare" else Prologue(norms[0], None if kind == "norm" else branch,
+                                                    norms[1] if kind == "branch norm" else None)  # fmt: skip
+    bias = torch.randn(rows, device="cuda")
+    poison = torch.full((1 << 20,), float("nan"), device="cuda")
+    del poison
+    y, joined = streamed(x, weight, bias, act, prologue)
+    entered, total = _prepared(x, prologue)
+    if isinstance(weight, Fp8Weight):
+        scale = entered.abs().max().clamp(min=1e-12) / 448
+        entered = (entered * (1 / scale)).to(torch.float8_e4m3fn).double() * scale.double()
+        exact = weight.q.double() * weight.scale.double()[:, None]
+    else:
+        exact = weight.double()
+    product = entered.double() @ exact.T + bias.bfloat16().double()
+    if act != "none":
+        gate, up = product.bfloat16().double().chunk(2, dim=1)
+        opened = torch.nn.functional.silu(gate) if act == "silu" else torch.nn.functional.gelu(gate, approximate="tanh")
+        product = opened * up
+    worst = float(((y.double() - product).abs() / (1 + product.abs())).max())
+    good = worst < 0.02 and (joined is None or torch.equal(joined, total))
+    print(f"{'ok' if good else 'WRONG':6} {worst:.5f}  [{rows}, {columns}] {act} {kind}", flush=True)
+    return good
+
+
+def _prepared(x: torch.Tensor, prologue: Prologue | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the product takes, float32 of values rounded to bf16, and the joined row."""
+    if prologue is None:
+        return x.float(), x
+    total = x
+    if prologue.branch is not None:
+        branch = prologue.branch
+        total = x + (_normed(branch, prologue.branch_norm) if prologue.branch_norm else branch)
+    return _normed(total, prologue.norm).float(), total
+
+
+def _normed(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps) * norm.weight).to(x.dtype)
+
+
+def main() -> int:
+    """Check, then time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHAPES, default="8b")
+    parser.add_argument("--format", choices=("bf16", "fp8"), default="bf16")
+    parser.add_argument("--no-check", action="store_true", help="only time")
+    options = parser.parse_args()
+    narrow = options.format == "fp8"
+    if not options.no_check and not check(narrow):
+        return 1
+    made = layers(options.model, narrow)
+    moved = sum(w.q.nbytes if isinstance(w, Fp8Weight) else w.nbytes for w in made[0].values())
+    for name, projection in (("triton", project), ("streamed", streamed), ("triton", project), ("streamed", streamed)):
+        us = microseconds(made, projection)
+        print(f"{options.model} {options.format} {name}: {us:.2f} us a layer, {moved / us / 1e6:.3f} TB/s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

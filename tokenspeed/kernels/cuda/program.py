@@ -1,0 +1,108 @@
+"""CUDA C++ compiled at first use by NVRTC, kept on disk by content and architecture, and launched in torch's stream.
+
+Both libraries come through cuda-bindings, an optional package.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenspeed.contracts.errors import DeviceError
+
+SOURCES = Path(__file__).parent
+Argument = tuple[Any, Any]
+"""A kernel's argument and its ctypes type."""
+
+
+def compiled(name: str, defines: Mapping[str, int], architecture: str) -> bytes:
+    """The cubin of NAME.cu, from disk where it has been made before. Raises DeviceError with the compiler's words."""
+    source = (SOURCES / f"{name}.cu").read_text()
+    nvrtc = import_module("cuda.bindings.nvrtc")
+    options = [
+        f"--gpu-architecture={architecture}",
+        "--std=c++17",
+        *(f"-D{key}={defines[key]}" for key in sorted(defines)),
+    ]
+    key = hashlib.sha256(repr((source, options, nvrtc.nvrtcVersion())).encode()).hexdigest()[:32]
+    kept = _cache_dir() / f"{name}-{key}.cubin"
+    if kept.is_file():
+        return kept.read_bytes()
+    cubin = _compile(nvrtc, name, source, options)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    partial = kept.with_suffix(f".{os.getpid()}")
+    partial.write_bytes(cubin)
+    partial.replace(kept)
+    return cubin
+
+
+def _cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tokenspeed" / "cuda"
+
+
+def _compile(nvrtc: Any, name: str, source: str, options: Sequence[str]) -> bytes:
+    status, program = nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], [])
+    _check(status, "nvrtcCreateProgram")
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if status.value:
+        log = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise DeviceError(f"{name}.cu with {' '.join(options)} does not compile:\n{log.decode().strip()}")
+    size = nvrtc.nvrtcGetCUBINSize(program)[1]
+    cubin = b" " * size
+    _check(nvrtc.nvrtcGetCUBIN(program, cubin)[0], "nvrtcGetCUBIN")
+    nvrtc.nvrtcDestroyProgram(program)
+    return cubin
+
+
+class Kernel:
+    """One function on the current device. shared: bytes of dynamic shared memory it is launched with."""
+
+    def __init__(self, cubin: bytes, function: str, threads: int, shared: int) -> None:
+        self._driver = driver = import_module("cuda.bindings.driver")
+        status, self._module = driver.cuModuleLoadData(cubin)
+        _check(status, "cuModuleLoadData")
+        status, self._function = driver.cuModuleGetFunction(self._module, function.encode())
+        _check(status, "cuModuleGetFunction")
+        dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(driver.cuFuncSetAttribute(self._function, dynamic, shared)[0], "cuFuncSetAttribute")
+        self._config = config = driver.CUlaunchConfig()
+        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        config.blockDimX, config.sharedMemBytes = threads, shared
+        ahead = driver.CUlaunchAttribute()
+        ahead.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        ahead.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [ahead], 1
+
+    def launch(self, programs: int, arguments: Sequence[Argument]) -> None:
+        """Launch ahead of the kernel in front (programmatic dependent launch), in torch's current stream."""
+        self._config.gridDimX = programs
+        self._config.hStream = torch.cuda.current_stream().cuda_stream
+        values, types = zip(*arguments, strict=True)
+        _check(self._driver.cuLaunchKernelEx(self._config, self._function, (values, types), 0)[0], "cuLaunchKernelEx")
+
+
+def pointer(tensor: torch.Tensor | None) -> Argument:
+    """A tensor's address, 0 for none."""
+    return (0 if tensor is None else tensor.data_ptr(), ctypes.c_void_p)
+
+
+@cache
+def architecture(index: int) -> str:
+    """Of a device, as NVRTC names it, with the instructions that only this one has."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+def _check(status: Any, call: str) -> None:
+    if status.value:
+        raise DeviceError(f"{call} failed with {status.name}")
