@@ -18,6 +18,8 @@ _GEMV = {
 
 _NARROW = ((16, 512, 1, 2, 6), (16, 1024, 1, 2, 4), (32, 512, 1, 4, 4), (32, 256, 1, 2, 6), (16, 512, 2, 2, 6))
 """(rows of W, bytes of a row's tile, split of K, warps, stages)."""
+_WIDE = ((128, 4), (128, 6), (256, 3))
+"""(bytes of a row's tile, stages) of products with more than 64 rows."""
 
 
 def gemv_candidates(rows: int, item: int) -> list[GemvTile]:
@@ -27,7 +29,9 @@ def gemv_candidates(rows: int, item: int) -> list[GemvTile]:
 
 
 def skinny_candidates(rows: int, n: int, k: int, item: int) -> list[SkinnyTile]:
-    """For 16, 32 or 64 padded rows against W [n, k]."""
+    """For 16 to 128 padded rows against W [n, k]."""
+    if rows > 64:
+        return _wide_candidates(n, k, item)
     stages = 4 if rows <= 32 else 3
     splits = [s for s in (1, 2, 4, 8) if 96 <= -(-n // 64) * s <= 1024 and k // s >= 512] or [1]
     tiles = [SkinnyTile(64, 256 // item, s, 4, stages) for s in splits]
@@ -36,3 +40,13 @@ def skinny_candidates(rows: int, n: int, k: int, item: int) -> list[SkinnyTile]:
         tiles += [SkinnyTile(bn, width // item, s, warps, depth) for bn, width, s, warps, depth in _NARROW]
     wide = [replace(tile, prefetch=512 // item) for tile in tiles]
     return [*wide, replace(wide[0], prefetch=0), replace(wide[0], pdl=False)]
+
+
+def _wide_candidates(n: int, k: int, item: int) -> list[SkinnyTile]:
+    """A tile of W and one of x lie in shared memory per stage, and sums fill the registers."""
+    tiles = []
+    for block_n, warps in ((64, 4), (128, 8)):
+        splits = [s for s in (1, 2, 4, 8) if 96 <= -(-n // block_n) * s <= 600 and k // s >= 512] or [1]
+        for split in splits:
+            tiles += [SkinnyTile(block_n, width // item, split, warps, stages) for width, stages in _WIDE]
+    return [replace(tile, prefetch=256 // item) for tile in tiles]
