@@ -111,7 +111,7 @@ CASES: dict[str, tuple[Any, ...]] = {
 }
 NO_PDL = ("cuda:80", "hip:gfx942", "hip:gfx950")
 NO_E4M3 = ("cuda:80", "hip:gfx942")
-KERNELS = ((decode_attention, "_decode"), (decode_attention, "_combine"), (prefill_attention, "_prefill"),
+KERNELS = ((decode_attention, "_decode"), (prefill_attention, "_prefill"),
            (rope_write, "_rope_write"), (work_items, "_make_items"))  # fmt: skip
 
 

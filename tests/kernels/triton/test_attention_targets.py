@@ -31,7 +31,7 @@ def compiled(target: str, *cases: str) -> dict[str, Any]:
 
 def test_kernels_compile_for_hopper():
     has = compiled("cuda:90", "decode 8b pdl", "prefill 8b", "write 8b pdl", "items")
-    for kernel in ("decode 8b pdl _decode", "decode 8b pdl _combine", "write 8b pdl _rope_write"):
+    for kernel in ("decode 8b pdl _decode", "write 8b pdl _rope_write"):
         assert {"griddepcontrol.wait", "griddepcontrol.launch"} <= set(has[kernel]), kernel
     assert {"mma.sync", "cp.async"} <= set(has["decode 8b pdl _decode"])
     assert {"wgmma", "cp.async"} <= set(has["prefill 8b _prefill"])
