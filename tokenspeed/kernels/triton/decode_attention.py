@@ -16,7 +16,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tokenspeed.kernels.triton.attention_tiles import DecodeTile, pad
 from tokenspeed.kernels.triton.launch import launch_options
 from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer, finish, sweep
-from tokenspeed.kernels.triton.splits import add_splits, last_to_arrive, part_of, partials, splits_at_once
+from tokenspeed.kernels.triton.splits import (
+    finish_item,
+    keep_part,
+    last_to_arrive,
+    part_of,
+    partials,
+    splits_at_once,
+)
 
 BY_BUCKET = ("num_tokens", "min_blocks", "window")
 """Not compiled in, so that the buckets share a kernel."""
@@ -101,33 +108,12 @@ def _decode(q, kv, table, positions, slots, rows, out, sums, tops, totals, arriv
         COUNT: tl.constexpr = QUERIES * GROUP
         first_part = part_of(item, head, tl.num_programs(0), 0, tl.num_programs(1), COUNT)
         part = first_part + split * COUNT + t * GROUP + g
-        tl.store(sums + part[:, None] * DIM + d[None, :], acc, mask=own[:, None] & wide[None, :])
-        tl.store(tops + part, top, mask=own)
-        tl.store(totals + part, total, mask=own)
+        keep_part(sums, tops, totals, part, acc, top, total, own, DIM, DIM_PAD)
         if last_to_arrive(arrived + item * tl.num_programs(0) + head, used):
-            _finish_item(
+            finish_item(
                 sums, tops, totals, first_part, used, out, sinks, start, head, num_tokens, tl.num_programs(0), COUNT,
                 GROUP, DIM, DIM_PAD, AT_ONCE, LISTED, SINKS,
             )  # fmt: skip
-
-
-@triton.jit
-def _finish_item(sums, tops, totals, part, used, out, sinks, start, head, num_tokens, kv_heads, COUNT: tl.constexpr,
-                 GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, AT_ONCE: tl.constexpr,
-                 LISTED: tl.constexpr, SINKS: tl.constexpr) -> None:  # fmt: skip
-    """Add up an item's splits and write its rows."""
-    ROWS_PAD: tl.constexpr = triton.next_power_of_2(COUNT)
-    acc, top, total = add_splits(sums, tops, totals, part, used, COUNT, ROWS_PAD, DIM, DIM_PAD, AT_ONCE)
-    row = tl.arange(0, ROWS_PAD)
-    d = tl.arange(0, DIM_PAD)
-    token = start + row // GROUP
-    heads = head * GROUP + row % GROUP
-    kept = (row < COUNT) & (token < num_tokens)
-    result = finish(acc, top, total, sinks, heads, kept, SINKS)
-    if LISTED:
-        kept = kept & (top > float("-inf"))
-    at = token.to(tl.int64)[:, None] * (kv_heads * GROUP * DIM) + (heads * DIM)[:, None] + d[None, :]
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=kept[:, None] & (d < DIM)[None, :])
 
 
 def decode_attention(

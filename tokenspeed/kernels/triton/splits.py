@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from tokenspeed.kernels.triton.attention_tiles import MAX_SPLITS, pad
+from tokenspeed.kernels.triton.paged import finish
 
 _HELD_SUMS = 64
 """Partial sums that a thread holds at once: more spills."""
@@ -57,6 +58,15 @@ def part_of(item, head, heads, split, splits, ROWS: tl.constexpr):
 
 
 @triton.jit
+def keep_part(sums, tops, totals, part, acc, top, total, own, DIM: tl.constexpr, DIM_PAD: tl.constexpr) -> None:
+    """Store a split's result, row by row at `part`."""
+    d = tl.arange(0, DIM_PAD)
+    tl.store(sums + part[:, None] * DIM + d[None, :], acc, mask=own[:, None] & (d < DIM)[None, :])
+    tl.store(tops + part, top, mask=own)
+    tl.store(totals + part, total, mask=own)
+
+
+@triton.jit
 def last_to_arrive(counter, used):
     """Whether all others of the `used` programs have arrived; then what each stored before is visible here."""
     # The atomic is one thread's: what the other threads of this program stored must come before it.
@@ -94,3 +104,23 @@ def add_splits(sums, tops, totals, part, used, ROWS: tl.constexpr, ROWS_PAD: tl.
         total = total * shrink + tl.sum(its_total * weight, axis=0)
         top = highest
     return acc, top, total
+
+
+@triton.jit
+def finish_item(sums, tops, totals, part, used, out, sinks, start, head, num_tokens, kv_heads, COUNT: tl.constexpr,
+                 GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, AT_ONCE: tl.constexpr,
+                 LISTED: tl.constexpr, SINKS: tl.constexpr) -> None:  # fmt: skip
+    """Add up an item's splits and write its rows, which are GROUP query heads of each token from `start` on. LISTED: only
+    those that have keys."""
+    ROWS_PAD: tl.constexpr = triton.next_power_of_2(COUNT)
+    acc, top, total = add_splits(sums, tops, totals, part, used, COUNT, ROWS_PAD, DIM, DIM_PAD, AT_ONCE)
+    row = tl.arange(0, ROWS_PAD)
+    d = tl.arange(0, DIM_PAD)
+    token = start + row // GROUP
+    heads = head * GROUP + row % GROUP
+    kept = (row < COUNT) & (token < num_tokens)
+    result = finish(acc, top, total, sinks, heads, kept, SINKS)
+    if LISTED:
+        kept = kept & (top > float("-inf"))
+    at = token.to(tl.int64)[:, None] * (kv_heads * GROUP * DIM) + (heads * DIM)[:, None] + d[None, :]
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=kept[:, None] & (d < DIM)[None, :])
