@@ -195,6 +195,7 @@ def test_an_attention_takes_the_write_in_front_of_it_unless_somebody_else_reads_
     group = found[0].records[3]
     assert [part.op for part in group.parts] == ["rope_write", "attention"]
     assert (len(group.inputs), group.outputs) == (3, group.parts[1].outputs)
+    assert group.attrs == group.parts[1].attrs
 
 
 def test_group_borders_are_what_others_read() -> None:

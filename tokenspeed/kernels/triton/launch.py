@@ -41,14 +41,11 @@ def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def programs_at_once(device: torch.device) -> int:
-    """Programs of a decode kernel that a GPU holds at once, 0 for other devices. A processor of Hopper's generation
-    holds three by shared memory (some 72 KiB each, of 227) and by registers (up to 168 for each of 128 threads), others
-    two."""
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 0 for other devices."""
     if device.type != "cuda":
         return 0
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _processors(index) * (3 if dependent_launch(device) else 2)
+    return _processors(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def small_step(x: torch.Tensor) -> bool:

@@ -17,9 +17,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tokenspeed.kernels.triton.attention_tiles import FusedTile, pad
 from tokenspeed.kernels.triton.launch import launch_options
 from tokenspeed.kernels.triton.operands import Matrix
-from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer, attend, finish, load_block, sweep
+from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer, attend, entries, finish, load_block, sweep
 from tokenspeed.kernels.triton.rope_write import HeadNorm, cos_sin, device_frequencies, rotated, write_entry
-from tokenspeed.kernels.triton.skinny import LINE, prefetch_weights
+from tokenspeed.kernels.triton.skinny import LINE, prefetch_lines
 from tokenspeed.kernels.triton.splits import (
     finish_item,
     keep_part,
@@ -71,7 +71,37 @@ def _ask_ahead(ahead, lines, LINES: tl.constexpr) -> None:
     end = tl.minimum((number + 1) * share, lines)
     for first in range(number * share, end, LINES):
         line = tl.minimum(first + tl.arange(0, LINES), end - 1).to(tl.int64)
-        prefetch_weights(ahead + line * (LINE // ITEM), 0, ITEM, LINE // ITEM)
+        prefetch_lines(ahead + line * (LINE // ITEM))
+
+
+@triton.jit
+def _ask_keys(pages, keys, begin, position, first, last, kv_page, kv_which, kv_entry, DIM: tl.constexpr,
+              PAGE: tl.constexpr, KEYS: tl.constexpr) -> None:  # fmt: skip
+    """Blocks [first, last) of keys and values, to be brought into the second-level cache."""
+    ITEM: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
+    LINES: tl.constexpr = triton.next_power_of_2((DIM * ITEM + LINE - 1) // LINE)
+    column = tl.minimum(tl.arange(0, LINES) * (LINE // ITEM), DIM - 1)
+    for i in range(first, last):
+        n = tl.minimum(tl.maximum(i * KEYS + tl.arange(0, KEYS), begin), position - 1)
+        offsets = entries(pages, n, n >= 0, kv_page, kv_entry, PAGE)[:, None] + column[None, :]
+        prefetch_lines(keys + offsets)
+        prefetch_lines(keys + kv_which + offsets)
+
+
+@triton.jit
+def _own_key(queries, k, v, head, norm, eps, cos, sin, position, pages, keys, kv_page, kv_which, kv_entry, scale,
+             DIM: tl.constexpr, DIM_PAD: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
+             NORMED: tl.constexpr, FP8: tl.constexpr):  # fmt: skip
+    """Rotate and write the token's own key and value: scores [rows] of the queries, and the value [DIM_PAD], of what
+    was written. In the compute dtype, as keys that come from pages."""
+    page = tl.load(pages + position // PAGE).to(tl.int64)
+    entry = keys + page * kv_page + (position % PAGE) * kv_entry
+    key, value = write_entry(
+        k, v, head, norm, eps, cos, sin, entry, kv_which, 1, DIM, DIM_PAD, HALF, NORMED, FP8
+    )  # fmt: skip
+    key = key.to(queries.dtype).to(tl.float32)
+    scores = tl.sum(queries.to(tl.float32) * key[None, :], axis=1) * scale
+    return scores, value.to(queries.dtype).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=BY_BUCKET)
@@ -80,7 +110,7 @@ def _rope_attention(q, k, v, q_norm, k_norm, frequency, kv, table, positions, sl
                     v_row, table_slot, kv_page, kv_which, kv_entry, kv_head, scale,
                     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
                     HALF: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, TOKENS_PAD: tl.constexpr,
-                    HELD: tl.constexpr, NORMED: tl.constexpr, SINKS: tl.constexpr, FP8: tl.constexpr,
+                    HELD: tl.constexpr, WARM: tl.constexpr, NORMED: tl.constexpr, SINKS: tl.constexpr, FP8: tl.constexpr,
                     AT_ONCE: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
     head = tl.program_id(0)
     split = tl.program_id(1)
@@ -123,6 +153,9 @@ def _rope_attention(q, k, v, q_norm, k_norm, frequency, kv, table, positions, sl
     if HELD:
         seen = (n >= begin) & (n < position)
         held_key, held_value = load_block(pages, keys, n, seen, kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE)
+    if WARM > 0:
+        to = tl.minimum(first + HELD + WARM, last)
+        _ask_keys(pages, keys, begin, position, first + HELD, to, kv_page, kv_which, kv_entry, DIM, PAGE, KEYS)
     cos, sin = cos_sin(frequency, position, DIM_PAD, HALF)
     if PDL:
         gdc_wait()
@@ -135,22 +168,16 @@ def _rope_attention(q, k, v, q_norm, k_norm, frequency, kv, table, positions, sl
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     if split == used - 1:
-        page = tl.load(pages + position // PAGE).to(tl.int64)
-        entry = keys + page * kv_page + (position % PAGE) * kv_entry
-        key, value = write_entry(k + row * k_row, v + row * v_row, head, k_norm, k_eps, cos, sin, entry, kv_which, 1,
-                                 DIM, DIM_PAD, HALF, NORMED, FP8)  # fmt: skip
-        # In the compute dtype, as keys that come from pages.
-        key = key.to(queries.dtype).to(tl.float32)
-        top = tl.sum(queries.to(tl.float32) * key[None, :], axis=1) * scale
+        top, value = _own_key(queries, k + row * k_row, v + row * v_row, head, k_norm, k_eps, cos, sin, position, pages,
+                              keys, kv_page, kv_which, kv_entry, scale, DIM, DIM_PAD, HALF, PAGE, NORMED, FP8)  # fmt: skip
         total += 1.0
-        acc += value.to(queries.dtype).to(tl.float32)[None, :]
+        acc += value[None, :]
     before = tl.zeros_like(r) + position - 1
     lowest = tl.zeros_like(r) + tl.where(window > 0, position - window, -1)
     if HELD:
         acc, top, total = attend(acc, top, total, queries, held_key, held_value, n, before, lowest, scale, True)
-        first += 1
     acc, top, total = sweep(
-        acc, top, total, queries, before, lowest, begin, position, first, last, pages, keys, scale,
+        acc, top, total, queries, before, lowest, begin, position, first + HELD, last, pages, keys, scale,
         kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE, KEYS, True,
     )  # fmt: skip
     if AHEAD == 2:
@@ -204,8 +231,8 @@ def rope_attention(
         q_norm.eps, k_norm.eps, q.stride(0), k.stride(0), v.stride(0), paged.table.stride(0), *paged.kv.stride()[:4],
         heads.scale * LOG2E.value, GROUP=group, ROWS=max(16, pad(group)), DIM=heads.head_dim,
         DIM_PAD=pad(heads.head_dim), HALF=rope.dim // 2, PAGE=paged.kv.shape[2], KEYS=tile.keys,
-        TOKENS_PAD=0 if tile.programs == 0 else 1 if tokens == 1 else MOST_TOKENS, HELD=tile.held,
-        NORMED=norms is not None, SINKS=sinks is not None, FP8=paged.kv.dtype == torch.float8_e4m3fn,
+        TOKENS_PAD=0 if tile.programs == 0 else 1 if tokens == 1 else MOST_TOKENS, HELD=int(tile.held),
+        WARM=tile.warm if pdl else 0, NORMED=norms is not None, SINKS=sinks is not None, FP8=paged.kv.dtype == torch.float8_e4m3fn,
         AT_ONCE=splits_at_once(group, heads.head_dim, tile.warps), AHEAD=tile.ahead if lines else 0, PDL=pdl,
         **launch_options(pdl, num_warps=tile.warps, num_stages=tile.stages),
     )  # fmt: skip
