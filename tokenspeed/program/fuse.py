@@ -109,7 +109,8 @@ def rope_write(window: Window, record: Record) -> Record | None:
 
 
 def rope_attention(window: Window, record: Record) -> Record | None:
-    """[per-head norms +] rope + KV page write, and the attention that alone reads what they give; with its attributes."""
+    """[per-head norms +] rope + KV page write, and the attention that alone reads what they give. The group has the
+    attention's attributes."""
     if record.op != "attention":
         return None
     writes = [window.only(v, "rope_write", "qk_norm_rope_write") for v in record.inputs]

@@ -85,9 +85,7 @@ def write(hip: bool, heads: Heads, kv_dtype: torch.dtype, normed: bool, pdl: boo
     )
 
 
-def fused(
-    hip: bool, heads: Heads, tokens: int, kv_dtype: torch.dtype, normed: bool, pdl: bool, ahead: int = 0
-) -> None:
+def fused(hip: bool, heads: Heads, tokens: int, kv_dtype: torch.dtype, normed: bool, pdl: bool, ahead: int = 0) -> None:
     size = heads.head_dim * heads.kv_heads
     q, k, v = empty(tokens, (heads.group + 2) * size, dtype=BF16).split([heads.group * size, size, size], dim=-1)
     tile = fused_tile(tokens, heads.kv_heads, heads.head_dim, 2, 132, hip)._replace(ahead=ahead, warm=ahead)

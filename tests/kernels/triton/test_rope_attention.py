@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder
 
 from tests.kernels.triton.paged_step import PagedCase, check
 from tests.kernels.triton.test_rope_write import expected_heads
 from tests.seeds import SEED
+from tokenspeed.kernels.triton import rope_attention as rope_attention_module
 from tokenspeed.kernels.triton import splits
 from tokenspeed.kernels.triton.attention_tiles import DecodeTile, FusedTile
 from tokenspeed.kernels.triton.decode_attention import decode_attention
@@ -80,7 +83,15 @@ CASES = {
     "group of 7, window of 1, sinks": (Heads(7, 1, 64, 0.1, 1), 16, Rope(1e4, 64), False, torch.float32, None, tile(2)),
     "fp8 pages": (Heads(7, 1, 64, 0.125, 0), 16, Rope(1e4, 64), False, torch.float16, F8, tile(4)),
     "wide, window, no split": (Heads(2, 1, 256, 0.06, 33), 64, Rope(1e6, 256), True, torch.float32, None, tile(1)),
-    "fitted, sinks": (Heads(4, 2, 64, 0.1, 0), 16, Rope(1e4, 64), False, torch.float32, None, tile(4, 32, 2, programs=11)),
+    "fitted, sinks": (
+        Heads(4, 2, 64, 0.1, 0),
+        16,
+        Rope(1e4, 64),
+        False,
+        torch.float32,
+        None,
+        tile(4, 32, 2, programs=11),
+    ),
     "nothing held": (Heads(4, 2, 64, 0.1, 50), 64, Rope(1e4, 64), False, torch.float32, None, tile(3, held=False)),
 }
 
@@ -101,3 +112,62 @@ def test_one_kernel_does_what_two_do(seed, name):
     if kv_dtype is None:  # torch and the interpreter round some values to e4m3 differently
         check(out, step.case.answer(sinks), dtype)
     assert (splits.arrivals(torch.device("cpu"), 1024) == 0).all()
+
+
+@pytest.mark.parametrize("seed", [SEED])
+@pytest.mark.parametrize("programs", [0, 7], ids=["fixed", "fitted"])
+def test_whoever_finishes_last_gives_the_same_bits(monkeypatch, seed, programs):
+    """Programs run in another order: every split is once the last of its item."""
+    heads, used = Heads(4, 2, 64, 0.1, 0), tile(4, programs=programs)
+    step = Step(PagedCase([(57, 1, 0), (seed % 60, 1, 1)], heads, 16, seed), Rope(1e4, 64))
+    expected, pages = step.fused(used)
+    set_place = InterpreterBuilder.set_grid_idx
+    for turn in range(1, used.splits):
+        monkeypatch.setattr(
+            InterpreterBuilder,
+            "set_grid_idx",
+            lambda self, x, y, z, turn=turn: set_place(self, x, (y + turn) % used.splits, z),
+        )
+        out, written = step.fused(used)
+        assert torch.equal(out, expected)
+        assert same_bytes(written, pages)
+
+
+@pytest.mark.parametrize("seed", [SEED])
+def test_a_row_has_the_same_bits_alone_where_splits_are_fixed(seed):
+    step = Step(PagedCase([(90, 1, 0), (17, 1, 0), (41, 1, 0)], Heads(4, 2, 64, 0.1, 0), 16, seed), Rope(1e4, 64))
+    together, _ = step.fused(tile(3))
+    paged = step.case.paged()
+    paged = paged._replace(positions=paged.positions[2:], slots=paged.slots[2:])
+    alone = rope_attention(step.q[2:], step.k[2:], step.v[2:], paged, step.rope, step.heads, tile(3))
+    assert torch.equal(alone, together[2:])
+
+
+@triton.jit
+def _fit(positions, slots, out, window, num_tokens, most, few, KEYS: tl.constexpr, TOKENS_PAD: tl.constexpr):
+    tl.store(out, rope_attention_module._fitting(positions, slots, window, num_tokens, most, few, KEYS, TOKENS_PAD))
+
+
+@pytest.mark.parametrize("seed", [SEED])
+@pytest.mark.parametrize("rows, window", [(1, 0), (8, 0), (32, 700), (61, 0)])
+def test_splits_fill_the_device_and_no_more(seed, rows, window):
+    """132 processors with 3 programs each, 8 key heads, blocks of 64 keys."""
+    most, few, keys, out = 396 // 8, 5, 64, torch.zeros(1, dtype=torch.int32)
+    generator = torch.Generator().manual_seed(seed)
+    for longest in (200, 1100, 40000):
+        positions = torch.randint(0, longest, (rows + 2,), generator=generator, dtype=torch.int32)
+        slots = torch.arange(rows + 2, dtype=torch.int32)
+        slots[rows // 2] = slots[-1] = -1
+        _fit[(1,)](positions, slots, out, window, rows + 2, most, few, KEYS=keys, TOKENS_PAD=64)
+        first = (positions - window + 1).clamp(min=0) if window else torch.zeros_like(positions)
+        blocks = torch.where(positions > first, (positions + keys - 1) // keys - first // keys, 0)
+        blocks = blocks.clamp(min=1)[slots >= 0]
+        each = int(out)
+        used = int(((blocks + each - 1) // each).sum())
+        if rows > most:
+            assert each == max(few, -(-int(blocks.sum()) // most))
+            continue
+        assert used <= most
+        # Splits three quarters as long would not fit, or are those of one block.
+        shorter = each * 3 // 4
+        assert each == 1 or int(((blocks + shorter - 1) // shorter).sum()) > most

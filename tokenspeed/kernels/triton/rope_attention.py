@@ -104,49 +104,87 @@ def _own_key(queries, k, v, head, norm, eps, cos, sin, position, pages, keys, kv
     return scores, value.to(queries.dtype).to(tl.float32)
 
 
+@triton.jit
+def _share(positions, slots, window, num_tokens, programs, min_blocks, KEYS: tl.constexpr, TOKENS_PAD: tl.constexpr):
+    """Of the program's token: slot, position, first key, blocks of keys, and splits in use."""
+    slot = tl.load(slots + tl.program_id(2))
+    position = tl.load(positions + tl.program_id(2))
+    begin, blocks = _blocks_before(position, window, KEYS)
+    if TOKENS_PAD > 0:
+        most = tl.maximum(programs // tl.num_programs(0), 1)
+        min_blocks = _fitting(positions, slots, window, num_tokens, most, min_blocks, KEYS, TOKENS_PAD)
+    used = tl.minimum(tl.cdiv(tl.maximum(blocks, 1), min_blocks), tl.num_programs(1))
+    return slot, position, begin, blocks, tl.where(slot >= 0, used, 0)
+
+
+@triton.jit
+def _settle(acc, top, total, used, out, sums, tops, totals, arrived, sinks, num_tokens, GROUP: tl.constexpr,
+            ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, AT_ONCE: tl.constexpr,
+            SINKS: tl.constexpr) -> None:  # fmt: skip
+    """Write the result, or leave it to whoever finishes last."""
+    head, split, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_heads = tl.num_programs(0)
+    r = tl.arange(0, ROWS)
+    own = r < GROUP
+    if used == 1:
+        result = finish(acc, top, total, sinks, head * GROUP + r, own, SINKS).to(out.dtype.element_ty)
+        at, inside = _places(out, GROUP, ROWS, DIM, DIM_PAD)
+        tl.store(at, result, mask=inside)
+    else:
+        first_part = part_of(token, head, kv_heads, 0, tl.num_programs(1), GROUP)
+        keep_part(sums, tops, totals, first_part + split * GROUP + r, acc, top, total, own, DIM, DIM_PAD)
+        if last_to_arrive(arrived + token * kv_heads + head, used):
+            finish_item(
+                sums, tops, totals, first_part, used, out, sinks, token, head, num_tokens, kv_heads, GROUP, GROUP,
+                DIM, DIM_PAD, AT_ONCE, False, SINKS,
+            )  # fmt: skip
+
+
+@triton.jit
+def _places(out, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
+    """Where the program's rows of the result lie, and which of them there are."""
+    r = tl.arange(0, ROWS)
+    d = tl.arange(0, DIM_PAD)
+    row = out + (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (GROUP * DIM)
+    return row + r[:, None] * DIM + d[None, :], (r < GROUP)[:, None] & (d < DIM)[None, :]
+
+
+@triton.jit
+def _leave(out, empty, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+           PDL: tl.constexpr) -> None:  # fmt: skip
+    """What a program without work does: zeros for padding, one program per key head."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if empty:
+        at, inside = _places(out, GROUP, ROWS, DIM, DIM_PAD)
+        tl.store(at, tl.zeros((ROWS, DIM_PAD), out.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=BY_BUCKET)
 def _rope_attention(q, k, v, q_norm, k_norm, frequency, kv, table, positions, slots, out, sums, tops, totals, arrived,
                     sinks, ahead, num_tokens, min_blocks, programs, window, ahead_lines, q_eps, k_eps, q_row, k_row,
                     v_row, table_slot, kv_page, kv_which, kv_entry, kv_head, scale,
                     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
                     HALF: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, TOKENS_PAD: tl.constexpr,
-                    HELD: tl.constexpr, WARM: tl.constexpr, NORMED: tl.constexpr, SINKS: tl.constexpr, FP8: tl.constexpr,
-                    AT_ONCE: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
-    head = tl.program_id(0)
-    split = tl.program_id(1)
-    token = tl.program_id(2)
-    kv_heads = tl.num_programs(0)
+                    HELD: tl.constexpr, WARM: tl.constexpr, NORMED: tl.constexpr, SINKS: tl.constexpr,
+                    FP8: tl.constexpr, AT_ONCE: tl.constexpr, AHEAD: tl.constexpr,
+                    PDL: tl.constexpr) -> None:  # fmt: skip
+    head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if AHEAD == 1:
         _ask_ahead(ahead, ahead_lines, 128)
     # What is read before the wait is older than the kernel in front (see `launch`): inputs of the step, and keys that
     # earlier steps wrote.
-    slot = tl.load(slots + token)
-    position = tl.load(positions + token)
-    begin, blocks = _blocks_before(position, window, KEYS)
-    if TOKENS_PAD > 0:
-        most = tl.maximum(programs // kv_heads, 1)
-        min_blocks = _fitting(positions, slots, window, num_tokens, most, min_blocks, KEYS, TOKENS_PAD)
-    used = tl.minimum(tl.cdiv(tl.maximum(blocks, 1), min_blocks), tl.num_programs(1))
-    used = tl.where(slot >= 0, used, 0)
-
-    r = tl.arange(0, ROWS)
-    d = tl.arange(0, DIM_PAD)
-    own = r < GROUP
-    heads = head * GROUP + r
-    at = out + token.to(tl.int64) * (kv_heads * GROUP * DIM) + (heads * DIM)[:, None] + d[None, :]
-    inside = own[:, None] & (d < DIM)[None, :]
+    slot, position, begin, blocks, used = _share(
+        positions, slots, window, num_tokens, programs, min_blocks, KEYS, TOKENS_PAD
+    )  # fmt: skip
     if split >= used:
         if AHEAD == 2:
             _ask_ahead(ahead, ahead_lines, 128)
-        if PDL:
-            gdc_wait()
-            gdc_launch_dependents()
-        if used + split == 0:
-            tl.store(at, tl.zeros((ROWS, DIM_PAD), out.dtype.element_ty), mask=inside)
+        _leave(out, used + split == 0, GROUP, ROWS, DIM, DIM_PAD, PDL)
         return
 
-    pages = table + slot.to(tl.int64) * table_slot
-    keys = kv + head * kv_head
+    pages, keys = table + slot.to(tl.int64) * table_slot, kv + head * kv_head
     first = begin // KEYS + split * blocks // used
     last = begin // KEYS + (split + 1) * blocks // used
     n = first * KEYS + tl.arange(0, KEYS)
@@ -160,16 +198,16 @@ def _rope_attention(q, k, v, q_norm, k_norm, frequency, kv, table, positions, sl
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-
-    row = token.to(tl.int64)
-    queries = rotated(q + row * q_row, heads * DIM, own, q_norm, q_eps, cos, sin, DIM, DIM_PAD, HALF, NORMED)
-    queries = queries.to(q.dtype.element_ty)
-    acc = tl.zeros((ROWS, DIM_PAD), tl.float32)
+    r = tl.arange(0, ROWS)
+    queries = rotated(q + row * q_row, (head * GROUP + r) * DIM, r < GROUP, q_norm, q_eps, cos, sin, DIM, DIM_PAD, HALF,
+                      NORMED).to(q.dtype.element_ty)  # fmt: skip
+    acc, total = tl.zeros((ROWS, DIM_PAD), tl.float32), tl.zeros((ROWS,), tl.float32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
     if split == used - 1:
-        top, value = _own_key(queries, k + row * k_row, v + row * v_row, head, k_norm, k_eps, cos, sin, position, pages,
-                              keys, kv_page, kv_which, kv_entry, scale, DIM, DIM_PAD, HALF, PAGE, NORMED, FP8)  # fmt: skip
+        top, value = _own_key(
+            queries, k + row * k_row, v + row * v_row, head, k_norm, k_eps, cos, sin, position, pages, keys, kv_page,
+            kv_which, kv_entry, scale, DIM, DIM_PAD, HALF, PAGE, NORMED, FP8,
+        )  # fmt: skip
         total += 1.0
         acc += value[None, :]
     before = tl.zeros_like(r) + position - 1
@@ -182,18 +220,8 @@ def _rope_attention(q, k, v, q_norm, k_norm, frequency, kv, table, positions, sl
     )  # fmt: skip
     if AHEAD == 2:
         _ask_ahead(ahead, ahead_lines, 128)
-
-    if used == 1:
-        result = finish(acc, top, total, sinks, heads, own, SINKS)
-        tl.store(at, result.to(out.dtype.element_ty), mask=inside)
-    else:
-        first_part = part_of(token, head, kv_heads, 0, tl.num_programs(1), GROUP)
-        keep_part(sums, tops, totals, first_part + split * GROUP + r, acc, top, total, own, DIM, DIM_PAD)
-        if last_to_arrive(arrived + token * kv_heads + head, used):
-            finish_item(
-                sums, tops, totals, first_part, used, out, sinks, token, head, num_tokens, kv_heads, GROUP, GROUP,
-                DIM, DIM_PAD, AT_ONCE, False, SINKS,
-            )  # fmt: skip
+    _settle(acc, top, total, used, out, sums, tops, totals, arrived, sinks, num_tokens, GROUP, ROWS, DIM, DIM_PAD,
+            AT_ONCE, SINKS)  # fmt: skip
 
 
 def rope_attention(
@@ -227,13 +255,14 @@ def rope_attention(
     _rope_attention[(heads.kv_heads, tile.splits, tokens)](
         q, k, v, q_norm.weight, k_norm.weight, frequency, paged.kv, paged.table, paged.positions, paged.slots, out,
         *partials(tokens, heads.kv_heads, tile.splits, group, heads.head_dim, q.device),
-        out if sinks is None else sinks, q if matrix is None else matrix, tokens, tile.min_blocks, tile.programs, heads.window, lines,
-        q_norm.eps, k_norm.eps, q.stride(0), k.stride(0), v.stride(0), paged.table.stride(0), *paged.kv.stride()[:4],
-        heads.scale * LOG2E.value, GROUP=group, ROWS=max(16, pad(group)), DIM=heads.head_dim,
+        out if sinks is None else sinks, q if matrix is None else matrix, tokens, tile.min_blocks, tile.programs,
+        heads.window, lines, q_norm.eps, k_norm.eps, q.stride(0), k.stride(0), v.stride(0), paged.table.stride(0),
+        *paged.kv.stride()[:4], heads.scale * LOG2E.value, GROUP=group, ROWS=max(16, pad(group)), DIM=heads.head_dim,
         DIM_PAD=pad(heads.head_dim), HALF=rope.dim // 2, PAGE=paged.kv.shape[2], KEYS=tile.keys,
         TOKENS_PAD=0 if tile.programs == 0 else 1 if tokens == 1 else MOST_TOKENS, HELD=int(tile.held),
-        WARM=tile.warm if pdl else 0, NORMED=norms is not None, SINKS=sinks is not None, FP8=paged.kv.dtype == torch.float8_e4m3fn,
-        AT_ONCE=splits_at_once(group, heads.head_dim, tile.warps), AHEAD=tile.ahead if lines else 0, PDL=pdl,
+        WARM=tile.warm if pdl else 0, NORMED=norms is not None, SINKS=sinks is not None,
+        FP8=paged.kv.dtype == torch.float8_e4m3fn, AT_ONCE=splits_at_once(group, heads.head_dim, tile.warps),
+        AHEAD=tile.ahead if lines else 0, PDL=pdl,
         **launch_options(pdl, num_warps=tile.warps, num_stages=tile.stages),
     )  # fmt: skip
     return out
