@@ -29,7 +29,9 @@ def test_candidates_differ_in_one_thing_or_two() -> None:
 def test_the_tile_of_a_bucket_knows_how_many_programs_a_device_holds() -> None:
     few, many = fused_tile(1, 8, 128, 2, 132), fused_tile(32, 8, 128, 2, 132)
     assert (few.held, few.programs, many.held, many.programs) == (True, 264, False, 396)
+    assert (few.splits, many.splits) == (264 // 8, 16)
     assert fused_tile(32, 8, 256, 2, 132).programs == 264
     unknown = fused_tile(32, 8, 128, 2, 0)
-    assert unknown.programs == 0 and unknown.min_blocks >= 1
+    assert unknown.programs == 0
+    assert unknown.min_blocks >= 1
     assert fused_tile(8, 2, 128, 2, 132).splits > fused_tile(8, 8, 128, 2, 132).splits

@@ -78,7 +78,7 @@ def candidates(usual: FusedTile) -> Iterator[FusedTile]:
     for warm in (1, 2, 4):
         yield usual._replace(warm=warm)
     for programs in (usual.programs // 2, usual.programs * 3 // 4, usual.programs * 3 // 2):
-        yield usual._replace(programs=programs)
+        yield usual._replace(programs=programs, splits=max(1, usual.splits * programs // usual.programs))
     for blocks in (1, 2, 4, 8):
         yield usual._replace(programs=0, min_blocks=blocks)
     for splits in (usual.splits // 2, min(MAX_SPLITS, usual.splits * 2)):

@@ -122,6 +122,8 @@ def fused_tile(
     few = FUSED_FEW_BLOCKS * DECODE[1].keys // usual.keys if processors else usual.min_blocks
     held = sequences <= HELD_SEQUENCES
     programs = PROGRAMS[held or pad(head_dim) > 128] * processors
+    if programs:  # more could not be used
+        splits = max(1, min(splits, programs // kv_heads))
     return FusedTile(splits, usual.keys, few, usual.warps, usual.stages, programs, held, WARM_BLOCKS, AHEAD)
 
 
