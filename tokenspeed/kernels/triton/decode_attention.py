@@ -58,7 +58,7 @@ def _decode(q, kv, table, positions, slots, rows, out, sums, tops, totals, arriv
             num_tokens, min_blocks, window, q_row, table_slot, kv_page, kv_which, kv_entry, kv_head, scale,
             QUERIES: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr,
             DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, LISTED: tl.constexpr,
-            SINKS: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
+            SINKS: tl.constexpr, AT_ONCE: tl.constexpr, ROWS_PAD: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
     head = tl.program_id(0)
     split = tl.program_id(1)
     item = tl.program_id(2)
@@ -112,7 +112,7 @@ def _decode(q, kv, table, positions, slots, rows, out, sums, tops, totals, arriv
         if last_to_arrive(arrived + item * tl.num_programs(0) + head, used):
             finish_item(
                 sums, tops, totals, first_part, used, out, sinks, start, head, num_tokens, tl.num_programs(0), COUNT,
-                GROUP, DIM, DIM_PAD, AT_ONCE, LISTED, SINKS,
+                ROWS_PAD, GROUP, DIM, DIM_PAD, AT_ONCE, LISTED, SINKS,
             )  # fmt: skip
 
 
@@ -145,7 +145,8 @@ def decode_attention(
     shape = {
         "QUERIES": queries, "GROUP": heads.group, "GROUP_PAD": group_pad, "ROWS": max(16, pad(queries) * group_pad),
         "DIM": heads.head_dim, "DIM_PAD": pad(heads.head_dim), "KEYS": tile.keys, "LISTED": rows is not None,
-        "SINKS": sinks is not None, "AT_ONCE": splits_at_once(count, heads.head_dim, tile.warps), "PDL": pdl,
+        "SINKS": sinks is not None, "AT_ONCE": splits_at_once(count, heads.head_dim, tile.warps),
+        "ROWS_PAD": pad(count), "PDL": pdl,
     }  # fmt: skip
     listed, sink = out if rows is None else rows, out if sinks is None else sinks
     _decode[(heads.kv_heads, tile.splits, items)](

@@ -76,10 +76,10 @@ def _ask_ahead(ahead, lines, LINES: tl.constexpr) -> None:
 
 @triton.jit
 def _ask_keys(pages, keys, begin, position, first, last, kv_page, kv_which, kv_entry, DIM: tl.constexpr,
-              PAGE: tl.constexpr, KEYS: tl.constexpr) -> None:  # fmt: skip
+              DIM_PAD: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr) -> None:  # fmt: skip
     """Blocks [first, last) of keys and values, to be brought into the second-level cache."""
     ITEM: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
-    LINES: tl.constexpr = triton.next_power_of_2((DIM * ITEM + LINE - 1) // LINE)
+    LINES: tl.constexpr = DIM_PAD * ITEM // LINE if DIM_PAD * ITEM > LINE else 1
     column = tl.minimum(tl.arange(0, LINES) * (LINE // ITEM), DIM - 1)
     for i in range(first, last):
         n = tl.minimum(tl.maximum(i * KEYS + tl.arange(0, KEYS), begin), position - 1)
@@ -119,8 +119,8 @@ def _share(positions, slots, window, num_tokens, programs, min_blocks, KEYS: tl.
 
 @triton.jit
 def _settle(acc, top, total, used, out, sums, tops, totals, arrived, sinks, num_tokens, GROUP: tl.constexpr,
-            ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, AT_ONCE: tl.constexpr,
-            SINKS: tl.constexpr) -> None:  # fmt: skip
+            GROUP_PAD: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+            AT_ONCE: tl.constexpr, SINKS: tl.constexpr) -> None:  # fmt: skip
     """Write the result, or leave it to whoever finishes last."""
     head, split, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(0)
@@ -135,8 +135,8 @@ def _settle(acc, top, total, used, out, sums, tops, totals, arrived, sinks, num_
         keep_part(sums, tops, totals, first_part + split * GROUP + r, acc, top, total, own, DIM, DIM_PAD)
         if last_to_arrive(arrived + token * kv_heads + head, used):
             finish_item(
-                sums, tops, totals, first_part, used, out, sinks, token, head, num_tokens, kv_heads, GROUP, GROUP,
-                DIM, DIM_PAD, AT_ONCE, False, SINKS,
+                sums, tops, totals, first_part, used, out, sinks, token, head, num_tokens, kv_heads, GROUP,
+                GROUP_PAD, GROUP, DIM, DIM_PAD, AT_ONCE, False, SINKS,
             )  # fmt: skip
 
 
@@ -165,10 +165,10 @@ def _leave(out, empty, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexp
 def _rope_attention(q, k, v, q_norm, k_norm, frequency, kv, table, positions, slots, out, sums, tops, totals, arrived,
                     sinks, ahead, num_tokens, min_blocks, programs, window, ahead_lines, q_eps, k_eps, q_row, k_row,
                     v_row, table_slot, kv_page, kv_which, kv_entry, kv_head, scale,
-                    GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-                    HALF: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, TOKENS_PAD: tl.constexpr,
-                    HELD: tl.constexpr, WARM: tl.constexpr, NORMED: tl.constexpr, SINKS: tl.constexpr,
-                    FP8: tl.constexpr, AT_ONCE: tl.constexpr, AHEAD: tl.constexpr,
+                    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+                    DIM_PAD: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
+                    TOKENS_PAD: tl.constexpr, HELD: tl.constexpr, WARM: tl.constexpr, NORMED: tl.constexpr,
+                    SINKS: tl.constexpr, FP8: tl.constexpr, AT_ONCE: tl.constexpr, AHEAD: tl.constexpr,
                     PDL: tl.constexpr) -> None:  # fmt: skip
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if AHEAD == 1:
@@ -193,7 +193,7 @@ def _rope_attention(q, k, v, q_norm, k_norm, frequency, kv, table, positions, sl
         held_key, held_value = load_block(pages, keys, n, seen, kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE)
     if WARM > 0:
         to = tl.minimum(first + HELD + WARM, last)
-        _ask_keys(pages, keys, begin, position, first + HELD, to, kv_page, kv_which, kv_entry, DIM, PAGE, KEYS)
+        _ask_keys(pages, keys, begin, position, first + HELD, to, kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE, KEYS)
     cos, sin = cos_sin(frequency, position, DIM_PAD, HALF)
     if PDL:
         gdc_wait()
@@ -220,8 +220,8 @@ def _rope_attention(q, k, v, q_norm, k_norm, frequency, kv, table, positions, sl
     )  # fmt: skip
     if AHEAD == 2:
         _ask_ahead(ahead, ahead_lines, 128)
-    _settle(acc, top, total, used, out, sums, tops, totals, arrived, sinks, num_tokens, GROUP, ROWS, DIM, DIM_PAD,
-            AT_ONCE, SINKS)  # fmt: skip
+    _settle(acc, top, total, used, out, sums, tops, totals, arrived, sinks, num_tokens, GROUP, GROUP_PAD, ROWS, DIM,
+            DIM_PAD, AT_ONCE, SINKS)  # fmt: skip
 
 
 def rope_attention(
@@ -257,8 +257,8 @@ def rope_attention(
         *partials(tokens, heads.kv_heads, tile.splits, group, heads.head_dim, q.device),
         out if sinks is None else sinks, q if matrix is None else matrix, tokens, tile.min_blocks, tile.programs,
         heads.window, lines, q_norm.eps, k_norm.eps, q.stride(0), k.stride(0), v.stride(0), paged.table.stride(0),
-        *paged.kv.stride()[:4], heads.scale * LOG2E.value, GROUP=group, ROWS=max(16, pad(group)), DIM=heads.head_dim,
-        DIM_PAD=pad(heads.head_dim), HALF=rope.dim // 2, PAGE=paged.kv.shape[2], KEYS=tile.keys,
+        *paged.kv.stride()[:4], heads.scale * LOG2E.value, GROUP=group, GROUP_PAD=pad(group), ROWS=max(16, pad(group)),
+        DIM=heads.head_dim, DIM_PAD=pad(heads.head_dim), HALF=rope.dim // 2, PAGE=paged.kv.shape[2], KEYS=tile.keys,
         TOKENS_PAD=0 if tile.programs == 0 else 1 if tokens == 1 else MOST_TOKENS, HELD=int(tile.held),
         WARM=tile.warm if pdl else 0, NORMED=norms is not None, SINKS=sinks is not None,
         FP8=paged.kv.dtype == torch.float8_e4m3fn, AT_ONCE=splits_at_once(group, heads.head_dim, tile.warps),

@@ -108,11 +108,10 @@ def add_splits(sums, tops, totals, part, used, ROWS: tl.constexpr, ROWS_PAD: tl.
 
 @triton.jit
 def finish_item(sums, tops, totals, part, used, out, sinks, start, head, num_tokens, kv_heads, COUNT: tl.constexpr,
-                 GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, AT_ONCE: tl.constexpr,
-                 LISTED: tl.constexpr, SINKS: tl.constexpr) -> None:  # fmt: skip
+                ROWS_PAD: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+                AT_ONCE: tl.constexpr, LISTED: tl.constexpr, SINKS: tl.constexpr) -> None:  # fmt: skip
     """Add up an item's splits and write its rows, which are GROUP query heads of each token from `start` on. LISTED:
     only those that have keys."""
-    ROWS_PAD: tl.constexpr = triton.next_power_of_2(COUNT)
     acc, top, total = add_splits(sums, tops, totals, part, used, COUNT, ROWS_PAD, DIM, DIM_PAD, AT_ONCE)
     row = tl.arange(0, ROWS_PAD)
     d = tl.arange(0, DIM_PAD)
