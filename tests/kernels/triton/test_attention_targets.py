@@ -30,13 +30,16 @@ def compiled(target: str, *cases: str) -> dict[str, Any]:
 
 
 def test_kernels_compile_for_hopper():
-    has = compiled("cuda:90", "decode 8b pdl", "prefill 8b", "write 8b pdl", "items")
-    for kernel in ("decode 8b pdl _decode", "decode 8b pdl _combine", "write 8b pdl _rope_write"):
+    has = compiled("cuda:90", "decode 8b pdl", "prefill 8b", "write 8b pdl", "fused 8b pdl", "items")
+    for kernel in ("decode 8b pdl _decode", "write 8b pdl _rope_write", "fused 8b pdl _rope_attention"):
         assert {"griddepcontrol.wait", "griddepcontrol.launch"} <= set(has[kernel]), kernel
     assert {"mma.sync", "cp.async"} <= set(has["decode 8b pdl _decode"])
+    assert {"mma.sync", "cp.async", "prefetch.global.L2", "atom.global"} <= set(has["fused 8b pdl _rope_attention"])
     assert {"wgmma", "cp.async"} <= set(has["prefill 8b _prefill"])
     # An approximate cosine is off by far more than a rounding at the angles of long contexts.
-    assert "cos.approx" not in has["write 8b pdl _rope_write"]
+    assert not any(
+        "cos.approx" in has[kernel] for kernel in ("write 8b pdl _rope_write", "fused 8b pdl _rope_attention")
+    )
 
 
 @pytest.mark.slow

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
 
+from tokenspeed.kernels.triton.operands import Matrix
 from tokenspeed.ops.definitions import Attrs
 
 
@@ -17,6 +18,8 @@ class RecordView(Protocol):
     def op(self) -> str: ...
     @property
     def attrs(self) -> Attrs: ...
+    @property
+    def outputs(self) -> tuple[int, ...]: ...
     def plain(self) -> Iterable[RecordView]: ...
 
 
@@ -52,3 +55,7 @@ class PagedView(Protocol):
     def items(self) -> torch.Tensor | None: ...
     @property
     def decode_rows(self) -> torch.Tensor | None: ...
+    @property
+    def one_each(self) -> bool: ...
+    @property
+    def ahead(self) -> Mapping[int, Matrix]: ...
