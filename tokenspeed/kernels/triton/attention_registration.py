@@ -63,8 +63,11 @@ def _decode(
     return decode_attention(q, paged, heads, tile, sinks, rows, out, pdl=small_step(q))
 
 
-def run_rope_write(view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs) -> Tensors:
-    """rope_write and qk_norm_rope_write: inputs q, k, v; weights none, or the norms of q and of k."""
+def run_rope_write(
+    view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs, pdl: bool | None = None
+) -> Tensors:
+    """rope_write and qk_norm_rope_write: inputs q, k, v; weights none, or the norms of q and of k. pdl: whether the
+    kernel is launched ahead; by default in small steps."""
     parts = list(record.plain())
     rope = next(part.attrs["rope"] for part in parts if part.op == "rope")
     layer = next(part.attrs["layer"] for part in parts if part.op == "kv_write")
@@ -72,7 +75,7 @@ def run_rope_write(view: PagedView, record: RecordView, inputs: Inputs, weights:
     norms = (HeadNorm(weights[0], eps[0]), HeadNorm(weights[1], eps[1])) if eps else None
     q, k, v = inputs
     paged = paged_layer(view, layer)
-    rotated = rope_write(q, k, v, paged, rope, norms, pdl=small_step(q))
+    rotated = rope_write(q, k, v, paged, rope, norms, pdl=small_step(q) if pdl is None else pdl)
     return rotated, paged.kv
 
 
