@@ -101,11 +101,11 @@ def run_mixed(llm: LLM, asked: Sequence[Asked], most: int, rng: random.Random) -
     """In mixes of 2 to `most` requests of which some are others, until each has been in one; with their numbers."""
     left = list(range(len(asked)))
     rng.shuffle(left)
-    longest = max(len(one.prompt) for one in asked)
+    longest, tokens = max(len(one.prompt) for one in asked), asked[0].params.max_tokens or 1
     while left:
         size = rng.randint(2, most)
         mine, left = left[: max(1, size // 2)], left[max(1, size // 2) :]
-        others = make_requests(size - len(mine), llm.core.vocab_size, longest, 20, rng)
+        others = make_requests(size - len(mine), llm.core.vocab_size, longest, tokens, rng)
         order = [*((number, asked[number]) for number in mine), *((-1, _at_times_silent(one, rng)) for one in others)]
         rng.shuffle(order)
         llm.core.cache.reset()
