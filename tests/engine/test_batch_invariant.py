@@ -104,7 +104,7 @@ def test_the_reference_is_refused(tiny_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_pages_of_one_mode_are_not_those_of_the_other(tiny: Engines) -> None:
     config, files = tiny[512].config, tiny[512].core.files
-    prepared = core.prepare(files, config)
+    prepared = build.prepare(files, config)
     on, off = (core._root(files, prepared, replace(config, batch_invariant=mode)) for mode in (True, False))
     assert on != off
     assert on == core._root(files, prepared, config)

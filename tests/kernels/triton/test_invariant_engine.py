@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from tests.seeds import SEED
 from tokenspeed.bench.gpu.invariance import different, make_requests, run, run_after_hit, run_alone, run_mixed
 from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.engine.llm import LLM
-from tokenspeed.kernels.registry import Registry
+from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.kernels.triton import attention_registration, dense, invariant_registration
+from tokenspeed.ops.definitions import Operands
 from tokenspeed.runner import build
 from tokenspeed.runner.gpu.backend import GpuBackend
 from tokenspeed.runner.gpu.executor import GpuExecutor
@@ -37,8 +39,11 @@ def register_here(registry: Registry) -> None:
     for room in (attention_registration, invariant_registration, dense):
         room.register(known)
     for made in (each for items in known._by_op.values() for each in items):
-        takes = made.takes
-        registry.add(replace(made, takes=lambda o, where, takes=takes: takes(o, replace(where, device="cuda"))))
+        registry.add(replace(made, takes=partial(_takes_here, made)))
+
+
+def _takes_here(made: Implementation, operands: Operands, situation: Situation) -> bool:
+    return made.takes(operands, replace(situation, device="cuda"))
 
 
 @pytest.fixture(scope="module")

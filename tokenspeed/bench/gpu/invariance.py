@@ -167,9 +167,9 @@ def measured_costs(on: LLM, off: LLM, name: str, batches: Sequence[int], pairs: 
 
 def _answer(output: RequestOutput) -> Answer:
     completion = output.outputs[0]
-    told = completion.logprobs
-    logprobs = told and [[(token, each.logprob, each.rank) for token, each in entry.items()] for entry in told]
-    return Answer(list(completion.token_ids), logprobs or None, output.num_cached_tokens or 0)
+    told = completion.logprobs or []
+    logprobs = [[(token, each.logprob, each.rank) for token, each in entry.items()] for entry in told]
+    return Answer(list(completion.token_ids), logprobs or None, output.num_cached_tokens)
 
 
 def _at_times_silent(asked: Asked, rng: random.Random) -> Asked:
@@ -185,8 +185,9 @@ def _open(options: argparse.Namespace, **settings: Any) -> LLM:
 
 
 def _checked(options: argparse.Namespace) -> dict[str, Any]:
-    rng, expected, found = random.Random(options.seed), [], {}
+    rng, found = random.Random(options.seed), {}
     asked: list[Asked] = []
+    expected: list[Answer] = []
     for budget in BUDGETS:
         llm = _open(options, batch_invariant=True, max_num_batched_tokens=budget)
         if not expected:

@@ -64,6 +64,13 @@ def invariant_item_tokens(heads: int, kv_heads: int) -> int:
 
 
 @triton.jit
+def no_sum(ROWS: tl.constexpr, DIM_PAD: tl.constexpr):
+    """The softmax sum of no keys."""
+    nothing = tl.zeros((ROWS,), tl.float32)
+    return tl.zeros((ROWS, DIM_PAD), tl.float32), nothing + float("-inf"), nothing
+
+
+@triton.jit
 def merge(acc, top, total, part, part_top, part_total):
     """Two partial softmax sums as one (`paged.absorb` says what they are). One without keys changes no bit of the
     other."""
@@ -116,13 +123,9 @@ def _attend(q, kv, table, items, out, partial, tops, totals, sinks, window, span
     lowest = tl.where(window > 0, position - window, -1)
     pages = table + slot.to(tl.int64) * table_slot
     keys = kv + head * kv_head
-    acc = tl.zeros((ROWS, DIM_PAD), tl.float32)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    acc, top, total = no_sum(ROWS, DIM_PAD)
     for span in range(begin // SPAN + lane, tl.cdiv(end, SPAN), tl.num_programs(2)):
-        part = tl.zeros((ROWS, DIM_PAD), tl.float32)
-        part_top = tl.full((ROWS,), float("-inf"), tl.float32)
-        part_total = tl.zeros((ROWS,), tl.float32)
+        part, part_top, part_total = no_sum(ROWS, DIM_PAD)
         part, part_top, part_total = sweep(
             part, part_top, part_total, queries, position, lowest, begin, end, tl.maximum(span * SPAN, begin) // KEYS,
             tl.cdiv(tl.minimum(span * SPAN + SPAN, end), KEYS), pages, keys, scale, kv_page, kv_which, kv_entry, DIM,
@@ -158,9 +161,7 @@ def _merge_spans(positions, slots, out, partial, tops, totals, sinks, window, sp
     heads = tl.program_id(1) * GROUP + g
     number = token * (tl.num_programs(1) * GROUP) + heads
     begin = tl.where(window > 0, tl.maximum(position - window + 1, 0), 0)
-    acc = tl.zeros((GROUP_PAD, DIM_PAD), tl.float32)
-    top = tl.full((GROUP_PAD,), float("-inf"), tl.float32)
-    total = tl.zeros((GROUP_PAD,), tl.float32)
+    acc, top, total = no_sum(GROUP_PAD, DIM_PAD)
     for span in tl.range(begin // SPAN, position // SPAN + 1, num_stages=4):
         place = number * spans + span
         part = tl.load(partial + (place * DIM)[:, None] + d[None, :], mask=inside, other=0.0)
