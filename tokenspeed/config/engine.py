@@ -52,6 +52,11 @@ class EngineConfig:
     precise: bool = _setting(
         False, "accuracy before speed: auto types become float32, and nothing that costs accuracy is on"
     )
+    batch_invariant: bool = _setting(
+        False,
+        "a request gets the same tokens and log-probabilities, bit by bit, whatever runs beside it and however its "
+        "prompt is fed; on GPUs slower kernels do this, the CPU's fast ones always do",
+    )
     packed_cache: str | None = _setting(
         None, "a directory for copies of the weights as the CPU backend packs them: the next load reads its copy"
     )

@@ -3,11 +3,19 @@ leave."""
 
 from __future__ import annotations
 
-from tokenspeed.kernels.registry import Implementation, Registry
+from tokenspeed.kernels.registry import Implementation, Registry, Situation
+from tokenspeed.ops.definitions import Operands
 from tokenspeed.ops.reference import REFERENCE
+
+VIEWS = ("split",)
+"""References that compute nothing. Of the others torch may choose kernels by the number of rows."""
 
 
 def register(registry: Registry) -> None:
     """Add the reference of every plain op at priority 0."""
     for op, fn in REFERENCE.items():
-        registry.add(Implementation("ref", op, "ref", fn, lambda operands, situation: True, priority=0))
+        registry.add(Implementation("ref", op, "ref", fn, _always, priority=0, invariant=op in VIEWS))
+
+
+def _always(operands: Operands, situation: Situation) -> bool:
+    return True

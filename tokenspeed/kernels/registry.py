@@ -16,18 +16,21 @@ from tokenspeed.ops.definitions import Operands
 
 @dataclass(frozen=True)
 class Situation:
-    """What a choice may depend on: device type, compute dtype, most tokens of the bucket, and stored weight formats."""
+    """What a choice may depend on: device type, compute dtype, most tokens of the bucket, and stored weight formats.
+    batch_invariant: only what gives a row the same bits in every batch may be chosen."""
 
     device: str
     dtype: str
     tokens: int
     formats: Mapping[str, tuple[str, ...]]
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True)
 class Implementation:
     """A way to run an op. `run` is what its backend calls; `takes` says whether it fits. Higher priority is asked
-    first."""
+    first. invariant: a row's outcome is the same, bit by bit, whatever the number and the content of other rows, and
+    however a sequence is cut into steps."""
 
     name: str
     op: str
@@ -35,6 +38,7 @@ class Implementation:
     run: Callable[..., Any]
     takes: Callable[[Operands, Situation], bool]
     priority: int
+    invariant: bool = False
 
 
 class Registry:
@@ -53,4 +57,6 @@ class Registry:
 
     def choose(self, op: str, operands: Operands, situation: Situation) -> Implementation | None:
         """The first that fits, or None."""
-        return next((item for item in self._by_op.get(op, ()) if item.takes(operands, situation)), None)
+        known = self._by_op.get(op, ())
+        promising = [item for item in known if item.invariant or not situation.batch_invariant]
+        return next((item for item in promising if item.takes(operands, situation)), None)

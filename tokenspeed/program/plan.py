@@ -62,7 +62,8 @@ def _lower(
         out.append((record, chosen))
         return
     if not record.parts:
-        raise UnsupportedError(f"op {record.op} has no implementation on {situation.device}")
+        promise = " that gives a row the same bits in every batch" if situation.batch_invariant else ""
+        raise UnsupportedError(f"op {record.op} has no implementation on {situation.device}{promise}")
     for part in record.parts:
         _lower(program, part, registry, situation, out)
 

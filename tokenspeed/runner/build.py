@@ -13,7 +13,7 @@ import torch
 from tokenspeed.config.engine import EngineConfig
 from tokenspeed.config.generation import GenerationDefaults, generation_from_gguf, generation_from_hf
 from tokenspeed.config.source import ModelSource, resolve_model
-from tokenspeed.contracts.errors import ConfigError, ModelNotFoundError
+from tokenspeed.contracts.errors import ConfigError, ModelNotFoundError, UnsupportedError
 from tokenspeed.contracts.executor import Executor
 from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.formats.digest import checkpoint_digest
@@ -184,7 +184,8 @@ def choose_backend(
 ) -> RefBackend | CpuBackend | GpuBackend:
     """The fast backend where it takes the whole model, else the reference, which is said once.
 
-    --dtype float32 asks for plain float32 arithmetic, which only the reference does.
+    --dtype float32 asks for plain float32 arithmetic, which only the reference does. Raises UnsupportedError where that
+    would have to be batch-invariant: torch chooses its kernels by the number of rows.
     """
     if model.device.type == "cpu" and config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -192,14 +193,23 @@ def choose_backend(
         if copy is not None:
             raise ConfigError("--packed-cache is for the CPU's fast backend: leave it or --device and --dtype out")
         if model.device.type == "cuda" and config.dtype != "float32" and triton_available():
-            return GpuBackend(model, progress, quantization=config.quantization)
+            return GpuBackend(model, progress, quantization=config.quantization, batch_invariant=config.batch_invariant)
+        _refuse_invariant(config, "--dtype float32" if config.dtype == "float32" else "no Triton")
         return RefBackend(model, progress=progress)
     missing = why_not(model, kv_dtype) if extension_available() else ["all: the C++ extension is not built"]
     if not missing:
         return CpuBackend(model, config.threads, config.lm_head, progress, copy)
+    _refuse_invariant(config, f"no fast kernel for: {', '.join(missing)}")
     no_use = "" if copy is None else "; --packed-cache has no use"
     logger.warning("the slow reference runs this model; no fast kernel for: %s%s", ", ".join(missing), no_use)
     return RefBackend(model, fallback_ops=missing, progress=progress)
+
+
+def _refuse_invariant(config: EngineConfig, reason: str) -> None:
+    if config.batch_invariant:
+        raise UnsupportedError(
+            f"--batch-invariant: the reference backend (ref), which would run this model ({reason}), cannot promise it"
+        )
 
 
 def gpu_executor(backend: GpuBackend, arena: Arena, max_num_seqs: int, max_len: int) -> Executor:
@@ -207,5 +217,5 @@ def gpu_executor(backend: GpuBackend, arena: Arena, max_num_seqs: int, max_len: 
     from tokenspeed.runner.gpu.executor import GpuExecutor
     from tokenspeed.runner.gpu.link import CudaLink, TritonSteps  # Triton is an optional package
 
-    kernels = TritonSteps(backend.num_heads, backend.model.dtype.itemsize)
+    kernels = TritonSteps(backend.num_heads, backend.model.dtype.itemsize, backend.batch_invariant)
     return GpuExecutor(backend, arena, kernels, CudaLink(), max_num_seqs=max_num_seqs, max_len=max_len)

@@ -31,7 +31,7 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "enable_fp_fusion")
 INSTRUCTIONS = (
     "wgmma.mma_async",
     "mma.sync",

@@ -16,7 +16,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tokenspeed.kernels.triton import decode_attention, prefill_attention, rope_attention, rope_write, work_items
+from tokenspeed.kernels.triton import (
+    decode_attention,
+    invariant_attention,
+    prefill_attention,
+    rope_attention,
+    rope_write,
+    work_items,
+)
 from tokenspeed.kernels.triton.attention_tiles import decode_tile, fused_tile, prefill_tile
 from tokenspeed.kernels.triton.paged import Heads, PagedLayer
 from tokenspeed.ops.rope import Rope
@@ -76,6 +83,14 @@ def prefill(hip: bool, heads: Heads, dtype: torch.dtype, kv_dtype: torch.dtype, 
     prefill_attention.prefill_attention(q, paged(1024, heads, kv_dtype), items, heads, tile, sink)
 
 
+def invariant(hip: bool, heads: Heads, tokens: int, dtype: torch.dtype, kv_dtype: torch.dtype, pdl: bool) -> None:
+    tile = invariant_attention.invariant_tile(heads.head_dim, dtype.itemsize, hip)
+    invariant_attention.dependent_launch = lambda device: pdl  # type: ignore[attr-defined]
+    work, programs = empty(64, 4, dtype=torch.int32), 4 if tokens <= 64 else 0
+    q, layer, sinks = query(tokens, heads, dtype), paged(tokens, heads, kv_dtype), empty(heads.heads, dtype=F32)
+    invariant_attention.invariant_attention(q, layer, work, heads, sinks if tokens == 2 else None, programs, tile)
+
+
 def write(hip: bool, heads: Heads, kv_dtype: torch.dtype, normed: bool, pdl: bool) -> None:
     size = heads.head_dim * heads.kv_heads
     q, k, v = empty(8, (heads.group + 2) * size, dtype=BF16).split([heads.group * size, size, size], dim=-1)
@@ -126,12 +141,27 @@ CASES: dict[str, tuple[Any, ...]] = {
     "fused 1b": (fused, SMALL, 1, BF16, False, False),
     "fused gemma": (fused, GEMMA, 8, BF16, True, False),
     "fused fp8 pages": (fused, LLAMA, 32, F8, True, False),
+    "invariant 8b pdl": (invariant, LLAMA, 1, BF16, BF16, True),
+    "invariant 8b": (invariant, LLAMA, 1024, BF16, BF16, False),
+    "invariant 1b sinks": (invariant, SMALL, 2, BF16, BF16, False),
+    "invariant 1b prefill": (invariant, SMALL, 512, BF16, BF16, False),
+    "invariant gemma": (invariant, GEMMA, 8, BF16, BF16, False),
+    "invariant gemma prefill": (invariant, GEMMA, 512, BF16, BF16, False),
+    "invariant float32": (invariant, GEMMA, 512, F32, F32, False),
+    "invariant fp8 pages": (invariant, LLAMA, 32, BF16, F8, False),
     "write fp8 pages": (write, LLAMA, F8, False, False),
 }
 NO_PDL = ("cuda:80", "hip:gfx942", "hip:gfx950")
 NO_E4M3 = ("cuda:80", "hip:gfx942")
-KERNELS = ((decode_attention, "_decode"), (prefill_attention, "_prefill"),
-           (rope_write, "_rope_write"), (rope_attention, "_rope_attention"), (work_items, "_make_items"))  # fmt: skip
+KERNELS = (
+    (decode_attention, "_decode"),
+    (prefill_attention, "_prefill"),
+    (invariant_attention, "_attend"),
+    (invariant_attention, "_merge_spans"),
+    (rope_write, "_rope_write"),
+    (rope_attention, "_rope_attention"),
+    (work_items, "_make_items"),
+)
 
 
 def launches(case: str, hip: bool) -> Iterator[tuple[Any, Launch]]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from tests.kernels.triton.compilation import recorded
-from tokenspeed.kernels.triton import linear, norm
+from tokenspeed.kernels.triton import invariant_linear, linear, norm
+from tokenspeed.kernels.triton.invariant_linear import project_invariant
 from tokenspeed.kernels.triton.linear import project
 from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue
 from tokenspeed.quantization.fp8 import Fp8Weight
@@ -33,7 +34,7 @@ def vector(cols: int) -> torch.Tensor:
     return meta(cols, dtype=torch.float32)
 
 
-def layer(rows: int, hidden: int, ff: int, weight: Any, dtype: torch.dtype) -> None:
+def layer(rows: int, hidden: int, ff: int, weight: Any, dtype: torch.dtype, project: Any = project) -> None:
     """The projections of a layer, and those of one with branch norms and biases."""
     x, branch = meta(rows, hidden, dtype=dtype), meta(rows, hidden, dtype=dtype)
     plain = Norm(vector(hidden), 1e-5)
@@ -68,6 +69,8 @@ def few(target: str) -> None:
     project(x, fp8(6144, 4096), prologue=prologue)
     project(meta(32, 4096), meta(4096, 4096), vector(4096))
     project(meta(64, 4096), fp8(28672, 4096), act="silu")
+    project_invariant(x, meta(4096, 4096), prologue=prologue)
+    project_invariant(meta(999, 4096), fp8(28672, 4096), act="silu")
     row_kernels(torch.bfloat16)
 
 
@@ -81,19 +84,25 @@ def product(target: str) -> None:
         for rows in (1, 2, 8, 64) if dtype == torch.bfloat16 else (1, 64):
             layer(rows, 2048, 8192, plain, dtype)
         layer(2, 640, 2048, plain, dtype)
+        for rows in (1, 300) if dtype == torch.bfloat16 else (300,):
+            layer(rows, 2048, 8192, plain, dtype, project_invariant)
         row_kernels(dtype)
     if target not in NO_FP8:
         quantised_rows()
         for rows in (1, 8, 64):
             layer(rows, 4096, 14336, fp8, torch.bfloat16)
         project(meta(9, 4096), fp8(6144, 4096, block=True))
+        for rows in (1, 300):
+            layer(rows, 4096, 14336, fp8, torch.bfloat16, project_invariant)
+            project_invariant(meta(rows, 4096), fp8(6144, 4096, block=True))
 
 
 def main() -> None:
     target, which = sys.argv[1:]
     # Kernels of a target without dependent launch are compiled as they are launched there.
     ahead = target in ("sm_90", "sm_100")
-    linear.dependent_launch = norm.dependent_launch = lambda device: ahead  # type: ignore[attr-defined]
+    for module in (linear, norm, invariant_linear):
+        module.dependent_launch = lambda device: ahead  # type: ignore[attr-defined]
     with recorded(target) as kernels:
         (few if which == "few" else product)(target)
     print(json.dumps(kernels))

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+PRODUCTS = {"skinny_kernel", "product_kernel"}
+"""What multiplies on tensor cores."""
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -26,12 +28,12 @@ def compiled(target: str, which: str, cache: Path) -> list[dict[str, Any]]:
 
 def test_one_of_each_for_hopper(tmp_path: Path) -> None:
     kernels = compiled("sm_90", "few", tmp_path)
-    names = {"gemv_kernel", "skinny_kernel", "add_parts_kernel", "rows_kernel", "act_kernel", "embed_kernel"}
+    names = {"gemv_kernel", "add_parts_kernel", "rows_kernel", "act_kernel", "embed_kernel"} | PRODUCTS
     assert {kernel["name"] for kernel in kernels} == names
     for kernel in kernels:
         assert kernel["griddepcontrol.wait"] == 1, kernel
         assert kernel["griddepcontrol.launch_dependents"] == 1, kernel
-        if kernel["name"] == "skinny_kernel":
+        if kernel["name"] in PRODUCTS:
             assert kernel["wgmma.mma_async"] > 0, kernel
         if kernel["name"] == "gemv_kernel":
             # Weights are asked for before the wait, and do not push activations out of the caches.
@@ -50,6 +52,7 @@ def test_every_path_for_every_target(target: str, tmp_path: Path) -> None:
     assert waits == (len(kernels) if target in ("sm_90", "sm_100") else 0)
     if target.startswith("sm"):
         # float32 products are exact, so not on tensor cores.
-        products = [kernel for kernel in kernels if kernel["name"] == "skinny_kernel" and kernel["x"] != "*fp32"]
+        products = [kernel for kernel in kernels if kernel["name"] in PRODUCTS and kernel["x"] != "*fp32"]
+        assert {kernel["name"] for kernel in products} == PRODUCTS
         assert len(products) >= 15
         assert all(k["wgmma.mma_async"] + k["mma.sync"] + k["tcgen05.mma"] > 0 for k in products)

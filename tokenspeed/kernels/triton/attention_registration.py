@@ -71,12 +71,15 @@ def _decode(
     return decode_attention(q, paged, heads, tile, sinks, rows, out, pdl=small_step(q))
 
 
-def run_rope_write(view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs) -> Tensors:
-    """rope_write and qk_norm_rope_write: inputs q, k, v; weights none, or the norms of q and of k."""
+def run_rope_write(
+    view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs, pdl: bool | None = None
+) -> Tensors:
+    """rope_write and qk_norm_rope_write: inputs q, k, v; weights none, or the norms of q and of k. pdl: whether the
+    kernel is launched ahead; by default in small steps."""
     q, k, v = inputs
     rope, norms, layer = _write_of(record, weights)
     paged = paged_layer(view, layer)
-    rotated = rope_write(q, k, v, paged, rope, norms, pdl=small_step(q))
+    rotated = rope_write(q, k, v, paged, rope, norms, pdl=small_step(q) if pdl is None else pdl)
     return rotated, paged.kv
 
 

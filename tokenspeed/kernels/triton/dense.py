@@ -7,12 +7,14 @@ An implementation is called as run(view, record, inputs, weights) and returns th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
 
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.kernels.triton import norm as row_kernels
+from tokenspeed.kernels.triton.invariant_linear import project_invariant
 from tokenspeed.kernels.triton.linear import project
 from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue
 from tokenspeed.kernels.triton.tiles import SMALL_ROWS
@@ -47,20 +49,16 @@ class Node(Protocol):
 
 
 Run = Callable[[object, Node, Sequence[torch.Tensor], Sequence[Matrix]], Outputs]
+Project = Callable[
+    [torch.Tensor, Matrix, torch.Tensor | None, str, Prologue | None], tuple[torch.Tensor, torch.Tensor | None]
+]
 
 
 def register(registry: Registry, *, fp8: bool = True) -> None:
     """Add the dense ops of backend "triton". fp8: whether the device multiplies e4m3 (CUDA from 8.9 on, gfx950)."""
 
     def takes(operands: Operands, situation: Situation) -> bool:
-        matrices = [
-            name for name, shape in zip(operands.weights, operands.weight_shapes, strict=True) if len(shape) > 1
-        ]
-        return (
-            situation.device == "cuda"
-            and situation.dtype in DTYPES
-            and (fp8 or not any(_is_fp8(name, situation.formats) for name in matrices))
-        )
+        return _takes(operands, situation, fp8)
 
     def takes_fused(operands: Operands, situation: Situation) -> bool:
         quantized = any(_is_fp8(name, situation.formats) for name in operands.weights)
@@ -69,12 +67,25 @@ def register(registry: Registry, *, fp8: bool = True) -> None:
     def takes_table(operands: Operands, situation: Situation) -> bool:
         return takes(operands, situation) and not _is_fp8(operands.weights[0], situation.formats)
 
-    plain: dict[str, Run] = {"linear": run_projection, "norm": run_norm, "add": run_add, "act_mul": run_act_mul}
-    for op, run in (plain | dict.fromkeys(JOINS, run_join_norm)).items():
-        registry.add(Implementation(f"triton.{op}", op, "triton", run, takes, PRIORITY))
-    registry.add(Implementation("triton.embed", "embed", "triton", run_embed, takes_table, PRIORITY))
+    def takes_apart(operands: Operands, situation: Situation) -> bool:
+        return situation.batch_invariant and takes(operands, situation)
+
+    rows: dict[str, Run] = {"norm": run_norm, "add": run_add, "act_mul": run_act_mul}
+    for op, run in (rows | dict.fromkeys(JOINS, run_join_norm)).items():
+        registry.add(Implementation(f"triton.{op}", op, "triton", run, takes, PRIORITY, invariant=True))
+    registry.add(Implementation("triton.embed", "embed", "triton", run_embed, takes_table, PRIORITY, invariant=True))
+    registry.add(Implementation("triton.linear", "linear", "triton", run_projection, takes, PRIORITY))
+    same = partial(run_projection, project=project_invariant)
+    for op in ("linear", *FUSED):
+        registry.add(Implementation(f"invariant.{op}", op, "triton", same, takes_apart, PRIORITY, invariant=True))
     for op in FUSED:
         registry.add(Implementation(f"triton.{op}", op, "triton", run_projection, takes_fused, PRIORITY))
+
+
+def _takes(operands: Operands, situation: Situation, fp8: bool) -> bool:
+    matrices = [name for name, shape in zip(operands.weights, operands.weight_shapes, strict=True) if len(shape) > 1]
+    known = situation.device == "cuda" and situation.dtype in DTYPES
+    return known and (fp8 or not any(_is_fp8(name, situation.formats) for name in matrices))
 
 
 def run_projection(
@@ -82,7 +93,7 @@ def run_projection(
     record: Node,
     inputs: Sequence[torch.Tensor],
     weights: Sequence[Matrix],
-    project: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = project,
+    project: Project = project,
 ) -> Outputs:
     """linear with any of: norm or join before it, activation after it. project: as `linear.project`."""
     values, named = dict(zip(record.inputs, inputs, strict=True)), dict(zip(record.weights, weights, strict=True))

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.kernels.triton import norm as row_kernels
 from tokenspeed.kernels.triton.gemv import gemv_kernel
 from tokenspeed.kernels.triton.launch import dependent_launch, options
-from tokenspeed.kernels.triton.operands import Matrix, Prologue, Rows
+from tokenspeed.kernels.triton.operands import Matrix, Prologue, Rows, check_matrix, matrix_parts, scale_block_of
 from tokenspeed.kernels.triton.skinny import add_parts_kernel, skinny_kernel
 from tokenspeed.kernels.triton.tiles import (
     FP8_GEMV_BYTES,
@@ -44,7 +43,7 @@ def project(
     and the branch may be column slices. Raises UnsupportedError for a weight whose rows are not contiguous.
     """
     rows, cols = x.shape
-    _check(weight, cols)
+    check_matrix(weight, cols)
     if _is_gemv(rows, weight) and _fits(rows, cols, prologue):
         return gemv(x, weight, bias, act, prologue)
     given, joined = _prepared(x, weight, prologue)
@@ -69,7 +68,7 @@ def gemv(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`project` for one to four rows in one kernel; weights plain or with a scale per row."""
     rows, cols = x.shape
-    matrix, scale = _parts(weight)
+    matrix, scale = matrix_parts(weight)
     padded = triton.next_power_of_2(rows)
     tile = tile or gemv_tile(padded, matrix.shape[0], cols, matrix.element_size())
     n = matrix.shape[0] if act == "none" else matrix.shape[0] // 2
@@ -115,9 +114,9 @@ def skinny(
 ) -> torch.Tensor:
     """y [T, N] of `dtype`, of 1 to 64 rows that are already normed, and quantised where the weight is fp8."""
     rows, cols = x.values.shape
-    matrix, scale = _parts(weight)
+    matrix, scale = matrix_parts(weight)
     padded = max(16, triton.next_power_of_2(rows))
-    tile = tile or skinny_tile(padded, matrix.shape[0], cols, matrix.element_size(), _scale_block(weight))
+    tile = tile or skinny_tile(padded, matrix.shape[0], cols, matrix.element_size(), scale_block_of(weight))
     n = matrix.shape[0] if act == "none" else matrix.shape[0] // 2
     columns = tile.block_n if act == "none" else tile.block_n // 2
     pdl = tile.pdl and dependent_launch(matrix.device)
@@ -144,12 +143,12 @@ def skinny(
         SPLIT_K=tile.split_k,
         STAGES=tile.stages,
         PREFETCH=tile.prefetch,
-        SCALE_BLOCK=_scale_block(weight),
+        SCALE_BLOCK=scale_block_of(weight),
         ACT=act,
         **options(tile.warps, pdl),
     )
     if parts is not None:
-        row_scale = None if _scale_block(weight) else scale
+        row_scale = None if scale_block_of(weight) else scale
         launch = options(4, pdl)
         grid = (triton.cdiv(n, _ADD_COLUMNS), rows)
         add_parts_kernel[grid](
@@ -195,20 +194,3 @@ def _scaled_product(x: Rows, weight: Fp8Weight, dtype: torch.dtype) -> torch.Ten
 
 def _fits(rows: int, cols: int, prologue: Prologue | None) -> bool:
     return prologue is None or rows * cols <= FUSED_NORM_ELEMENTS
-
-
-def _parts(weight: Matrix) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return (weight.q, weight.scale) if isinstance(weight, Fp8Weight) else (weight, None)
-
-
-def _scale_block(weight: Matrix) -> int:
-    return weight.scale_block if isinstance(weight, Fp8Weight) else 0
-
-
-def _check(weight: Matrix, cols: int) -> None:
-    matrix, _ = _parts(weight)
-    if matrix.shape[1] != cols or matrix.stride(1) != 1:
-        raise UnsupportedError(
-            f"projection of {cols} columns by a weight {tuple(matrix.shape)} of strides {matrix.stride()} "
-            f"(supported: [N, {cols}] with contiguous rows)"
-        )

@@ -31,10 +31,12 @@ class GpuBackend:
         progress: Progress | None = None,
         register: Callable[[Registry], None] | None = None,
         quantization: str | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         """register: adds the fast kernels; by default Triton's. quantization: fp8 makes every projection but the head
-        e4m3 with a scale per output channel, and its activations e4m3 per token."""
-        self.model = model
+        e4m3 with a scale per output channel, and its activations e4m3 per token. batch_invariant: a row's bits depend
+        on its own sequence alone; raises UnsupportedError where an op has no such kernel."""
+        self.model, self.batch_invariant = model, batch_invariant
         plain = unpack_all(model.packed, model.dtype, progress)
         narrow = _fp8_names(model) if quantization == "fp8" else frozenset()
         self.weights = {name: _on_device(tensor, model.device, name in narrow) for name, tensor in plain.items()}
@@ -44,9 +46,11 @@ class GpuBackend:
         self.weight_bytes = {name: _nbytes(weight) for name, weight in self.weights.items()}
         self._registry = Registry()
         (register or _register_kernels)(self._registry)
-        self._registry.add(Implementation("rows", "select", "gpu", _select, _always, priority=10))
+        self._registry.add(Implementation("rows", "select", "gpu", _select, _always, priority=10, invariant=True))
         ref.register(self._registry)
         self._plans: dict[int, Plan] = {}
+        if batch_invariant:
+            self.plan_for(1)
 
         shape = model.definition.config
         self.num_heads, self.vocab_size = shape.num_heads, shape.vocab_size
@@ -62,7 +66,7 @@ class GpuBackend:
         """The plan for a bucket of `tokens`; made on first use."""
         if tokens not in self._plans:
             dtype = str(self.model.dtype).removeprefix("torch.")
-            situation = Situation(self.model.device.type, dtype, tokens, self.formats)
+            situation = Situation(self.model.device.type, dtype, tokens, self.formats, self.batch_invariant)
             self._plans[tokens] = plan(self.model.program, self._registry, situation)
         return self._plans[tokens]
 
@@ -137,9 +141,11 @@ def triton_available() -> bool:
 
 
 def _register_kernels(registry: Registry) -> None:
-    from tokenspeed.kernels.cuda import registration as cuda_registration  # Triton is an optional package
-    from tokenspeed.kernels.triton import attention_registration, dense
+    # Triton is an optional package.
+    from tokenspeed.kernels.cuda import registration as cuda_registration
+    from tokenspeed.kernels.triton import attention_registration, dense, invariant_registration
 
     attention_registration.register(registry)
+    invariant_registration.register(registry)
     dense.register(registry)
     cuda_registration.register(registry)

@@ -23,6 +23,7 @@ from tokenspeed.runner.edits import has_penalties
 from tokenspeed.runner.gpu.backend import GpuBackend
 from tokenspeed.runner.gpu.graphs import Device, Graphs
 from tokenspeed.runner.gpu.host import Changes, HostSlots, LaunchedRow
+from tokenspeed.runner.gpu.invariant_jobs import run_invariant_jobs
 from tokenspeed.runner.gpu.link import TritonSteps
 from tokenspeed.runner.gpu.state import DeviceState, StateShape
 from tokenspeed.runner.gpu.view import GpuView
@@ -176,7 +177,11 @@ class GpuExecutor:
         at_once = jobs_at_once(self.backend.vocab_size)
         for first in range(0, len(jobs), at_once):
             part = slice(first, first + at_once)
-            run_jobs(self.backend.head(view.asking(wanted[part]), dict(values)).float(), jobs[part])
+            logits = self.backend.head(view.asking(wanted[part]), dict(values))
+            if self.backend.batch_invariant:
+                run_invariant_jobs(logits, jobs[part], self._kernels, self.state.sampling, self.state.lengths.pool)
+            else:
+                run_jobs(logits.float(), jobs[part])
         drawn = torch.zeros(step.rows, dtype=torch.int32)
         for at, result in enumerate(results):
             drawn[at] = result.token_ids[0] if result.token_ids else -1
@@ -185,8 +190,7 @@ class GpuExecutor:
 
     def _view(self, step: _Step) -> GpuView:
         shape, inputs = self._arena.shape, step.inputs
-        work = self._kernels.items(inputs, self._header, self._arena) if step.mixed else (None, None)
-        items, decode_rows = work
+        items, decode_rows = self._kernels.items(inputs, self._header, self._arena, step.mixed)
         return GpuView(
             tokens=inputs.tokens,
             positions=inputs.positions,

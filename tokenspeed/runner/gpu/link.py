@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tokenspeed.kernels.triton import attention_tiles, sample, step, work_items
+from tokenspeed.kernels.triton.invariant_attention import invariant_item_tokens
 from tokenspeed.kernels.triton.sampling_state import SamplingState
 from tokenspeed.runner.arena import Arena
 from tokenspeed.runner.gpu.graphs import CudaDevice
@@ -34,24 +35,31 @@ class CudaLink:
 
 
 class TritonSteps:
-    """The kernels before and after the forward pass. heads: of queries; itemsize: bytes of an activation."""
+    """The kernels before and after the forward pass. heads: of queries; itemsize: bytes of an activation.
+    batch_invariant: one attention kernel takes all tokens, by work items."""
 
-    def __init__(self, heads: int, itemsize: int) -> None:
-        self._heads, self._itemsize = heads, itemsize
+    def __init__(self, heads: int, itemsize: int, batch_invariant: bool = False) -> None:
+        self._heads, self._itemsize, self.batch_invariant = heads, itemsize, batch_invariant
 
     prepare = staticmethod(step.prepare)
     finish = staticmethod(step.finish)
     count_tokens = staticmethod(step.count_tokens)
 
-    def items(self, inputs: Any, header: torch.Tensor, arena: Arena) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The prefill kernel's work list, and the rows left to the decode kernel; none for small buckets."""
+    def items(
+        self, inputs: Any, header: torch.Tensor, arena: Arena, mixed: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The prefill kernel's work list, and the rows left to the decode kernel; none for small buckets and steps that
+        are not mixed."""
         tokens, rows, shape = len(inputs.tokens), len(inputs.row_slots), arena.shape
-        if tokens <= MOST_DECODE_TOKENS:
+        if self.batch_invariant:
+            each = invariant_item_tokens(self._heads, shape.kv_heads)
+        elif mixed and tokens > MOST_DECODE_TOKENS:
+            each = attention_tiles.item_tokens(self._heads, shape.kv_heads, shape.head_dim, self._itemsize)
+        else:
             return None, None
-        each = attention_tiles.item_tokens(self._heads, shape.kv_heads, shape.head_dim, self._itemsize)
         count = attention_tiles.max_items(tokens, rows, each)
         items = torch.empty((count, 4), dtype=torch.int32, device=header.device)
-        decode_rows = torch.empty(rows, dtype=torch.int32, device=header.device)
+        decode_rows = None if self.batch_invariant else torch.empty(rows, dtype=torch.int32, device=header.device)
         fed = work_items.StepRows(inputs.row_slots, inputs.row_starts, inputs.row_counts, inputs.row_firsts, header[:1])
         work_items.make_items(fed, tokens, each, items, decode_rows)
         return items, decode_rows
