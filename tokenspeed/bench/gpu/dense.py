@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from triton.runtime.errors import OutOfResources
 
 from tokenspeed.bench.gpu.dense_candidates import gemv_candidates, skinny_candidates
+from tokenspeed.bench.gpu.graph_timing import write_timed
 from tokenspeed.kernels.triton import norm as row_kernels
 from tokenspeed.kernels.triton.linear import gemv, skinny
 from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue, Rows
@@ -260,7 +262,7 @@ def _winners(timed: Sequence[tuple[Case, float]]) -> None:
         print(f"    {key}: {case.tile!r},  # {us:.2f} us, {' '.join(case.name.split()[:4])}")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, compile in parallel, time one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--model", nargs="*", default=["llama-3.2-1b", "llama-3.1-8b"])
@@ -268,7 +270,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 8, 32])
     parser.add_argument("--only", default="", help="keep cases whose name contains this")
     parser.add_argument("--jobs", type=int, default=12, help="processes that compile beforehand; 0 for none")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="FILE", help="of records to add to")
+    args = parser.parse_args(arguments)
     selection = (tuple(args.model), tuple(args.format), tuple(args.rows), args.only)
     chosen = cases(*selection)
     if args.jobs:
@@ -284,7 +287,10 @@ def main() -> None:
         timed.append((case, us))
         _report(case, us)
     _winners(timed)
+    if args.out is not None:
+        write_timed(args.out, "dense", [(case.name, case.bytes, us) for case, us in timed])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
