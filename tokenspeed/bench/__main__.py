@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tokenspeed.bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    suite = commands.add_parser("gpu-suite", help="every published figure of one GPU, in about six minutes")
+    suite = commands.add_parser("gpu-suite", help="every published figure of one GPU, within ten minutes")
     suite.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR", help="for h200.json")
     suite.add_argument("--only", nargs="+", metavar="NAME", help="some of the groups, by name")
     suite.add_argument("--demo", type=Path, metavar="FILE", help="the demo model (default: where make demo puts it)")
@@ -75,6 +75,7 @@ def _add_models(commands: Any) -> None:
         throughput.add_argument(name, type=_positive, default=default, metavar="N", help=f"{text} (default: {default})")
     startup = _measuring(commands, "startup", _startup, "from starting a process to its first token, warm and cold")
     _add_model(startup)
+    startup.add_argument("--warm", type=_positive, default=2, metavar="N", help="warm starts (default: 2)")
     mixed = _measuring(commands, "mixed", _mixed, "a long prompt that arrives beside decoding streams")
     _add_model(mixed)
     for name, default, text in (
@@ -161,7 +162,7 @@ def _throughput(options: argparse.Namespace) -> int:
 def _startup(options: argparse.Namespace) -> int:
     from tokenspeed.bench.gpu.startup import run_startup
 
-    run_startup(_setup(options), _publisher(options))
+    run_startup(_setup(options), _publisher(options), options.warm)
     return 0
 
 

@@ -21,11 +21,11 @@ MATRIX = 8192
 
 @triton.jit
 def _read(words: tl.tensor, out: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr, STAGES: tl.constexpr) -> None:
-    """Sum of every tile of a program; count is a multiple of BLOCK."""
+    """Sum of every tile of a program; count is a multiple of BLOCK, and fits 32 bits."""
     total = tl.zeros([BLOCK], tl.int32)
     at = tl.arange(0, BLOCK)
     for tile in tl.range(tl.program_id(0), count // BLOCK, tl.num_programs(0), num_stages=STAGES):
-        total += tl.load(words + tile.to(tl.int64) * BLOCK + at, eviction_policy="evict_first")
+        total += tl.load(words + tile * BLOCK + at, eviction_policy="evict_first")
     tl.store(out + tl.program_id(0), tl.sum(total, 0))
 
 

@@ -47,8 +47,9 @@ class Point:
 def measure(
     llm: LLM, batch: int, context: int, tokens: int = TOKENS, *, draws: bool = False, repeats: int = REPEATS
 ) -> Point:
-    """After warming runs: the first steps of a kind run eagerly and are captured then. draws: T 0.7, top-p, top-k."""
-    for count in (3, tokens):
+    """After warming runs: the first steps of a kind run eagerly and are captured then. draws: T 0.7, top-p, top-k,
+    whose graphs are those of greedy steps."""
+    for count in (3,) if draws else (3, tokens):
         timed_ms(llm, batch, context, count, draws)
     long = [timed_ms(llm, batch, context, tokens, draws) for _ in range(repeats)]
     short = [timed_ms(llm, batch, context, 1, draws) for _ in range(repeats)]

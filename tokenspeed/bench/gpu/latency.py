@@ -30,6 +30,12 @@ class Measurement:
     llm: LLM
     publisher: Publisher
 
+    @staticmethod
+    def opened(setup: Setup, sequences: int, length: int, publisher: Publisher) -> Measurement:
+        """With an engine for so many sequences of at most `length` tokens."""
+        ceilings_of(setup.device)  # needs memory that the engine takes
+        return Measurement(setup, setup.open(sequences, length), publisher)
+
     def decode(self, batch: int, context: int, tokens: int = TOKENS, *, plain: Point | None = None) -> Point:
         """Milliseconds per token, published. plain: the greedy point that a sampled one is compared with."""
         draws = plain is not None
@@ -87,8 +93,7 @@ def run_latency(
     setup: Setup, batches: Sequence[int], context: int, tokens: int, draws: bool, publisher: Publisher
 ) -> None:
     """Everything of `Measurement` at each batch."""
-    llm = setup.open(max(batches), length_for(context, tokens))
-    measurement = Measurement(setup, llm, publisher)
+    measurement = Measurement.opened(setup, max(batches), length_for(context, tokens), publisher)
     for batch in batches:
         point = measurement.decode(batch, context, tokens)
         if batch == 1:
@@ -97,4 +102,4 @@ def run_latency(
             point = measurement.decode(batch, context, tokens, plain=point)
         measurement.graph(point, draws)
         measurement.table(point, draws)
-    llm.close()
+    measurement.llm.close()

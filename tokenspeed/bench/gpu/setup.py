@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import re
 from dataclasses import dataclass
@@ -86,7 +87,8 @@ def drain(llm: LLM) -> None:
 
 
 def free_memory(device: str) -> None:
-    """Give back what a closed engine held."""
+    """Give back what a closed engine held; captured steps refer to their executor and it to them."""
+    gc.collect()
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

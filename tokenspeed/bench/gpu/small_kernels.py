@@ -80,24 +80,24 @@ def writes(device: str) -> Results:
 
 
 def decodes(device: str) -> Results:
-    """Rows at the start, in the middle of a page, and over several splits; with a window too."""
+    """Rows at the start, in the middle of a page, and over several splits; one with a window."""
     found = []
-    for heads in (HEADS, WINDOWED):
-        step = paged_step([(0, 1), (45, 1), (301, 1)], heads, PAGE, _dtype(device), 1, device)
-        q = _values(device, 3, heads.heads * heads.head_dim)
-        tile = decode_tile(3, heads.kv_heads, heads.head_dim, q.element_size())
+    for heads, rows in ((HEADS, [(0, 1), (145, 1)]), (WINDOWED, [(45, 1)])):
+        step = paged_step(rows, heads, PAGE, _dtype(device), 1, device)
+        q = _values(device, len(rows), heads.heads * heads.head_dim)
+        tile = decode_tile(len(rows), heads.kv_heads, heads.head_dim, q.element_size())
         found.append(decode_attention(q, step.layer(0), heads, tile, pdl=small_step(q)))
     return found
 
 
 def prefills(device: str) -> Results:
-    """Two prompts and a decoding row in one step."""
-    step = paged_step([(5, 37), (0, 23), (60, 1)], HEADS, PAGE, _dtype(device), 1, device)
-    q = _values(device, 61, HEADS.heads * HEADS.head_dim)
+    """A prompt's end and a decoding row in one step."""
+    step = paged_step([(5, 37), (60, 1)], HEADS, PAGE, _dtype(device), 1, device)
+    q = _values(device, 38, HEADS.heads * HEADS.head_dim)
     tile = prefill_tile(HEADS.head_dim, q.element_size())
     items, alone = step.items(tile.rows // pad(HEADS.group), decode_rows=True)
     out = prefill_attention(q, step.layer(0), items, HEADS, tile)
-    few = decode_tile(3, HEADS.kv_heads, HEADS.head_dim, q.element_size())
+    few = decode_tile(2, HEADS.kv_heads, HEADS.head_dim, q.element_size())
     return [decode_attention(q, step.layer(0), HEADS, few, rows=alone, out=out)]
 
 

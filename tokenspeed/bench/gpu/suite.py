@@ -36,16 +36,15 @@ class Rows:
         """Measure and publish."""
         setup = Setup(self.model, self.quantization)
         length = max(length_for(USUAL_CONTEXT, TOKENS), idle.LENGTH)
-        llm = setup.open(max(self.batches), length)
-        measurement = Measurement(setup, llm, publisher)
+        measurement = Measurement.opened(setup, max(self.batches), length, publisher)
         for batch in self.batches:
             plain = measurement.decode(batch, USUAL_CONTEXT)
             if batch == 1:
                 measurement.first(plain)
             measurement.graph(plain)
             measurement.decode(batch, USUAL_CONTEXT, plain=plain)
-        idle.publish_idle(llm, setup, publisher)
-        llm.close()
+        idle.publish_idle(measurement.llm, setup, publisher)
+        measurement.llm.close()
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,11 @@ class Contexts:
     def run(self, publisher: Publisher) -> None:
         """Measure and publish."""
         setup = Setup(self.model)
-        llm = setup.open(1, length_for(max(self.contexts), TOKENS))
-        measurement = Measurement(setup, llm, publisher)
+        length = length_for(max(self.contexts), TOKENS)
+        measurement = Measurement.opened(setup, 1, length, publisher)
         for context in self.contexts:
             measurement.decode(1, context)
-        llm.close()
+        measurement.llm.close()
 
 
 def _ceilings(publisher: Publisher) -> None:

@@ -49,6 +49,7 @@ def serve(llm: LLM, demand: Demand) -> Outcome:
 
 def run_throughput(setup: Setup, demand: Demand, publisher: Publisher) -> None:
     """Tokens drawn per second; samples: with prompts, and per user."""
+    ceilings_of(setup.device)  # needs memory that the engine takes
     llm = setup.open(demand.at_once, demand.given + demand.drawn + 1)
     for tokens in (2, 3):
         timed_ms(llm, demand.at_once, demand.given, tokens, draws=False)

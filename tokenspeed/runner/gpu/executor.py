@@ -133,6 +133,7 @@ class GpuExecutor:
         anew."""
         self._kernels = wrap(self._kernels)
         self.graphs.forget()
+        self._steps.clear()
 
     def sleep(self) -> None:
         """Give back the memory of the pages; captured steps stay, as addresses do."""
