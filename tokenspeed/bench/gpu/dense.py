@@ -22,15 +22,13 @@ import torch.nn.functional as F
 from triton.runtime.errors import OutOfResources
 
 from tokenspeed.bench.gpu.dense_candidates import gemv_candidates, skinny_candidates
-from tokenspeed.bench.gpu.graph_timing import write_timed
+from tokenspeed.bench.gpu.graph_timing import CEILING_GBS, write_timed
 from tokenspeed.kernels.triton import norm as row_kernels
 from tokenspeed.kernels.triton.linear import gemv, skinny
 from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue, Rows
 from tokenspeed.kernels.triton.tiles import GemvTile, SkinnyTile
 from tokenspeed.quantization.fp8 import Fp8Weight, quantize_fp8
 
-READ_TBS = 4.60
-"""Read ceiling of an H200 in TB/s."""
 ROTATED_BYTES = 256 * 2**20
 LAUNCHES = 96
 REPLAYS = 12
@@ -243,8 +241,8 @@ def _warm(selection: tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...], st
 def _report(case: Case, us: float) -> None:
     rate = case.bytes / us / 1e6
     print(
-        f"{case.name:72} {us:9.2f} us {rate * 1000:7.0f} GB/s {100 * rate / READ_TBS:5.1f} % of {READ_TBS:.2f} TB/s "
-        f"{case.flops / us / 1e6:7.1f} TFLOP/s",
+        f"{case.name:72} {us:9.2f} us {rate * 1000:7.0f} GB/s {1e5 * rate / CEILING_GBS:5.1f} % of {CEILING_GBS:.0f} "
+        f"GB/s {case.flops / us / 1e6:7.1f} TFLOP/s",
         flush=True,
     )
 

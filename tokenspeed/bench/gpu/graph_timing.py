@@ -13,9 +13,9 @@ import torch
 
 from tokenspeed.bench.gpu.setup import machine_name
 from tokenspeed.bench.record import Record, surroundings, write
+from tokenspeed.sol.floor import GPUS
 
-CEILING_GBS = 4600.0
-"""Read-only stream of an H200, measured."""
+CEILING_GBS = GPUS["H200"].read_gbs
 GRAPH_US = 2000.0
 """A graph holds about as many repetitions as fill this time."""
 REPLAYS = 5

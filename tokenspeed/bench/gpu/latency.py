@@ -15,6 +15,7 @@ from tokenspeed.bench.gpu.profile import per_op
 from tokenspeed.bench.gpu.publish import Publisher
 from tokenspeed.bench.gpu.setup import Setup
 from tokenspeed.bench.gpu.targets import host_target
+from tokenspeed.bench.gpu.waterfall import STEPS
 from tokenspeed.bench.stats import median_interval
 from tokenspeed.engine.llm import LLM
 
@@ -70,6 +71,9 @@ class Measurement:
     def table(self, point: Point, draws: bool = False) -> None:
         """The step's kernels; the span is recorded, a sample per line."""
         if self.setup.device == "cpu":
+            return
+        if point.tokens < STEPS + 2:
+            print(f"no table of kernels: it averages over {STEPS} steps, {point.tokens} tokens are drawn")
             return
         found = per_op(self.llm, point.batch, point.context, point.tokens, draws)
         print(found.text(), flush=True)

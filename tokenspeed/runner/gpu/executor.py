@@ -110,6 +110,7 @@ class GpuExecutor:
         with torch.inference_mode():
             return self._launch(plan)
 
+    @torch.inference_mode()
     def repeatable(self, plan: StepPlan) -> Callable[[], None]:
         """Run a step whose rows are known to the device, and give what runs its graphs once more from where the device
         is then: for measurements. Rows go on up to their `num_reserved`; the host does not follow, so free the slots
