@@ -72,9 +72,9 @@ def test_every_replay_feeds_a_token_more_of_each_sequence(
 
 def test_the_engine_is_as_before(gpu: LLM, tiny: Path) -> None:
     wanted = tokens(LLM(str(tiny), **SETTINGS))
-    assert tokens(gpu) == wanted
-    bare.bare_ms(gpu, 4, 11, 3, repeats=1, timer=lambda run, times: 0.0)
-    assert tokens(gpu) == wanted
+    for _ in range(2):
+        bare.bare_ms(gpu, 4, 11, 3, repeats=1, timer=lambda run, times: 0.0)
+        assert tokens(gpu) == wanted
     gpu.core.cache.check_idle()
 
 
