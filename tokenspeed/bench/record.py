@@ -26,9 +26,9 @@ ID_PATTERN = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z0-9][a-z0-9_-]*)+")
 
 TIMES = ("s", "ms", "us", "ns")
 RATES = ("tok/s", "req/s", "events/s", "GB/s", "TB/s", "GFLOP/s", "TFLOP/s")
-AMOUNTS = ("B", "MB", "GB", "MiB", "GiB", "tokens", "count", "x", "%")
+AMOUNTS = ("B", "MB", "GB", "MiB", "GiB", "tokens", "count", "x", "%", "nats")
 UNITS = frozenset(TIMES + RATES + AMOUNTS)
-"""x is a plain ratio, % a hundredth of one."""
+"""x is a plain ratio, % a hundredth of one, nats a difference of natural logarithms."""
 
 LIBRARIES = ("torch", "numpy", "triton")
 GENERATED = "benchmarks/results"

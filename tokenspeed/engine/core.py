@@ -219,11 +219,14 @@ class EngineCore(StepLoop):
         """Load the model and size the KV cache. Raises the errors of `contracts.errors`."""
         self.config, self.files = config, files
         prepared = prepare(files, config, progress)
+        self.loaded_at = {"weights": time.monotonic()}
+        """Monotonic seconds at which each part of loading ended."""
         self.model, self.backend, self.page_shape = prepared.model, prepared.backend, prepared.shape
         groups = tuple(GroupSpec(window) for window in prepared.shape.layout.windows)
         context = files.definition.config.context
         longest = _capacity(prepared, prepared.room, groups, context).max_model_len
         self.capacity = _capacity(prepared, prepared.measured(longest), groups, context)
+        self.loaded_at["measuring"] = time.monotonic()
         self.cache = CacheManager(
             self.capacity.num_pages,
             config.block_size,

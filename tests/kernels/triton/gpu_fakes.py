@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from tokenspeed.engine.llm import LLM
 from tokenspeed.kernels.registry import Implementation, Registry
 from tokenspeed.ops import reference
 from tokenspeed.program.program import Record
+from tokenspeed.runner import build
+from tokenspeed.runner.gpu.backend import GpuBackend
+from tokenspeed.runner.gpu.executor import GpuExecutor
+from tokenspeed.runner.gpu.link import TritonSteps
 from tokenspeed.runner.gpu.view import GpuView
 
 Tensors = Sequence[torch.Tensor]
+SETTINGS: dict[str, Any] = {"dtype": "float32", "max_num_batched_tokens": 16, "block_size": 4, "max_num_seqs": 4}
 
 
 @dataclass
@@ -52,6 +60,22 @@ class FakeLink:
             self.waits += 1
 
         return wait
+
+
+def open_fake_gpu(monkeypatch: pytest.MonkeyPatch, model: Path, link: FakeLink, **settings: Any) -> LLM:
+    """A model of float32 weights by the GPU's runner, on that link."""
+
+    def choose(model: Any, *rest: Any) -> GpuBackend:
+        return GpuBackend(model, register=register_twins)
+
+    def executor(backend: GpuBackend, arena: Any, max_num_seqs: int, max_len: int) -> GpuExecutor:
+        kernels = TritonSteps(backend.num_heads, 4)
+        return GpuExecutor(backend, arena, kernels, link, max_num_seqs=max_num_seqs, max_len=max_len)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "choose_backend", choose)
+        patch.setattr(build, "gpu_executor", executor)
+        return LLM(str(model), **(SETTINGS | settings))
 
 
 def register_twins(registry: Registry) -> None:

@@ -8,17 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.kernels.triton.gpu_fakes import FakeLink, register_twins
+from tests.kernels.triton.gpu_fakes import SETTINGS, FakeLink, open_fake_gpu
 from tests.seeds import SEED
 from tests.tiny_llama import write_tiny
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
-from tokenspeed.runner import build
-from tokenspeed.runner.gpu.backend import GpuBackend
-from tokenspeed.runner.gpu.executor import GpuExecutor
-from tokenspeed.runner.gpu.link import TritonSteps
 
-SETTINGS: dict[str, Any] = {"dtype": "float32", "max_num_batched_tokens": 16, "block_size": 4, "max_num_seqs": 4}
 PROMPTS = [[1, 5, 9], [1, *range(3, 40)], [1, 7], [1, *range(20, 45)], [1, 8, 8, 8, 8]]
 PLAIN = [
     {"temperature": 0.0},
@@ -44,21 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def open_gpu(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Opened]:
     link = FakeLink()
-
-    def choose(model: Any, *rest: Any) -> GpuBackend:
-        return GpuBackend(model, register=register_twins)
-
-    def executor(backend: GpuBackend, arena: Any, max_num_seqs: int, max_len: int) -> GpuExecutor:
-        kernels = TritonSteps(backend.num_heads, 4)
-        return GpuExecutor(backend, arena, kernels, link, max_num_seqs=max_num_seqs, max_len=max_len)
-
-    def opened(**settings: Any) -> Opened:
-        with monkeypatch.context() as patch:
-            patch.setattr(build, "choose_backend", choose)
-            patch.setattr(build, "gpu_executor", executor)
-            return LLM(str(tiny), **(SETTINGS | settings)), link
-
-    return opened
+    return lambda **settings: (open_fake_gpu(monkeypatch, tiny, link, **settings), link)
 
 
 def run(llm: LLM, params: list[SamplingParams]) -> list[Any]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.kernels.triton.test_gpu_executor import PLAIN, SETTINGS, SLOW, Opened, open_gpu, tiny
+from tests.kernels.triton.gpu_fakes import SETTINGS
+from tests.kernels.triton.test_gpu_executor import PLAIN, SLOW, Opened, open_gpu, tiny
 from tests.runner.cuda_fake import FakeCard, FakeCuda
 from tokenspeed.contracts.errors import DeviceError, EngineAsleepError, EngineBusyError, MemoryLimitError
 from tokenspeed.contracts.sampling import SamplingParams

@@ -6,13 +6,12 @@ the words are measured; --check compares the kernels with torch first and ends w
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 
 import torch
 
-from tokenspeed.bench.gpu.graph_timing import Case, Launch, print_table
+from tokenspeed.bench.gpu.graph_timing import Case, Launch, run_table
 from tokenspeed.bench.gpu.paged_steps import PagedStep, paged_step
 from tokenspeed.kernels.triton.attention_tiles import (
     MAX_SPLITS,
@@ -189,16 +188,9 @@ def _same(name: str, outs: list[torch.Tensor], expected: torch.Tensor) -> bool:
     return good
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Check, then measure what is asked for; 1 where the check fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare with torch first")
-    parser.add_argument("words", nargs="*", help="measure cases whose names have all of these")
-    args = parser.parse_args()
-    if args.check and not check():
-        return 1
-    print_table(case for case in cases() if all(word in case.name.split() for word in args.words))
-    return 0
+    return run_table("attention", __doc__, cases(), check, arguments)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,14 +22,13 @@ import torch.nn.functional as F
 from triton.runtime.errors import OutOfResources
 
 from tokenspeed.bench.gpu.dense_candidates import gemv_candidates, skinny_candidates
+from tokenspeed.bench.gpu.graph_timing import CEILING_GBS, write_timed
 from tokenspeed.kernels.triton import norm as row_kernels
 from tokenspeed.kernels.triton.linear import gemv, skinny
 from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue, Rows
 from tokenspeed.kernels.triton.tiles import GemvTile, SkinnyTile
 from tokenspeed.quantization.fp8 import Fp8Weight, quantize_fp8
 
-READ_TBS = 4.60
-"""Read ceiling of an H200 in TB/s."""
 ROTATED_BYTES = 256 * 2**20
 LAUNCHES = 96
 REPLAYS = 12
@@ -241,8 +241,8 @@ def _warm(selection: tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...], st
 def _report(case: Case, us: float) -> None:
     rate = case.bytes / us / 1e6
     print(
-        f"{case.name:72} {us:9.2f} us {rate * 1000:7.0f} GB/s {100 * rate / READ_TBS:5.1f} % of {READ_TBS:.2f} TB/s "
-        f"{case.flops / us / 1e6:7.1f} TFLOP/s",
+        f"{case.name:72} {us:9.2f} us {rate * 1000:7.0f} GB/s {1e5 * rate / CEILING_GBS:5.1f} % of {CEILING_GBS:.0f} "
+        f"GB/s {case.flops / us / 1e6:7.1f} TFLOP/s",
         flush=True,
     )
 
@@ -260,7 +260,7 @@ def _winners(timed: Sequence[tuple[Case, float]]) -> None:
         print(f"    {key}: {case.tile!r},  # {us:.2f} us, {' '.join(case.name.split()[:4])}")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, compile in parallel, time one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--model", nargs="*", default=["llama-3.2-1b", "llama-3.1-8b"])
@@ -268,7 +268,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 8, 32])
     parser.add_argument("--only", default="", help="keep cases whose name contains this")
     parser.add_argument("--jobs", type=int, default=12, help="processes that compile beforehand; 0 for none")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="FILE", help="of records to add to")
+    args = parser.parse_args(arguments)
     selection = (tuple(args.model), tuple(args.format), tuple(args.rows), args.only)
     chosen = cases(*selection)
     if args.jobs:
@@ -284,7 +285,10 @@ def main() -> None:
         timed.append((case, us))
         _report(case, us)
     _winners(timed)
+    if args.out is not None:
+        write_timed(args.out, "dense", [(case.name, case.bytes, us) for case, us in timed])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

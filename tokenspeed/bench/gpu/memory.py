@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -113,12 +113,12 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return found, round((time.perf_counter() - started) * 1e3, 2)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run and print."""
     parser = argparse.ArgumentParser(prog="python -m tokenspeed.bench.gpu.memory", description=__doc__)
     parser.add_argument("--gib", type=float, default=8.0, help="size of the range (default: 8)")
     parser.add_argument("--model", default="llama-3.2-1b", help="a shipped config; none leaves the model out")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     found = [check_range(int(options.gib * 1024) * MIB)]
     if options.model != "none":
         found.append(check_model(options.model))

@@ -7,9 +7,8 @@ differ. What sampling adds to a greedy step is the difference to the greedy case
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +16,7 @@ import msgspec
 import numpy as np
 import torch
 
-from tokenspeed.bench.gpu.graph_timing import Case, Launch, print_table
+from tokenspeed.bench.gpu.graph_timing import Case, Launch, run_table
 from tokenspeed.contracts.step import SamplingRow
 from tokenspeed.kernels.triton.launch import small_step
 from tokenspeed.kernels.triton.logprobs import token_logprobs
@@ -88,16 +87,16 @@ def _launch(rows: int, kind: str, spread: str, tiles: Tiles, pdl: bool) -> Launc
     return launch
 
 
-def _around(rows: int) -> Launch:
+def around(rows: int, device: str = "cuda") -> Launch:
     """`prepare` and `finish` of a decode step whose sequences stay where they are."""
-    flat = torch.zeros(2 * rows + SamplingState.size(rows), dtype=torch.int32, device="cuda")
+    flat = torch.zeros(2 * rows + SamplingState.size(rows), dtype=torch.int32, device=device)
     lengths = SlotLengths(flat[:rows], flat[rows : 2 * rows], flat.new_zeros(rows, 4096))
     pairs = np.arange(2 * rows, dtype=np.int32)
     values = np.repeat(np.array([1023, 1024], dtype=np.int32), rows)
     entries = [(slot, 1, slot, 4096) for slot in range(rows)]
-    header = torch.from_numpy(step_header(entries, pairs, values, 16384)).cuda()
+    header = torch.from_numpy(step_header(entries, pairs, values, 16384)).to(device)
     state = SamplingState.over(flat[2 * rows :], rows)
-    drawn = torch.zeros(rows, dtype=torch.int32, device="cuda")
+    drawn = torch.zeros(rows, dtype=torch.int32, device=device)
     pdl = small_step(drawn)
     return lambda i: finish(drawn, prepare(header, flat, lengths, rows, rows, pdl=pdl), lengths, state, pdl=pdl)
 
@@ -129,7 +128,7 @@ def cases() -> Iterator[Case]:
                     text = f"{name} {_text(tiles)}{'' if tiles != usual else ' usual'}"
                     yield Case(text, moved, 0, partial(_launch, rows, kind, spread, tiles, True))
                 yield Case(f"{name} no-pdl", moved, 0, partial(_launch, rows, kind, spread, usual, False))
-        yield Case(f"prepare+finish B={rows}", 0, 0, partial(_around, rows))
+        yield Case(f"prepare+finish B={rows}", 0, 0, partial(around, rows))
 
 
 def _text(tiles: Tiles) -> str:
@@ -162,16 +161,9 @@ def check(rows: int = 256, vocab: int = VOCAB, device: str = "cuda") -> bool:
     return good
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Check, then measure what is asked for; 1 where the check fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare with the torch sampler first")
-    parser.add_argument("words", nargs="*", help="measure cases whose names have all of these")
-    options = parser.parse_args()
-    if options.check and not check():
-        return 1
-    print_table(case for case in cases() if all(word in case.name.split() for word in options.words))
-    return 0
+    return run_table("sample", __doc__, cases(), check, arguments)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from tokenspeed.contracts.step import NewSequence, ResultRow, StepPlan, StepResult
+from tokenspeed.contracts.step import NewSequence, ResultRow, StepDelta, StepPlan, StepResult
 from tokenspeed.kernels.triton.sampling_state import excess, is_edited
 from tokenspeed.kernels.triton.step import write_header
 from tokenspeed.program.plan import bucket_of
@@ -111,6 +111,32 @@ class GpuExecutor:
         with torch.inference_mode():
             return self._launch(plan)
 
+    @torch.inference_mode()
+    def repeatable(self, plan: StepPlan) -> Callable[[], None]:
+        """Run a step whose rows are known to the device, and give what runs its graphs once more from where the device
+        is then: for measurements. Rows go on up to their `num_reserved`; the host does not follow, so free the slots
+        afterwards. Raises RuntimeError where the delta is not empty, or the step not captured."""
+        if plan.delta != StepDelta():
+            raise RuntimeError("a step that brings changes would bring them again")
+        launched = self.launch(plan)
+        launched.result()
+        kind = _Kind.of(launched.rows)
+        reserved = torch.tensor([row.num_reserved for row in plan.rows], dtype=torch.int32)
+        self._header[4 : 4 + 4 * len(reserved) : 4].copy_(reserved)
+
+        def run() -> None:
+            self.graphs.replay(kind.forward)
+            self.graphs.replay(kind.sample)
+
+        return run
+
+    def wrap_kernels(self, wrap: Callable[[TritonSteps], TritonSteps]) -> None:
+        """Put something around the kernels before and after the forward pass: for measurements. Steps are captured
+        anew."""
+        self._kernels = wrap(self._kernels)
+        self.graphs.forget()
+        self._steps.clear()
+
     def sleep(self) -> None:
         """Give back the memory of the pages; captured steps stay, as addresses do."""
         self._link.mark()()
@@ -142,12 +168,11 @@ class GpuExecutor:
         return launched
 
     def _step(self, step_id: int, rows: list[LaunchedRow], results: torch.Tensor) -> Launched:
-        bucket = bucket_of(sum(row.count for row in rows))
-        edits = any(is_edited(row.slot.sampling) for row in rows)
-        mixed = any(row.count > 1 for row in rows)
+        kind = _Kind.of(rows)
+        bucket, mixed, edits = kind
         step = self._steps.setdefault((bucket, mixed), _Step(bucket, min(bucket, self._max_rows), mixed))
-        self.graphs.run(("forward", bucket, mixed), lambda: self._forward(step))
-        self.graphs.run(("sample", bucket, mixed, edits), lambda: self._sample(step, edits))
+        self.graphs.run(kind.forward, lambda: self._forward(step))
+        self.graphs.run(kind.sample, lambda: self._sample(step, edits))
         results[: step.rows].copy_(step.result[edits], non_blocking=True)
         return Launched(step_id, rows, results, self._link.mark())
 
@@ -244,6 +269,30 @@ class GpuExecutor:
         )
         self.state.lengths.num_tokens[slots.long()] = known
         self._kernels.count_tokens(slots, prompts, self.state.lengths, counts)
+
+
+class _Kind(NamedTuple):
+    """What tells captured steps apart. mixed: some rows feed more than one token. edits: some edit their logits."""
+
+    bucket: int
+    mixed: bool
+    edits: bool
+
+    @staticmethod
+    def of(rows: Sequence[LaunchedRow]) -> _Kind:
+        """The kind of a step of these rows."""
+        edits = any(is_edited(row.slot.sampling) for row in rows)
+        return _Kind(bucket_of(sum(row.count for row in rows)), any(row.count > 1 for row in rows), edits)
+
+    @property
+    def forward(self) -> object:
+        """The forward pass's graph."""
+        return ("forward", self.bucket, self.mixed)
+
+    @property
+    def sample(self) -> object:
+        """The sampling's graph."""
+        return ("sample", *self)
 
 
 class _Step:

@@ -75,10 +75,11 @@ class Graphs:
         self._eager_runs[key] = self._eager_runs.get(key, 0) + 1
         work()
 
-    def replay(self, kind: str, bucket: int) -> None:
-        """Run the graph of a kind of work and a bucket that holds so many tokens, once more. For measurements."""
-        keys = [key for key in self._replays if isinstance(key, tuple) and key[0] == kind and key[1] >= bucket]
-        self._replays[min(keys, key=lambda key: key[1])].replay()
+    def replay(self, key: object) -> None:
+        """Run the graph of `key` once more: for measurements. Raises RuntimeError where it has none."""
+        if key not in self._replays:
+            raise RuntimeError(f"{key} has no graph (captured: {list(self._replays)})")
+        self._replays[key].replay()
 
     def captured(self) -> list[object]:
         """Keys that have a graph."""

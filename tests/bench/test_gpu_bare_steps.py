@@ -1,0 +1,165 @@
+"""Replayed, marked and stamped steps, on a GPU that is not there."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernels.triton import interpreter  # noqa: F401
+from tests.kernels.triton.gpu_fakes import SETTINGS, FakeLink, open_fake_gpu
+from tests.seeds import SEED
+from tests.tiny_llama import write_tiny
+from tokenspeed.bench.gpu import bare, idle, profile, stamps
+from tokenspeed.bench.gpu.setup import greedy
+from tokenspeed.bench.gpu.waterfall import Launch
+from tokenspeed.contracts.errors import UnsupportedError
+from tokenspeed.contracts.step import StepDelta, StepPlan
+from tokenspeed.engine.llm import LLM
+
+PROMPTS = [[1, 5, 9], [1, *range(3, 20)], [7, 7]]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    print(f"seed {SEED}")
+    return write_tiny(tmp_path_factory.mktemp("tiny"), SEED)
+
+
+@pytest.fixture
+def gpu(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> LLM:
+    return open_fake_gpu(monkeypatch, tiny, FakeLink(), enable_prefix_caching=False)
+
+
+def tokens(llm: LLM) -> list[list[int]]:
+    outputs = llm.generate(prompt_token_ids=PROMPTS, sampling_params=greedy(4), use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.mark.parametrize("batch, context, steps, draws", [(1, 9, 4, False), (3, 3, 2, True)])
+def test_every_replay_feeds_a_token_more_of_each_sequence(
+    gpu: LLM, batch: int, context: int, steps: int, draws: bool
+) -> None:
+    executor: Any = gpu.core.executor
+    state = executor.state.lengths
+    seen: list[list[int]] = []
+
+    def timer(run: Callable[[], None], times: int) -> float:
+        for number in range(times):
+            run()
+            fed = context + bare.OWN_STEPS + number + 1
+            assert state.num_computed[:batch].tolist() == [fed] * batch
+            assert state.num_tokens[:batch].tolist() == [fed + 1] * batch
+        seen.append(state.pool[0, context + 1 : context + times].tolist())
+        return float(len(seen))
+
+    assert bare.bare_ms(gpu, batch, context, steps, draws=draws, repeats=2, timer=timer) == [1.0, 2.0]
+    assert seen[0] == seen[1], "each repeat starts where the first did"
+    one_more: list[int] = []
+
+    def beyond(run: Callable[[], None], times: int) -> float:
+        for _ in range(times + 1):
+            run()
+        one_more.extend(state.num_computed[:batch].tolist())
+        return 0.0
+
+    bare.bare_ms(gpu, batch, context, steps, repeats=1, timer=beyond)
+    assert one_more == [context + bare.OWN_STEPS + steps] * batch, "no page, no token"
+
+
+def test_the_engine_is_as_before(gpu: LLM, tiny: Path) -> None:
+    wanted = tokens(LLM(str(tiny), **SETTINGS))
+    for _ in range(2):
+        bare.bare_ms(gpu, 4, 11, 3, repeats=1, timer=lambda run, times: 0.0)
+        assert tokens(gpu) == wanted
+    gpu.core.cache.check_idle()
+
+
+def test_a_step_that_cannot_be_repeated_is_refused(gpu: LLM) -> None:
+    executor = bare.executor_of(gpu)
+    sequences = bare.sequences_of(gpu, 2, 5, 4)
+    with pytest.raises(RuntimeError, match="would bring them again"):
+        executor.repeatable(sequences.enter(0))
+    executor.launch(sequences.enter(0)).result()
+    executor.graphs.forget()
+    with pytest.raises(RuntimeError, match=r"'forward', 2, False.*no graph"):
+        executor.repeatable(sequences.go_on(1))()
+    executor.launch(StepPlan(2, StepDelta(freed=[0, 1]), [])).result()
+
+
+def test_a_cpu_has_no_graphs(tiny: Path) -> None:
+    with pytest.raises(UnsupportedError, match="captured"):
+        bare.bare_ms(LLM(str(tiny), **SETTINGS), 1, 5, 2)
+
+
+def test_kernels_are_told_by_the_op_between_the_marks(gpu: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(stamps.Ring, "stamp", lambda self, which: log.append(profile.MARK))
+    executor: Any = gpu.core.executor
+    walk, finish = executor.backend.walk, executor._kernels.finish
+
+    def logged(steps: Any, view: Any, values: Any) -> None:
+        log.extend(f"{step.record.op}_kernel" for step in steps if step.record.op != "split")
+        walk(steps, view, values)
+
+    executor.backend.walk = logged
+
+    def logged_finish(*given: Any) -> Any:
+        log.append("_finish")
+        return finish(*given)
+
+    executor._kernels.finish = logged_finish
+
+    def profiler(run: Callable[[], object]) -> list[Launch]:
+        log.clear()
+        log.extend(["Memcpy HtoD", "_scatter"])
+        run()
+        return [Launch(name, at, at + 1.0) for at, name in enumerate(log)]
+
+    labels = profile.launch_order(gpu, 2, 9, profiler=profiler)
+    assert executor.backend.walk is logged
+    assert labels[0] == ("prepare", "_scatter")
+    assert labels[-1] == ("sample", "_finish")
+    assert all(label.kernel.startswith(label.op.split()[0]) for label in labels[1:-1])
+    roles = [label.op for label in labels]
+    assert roles.count("linear o") == roles.count("linear down") == 2
+    assert "split" not in " ".join(roles)
+    assert tokens(gpu)
+
+
+class FakeStamps:
+    """In place of the kernel: a clock that goes on by one more each time."""
+
+    def __init__(self) -> None:
+        self.clock, self.by = 1000, itertools.count(1)
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def run(times: Any, count: Any, RING: int, LAST: int, num_warps: int) -> None:
+            self.clock += 32 * next(self.by)
+            times[LAST, int(count) % RING] = self.clock
+            count += LAST
+
+        return run
+
+
+def test_the_gap_is_from_a_steps_last_stamp_to_the_nexts_first(gpu: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tokens(gpu)
+    monkeypatch.setattr(stamps, "stamp_kernel", FakeStamps())
+    monkeypatch.setattr(idle, "PROMPT", 5)
+    kernels = bare.executor_of(gpu)._kernels
+    gaps, clock = idle.measure(gpu, steps=6)
+    assert clock == 32
+    assert len(gaps) == 6
+    # The clock goes on by one more unit at every stamp, and between two gaps there are two.
+    assert {round((b - a) * 1e3) for a, b in itertools.pairwise(gaps)} == {64}
+    assert bare.executor_of(gpu)._kernels is kernels
+    assert tokens(gpu) == before
+
+
+def test_gaps_that_are_too_few_are_refused() -> None:
+    assert stamps.gaps_us([0, 5000, 9000], [4000, 8000, 12000], 2) == [1.0, 1.0]
+    with pytest.raises(RuntimeError, match="2 gaps"):
+        stamps.gaps_us([0, 5000, 9000], [4000, 8000, 12000], 3)

@@ -1,0 +1,150 @@
+"""Launches each kernel once or twice at small odd shapes: what a sanitizer watches. `python -m
+tokenspeed.bench.gpu.small_kernels` ends with 1 where a result is not finite."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import msgspec
+import torch
+
+from tokenspeed.bench.gpu.paged_steps import paged_step
+from tokenspeed.bench.gpu.sample import HISTORY, KINDS, state_of
+from tokenspeed.bench.gpu.sample import around as step_around
+from tokenspeed.contracts.step import SamplingRow
+from tokenspeed.kernels.triton import norm as row_kernels
+from tokenspeed.kernels.triton.attention_tiles import decode_tile, pad, prefill_tile
+from tokenspeed.kernels.triton.decode_attention import decode_attention
+from tokenspeed.kernels.triton.launch import small_step
+from tokenspeed.kernels.triton.linear import gemv, skinny
+from tokenspeed.kernels.triton.operands import Norm, Prologue
+from tokenspeed.kernels.triton.paged import Heads
+from tokenspeed.kernels.triton.prefill_attention import prefill_attention
+from tokenspeed.kernels.triton.rope_write import rope_write
+from tokenspeed.kernels.triton.sample import sample
+from tokenspeed.kernels.triton.sampling_state import is_edited
+from tokenspeed.ops.rope import Rope
+from tokenspeed.quantization.fp8 import quantize_fp8
+
+HEADS = Heads(6, 2, 80, 80**-0.5, 0)
+WINDOWED = Heads(4, 1, 64, 0.125, 19)
+PAGE = 16
+WIDTH, OUT = 208, 90
+VOCAB = 1237
+Results = list[torch.Tensor]
+
+
+def _values(device: str, *size: int) -> torch.Tensor:
+    return (torch.randn(size, generator=torch.Generator().manual_seed(sum(size))) / 8).to(device, _dtype(device))
+
+
+def _dtype(device: str) -> torch.dtype:
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def gemvs(device: str) -> Results:
+    """One and three rows, plain and with a join, a norm and an activation around."""
+    x, w = _values(device, 3, WIDTH), _values(device, OUT, WIDTH)
+    prologue = Prologue(Norm(torch.ones(WIDTH, device=device), 1e-5), _values(device, 3, WIDTH))
+    joined = gemv(x, w, None, "silu", prologue)
+    return [gemv(x[:1], w)[0], gemv(x[:1], quantize_fp8(w))[0], joined[0], *([] if joined[1] is None else [joined[1]])]
+
+
+def skinnies(device: str) -> Results:
+    """Five rows, plain and in fp8."""
+    x, w = _values(device, 5, WIDTH), _values(device, OUT, WIDTH)
+    plain, narrow = row_kernels.norm_rows(x, None)[0], row_kernels.norm_rows(x, None, quantize=True)[0]
+    return [skinny(plain, w, x.dtype), skinny(narrow, quantize_fp8(w), x.dtype, None, "gelu_tanh")]
+
+
+def norms(device: str) -> Results:
+    """Rows with a branch, quantised rows, heads, sums, activations and rows of a table."""
+    x, branch = _values(device, 3, WIDTH), _values(device, 3, WIDTH)
+    norm, head = Norm(torch.ones(WIDTH, device=device), 1e-5), Norm(torch.ones(WIDTH // 4, device=device), 1e-5)
+    rows, joined = row_kernels.norm_rows(x, norm, branch, norm)
+    narrow = row_kernels.norm_rows(x, norm, quantize=True)[0]
+    ids = torch.tensor([2, 0, 1], dtype=torch.int32, device=device)
+    some = [rows.values, narrow.values.float(), row_kernels.norm_heads(x, head), row_kernels.add_rows(x, branch)]
+    some += [row_kernels.act_mul(x, "silu").values, row_kernels.embed_rows(ids, branch, 1.5)]
+    return some if joined is None else [*some, joined]
+
+
+def writes(device: str) -> Results:
+    """Keys and values of a prompt's end and of a decoding row."""
+    step = paged_step([(13, 7), (32, 1)], HEADS, PAGE, _dtype(device), 1, device)
+    size = HEADS.kv_heads * HEADS.head_dim
+    qkv = _values(device, 8, (HEADS.group + 2) * size)
+    q, k, v = qkv.split([HEADS.group * size, size, size], dim=-1)
+    return [rope_write(q, k, v, step.layer(0), Rope(1e4, HEADS.head_dim), pdl=small_step(q))]
+
+
+def decodes(device: str) -> Results:
+    """Rows at the start, in the middle of a page, and over several splits; one with a window."""
+    found = []
+    for heads, rows in ((HEADS, [(0, 1), (145, 1)]), (WINDOWED, [(45, 1)])):
+        step = paged_step(rows, heads, PAGE, _dtype(device), 1, device)
+        q = _values(device, len(rows), heads.heads * heads.head_dim)
+        tile = decode_tile(len(rows), heads.kv_heads, heads.head_dim, q.element_size())
+        found.append(decode_attention(q, step.layer(0), heads, tile, pdl=small_step(q)))
+    return found
+
+
+def prefills(device: str) -> Results:
+    """A prompt's end and a decoding row in one step."""
+    step = paged_step([(5, 37), (60, 1)], HEADS, PAGE, _dtype(device), 1, device)
+    q = _values(device, 38, HEADS.heads * HEADS.head_dim)
+    tile = prefill_tile(HEADS.head_dim, q.element_size())
+    items, alone = step.items(tile.rows // pad(HEADS.group), decode_rows=True)
+    out = prefill_attention(q, step.layer(0), items, HEADS, tile)
+    few = decode_tile(2, HEADS.kv_heads, HEADS.head_dim, q.element_size())
+    return [decode_attention(q, step.layer(0), HEADS, few, rows=alone, out=out)]
+
+
+def samples(device: str) -> Results:
+    """Greedy, every filter, edits with counts."""
+    return [_sample(device, KINDS[kind]) for kind in ("greedy", "top_k50_p95", "top_p95", "min_p", "penalties", "bias")]
+
+
+def _sample(device: str, sampling: SamplingRow) -> torch.Tensor:
+    logits = _values(device, 3, VOCAB)
+    slots = torch.arange(3, dtype=torch.int32, device=device)
+    positions = torch.full_like(slots, len(HISTORY))
+    own = msgspec.structs.replace(sampling, seed=5)
+    state = state_of(3, own, VOCAB, device)
+    return sample(logits, slots, positions, state, edits=is_edited(own), pdl=small_step(slots)).float()
+
+
+def steps(device: str) -> Results:
+    """The kernels before and after a step."""
+    found = step_around(3, device)(0)
+    assert isinstance(found, torch.Tensor)
+    return [found.float()]
+
+
+GROUPS: dict[str, Callable[[str], Results]] = {
+    "gemv": gemvs,
+    "skinny": skinnies,
+    "norm": norms,
+    "rope_write": writes,
+    "decode_attention": decodes,
+    "prefill_attention": prefills,
+    "sample": samples,
+    "step": steps,
+}
+
+
+def run(device: str) -> list[str]:
+    """Launch all; the groups whose results are not all finite."""
+    return [name for name, launch in GROUPS.items() if not all(bool(each.isfinite().all()) for each in launch(device))]
+
+
+def main() -> int:
+    """Launch all on the GPU."""
+    wrong = run("cuda")
+    print("not finite:", ", ".join(wrong) or "none", flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
