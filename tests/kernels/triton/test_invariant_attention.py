@@ -47,7 +47,15 @@ def attended(case: PagedCase, programs: int, sinks: torch.Tensor | None = None) 
 )
 def test_prompts_and_decoding_over_pages(seed, programs, heads, page, dtype, kv_dtype):
     at = torch.randint(20, 90, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
-    rows = [(0, 21, 0), (SPAN - 7, 18, 2), (at[0], 1, 0), (2 * SPAN + at[1], 1, 0), (5, 0, 3), (SPAN - 1, 1, 0)]
+    rows = [
+        (0, 21, 0),
+        (SPAN - 7, 18, 2),
+        (at[0], 1, 0),
+        (2 * SPAN + at[1], 1, 0),
+        (5, 0, 3),
+        (SPAN, 1, 0),
+        (SPAN - 1, 1, 0),
+    ]
     case = PagedCase(rows, heads, page, seed, dtype, kv_dtype)
     out = attended(case, programs)
     check(out, case.answer(), dtype)
