@@ -13,6 +13,7 @@ from tests.seeds import SEED
 from tests.tiny_llama import write_tiny
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
+from tokenspeed.runner.gpu.backend import GpuBackend
 
 PROMPTS = [[1, 5, 9], [1, *range(3, 40)], [1, 7], [1, *range(20, 45)], [1, 8, 8, 8, 8]]
 PLAIN = [

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import torch
 
-from tokenspeed.bench.gpu.suite import measure
+from tokenspeed.bench.gpu.decode import measure
 from tokenspeed.bench.record import Record, surroundings, write
 from tokenspeed.bench.stats import paired
 from tokenspeed.contracts.sampling import SamplingParams
@@ -147,7 +147,7 @@ def measured_costs(on: LLM, off: LLM, name: str, batches: Sequence[int], pairs: 
     for batch in batches:
 
         def decode_ms(llm: LLM, batch: int = batch) -> float:
-            return measure(llm, batch, COST_CONTEXT, False, repeats=1).decode_ms
+            return measure(llm, batch, COST_CONTEXT, repeats=1).decode_ms
 
         result = paired(lambda: decode_ms(on), lambda: decode_ms(off), pairs)
         records.append(

@@ -5,11 +5,12 @@ earlier kernel wrote and before it writes anything; what it reads before the wai
 older than the kernel in front. Every program must wait, also one that has nothing to do: the next kernel takes this
 one's end as a sign that all before it has ended.
 
-Older than the kernel in front: a kernel lets the next one start only behind its own wait (or by its end), so when any
-program of kernel n runs, all programs of n - 1 have waited, and n - 2 with all before it has ended and is visible. In a
-decode step the inputs of the step are written by the first kernels, and an embedding and a projection come between
-them and any layer's attention; keys of earlier positions were written by earlier steps. So attention reads positions,
-slots, block tables and older keys before it waits for its queries.
+Older than the kernel in front: a kernel here lets the next one start only behind its own wait (or by its end), so when
+any program of kernel n runs, all programs of n - 1 have waited, and n - 2 with all before it has ended and is visible.
+The streaming projection (`kernels/cuda/stream.cu`) lets the next one start at once: a run of such kernels counts as one
+with the kernel before it. In a decode step the inputs of the step are written by the first kernels, and an embedding
+and a projection come between them and any layer's attention; keys of earlier positions were written by earlier steps.
+So attention reads positions, slots, block tables and older keys before it waits for its queries.
 """
 
 from __future__ import annotations

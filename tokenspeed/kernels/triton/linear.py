@@ -1,7 +1,8 @@
 """Projections y = f(x) W^T (+ bias) (then an activation) of any number of rows and weight formats.
 
-One or two rows: one kernel with everything inside (`gemv`). Up to 64: a norm kernel and a tensor-core kernel that reads
-each weight byte once (`skinny`). More: a norm kernel, a library product and an activation kernel.
+One or two rows: one kernel with everything inside (`gemv`). Up to 64, or 128 by e4m3 weights: a norm kernel and a
+tensor-core kernel that reads each weight byte once (`skinny`). More: a norm kernel, a library product and an activation
+kernel.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tokenspeed.kernels.triton.operands import Matrix, Prologue, Rows, check_mat
 from tokenspeed.kernels.triton.skinny import add_parts_kernel, skinny_kernel
 from tokenspeed.kernels.triton.tiles import (
     FP8_GEMV_BYTES,
+    FP8_SMALL_ROWS,
     FUSED_NORM_ELEMENTS,
     GEMV_ROWS,
     SMALL_ROWS,
@@ -47,9 +49,13 @@ def project(
     if _is_gemv(rows, weight) and _fits(rows, cols, prologue):
         return gemv(x, weight, bias, act, prologue)
     given, joined = _prepared(x, weight, prologue)
-    if rows <= SMALL_ROWS:
+    if rows <= _small_rows(weight):
         return skinny(given, weight, x.dtype, bias, act), joined
     return _library(given, weight, x.dtype, bias, act), joined
+
+
+def _small_rows(weight: Matrix) -> int:
+    return FP8_SMALL_ROWS if isinstance(weight, Fp8Weight) else SMALL_ROWS
 
 
 def _is_gemv(rows: int, weight: Matrix) -> bool:
@@ -112,7 +118,7 @@ def skinny(
     act: str = "none",
     tile: SkinnyTile | None = None,
 ) -> torch.Tensor:
-    """y [T, N] of `dtype`, of 1 to 64 rows that are already normed, and quantised where the weight is fp8."""
+    """y [T, N] of `dtype`, of 1 to 128 rows that are already normed, and quantised where the weight is fp8."""
     rows, cols = x.values.shape
     matrix, scale = matrix_parts(weight)
     padded = max(16, triton.next_power_of_2(rows))
@@ -159,7 +165,7 @@ def skinny(
 
 def _prepared(x: torch.Tensor, weight: Matrix, prologue: Prologue | None) -> tuple[Rows, torch.Tensor | None]:
     """x as the product takes it: joined, normed, quantised for an fp8 weight where a kernel multiplies fp8."""
-    quantize = isinstance(weight, Fp8Weight) and (x.shape[0] <= SMALL_ROWS or not weight.scale_block)
+    quantize = isinstance(weight, Fp8Weight) and (x.shape[0] <= FP8_SMALL_ROWS or not weight.scale_block)
     if prologue is None and not quantize:
         return Rows(x), None
     if prologue is None:
