@@ -68,13 +68,15 @@ def test_llama_layers_become_the_usual_shapes() -> None:
         "embed",
         "norm_linear",
         "split",
-        "rope_attention",
+        "rope_write",
+        "attention",
         "linear",
         "join_norm_linear_act",
         "linear",
         "join_norm_linear",
         "split",
-        "rope_attention",
+        "rope_write",
+        "attention",
         "linear",
         "join_norm_linear_act",
         "linear",
@@ -87,9 +89,9 @@ def test_llama_layers_become_the_usual_shapes() -> None:
 @pytest.mark.parametrize(
     ("family", "expected"),
     [
-        ("qwen3", {"qk_norm_rope_attention": 2, "join_norm_linear_act": 2, "join_norm_linear": 1}),
-        ("qwen2", {"rope_attention": 2, "join_norm_linear_act": 2, "join_norm_linear": 1}),
-        ("gemma3", {"qk_norm_rope_attention": 2, "branch_join_norm_linear_act": 2, "branch_join_norm_linear": 1}),
+        ("qwen3", {"qk_norm_rope_write": 2, "join_norm_linear_act": 2, "join_norm_linear": 1}),
+        ("qwen2", {"rope_write": 2, "join_norm_linear_act": 2, "join_norm_linear": 1}),
+        ("gemma3", {"qk_norm_rope_write": 2, "branch_join_norm_linear_act": 2, "branch_join_norm_linear": 1}),
     ],
 )
 def test_families_vary_the_match_without_saying_so(family: str, expected: dict[str, int]) -> None:
@@ -178,24 +180,6 @@ def test_a_reader_between_the_parts_of_a_group_stops_it() -> None:
     y = g.linear(g.norm(x, "n", eps=1e-6), "w")
     program = fuse(g.program(logits=y, other=other))
     assert ops(program) == ["embed", "add", "linear", "norm_linear"]
-
-
-def test_an_attention_takes_the_write_in_front_of_it_unless_somebody_else_reads_the_queries() -> None:
-    """The write stays a group of its own inside, which a backend without the whole falls back to."""
-    shapes = {"qkv": (24, 8), "embed": (37, 8), "o": (8, 8)}
-    found = []
-    for watched in (False, True):
-        g = Recorder(shapes)
-        q, k, v = g.split(g.linear(g.embed(g.tokens, "embed"), "qkv"), 8, 8, 8)
-        q, k = g.rope(q, k, ROPE, head_dim=8)
-        out = g.linear(g.attention(q, k, v, 0, head_dim=8, scale=1.0, window=0), "o")
-        extra = {"extra": q} if watched else {}
-        found.append(fuse(g.program(out=out, **extra)))
-    assert [ops(program)[3:-1] for program in found] == [["rope_attention"], ["rope_write", "attention"]]
-    group = found[0].records[3]
-    assert [part.op for part in group.parts] == ["rope_write", "attention"]
-    assert (len(group.inputs), group.outputs) == (3, group.parts[1].outputs)
-    assert group.attrs == group.parts[1].attrs
 
 
 def test_group_borders_are_what_others_read() -> None:

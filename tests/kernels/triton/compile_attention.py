@@ -16,15 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tokenspeed.kernels.triton import (
-    decode_attention,
-    invariant_attention,
-    prefill_attention,
-    rope_attention,
-    rope_write,
-    work_items,
-)
-from tokenspeed.kernels.triton.attention_tiles import decode_tile, fused_tile, prefill_tile
+from tokenspeed.kernels.triton import decode_attention, invariant_attention, prefill_attention, rope_write, work_items
+from tokenspeed.kernels.triton.attention_tiles import decode_tile, prefill_tile
 from tokenspeed.kernels.triton.paged import Heads, PagedLayer
 from tokenspeed.ops.rope import Rope
 
@@ -35,7 +28,6 @@ SMALL = Heads(32, 8, 64, 0.125, 0)
 GEMMA = Heads(4, 1, 256, 0.0625, 512)
 WORDS = (
     "wgmma", "mma.sync", "tcgen05", "mfma", "cp.async", "griddepcontrol.wait", "griddepcontrol.launch", "cos.approx",
-    "prefetch.global.L2", "atom.global",
 )  # fmt: skip
 Launch = tuple[dict[str, Any], dict[str, Any]]
 
@@ -100,18 +92,6 @@ def write(hip: bool, heads: Heads, kv_dtype: torch.dtype, normed: bool, pdl: boo
     )
 
 
-def fused(hip: bool, heads: Heads, tokens: int, kv_dtype: torch.dtype, normed: bool, pdl: bool, ahead: int = 0) -> None:
-    size = heads.head_dim * heads.kv_heads
-    q, k, v = empty(tokens, (heads.group + 2) * size, dtype=BF16).split([heads.group * size, size, size], dim=-1)
-    tile = fused_tile(tokens, heads.kv_heads, heads.head_dim, 2, 132, hip)._replace(ahead=ahead, warm=ahead)
-    norm = rope_write.HeadNorm(empty(heads.head_dim, dtype=F32), 1e-6)
-    weight = empty(4096, heads.group * size, dtype=F8) if ahead == 1 else empty(4096, heads.group * size, dtype=BF16)
-    rope_attention.rope_attention(
-        q, k, v, paged(tokens, heads, kv_dtype), Rope(5e5, heads.head_dim), heads, tile,
-        (norm, norm) if normed else None, None, weight, pdl,
-    )  # fmt: skip
-
-
 def items(hip: bool) -> None:
     row = empty(128, dtype=torch.int32)
     rows = work_items.StepRows(row, row, row, row, row[:1])
@@ -124,7 +104,6 @@ CASES: dict[str, tuple[Any, ...]] = {
     "write 8b": (write, LLAMA, BF16, False, False),
     "write 8b pdl": (write, LLAMA, BF16, False, True),
     "items": (items,),
-    "fused 8b pdl": (fused, LLAMA, 1, BF16, False, True, 1),
     "decode 8b pdl": (decode, LLAMA, 1, BF16, BF16, True),
     "write qk norm pdl": (write, LLAMA, BF16, True, True),
     "decode 1b": (decode, SMALL, 64, BF16, BF16, False),
@@ -136,11 +115,6 @@ CASES: dict[str, tuple[Any, ...]] = {
     "prefill gemma": (prefill, GEMMA, BF16, BF16),
     "prefill float32": (prefill, GEMMA, F32, F32),
     "prefill fp8 pages": (prefill, LLAMA, BF16, F8),
-    "fused 8b pdl behind": (fused, LLAMA, 32, BF16, False, True, 2),
-    "fused 8b": (fused, LLAMA, 8, BF16, False, False),
-    "fused 1b": (fused, SMALL, 1, BF16, False, False),
-    "fused gemma": (fused, GEMMA, 8, BF16, True, False),
-    "fused fp8 pages": (fused, LLAMA, 32, F8, True, False),
     "invariant 8b pdl": (invariant, LLAMA, 1, BF16, BF16, True),
     "invariant 8b": (invariant, LLAMA, 1024, BF16, BF16, False),
     "invariant 1b sinks": (invariant, SMALL, 2, BF16, BF16, False),
@@ -155,11 +129,11 @@ NO_PDL = ("cuda:80", "hip:gfx942", "hip:gfx950")
 NO_E4M3 = ("cuda:80", "hip:gfx942")
 KERNELS = (
     (decode_attention, "_decode"),
+    (decode_attention, "_combine"),
     (prefill_attention, "_prefill"),
     (invariant_attention, "_attend"),
     (invariant_attention, "_merge_spans"),
     (rope_write, "_rope_write"),
-    (rope_attention, "_rope_attention"),
     (work_items, "_make_items"),
 )
 

@@ -28,8 +28,6 @@ class DeviceStep:
     items: torch.Tensor | None = None
     decode_rows: torch.Tensor | None = None
     places: tuple[tuple[int, int], ...] = ((0, 0), (GROUP, LAYER))
-    one_each: bool = False
-    ahead: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
 from tests.kernels.triton.paged_step import GROUP, PagedCase, check
 from tests.seeds import SEED
-from tokenspeed.kernels.registry import Implementation, Registry, Situation
-from tokenspeed.kernels.triton import attention_registration, attention_tiles
+from tokenspeed.kernels.registry import Registry, Situation
+from tokenspeed.kernels.triton import attention_tiles
 from tokenspeed.kernels.triton.attention_registration import register, run_decode, run_prefill
 from tokenspeed.kernels.triton.attention_tiles import item_tokens, max_items
 from tokenspeed.kernels.triton.paged import Heads
@@ -21,7 +19,7 @@ from tokenspeed.layers.attention import Attention, attention_block
 from tokenspeed.ops.reference import REFERENCE, StepView
 from tokenspeed.ops.rope import Rope
 from tokenspeed.program.fuse import fuse
-from tokenspeed.program.program import Program, Record
+from tokenspeed.program.program import Program
 from tokenspeed.program.recorder import Recorder
 
 HEADS = Heads(4, 2, 64, 0.125, 0)
@@ -35,12 +33,6 @@ def program(heads: Heads, normed: bool) -> Program:
     g = Recorder(shapes)
     spec = Attention(d, Rope(1e4, d), heads.scale, heads.window, 1e-6)
     return fuse(g.program(out=attention_block(g, g.embed(g.tokens, "table"), g.weights(), LAYER, spec)))
-
-
-def attention_of(fused: Program, op: str) -> Record:
-    """The program's attention, alone or with what is fused to it."""
-    group = next(record for record in fused.records if record.op == "rope_attention")
-    return group if op == group.op else list(group.plain())[-1]
 
 
 def reference_view(case: PagedCase) -> StepView:
@@ -69,62 +61,32 @@ def with_items(case: PagedCase) -> PagedCase:
     return case
 
 
-def lowered(registry: Registry, fused: Program, record: Record, tokens: int) -> Iterator[tuple[Record, Implementation]]:
-    """What a plan for a bucket of `tokens` makes of a record."""
-    chosen = registry.choose(record.op, fused.operands(record), Situation("cuda", "float32", tokens, {}))
-    if chosen is not None:
-        yield record, chosen
-        return
-    for part in record.parts:
-        yield from lowered(registry, fused, part, tokens)
-
-
 @pytest.mark.parametrize("seed", [SEED])
-@pytest.mark.parametrize(
-    "rows, normed, tokens, ran",
-    [
-        ([(5, 3, 0), (33, 1, 0)], False, 8, ["rope_write", "decode_attention"]),
-        ([(5, 1, 0), (33, 1, 0), (0, 1, 0)], True, 8, ["rope_attention"]),
-        ([(5, 3, 0), (33, 1, 0)], True, 128, ["rope_write", "decode_attention"]),
-    ],
-    ids=["several of a sequence", "one each", "large bucket"],
-)
-def test_chosen_kernels_give_what_the_parts_give(monkeypatch, seed, rows, normed, tokens, ran):
+@pytest.mark.parametrize("normed, tokens", [(False, 8), (True, 128)])
+def test_chosen_kernels_give_what_the_parts_give(monkeypatch, seed, normed, tokens):
     for sequences in attention_tiles.DECODE:
         monkeypatch.setitem(attention_tiles.DECODE, sequences, attention_tiles.DecodeTile(1, 16, 1, 4, 2))
-        monkeypatch.setitem(attention_tiles.FUSED_SPLITS, sequences, 1)
-    called = []
-    for name in ("rope_write", "decode_attention", "rope_attention"):
-        monkeypatch.setattr(attention_registration, name, told(getattr(attention_registration, name), name, called))
-    case = PagedCase(rows, HEADS, 16, seed)
-    case = with_items(case) if tokens > 64 else case
-    case.step = replace(case.step, one_each=all(fed == 1 for _, fed, _ in rows))
+    case = with_items(PagedCase([(5, 3, 0), (33, 1, 0)], HEADS, 16, seed))
     fused, registry, view = program(HEADS, normed), Registry(), reference_view(case)
     register(registry)
     sizes = [HEADS.heads * 64, HEADS.kv_heads * 64, HEADS.kv_heads * 64]
-    record = next(r for r in fused.records if r.op.endswith("rope_attention"))
-    given = case.random(len(case.step.positions), sum(sizes)).split(sizes, dim=-1)
-    values, expected = (dict(zip(record.inputs, given, strict=True)) for _ in range(2))
-    weights = {name: 1 + 0.3 * case.random(64) for name in record.weights}
-    for part in record.plain():
-        inputs = [expected[v] for v in part.inputs], [weights[name] for name in part.weights]
-        expected.update(zip(part.outputs, REFERENCE[part.op](view, *inputs, part.attrs), strict=True))
-    for part, chosen in lowered(registry, fused, record, tokens):
-        inputs = [values[v] for v in part.inputs], [weights[name] for name in part.weights]
-        values.update(zip(part.outputs, chosen.run(case.step, part, *inputs), strict=True))
-    assert called == ran
-    check(values[record.outputs[0]], expected[record.outputs[0]].double(), torch.float32)
-    written = next(part.outputs[0] for part in record.plain() if part.op == "kv_write")
-    mine, theirs = case.step.kv[:, case.step.places[LAYER][GROUP]], expected[written]
+    write, attend = (next(r for r in fused.records if r.op.endswith(op)) for op in ("rope_write", "attention"))
+    values = dict(zip(write.inputs, case.random(4, sum(sizes)).split(sizes, dim=-1), strict=True))
+    expected = dict(values)
+    weights = {name: 1 + 0.3 * case.random(64) for name in write.weights}
+    for record in (write, attend):
+        for part in record.plain():
+            given = [expected[v] for v in part.inputs], [weights[name] for name in part.weights]
+            expected.update(zip(part.outputs, REFERENCE[part.op](view, *given, part.attrs), strict=True))
+        situation = Situation("cuda", "float32", tokens, {})
+        chosen = registry.choose(record.op, fused.operands(record), situation)
+        assert chosen is not None
+        given = [values[v] for v in record.inputs], [weights[name] for name in record.weights]
+        values.update(zip(record.outputs, chosen.run(case.step, record, *given), strict=True))
+    for value in (write.outputs[0], attend.outputs[0]):
+        check(values[value], expected[value].double(), torch.float32)
+    mine, theirs = case.step.kv[:, case.step.places[LAYER][GROUP]], expected[write.outputs[1]]
     torch.testing.assert_close(mine, theirs, rtol=0, atol=3e-6, equal_nan=True)
-
-
-def told(run: Any, name: str, called: list[str]) -> Any:
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        called.append(name)
-        return run(*args, **kwargs)
-
-    return noted
 
 
 @pytest.mark.parametrize(
@@ -140,18 +102,16 @@ def told(run: Any, name: str, called: list[str]) -> Any:
 def test_nothing_is_offered_beyond_the_limits(heads, situation):
     registry, fused = Registry(), program(heads, False)
     register(registry)
-    usual, plain = replace(situation, device="cuda", dtype="bfloat16", tokens=8), program(HEADS, False)
-    for op in ("attention", "rope_attention"):
-        assert registry.choose(op, fused.operands(attention_of(fused, op)), situation) is None
-        assert registry.choose(op, plain.operands(attention_of(plain, op)), usual) is not None
-    large = replace(usual, tokens=128)
-    assert registry.choose("rope_attention", plain.operands(attention_of(plain, "rope_attention")), large) is None
-    assert registry.choose("attention", plain.operands(attention_of(plain, "attention")), large) is not None
+    attend = next(record for record in fused.records if record.op == "attention")
+    assert registry.choose("attention", fused.operands(attend), situation) is None
+    usual = replace(situation, device="cuda", dtype="bfloat16")
+    attend = next(record for record in program(HEADS, False).records if record.op == "attention")
+    assert registry.choose("attention", program(HEADS, False).operands(attend), usual) is not None
 
 
 def test_without_work_items_every_token_is_a_sequence_of_its_own():
     case = PagedCase([(0, 2, 0)], HEADS, 16, SEED)
-    attend = attention_of(program(HEADS, False), "attention")
+    attend = next(record for record in program(HEADS, False).records if record.op == "attention")
     (found,) = run_prefill(case.step, attend, [case.q], [])
     (wanted,) = run_decode(case.step, attend, [case.q], [])
     assert found.abs().sum() > 0

@@ -13,7 +13,6 @@ from tests.seeds import SEED
 from tests.tiny_llama import write_tiny
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
-from tokenspeed.runner.gpu.backend import GpuBackend
 
 PROMPTS = [[1, 5, 9], [1, *range(3, 40)], [1, 7], [1, *range(20, 45)], [1, 8, 8, 8, 8]]
 PLAIN = [
@@ -105,27 +104,3 @@ def test_captures_are_bounded_per_step_and_start_eagerly(open_gpu: Callable[...,
         ("sample", 1, False, False),
         ("sample", 4, True, False),
     ]
-
-
-def test_kernels_are_told_when_no_sequence_has_two_tokens_and_what_comes_next(
-    open_gpu: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[bool, int]] = []
-    body = GpuBackend.body
-
-    def noted(self: GpuBackend, view: Any) -> Any:
-        fed = view.slots[view.slots >= 0].tolist()
-        seen.append((view.one_each, max(fed.count(slot) for slot in fed)))
-        assert view.ahead is self.ahead
-        return body(self, view)
-
-    monkeypatch.setattr(GpuBackend, "body", noted)
-    gpu, _ = open_gpu()
-    run(gpu, params_of(PLAIN))
-    assert {told for told, _ in seen} == {True, False}
-    assert all(most == 1 for told, most in seen if told)
-    backend: Any = gpu.core.backend
-    attended = [record for record in backend.model.program.records if record.op == "rope_attention"]
-    assert len(attended) > 1
-    for layer, record in enumerate(attended):
-        assert backend.ahead[record.outputs[0]] is backend.weights[f"layers.{layer}.o"]

@@ -10,26 +10,18 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
-from tokenspeed.kernels.triton.attention_tiles import (
-    MAX_GROUP,
-    MAX_HEAD_DIM,
-    decode_tile,
-    fused_tile,
-    prefill_tile,
-)
+from tokenspeed.kernels.triton.attention_tiles import MAX_GROUP, MAX_HEAD_DIM, decode_tile, prefill_tile
 from tokenspeed.kernels.triton.decode_attention import decode_attention
-from tokenspeed.kernels.triton.launch import processors, small_step
+from tokenspeed.kernels.triton.launch import small_step
 from tokenspeed.kernels.triton.paged import Heads, PagedLayer, heads_of, paged_layer
 from tokenspeed.kernels.triton.prefill_attention import prefill_attention
-from tokenspeed.kernels.triton.rope_attention import MOST_TOKENS, rope_attention
 from tokenspeed.kernels.triton.rope_write import HeadNorm, rope_write
 from tokenspeed.kernels.triton.view import PagedView, RecordView
 from tokenspeed.ops.definitions import Operands
-from tokenspeed.ops.rope import Rope
 
 Tensors = tuple[torch.Tensor, ...]
 Inputs = Sequence[torch.Tensor]
-MOST_DECODE_TOKENS = MOST_TOKENS
+MOST_DECODE_TOKENS = 64
 """Buckets up to this hold the decode kernel alone, which takes every token as a sequence of its own."""
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -76,38 +68,15 @@ def run_rope_write(
 ) -> Tensors:
     """rope_write and qk_norm_rope_write: inputs q, k, v; weights none, or the norms of q and of k. pdl: whether the
     kernel is launched ahead; by default in small steps."""
-    q, k, v = inputs
-    rope, norms, layer = _write_of(record, weights)
-    paged = paged_layer(view, layer)
-    rotated = rope_write(q, k, v, paged, rope, norms, pdl=small_step(q) if pdl is None else pdl)
-    return rotated, paged.kv
-
-
-def run_rope_attention(view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs) -> Tensors:
-    """rope_attention and qk_norm_rope_attention: inputs q, k, v; weights those of the write, then of the attention.
-
-    One kernel where every row feeds one token; a later token of a row must see what an earlier one has written, so
-    other steps take two."""
-    q, k, v = inputs
-    rope, norms, layer = _write_of(record, weights)
-    heads, paged, sinks = heads_of(record.attrs), paged_layer(view, layer), _sinks(weights[2 if norms else 0 :])
-    pdl = small_step(q)
-    if not view.one_each:
-        rotated = rope_write(q, k, v, paged, rope, norms, pdl)
-        return (_decode(rotated, paged, heads, sinks, None, None),)
-    widest = max(q.element_size(), paged.kv.element_size())
-    tile = fused_tile(q.shape[0], heads.kv_heads, heads.head_dim, widest, processors(q.device))
-    ahead = view.ahead.get(record.outputs[0])
-    return (rope_attention(q, k, v, paged, rope, heads, tile, norms, sinks, ahead, pdl),)
-
-
-def _write_of(record: RecordView, weights: Inputs) -> tuple[Rope, tuple[HeadNorm, HeadNorm] | None, int]:
-    """How a record rotates, what norms come before, and its layer."""
     parts = list(record.plain())
     rope = next(part.attrs["rope"] for part in parts if part.op == "rope")
     layer = next(part.attrs["layer"] for part in parts if part.op == "kv_write")
     eps = [part.attrs["eps"] for part in parts if part.op == "norm"]
-    return rope, (HeadNorm(weights[0], eps[0]), HeadNorm(weights[1], eps[1])) if eps else None, layer
+    norms = (HeadNorm(weights[0], eps[0]), HeadNorm(weights[1], eps[1])) if eps else None
+    q, k, v = inputs
+    paged = paged_layer(view, layer)
+    rotated = rope_write(q, k, v, paged, rope, norms, pdl=small_step(q) if pdl is None else pdl)
+    return rotated, paged.kv
 
 
 def _takes(operands: Operands, situation: Situation) -> bool:
@@ -135,8 +104,6 @@ def register(registry: Registry) -> None:
         ("prefill", "attention", run_prefill, _takes_prefill),
         ("rope_write", "rope_write", run_rope_write, _takes),
         ("rope_write", "qk_norm_rope_write", run_rope_write, _takes),
-        ("rope_attention", "rope_attention", run_rope_attention, _takes_decode),
-        ("rope_attention", "qk_norm_rope_attention", run_rope_attention, _takes_decode),
     )
     for name, op, run, takes in table:
         registry.add(Implementation(name, op, "triton", run, takes, priority=10))

@@ -22,30 +22,6 @@ class DecodeTile(NamedTuple):
     stages: int
 
 
-class FusedTile(NamedTuple):
-    """Of the kernel that does a decode step's rope, KV write and attention at once. splits, keys, min_blocks, warps,
-    stages: as in DecodeTile.
-
-    programs: how many the device holds at once; where not 0, the kernel splits sequences so that no more are used, and
-    takes min_blocks only where there are more sequences and key heads than that. How a sequence is split then depends
-    on the others. Before the wait of dependent launch, held: the first block of keys is loaded, and held
-    in registers; warm: so many blocks behind it are brought into the second-level cache.
-    ahead: when the next kernel's weight is asked for: 0 never, 1 before all else, 2 behind the program's own keys.
-    ahead_bytes: most that is asked for.
-    """
-
-    splits: int
-    keys: int
-    min_blocks: int
-    warps: int
-    stages: int
-    programs: int = 0
-    held: bool = True
-    warm: int = 0
-    ahead: int = 0
-    ahead_bytes: int = 32 << 20
-
-
 class PrefillTile(NamedTuple):
     """rows: query tokens times query heads of one key head. keys: per block."""
 
@@ -64,26 +40,15 @@ DECODE: dict[int, DecodeTile] = {
     1: DecodeTile(64, 64, 1, 4, 5),
     2: DecodeTile(32, 64, 1, 4, 5),
     4: DecodeTile(32, 64, 1, 4, 5),
-    8: DecodeTile(16, 64, 2, 4, 5),
-    16: DecodeTile(16, 64, 4, 4, 5),
-    32: DecodeTile(8, 64, 4, 4, 5),
-    64: DecodeTile(8, 64, 8, 4, 5),
-    128: DecodeTile(8, 64, 16, 4, 5),
+    8: DecodeTile(16, 64, 2, 4, 3),
+    16: DecodeTile(16, 64, 4, 4, 3),
+    32: DecodeTile(8, 64, 4, 4, 3),
+    64: DecodeTile(8, 64, 8, 4, 3),
+    128: DecodeTile(8, 64, 16, 4, 3),
 }
 """By the most sequences of the bucket, for 8 key heads of 256 bytes or less; fewer key heads take more splits.
 
 Page ids share the stages: with n of them, (n - 1) // 2 blocks of keys are under way."""
-
-FUSED_SPLITS = {1: 64, 2: 64, 4: 48, 8: 32, 16: 24, 32: 16, 64: 8}
-"""Most splits of a sequence by the most sequences of the bucket, for 8 key heads; fewer take more."""
-FUSED_FEW_BLOCKS = 8
-HELD_SEQUENCES = 4
-"""Up to here splits are a block or two, and the first is held."""
-PROGRAMS = {True: 4, False: 3}
-"""Of the fused kernel that two processors are given at once, by whether keys are held or heads wide (32 sequences of
-1088 tokens of 8B: 45 us, and 59 with twice as many). A processor of Hopper's generation holds at least two."""
-WARM_BLOCKS = 0
-AHEAD = 0
 
 PREFILL: dict[tuple[int, int], PrefillTile] = {
     (64, 2): PrefillTile(128, 64, 4, 3),
@@ -109,22 +74,6 @@ def decode_tile(sequences: int, kv_heads: int, head_dim: int, itemsize: int, hip
     splits = min(MAX_SPLITS, max(1, tile.splits * 8 // kv_heads))
     keys, stages = max(16, tile.keys // shrink), HIP_STAGES if hip else tile.stages
     return tile._replace(splits=splits, keys=keys, min_blocks=tile.min_blocks * shrink, stages=stages)
-
-
-def fused_tile(
-    sequences: int, kv_heads: int, head_dim: int, itemsize: int, processors: int, hip: bool = HIP
-) -> FusedTile:
-    """Tile for a bucket of up to 64 decoding sequences, on a device of so many `processors`; 0 where that is unknown:
-    then sequences are split as by `decode_tile`."""
-    usual = decode_tile(sequences, kv_heads, head_dim, itemsize, hip)
-    most = FUSED_SPLITS[next((bucket for bucket in FUSED_SPLITS if bucket >= sequences), max(FUSED_SPLITS))]
-    splits = min(MAX_SPLITS, max(1, most * 8 // kv_heads))
-    few = FUSED_FEW_BLOCKS * DECODE[1].keys // usual.keys if processors else usual.min_blocks
-    held = sequences <= HELD_SEQUENCES
-    programs = PROGRAMS[held or pad(head_dim) > 128] * processors // 2
-    if programs:  # more could not be used
-        splits = max(1, min(splits, programs // kv_heads))
-    return FusedTile(splits, usual.keys, few, usual.warps, usual.stages, programs, held, WARM_BLOCKS, AHEAD)
 
 
 def prefill_tile(head_dim: int, itemsize: int, hip: bool = HIP) -> PrefillTile:

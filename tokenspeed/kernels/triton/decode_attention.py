@@ -1,5 +1,4 @@
-"""Attention of one or a few query tokens per sequence over its pages: keys split over programs, the last of which to
-finish adds up.
+"""Attention of one or a few query tokens per sequence over its pages: keys split over programs, then combined.
 
 A program takes one work item (`queries` consecutive tokens of one sequence), one key head with its group of query heads
 as rows of one tile, and one split of the keys. How a sequence's keys are split depends on its own positions and the
@@ -16,16 +15,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tokenspeed.kernels.triton.attention_tiles import DecodeTile, pad
 from tokenspeed.kernels.triton.launch import launch_options
 from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer, finish, sweep
-from tokenspeed.kernels.triton.splits import (
-    finish_item,
-    keep_part,
-    last_to_arrive,
-    part_of,
-    partials,
-    splits_at_once,
-)
 
-BY_BUCKET = ("num_tokens", "min_blocks", "window")
+BY_BUCKET = ("num_tokens", "splits", "min_blocks", "window")
 """Not compiled in, so that the buckets share a kernel."""
 
 
@@ -53,15 +44,23 @@ def _first_token(rows, item, QUERIES: tl.constexpr, LISTED: tl.constexpr):
         return item * QUERIES
 
 
+@triton.jit
+def _part(item, head, heads, split, splits, ROWS: tl.constexpr):
+    """Number of a split's first partial row."""
+    return ((item * heads + head).to(tl.int64) * splits + split) * ROWS
+
+
 @triton.jit(do_not_specialize=BY_BUCKET)
-def _decode(q, kv, table, positions, slots, rows, out, sums, tops, totals, arrived, sinks,
+def _decode(q, kv, table, positions, slots, rows, out, partial, tops, totals, sinks,
             num_tokens, min_blocks, window, q_row, table_slot, kv_page, kv_which, kv_entry, kv_head, scale,
             QUERIES: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr,
             DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, LISTED: tl.constexpr,
-            SINKS: tl.constexpr, AT_ONCE: tl.constexpr, ROWS_PAD: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
+            SINKS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
     head = tl.program_id(0)
     split = tl.program_id(1)
     item = tl.program_id(2)
+    if PDL and not EARLY:
+        gdc_wait()
     r = tl.arange(0, ROWS)
     t = r // GROUP_PAD
     g = r % GROUP_PAD
@@ -71,8 +70,9 @@ def _decode(q, kv, table, positions, slots, rows, out, sums, tops, totals, arriv
     slot, position, begin, end, blocks, used = _span(
         positions, slots, window, num_tokens, tl.num_programs(1), min_blocks, start, token, own, KEYS
     )
-    if PDL:
+    if PDL and EARLY:
         gdc_wait()
+    if PDL:
         gdc_launch_dependents()
 
     d = tl.arange(0, DIM_PAD)
@@ -105,15 +105,49 @@ def _decode(q, kv, table, positions, slots, rows, out, sums, tops, totals, arriv
         kept = live if LISTED else own
         tl.store(at, result.to(out.dtype.element_ty), mask=kept[:, None] & wide[None, :])
     else:
-        COUNT: tl.constexpr = QUERIES * GROUP
-        first_part = part_of(item, head, tl.num_programs(0), 0, tl.num_programs(1), COUNT)
-        part = first_part + split * COUNT + t * GROUP + g
-        keep_part(sums, tops, totals, part, acc, top, total, own, DIM, DIM_PAD)
-        if last_to_arrive(arrived + item * tl.num_programs(0) + head, used):
-            finish_item(
-                sums, tops, totals, first_part, used, out, sinks, start, head, num_tokens, tl.num_programs(0), COUNT,
-                ROWS_PAD, GROUP, DIM, DIM_PAD, AT_ONCE, LISTED, SINKS,
-            )  # fmt: skip
+        part = _part(item, head, tl.num_programs(0), split, tl.num_programs(1), QUERIES * GROUP) + t * GROUP + g
+        tl.store(partial + part[:, None] * DIM + d[None, :], acc, mask=own[:, None] & wide[None, :])
+        tl.store(tops + part, top, mask=own)
+        tl.store(totals + part, total, mask=own)
+
+
+@triton.jit(do_not_specialize=BY_BUCKET)
+def _combine(positions, slots, rows, out, partial, tops, totals, sinks, num_tokens, splits, min_blocks, window,
+             QUERIES: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr,
+             DIM: tl.constexpr, DIM_PAD: tl.constexpr, KEYS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+             LISTED: tl.constexpr, SINKS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
+    """One query head of one token: its splits in order."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    item = tl.program_id(2)
+    if PDL and not EARLY:
+        gdc_wait()
+    t = tl.arange(0, ROWS) // GROUP_PAD
+    start = _first_token(rows, item, QUERIES, LISTED)
+    own = (t < QUERIES) & (start + t >= t) & (start + t < num_tokens)
+    _, _, _, _, _, used = _span(positions, slots, window, num_tokens, splits, min_blocks, start, start + t, own, KEYS)
+    if PDL and EARLY:
+        gdc_wait()
+    if PDL:
+        gdc_launch_dependents()
+    token = start + row // GROUP
+    if (used <= 1) | (token >= num_tokens):
+        return
+    s = tl.arange(0, SPLITS_PAD)
+    d = tl.arange(0, DIM_PAD)
+    part = _part(item, head, tl.num_programs(1), s, splits, QUERIES * GROUP) + row
+    at_top = tl.load(tops + part, mask=s < used, other=float("-inf"))
+    highest = tl.max(at_top)
+    weight = tl.exp2(at_top - tl.where(highest == float("-inf"), 0.0, highest))
+    total = tl.sum(tl.load(totals + part, mask=s < used, other=0) * weight)
+    sums = tl.load(partial + part[:, None] * DIM + d[None, :], mask=(s < used)[:, None] & (d < DIM)[None, :], other=0)
+    acc = tl.sum(sums * weight[:, None], axis=0)
+    one = tl.arange(0, 1)
+    heads = one + head * GROUP + row % GROUP
+    result = finish(acc[None, :], one + highest, one + total, sinks, heads, one == 0, SINKS)
+    at = token.to(tl.int64) * (tl.num_programs(1) * GROUP * DIM) + heads[:, None] * DIM + d[None, :]
+    width = tl.where(highest == float("-inf"), 0, DIM) if LISTED else DIM
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=(d < width)[None, :])
 
 
 def decode_attention(
@@ -125,6 +159,7 @@ def decode_attention(
     rows: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     queries: int = 1,
+    early: bool = False,
     pdl: bool = False,
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v over the pages; the query at position p sees keys p - window + 1 .. p.
@@ -132,27 +167,36 @@ def decode_attention(
     q [T, heads * head_dim], rows contiguous. Work items are the T tokens in runs of `queries` (1 to 8, tokens of one
     sequence, padding last), or those that begin at the tokens of `rows` (int32 [n], -1 for none).
     sinks: float32 [heads], logits that join the softmax's denominator.
-    pdl: launched ahead of the kernel in front, which must not be the one that writes positions, slots, block tables or
-    `rows`: those are read before the wait.
+    early: positions, slots and block tables were written by a kernel that had ended before this one could start, so
+    they are read before the wait of dependent launch.
     Writes into `out` where given, then only the rows listed. Returns [T, heads * head_dim]; zeros for padding.
     """
     if out is None:
         out = torch.empty((q.shape[0], heads.heads * heads.head_dim), dtype=q.dtype, device=q.device)
     items = -(-q.shape[0] // queries) if rows is None else rows.shape[0]
-    count = queries * heads.group
-    room = partials(items, heads.kv_heads, tile.splits, count, heads.head_dim, q.device)
+    parts = (items, heads.kv_heads, tile.splits, queries * heads.group)
+    needed = parts if tile.splits > 1 else (1,)
+    partial = torch.empty((*needed, heads.head_dim), dtype=torch.float32, device=q.device)
+    tops, totals = torch.empty((2, *needed), dtype=torch.float32, device=q.device)
     group_pad = pad(heads.group)
     shape = {
         "QUERIES": queries, "GROUP": heads.group, "GROUP_PAD": group_pad, "ROWS": max(16, pad(queries) * group_pad),
         "DIM": heads.head_dim, "DIM_PAD": pad(heads.head_dim), "KEYS": tile.keys, "LISTED": rows is not None,
-        "SINKS": sinks is not None, "AT_ONCE": splits_at_once(count, heads.head_dim, tile.warps),
-        "ROWS_PAD": pad(count), "PDL": pdl,
+        "SINKS": sinks is not None, "EARLY": early, "PDL": pdl,
     }  # fmt: skip
     listed, sink = out if rows is None else rows, out if sinks is None else sinks
     _decode[(heads.kv_heads, tile.splits, items)](
-        q, paged.kv, paged.table, paged.positions, paged.slots, listed, out, *room, sink, q.shape[0],
+        q, paged.kv, paged.table, paged.positions, paged.slots, listed, out, partial, tops, totals, sink, q.shape[0],
         tile.min_blocks, heads.window, q.stride(0), paged.table.stride(0), *paged.kv.stride()[:4],
         heads.scale * LOG2E.value, PAGE=paged.kv.shape[2], **shape,
         **launch_options(pdl, num_warps=tile.warps, num_stages=tile.stages),
     )  # fmt: skip
+    if tile.splits > 1:
+        # A thread holds 64 of the partial sums: more spills.
+        combine_warps = min(16, max(1, pad(tile.splits) * pad(heads.head_dim) // 2048))
+        _combine[(queries * heads.group, heads.kv_heads, items)](
+            paged.positions, paged.slots, listed, out, partial, tops, totals, sink, q.shape[0], tile.splits,
+            tile.min_blocks, heads.window, SPLITS_PAD=pad(tile.splits), **shape,
+            **launch_options(pdl, num_warps=combine_warps),
+        )  # fmt: skip
     return out

@@ -77,26 +77,6 @@ def absorb(acc, top, total, scores, value):
 
 
 @triton.jit
-def load_block(pages, keys, n, seen, kv_page, kv_which, kv_entry, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-               PAGE: tl.constexpr):  # fmt: skip
-    """Keys and values [KEYS, DIM_PAD] at positions n, zeros where they are not `seen`."""
-    d = tl.arange(0, DIM_PAD)
-    offsets = entries(pages, n, seen, kv_page, kv_entry, PAGE)[:, None] + d[None, :]
-    inside = seen[:, None] & (d < DIM)[None, :]
-    return tl.load(keys + offsets, mask=inside, other=0.0), tl.load(keys + kv_which + offsets, mask=inside, other=0.0)
-
-
-@triton.jit
-def attend(acc, top, total, queries, key, value, n, position, lowest, scale, MASKED: tl.constexpr):
-    """Absorb a block of keys at positions n; where MASKED a query sees those in (lowest, position]."""
-    scores = tl.dot(queries, tl.trans(key.to(queries.dtype)), input_precision="ieee") * scale
-    if MASKED:
-        visible = (n[None, :] <= position[:, None]) & (n[None, :] > lowest[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
-    return absorb(acc, top, total, scores, value.to(queries.dtype))
-
-
-@triton.jit
 def sweep(acc, top, total, queries, position, lowest, begin, end, first, last, pages, keys, scale,
            kv_page, kv_which, kv_entry, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr,
            KEYS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
@@ -106,18 +86,25 @@ def sweep(acc, top, total, queries, position, lowest, begin, end, first, last, p
         n = i * KEYS + tl.arange(0, KEYS)
         if MASKED:
             seen = (n >= begin) & (n < end)
-            key, value = load_block(pages, keys, n, seen, kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE)
+            offsets = entries(pages, n, seen, kv_page, kv_entry, PAGE)[:, None] + d[None, :]
+            inside = seen[:, None] & (d < DIM)[None, :]
+            key = tl.load(keys + offsets, mask=inside, other=0.0).to(queries.dtype)
+            value = tl.load(keys + kv_which + offsets, mask=inside, other=0.0).to(queries.dtype)
         else:
             page = tl.load(pages + n // PAGE).to(tl.int64)
             offsets = (page * kv_page + (n % PAGE) * kv_entry)[:, None] + d[None, :]
             if DIM_PAD == DIM:
-                key = tl.load(keys + offsets)
-                value = tl.load(keys + kv_which + offsets)
+                key = tl.load(keys + offsets).to(queries.dtype)
+                value = tl.load(keys + kv_which + offsets).to(queries.dtype)
             else:
                 inside = (d < DIM)[None, :]
-                key = tl.load(keys + offsets, mask=inside, other=0.0)
-                value = tl.load(keys + kv_which + offsets, mask=inside, other=0.0)
-        acc, top, total = attend(acc, top, total, queries, key, value, n, position, lowest, scale, MASKED)
+                key = tl.load(keys + offsets, mask=inside, other=0.0).to(queries.dtype)
+                value = tl.load(keys + kv_which + offsets, mask=inside, other=0.0).to(queries.dtype)
+        scores = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
+        if MASKED:
+            visible = (n[None, :] <= position[:, None]) & (n[None, :] > lowest[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+        acc, top, total = absorb(acc, top, total, scores, value)
     return acc, top, total
 
 

@@ -37,7 +37,7 @@ def device_frequencies(rope: Rope, device: torch.device) -> torch.Tensor:
 
 
 @triton.jit
-def rotated(base, rows, mask, norm, eps, cos, sin, DIM: tl.constexpr,
+def _rotated(base, rows, mask, norm, eps, cos, sin, DIM: tl.constexpr,
              DIM_PAD: tl.constexpr, HALF: tl.constexpr, NORMED: tl.constexpr):  # fmt: skip
     """Heads at offsets `rows` of `base`, normed and rotated, float32 [rows, DIM_PAD]; sin is signed by column."""
     d = tl.arange(0, DIM_PAD)
@@ -56,36 +56,6 @@ def rotated(base, rows, mask, norm, eps, cos, sin, DIM: tl.constexpr,
 
 
 @triton.jit
-def cos_sin(frequency, position, DIM_PAD: tl.constexpr, HALF: tl.constexpr):
-    """cos and sin of a position by column, sin with the sign it has there; columns that do not turn have 1 and 0."""
-    d = tl.arange(0, DIM_PAD)
-    angle = position.to(tl.float32) * tl.load(frequency + d % HALF, mask=d < 2 * HALF, other=0)
-    return tl.cos(angle), tl.where(d < HALF, -tl.sin(angle), tl.sin(angle))
-
-
-@triton.jit
-def write_entry(k, v, head, norm, eps, cos, sin, entry, kv_which, alive, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-                HALF: tl.constexpr, NORMED: tl.constexpr, FP8: tl.constexpr):  # fmt: skip
-    """Rotate one head's key of the token at k and write it and its value; gives both, [DIM_PAD], as the cache has them.
-    Where not `alive` nothing is read or written."""
-    d = tl.arange(0, DIM_PAD)
-    one = tl.arange(0, 1)
-    # As vectors: the interpreter makes an int of a scalar truth value that is broadcast.
-    mine = (d < DIM) & ((tl.zeros_like(d) + alive) > 0)
-    key = rotated(k, one + head * DIM, (one + alive) > 0, norm, eps, cos, sin, DIM, DIM_PAD, HALF, NORMED)
-    value = tl.load(v + head * DIM + d, mask=mine, other=0).to(tl.float32)
-    key = tl.reshape(key.to(k.dtype.element_ty).to(tl.float32), (DIM_PAD,))
-    if FP8:
-        key = tl.minimum(tl.maximum(key, -448.0), 448.0)
-        value = tl.minimum(tl.maximum(value, -448.0), 448.0)
-    kept_key = key.to(entry.dtype.element_ty)
-    kept_value = value.to(entry.dtype.element_ty)
-    tl.store(entry + d, kept_key, mask=mine)
-    tl.store(entry + kv_which + d, kept_value, mask=mine)
-    return kept_key, kept_value
-
-
-@triton.jit
 def _rope_write(q, k, v, q_norm, k_norm, frequency, positions, slots, table, kv, out,
                 q_eps, k_eps, q_row, k_row, v_row, table_slot, kv_page, kv_which, kv_entry, kv_head,
                 GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
@@ -93,27 +63,39 @@ def _rope_write(q, k, v, q_norm, k_norm, frequency, positions, slots, table, kv,
                 PDL: tl.constexpr) -> None:  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    # Positions and slots were written some kernels in front (see `launch`).
-    position = tl.load(positions + token)
-    slot = tl.load(slots + token)
-    cos, sin = cos_sin(frequency, position, DIM_PAD, HALF)
+    d = tl.arange(0, DIM_PAD)
+    turn = tl.load(frequency + d % HALF, mask=d < 2 * HALF, other=0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    position = tl.load(positions + token)
+    slot = tl.load(slots + token)
+    # As a vector: the interpreter makes an int of a scalar truth value that is broadcast.
+    alive = tl.zeros_like(d) + slot >= 0
+    angle = position.to(tl.float32) * turn
+    cos = tl.cos(angle)
+    sin = tl.where(d < HALF, -tl.sin(angle), tl.sin(angle))
 
-    d = tl.arange(0, DIM_PAD)
     g = tl.arange(0, GROUP_PAD)
     rows = (head * GROUP + g) * DIM
     mine = g < GROUP
     real = mine & (tl.zeros_like(g) + slot >= 0)
-    query = rotated(q + token * q_row, rows, real, q_norm, q_eps, cos, sin, DIM, DIM_PAD, HALF, NORMED)
+    query = _rotated(q + token * q_row, rows, real, q_norm, q_eps, cos, sin, DIM, DIM_PAD, HALF, NORMED)
     at = out + token * (tl.num_programs(1) * GROUP * DIM) + rows[:, None] + d[None, :]
     tl.store(at, query.to(out.dtype.element_ty), mask=mine[:, None] & (d < DIM)[None, :])
 
+    one = tl.arange(0, 1)
+    key = _rotated(k + token * k_row, one + head * DIM, one + slot >= 0, k_norm, k_eps, cos, sin, DIM, DIM_PAD, HALF,
+                   NORMED)  # fmt: skip
+    value = tl.load(v + token * v_row + head * DIM + d, mask=(d < DIM) & alive, other=0).to(tl.float32)
+    key = tl.reshape(key.to(k.dtype.element_ty).to(tl.float32), (DIM_PAD,))
+    if FP8:
+        key = tl.minimum(tl.maximum(key, -448.0), 448.0)
+        value = tl.minimum(tl.maximum(value, -448.0), 448.0)
     page = tl.load(table + slot.to(tl.int64) * table_slot + position // PAGE, mask=slot >= 0, other=0).to(tl.int64)
-    entry = kv + page * kv_page + (position % PAGE) * kv_entry + head * kv_head
-    write_entry(k + token * k_row, v + token * v_row, head, k_norm, k_eps, cos, sin, entry, kv_which,
-                tl.where(slot >= 0, 1, 0), DIM, DIM_PAD, HALF, NORMED, FP8)  # fmt: skip
+    entry = kv + page * kv_page + (position % PAGE) * kv_entry + head * kv_head + d
+    tl.store(entry, key.to(kv.dtype.element_ty), mask=(d < DIM) & alive)
+    tl.store(entry + kv_which, value.to(kv.dtype.element_ty), mask=(d < DIM) & alive)
 
 
 def rope_write(
@@ -128,7 +110,6 @@ def rope_write(
     """Rotate queries and keys by position, after `norms` of both where given, and write keys and values into pages.
 
     q [T, heads * head_dim], k and v [T, kv_heads * head_dim]: rows may have gaps (views of one projection's output).
-    pdl: launched ahead of the kernel in front, which must not be the one that writes positions and slots.
     Returns rotated queries, contiguous; zeros for padding, of which nothing is written. An fp8 cache takes e4m3 values,
     clipped to +-448.
     """

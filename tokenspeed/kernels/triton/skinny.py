@@ -18,8 +18,10 @@ LINE = tl.constexpr(128)
 
 
 @triton.jit
-def prefetch_lines(pointers: tl.tensor) -> None:
-    """Ask for the cache lines that some pointers lie in to be brought into the second-level cache."""
+def prefetch_weights(rows: tl.tensor, first: tl.tensor, ITEM: tl.constexpr, COLUMNS: tl.constexpr) -> None:
+    """Ask for COLUMNS columns of some rows of W to be brought into the second-level cache."""
+    lines = tl.arange(0, COLUMNS * ITEM // LINE) * (LINE // ITEM)
+    pointers = rows[:, None] + first + lines[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
         "=r,l",
@@ -28,13 +30,6 @@ def prefetch_lines(pointers: tl.tensor) -> None:
         is_pure=False,
         pack=1,
     )
-
-
-@triton.jit
-def prefetch_weights(rows: tl.tensor, first: tl.tensor, ITEM: tl.constexpr, COLUMNS: tl.constexpr) -> None:
-    """Ask for COLUMNS columns of some rows of W to be brought into the second-level cache."""
-    lines = tl.arange(0, COLUMNS * ITEM // LINE) * (LINE // ITEM)
-    prefetch_lines(rows[:, None] + first + lines[None, :])
 
 
 @triton.jit

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 
-from tokenspeed.kernels.triton.operands import Matrix
 from tokenspeed.ops.definitions import Attrs
 
 
@@ -18,8 +17,6 @@ class RecordView(Protocol):
     def op(self) -> str: ...
     @property
     def attrs(self) -> Attrs: ...
-    @property
-    def outputs(self) -> tuple[int, ...]: ...
     def plain(self) -> Iterable[RecordView]: ...
 
 
@@ -55,7 +52,3 @@ class PagedView(Protocol):
     def items(self) -> torch.Tensor | None: ...
     @property
     def decode_rows(self) -> torch.Tensor | None: ...
-    @property
-    def one_each(self) -> bool: ...
-    @property
-    def ahead(self) -> Mapping[int, Matrix]: ...

@@ -41,8 +41,6 @@ class GpuBackend:
         narrow = _fp8_names(model) if quantization == "fp8" else frozenset()
         self.weights = {name: _on_device(tensor, model.device, name in narrow) for name, tensor in plain.items()}
         self.formats = model.formats | dict.fromkeys(narrow, (FP8_FORMAT,))
-        linears = [part for record in model.program.records for part in record.plain() if part.op == "linear"]
-        self.ahead = {linear.inputs[0]: self.weights[linear.weights[0]] for linear in linears}
         self.weight_bytes = {name: _nbytes(weight) for name, weight in self.weights.items()}
         self._registry = Registry()
         (register or _register_kernels)(self._registry)

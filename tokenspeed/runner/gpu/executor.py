@@ -229,8 +229,6 @@ class GpuExecutor:
             head_dim=shape.head_dim,
             items=items,
             decode_rows=decode_rows,
-            one_each=not step.mixed,
-            ahead=self.backend.ahead,
         )
 
     def _upload(self, header: torch.Tensor, changes: Changes, rows: Sequence[LaunchedRow]) -> None:

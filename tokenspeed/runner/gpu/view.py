@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
-
-from tokenspeed.quantization.fp8 import Fp8Weight
 
 
 @dataclass(frozen=True)
@@ -19,8 +16,6 @@ class GpuView:
     kv: the arena. places: per layer its page group and its index in it.
     items: int32 [N, 4], pieces of prompts: slot, first token in the step, tokens, first position; slot -1 for none.
     decode_rows: int32 [R], the only token of rows that feed one, in steps with items; -1 for none.
-    one_each: whether every row feeds one token at most.
-    ahead: the weight of the projection that reads a value, by the value's number, for kernels that ask for it early.
     """
 
     tokens: torch.Tensor
@@ -35,8 +30,6 @@ class GpuView:
     head_dim: int
     items: torch.Tensor | None = None
     decode_rows: torch.Tensor | None = None
-    one_each: bool = False
-    ahead: Mapping[int, torch.Tensor | Fp8Weight] = field(default_factory=dict)
 
     def asking(self, rows: torch.Tensor) -> GpuView:
         """The same step, with logits of other tokens."""
