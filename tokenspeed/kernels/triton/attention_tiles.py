@@ -40,11 +40,11 @@ DECODE: dict[int, DecodeTile] = {
     1: DecodeTile(64, 64, 1, 4, 5),
     2: DecodeTile(32, 64, 1, 4, 5),
     4: DecodeTile(32, 64, 1, 4, 5),
-    8: DecodeTile(16, 64, 2, 4, 3),
-    16: DecodeTile(16, 64, 4, 4, 3),
-    32: DecodeTile(8, 64, 4, 4, 3),
-    64: DecodeTile(8, 64, 8, 4, 3),
-    128: DecodeTile(8, 64, 16, 4, 3),
+    8: DecodeTile(16, 64, 2, 4, 5),
+    16: DecodeTile(16, 64, 4, 4, 5),
+    32: DecodeTile(8, 64, 4, 4, 5),
+    64: DecodeTile(8, 64, 8, 4, 5),
+    128: DecodeTile(8, 64, 16, 4, 5),
 }
 """By the most sequences of the bucket, for 8 key heads of 256 bytes or less; fewer key heads take more splits.
 
