@@ -136,6 +136,7 @@ def check_alone(llm: LLM, prompts: Prompts, caching: bool, page: int) -> None:
     assert second[0].num_cached_tokens == (SHARED // page * page if caching else 0)
 
 
+@pytest.mark.slow
 def test_one_token_at_a_time_with_the_cache(demo_path: Path, prompts: Prompts) -> None:
     check_alone(make_llm(demo_path, 1, 16, True), prompts, True, 16)
 
