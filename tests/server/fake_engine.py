@@ -79,6 +79,9 @@ class FakeEngine:
     well: Health = IDLE
     death: EngineDeadError | None = None
     closed: bool = False
+    killed: str = ""
+    wrong: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set: dead or stuck."""
 
     def __post_init__(self) -> None:
         self.info = EngineInfo(
@@ -119,6 +122,20 @@ class FakeEngine:
         for outbox in self._outboxes.values():
             if not outbox.finished:
                 outbox.fail(error)
+        self.wrong.set()
+
+    def hang(self, reason: str) -> None:
+        """Be stuck; requests go on waiting."""
+        self.well = Health(False, reason)
+        self.wrong.set()
+
+    async def unwell(self) -> str:
+        await self.wrong.wait()
+        return self.well.reason
+
+    async def kill(self, reason: str) -> None:
+        self.killed = reason
+        self.die(EngineDeadError(reason))
 
     def health(self) -> Health:
         return self.well

@@ -106,8 +106,8 @@ def test_a_second_signal_does_not_wait() -> None:
             assert not any("length" in str(event) for event in until_cut(events)), "it finished after all"
 
 
-def test_death_of_the_engine_process() -> None:
-    with fake("ok", 0.01) as server:
+def test_death_of_an_engine_that_is_not_to_be_restarted() -> None:
+    with fake("ok", 0.01, "--max-engine-restarts", "0") as server:
         server.wait_until_ready()
         (engine,) = server.children()
         with streaming(server, 4000) as events:
@@ -119,7 +119,9 @@ def test_death_of_the_engine_process() -> None:
         response = server.get("/health")
         assert response.status_code == 503
         assert "SIGKILL" in response.json()["reason"]
-        assert server.post("/v1/completions", prompt=PROMPT).status_code == 503
+        assert "--max-engine-restarts allows 0" in response.json()["reason"]
+        refused = server.post("/v1/completions", prompt=PROMPT)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_dead")
         assert server.terminate() == 0, server.log
 
 
@@ -151,6 +153,8 @@ def test_a_model_that_is_not_there_ends_the_start() -> None:
         (("a", "--model", "b"), "two models: a and --model b"),
         (("--drain-timeout", "-1"), "--drain-timeout must be at least 0"),
         (("--drain-timeout", "nan"), "--drain-timeout must be at least 0"),
+        (("--max-engine-restarts", "-1"), "--max-engine-restarts must be at least 0, got -1"),
+        (("--engine-stuck-timeout", "0"), "--engine-stuck-timeout must be above 0, got 0"),
         (("--host", "256.0.0.1"), "cannot listen on --host 256.0.0.1 --port 8000"),
         (("--target-itl-ms", "20.5", "--port", "70000"), "--port must be from 0 to 65535, got 70000"),
     ],

@@ -40,8 +40,34 @@ def add_parser(commands: Any) -> None:
         metavar="S",
         help="seconds that running requests get after SIGTERM (default: 30)",
     )
+    _add_operation_flags(parser)
     add_engine_flags(parser)
     parser.set_defaults(run=run)
+
+
+def _add_operation_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("operations")
+    group.add_argument(
+        "--max-engine-restarts",
+        type=int,
+        default=5,
+        metavar="N",
+        help="most restarts of an engine that fails, in ten minutes; then the server stays unhealthy (default: 5)",
+    )
+    group.add_argument(
+        "--engine-stuck-timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="an engine with work that finishes no step for so many seconds is stuck, and restarted (default: 60)",
+    )
+
+
+def _check_operation_flags(options: argparse.Namespace) -> None:
+    if options.max_engine_restarts < 0:
+        raise ConfigError(f"--max-engine-restarts must be at least 0, got {options.max_engine_restarts}")
+    if not options.engine_stuck_timeout > 0:
+        raise ConfigError(f"--engine-stuck-timeout must be above 0, got {options.engine_stuck_timeout}")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -49,20 +75,21 @@ def run(options: argparse.Namespace) -> None:
     config = EngineConfig.from_kwargs(engine_settings(options) | {"model": _model(options)})
     if not options.drain_timeout >= 0:
         raise ConfigError(f"--drain-timeout must be at least 0, got {options.drain_timeout}")
+    _check_operation_flags(options)
     from tokenspeed.engine.async_engine import AsyncEngine
     from tokenspeed.server.engine import Engine, Progress
     from tokenspeed.server.run import listen, run
     from tokenspeed.server.state import ServerState
 
     async def start(progress: Progress) -> Engine:
-        return await AsyncEngine.start(config, progress=progress)
+        return await AsyncEngine.start(config, progress=progress, stuck_after_s=options.engine_stuck_timeout)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     listening = listen(options.host, options.port)
     host, port = listening.getsockname()[:2]
     logging.getLogger("tokenspeed.server").info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     state = ServerState(tuple(dict.fromkeys(options.served_model_name)), config.chat_template)
-    run(state, start, listening, options.drain_timeout)
+    run(state, start, listening, options.drain_timeout, options.max_engine_restarts)
 
 
 def _model(options: argparse.Namespace) -> str | None:

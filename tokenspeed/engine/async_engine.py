@@ -46,6 +46,8 @@ CLOSE_S = 5.0
 SLEEP_AFTER_S = 30.0
 """How long requests under way may go on before an engine that is to sleep aborts them."""
 _LAST_WORDS_S = 1.0
+_STACKS_S = 0.5
+"""How long a stuck process gets to write the stacks of its threads."""
 Progress = Callable[[int, int], None]
 
 
@@ -72,7 +74,7 @@ class AsyncEngine:
         self._process: EngineProcess | None = None
         self._watchers: list[asyncio.Task[None]] = []
         self._ready: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
-        self._failed = asyncio.Event()
+        self._failed, self._unwell = asyncio.Event(), asyncio.Event()
         self._refusal: TokenSpeedError | None = None
         self._death: EngineDeadError | None = None
         self._closed = False
@@ -173,6 +175,11 @@ class AsyncEngine:
             return Health(False, f"the engine is stuck: no step finished for {silent:.0f} s, {waiting}")
         return Health(True, "running")
 
+    async def unwell(self) -> str:
+        """Wait until the process is dead, or is stuck and was asked for its stacks. Returns what is wrong."""
+        await self._unwell.wait()
+        return self.health().reason
+
     @property
     def pid(self) -> int | None:
         """Of the engine process."""
@@ -229,6 +236,11 @@ class AsyncEngine:
         """End every stream with EngineClosedError, and the process, which is killed after `timeout` seconds, or at once
         when it is stuck. May be called again."""
         await self._end(timeout if self.health().ok else 0)
+
+    async def kill(self, reason: str) -> None:
+        """End every stream with an EngineDeadError that says `reason`, and the process without waiting for it."""
+        self._die(EngineDeadError(reason))
+        await self._end(timeout=0)
 
     def _check_open(self) -> None:
         if self._refusal is not None:
@@ -354,6 +366,7 @@ class AsyncEngine:
         if self._death is not None or self._closed:
             return
         self._death = self._refusal = error
+        self._unwell.set()
         if not self._ready.done():
             self._ready.set_exception(error)
         self._fail_all(error)
@@ -377,4 +390,7 @@ class AsyncEngine:
             if not ok and not told:
                 logger.error("%s; the stacks of its threads follow", reason)
                 process.dump_stacks()
+                await asyncio.sleep(_STACKS_S)
+                if not self.health().ok:
+                    self._unwell.set()
             told = not ok

@@ -82,6 +82,14 @@ class Engine(Protocol):
         """Take no new requests, finish those that run within `timeout` seconds, abort the rest; how many those were."""
         ...
 
+    async def unwell(self) -> str:
+        """Wait until it is dead or stuck; what is wrong."""
+        ...
+
+    async def kill(self, reason: str) -> None:
+        """End it at once, and every stream with an EngineDeadError that says `reason`."""
+        ...
+
     async def close(self) -> None: ...
 
 

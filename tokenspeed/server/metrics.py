@@ -50,12 +50,22 @@ class ServerMetrics:
     itl: Histogram = field(default_factory=lambda: Histogram(TOKEN_BOUNDS))
     tpot: Histogram = field(default_factory=lambda: Histogram(TOKEN_BOUNDS))
     e2e: Histogram = field(default_factory=lambda: Histogram(E2E_BOUNDS))
+    engine_restarts: int = 0
     _model: str = ""
     _stats: Callable[[], Mapping[str, float]] = _no_stats
+    _earlier: Counter[str] = field(default_factory=Counter)
+    """What engines that ended had counted."""
 
     def serve(self, model: str, stats: Callable[[], Mapping[str, float]]) -> None:
         """Name the model, and where the engine's own figures come from."""
+        self.engine_restarts += bool(self._model)
         self._model, self._stats = model, stats
+
+    def engine_ended(self) -> None:
+        """Keep what the engine has counted; nothing runs or waits any more."""
+        stats, self._stats = self._stats(), _no_stats
+        for key, _ in COUNTERS.values():
+            self._earlier[key] += stats.get(key, 0)  # type: ignore[assignment]
 
     def render(self) -> bytes:
         """Prometheus' text format, version 0.0.4."""
@@ -70,7 +80,8 @@ class ServerMetrics:
         usage = stats.get("pages_held", 0) / max(1, stats.get("pages_total", 0))
         yield self._gauge("kv_cache_usage_perc", "KV pages that sequences hold; 1 is all of them.", usage)
         for name, (key, text) in COUNTERS.items():
-            yield self._counter(name, text, stats.get(key, 0))
+            yield self._counter(name, text, self._earlier[key] + stats.get(key, 0))
+        yield self._counter("engine_restarts", "Engines that took the place of one that failed.", self.engine_restarts)
         yield self._counter("prompt_tokens", "Prompt tokens of requests that gave output.", self.prompt_tokens)
         yield self._counter("generation_tokens", "Tokens generated.", self.generation_tokens)
         finished = CounterMetricFamily(
