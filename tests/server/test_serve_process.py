@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -140,6 +141,31 @@ def test_a_client_that_leaves_is_aborted_in_the_engine() -> None:
         assert server.terminate() == 0, server.log
 
 
+def test_administration(tmp_path: Path) -> None:
+    key = {"authorization": "Bearer k"}
+    with fake("ok", 0.005, "--admin-key", "k", "--profile-dir", str(tmp_path / "traces")) as server:
+        server.wait_until_ready()
+
+        def post(name: str, body: dict[str, Any]) -> Any:
+            url = f"{server.url}/admin/{name}"
+            return httpx2.post(url, json=body, headers=key, timeout=GUARD_S, verify=False).json()
+
+        assert server.post("/admin/pause").status_code == 401
+        assert post("pause", {})["paused"] is True
+        with pytest.raises(httpx2.TimeoutException):
+            httpx2.post(f"{server.url}/v1/completions", json={"prompt": PROMPT}, timeout=0.2, verify=False)
+        assert server.get("/health").json() == {"status": "ok", "reason": "paused"}
+        assert post("resume", {})["paused"] is False
+        assert post("sleep", {})["asleep"] is True
+        assert server.post("/v1/completions", prompt=PROMPT).json()["error"]["code"] == "asleep"
+        assert post("wake", {})["asleep"] is False
+        assert server.post("/v1/completions", prompt=PROMPT).status_code == 200
+        made = post("profile", {"steps": 3, "timeout_s": 0})
+        assert Path(made["path"]).parent == tmp_path / "traces"
+        assert json.loads(Path(made["path"]).read_text())["traceEvents"] == []
+        assert server.terminate() == 0, server.log
+
+
 def test_a_model_that_is_not_there_ends_the_start() -> None:
     with fake("no-model", 0, "some/where") as server:
         assert server.wait() == 1
@@ -153,6 +179,9 @@ def test_a_model_that_is_not_there_ends_the_start() -> None:
         (("a", "--model", "b"), "two models: a and --model b"),
         (("--drain-timeout", "-1"), "--drain-timeout must be at least 0"),
         (("--drain-timeout", "nan"), "--drain-timeout must be at least 0"),
+        (("--admin-key", ""), "--admin-key must be of printable ASCII characters and not empty"),
+        (("--admin-key", "schlüssel"), "--admin-key must be of printable ASCII"),
+        (("--profile-dir", "/dev/null/traces"), "--profile-dir /dev/null/traces: Not a directory"),
         (("--max-engine-restarts", "-1"), "--max-engine-restarts must be at least 0, got -1"),
         (("--engine-stuck-timeout", "0"), "--engine-stuck-timeout must be above 0, got 0"),
         (("--host", "256.0.0.1"), "cannot listen on --host 256.0.0.1 --port 8000"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from typing import Any
 
@@ -61,6 +62,15 @@ def _add_operation_flags(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="an engine with work that finishes no step for so many seconds is stuck, and restarted (default: 60)",
     )
+    group.add_argument(
+        "--admin-key",
+        metavar="KEY",
+        help="what requests to /admin must carry as Authorization: Bearer KEY; without it /admin answers to this "
+        "machine alone (TOKENSPEED_ADMIN_KEY in the environment is the same, and is not seen by who lists processes)",
+    )
+    group.add_argument(
+        "--profile-dir", metavar="DIR", help="where POST /admin/profile writes its files; without it, it is refused"
+    )
 
 
 def _check_operation_flags(options: argparse.Namespace) -> None:
@@ -68,6 +78,14 @@ def _check_operation_flags(options: argparse.Namespace) -> None:
         raise ConfigError(f"--max-engine-restarts must be at least 0, got {options.max_engine_restarts}")
     if not options.engine_stuck_timeout > 0:
         raise ConfigError(f"--engine-stuck-timeout must be above 0, got {options.engine_stuck_timeout}")
+
+
+def _admin_key(options: argparse.Namespace) -> str | None:
+    """Raises ConfigError for an empty one, which would let everybody in, and for one that no header can carry."""
+    key: str | None = options.admin_key if options.admin_key is not None else os.environ.get("TOKENSPEED_ADMIN_KEY")
+    if key is not None and not (key.strip() and key.isascii() and key.isprintable()):
+        raise ConfigError("--admin-key must be of printable ASCII characters and not empty")
+    return key
 
 
 def run(options: argparse.Namespace) -> None:
@@ -78,17 +96,23 @@ def run(options: argparse.Namespace) -> None:
     _check_operation_flags(options)
     from tokenspeed.engine.async_engine import AsyncEngine
     from tokenspeed.server.engine import Engine, Progress
+    from tokenspeed.server.profile import profile_folder
     from tokenspeed.server.run import listen, run
     from tokenspeed.server.state import ServerState
 
     async def start(progress: Progress) -> Engine:
         return await AsyncEngine.start(config, progress=progress, stuck_after_s=options.engine_stuck_timeout)
 
+    state = ServerState(
+        tuple(dict.fromkeys(options.served_model_name)),
+        config.chat_template,
+        admin_key=_admin_key(options),
+        profile_dir=profile_folder(options.profile_dir) if options.profile_dir is not None else None,
+    )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     listening = listen(options.host, options.port)
     host, port = listening.getsockname()[:2]
     logging.getLogger("tokenspeed.server").info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    state = ServerState(tuple(dict.fromkeys(options.served_model_name)), config.chat_template)
     run(state, start, listening, options.drain_timeout, options.max_engine_restarts)
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from tokenspeed.config.engine import EngineConfig
-from tokenspeed.contracts.errors import EngineClosedError, EngineDeadError, TokenSpeedError
+from tokenspeed.contracts.errors import EngineBusyError, EngineClosedError, EngineDeadError, TokenSpeedError
 from tokenspeed.contracts.request import SequenceUpdate
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.intake import Intake, open_tokenizer
@@ -23,8 +23,11 @@ from tokenspeed.engine.messages import (
     Changed,
     EngineInfo,
     Failed,
+    Forget,
     FromEngine,
     Loading,
+    Profile,
+    Profiled,
     Ready,
     Refused,
     Sleep,
@@ -36,6 +39,7 @@ from tokenspeed.engine.messages import (
 from tokenspeed.engine.process import EngineProcess, exit_text
 from tokenspeed.engine.sleep import asleep_error, check_level, wakes_cache
 from tokenspeed.engine.stream import Outbox, RequestStream
+from tokenspeed.engine.trace import Span
 from tokenspeed.tokenizer.base import Tokenizer
 
 logger = logging.getLogger("tokenspeed")
@@ -82,6 +86,10 @@ class AsyncEngine:
         """Also while it falls asleep."""
         self._one_change = asyncio.Lock()
         self._changes: deque[asyncio.Future[None]] = deque()
+        self._profiles: deque[asyncio.Future[list[Span]]] = deque()
+        self._paused = False
+        self._held: dict[str, Submit] = {}
+        """Requests that came while it was paused; the engine does not know them."""
         self._outboxes: dict[str, Outbox] = {}
         self._emptied = asyncio.Event()
         self._emptied.set()
@@ -157,7 +165,10 @@ class AsyncEngine:
         outbox = Outbox(request, shown_id, text, self.tokenizer)
         self._outboxes[wire_id] = outbox
         self._emptied.clear()
-        self._send(Submit(request))
+        if self._paused:
+            self._held[wire_id] = Submit(request)
+        else:
+            self._send(Submit(request))
         return RequestStream(outbox, lambda: self._abort(wire_id))
 
     def health(self) -> Health:
@@ -168,7 +179,7 @@ class AsyncEngine:
             return Health(False, "the engine is closed")
         self._channel.drain()  # what has come while this loop was busy counts
         if not self._busy:
-            return Health(True, "asleep" if self._asleep else "idle")
+            return Health(True, "asleep" if self._asleep else "paused" if self._paused else "idle")
         silent = time.monotonic() - self._progressed
         if silent > self._stuck_after_s:
             waiting = f"{len(self._outboxes)} requests wait"
@@ -187,7 +198,11 @@ class AsyncEngine:
 
     def stats(self) -> dict[str, float]:
         """The engine's counters, at most a quarter of a second old while it works."""
-        return dict(self._stats)
+        stats = dict(self._stats)
+        if self._held:
+            samples = sum(held.request.params.n for held in self._held.values())
+            stats["num_waiting"] = stats.get("num_waiting", 0) + samples
+        return stats
 
     async def drain(self, timeout: float) -> int:
         """Take no new requests, let those that run finish for `timeout` seconds, abort the others; how many those
@@ -232,6 +247,52 @@ class AsyncEngine:
         """Whether it takes no requests before `wake_up`."""
         return self._asleep
 
+    def pause(self) -> None:
+        """Requests that come from now on wait, in order, until `resume`; those before go on. `sleep`, `drain` and
+        `close` do not wait for them: they are aborted. Raises EngineClosedError; EngineDeadError."""
+        self._check_open()
+        self._paused = True
+
+    def resume(self) -> None:
+        """Hand the engine what waited, and what comes. Raises EngineClosedError; EngineDeadError."""
+        self._check_open()
+        self._paused = False
+        held, self._held = self._held, {}
+        for submit in held.values():
+            self._send(submit)
+
+    def is_paused(self) -> bool:
+        """Whether new requests wait before `resume`."""
+        return self._paused
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget every prefix. Raises EngineBusyError while the engine has a request; EngineClosedError;
+        EngineDeadError."""
+        async with self._one_change:
+            self._check_open()
+            await self._ask(Forget())
+
+    async def profile(self, num_steps: int, timeout: float) -> list[Span]:
+        """Phases of the next `num_steps` steps, or of as many as there are within `timeout` seconds.
+
+        Raises EngineBusyError while another one is made; EngineClosedError; EngineDeadError.
+        """
+        self._check_open()
+        if any(not profile.done() for profile in self._profiles):
+            raise EngineBusyError("1 profile is being made: wait for it")
+        answer: asyncio.Future[list[Span]] = asyncio.get_running_loop().create_future()
+        self._profiles.append(answer)
+        self._send(Profile(num_steps))
+        try:
+            await asyncio.wait({answer}, timeout=timeout)
+            if not answer.done():
+                self._send(Profile(0))
+            return await answer
+        except asyncio.CancelledError:
+            answer.cancel()
+            self._send(Profile(0))
+            raise
+
     async def close(self, timeout: float = CLOSE_S) -> None:
         """End every stream with EngineClosedError, and the process, which is killed after `timeout` seconds, or at once
         when it is stuck. May be called again."""
@@ -248,14 +309,17 @@ class AsyncEngine:
 
     async def _empty(self, timeout: float) -> int:
         """Let requests finish for `timeout` seconds and abort the others; how many those were."""
+        held = list(self._held)
+        for wire_id in held:
+            self._abort(wire_id)
         with suppress(TimeoutError):
             await asyncio.wait_for(self._emptied.wait(), timeout)
         left = list(self._outboxes)
         for wire_id in left:
             self._abort(wire_id)
-        return len(left)
+        return len(held) + len(left)
 
-    async def _ask(self, change: Sleep | Wake) -> None:
+    async def _ask(self, change: Sleep | Wake | Forget) -> None:
         """Send, and wait for the answer. Who stops waiting changes nothing: `_asleep` follows the engine."""
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._changes.append(answer)
@@ -279,7 +343,7 @@ class AsyncEngine:
     def _busy(self) -> bool:
         return self._idle_after != self._num_sent
 
-    def _send(self, message: Submit | Abort | Sleep | Wake) -> None:
+    def _send(self, message: Submit | Abort | Sleep | Wake | Forget | Profile) -> None:
         if not self._busy:
             self._progressed = time.monotonic()
         self._num_sent += 1
@@ -294,6 +358,10 @@ class AsyncEngine:
                 outbox.fail(message.error.rebuild())
         elif isinstance(message, Changed):
             self._take_change(message)
+        elif isinstance(message, Profiled):
+            profile = self._profiles.popleft()
+            if not profile.done():
+                profile.set_result(message.spans)
         elif isinstance(message, Loading):
             if self._report is not None:
                 self._report(message.done, message.total)
@@ -344,7 +412,8 @@ class AsyncEngine:
     def _abort(self, wire_id: str) -> None:
         outbox = self._forget(wire_id)
         if outbox is not None:
-            self._send(Abort(wire_id))
+            if self._held.pop(wire_id, None) is None:
+                self._send(Abort(wire_id))
             outbox.abort()
 
     def _forget(self, wire_id: str) -> Outbox | None:
@@ -358,7 +427,8 @@ class AsyncEngine:
             outbox = self._forget(wire_id)
             if outbox is not None:
                 outbox.fail(error)
-        for waiting in self._changes:
+        self._held.clear()
+        for waiting in (*self._changes, *self._profiles):
             if not waiting.done():
                 waiting.set_exception(error)
 

@@ -31,6 +31,7 @@ from tokenspeed.contracts.step import ResultRow, StepPlan, StepResult
 from tokenspeed.engine.capacity import Capacity, fit_capacity
 from tokenspeed.engine.messages import EngineInfo
 from tokenspeed.engine.sleep import asleep_error, check_level
+from tokenspeed.engine.trace import StepTrace
 from tokenspeed.runner.build import ModelFiles, Prepared, open_model, prepare
 from tokenspeed.runner.room import Room
 from tokenspeed.scheduler.config import SchedulerConfig
@@ -91,6 +92,8 @@ class StepLoop:
         self.ring: deque[TimedStep] = deque(maxlen=RING)
         self.num_steps = 0
         """Retired since the start."""
+        self.trace: StepTrace | None = None
+        """Where the phases of steps are noted, when somebody asked for them."""
         self._in_flight: deque[_InFlight] = deque()
         self._retired = 0.0
         self._alive: set[str] = set()
@@ -126,7 +129,7 @@ class StepLoop:
             self._launch()
             if not self._in_flight:
                 return []
-            oldest = self._in_flight[0]
+            oldest, began = self._in_flight[0], time.perf_counter()
             result = oldest.handle.result()
         except BaseException:
             self._drop_all()
@@ -134,7 +137,10 @@ class StepLoop:
         self._in_flight.popleft()
         self.num_steps += 1
         self._time(oldest, result)
-        return self.scheduler.update(result)
+        updates = self.scheduler.update(result)
+        if self.trace is not None:
+            self.trace.add("collect", began, time.perf_counter(), oldest.plan.step_id, oldest.record.num_tokens)
+        return updates
 
     @property
     def asleep(self) -> bool:
@@ -148,19 +154,17 @@ class StepLoop:
         last one both `sleep` and `wake` may be tried.
         """
         check_level(level)
-        if self.scheduler.has_work:
-            raise EngineBusyError(
-                f"{self.scheduler.num_requests} requests are under way: finish or abort them before the engine sleeps"
-            )
-        while self._in_flight:  # steps of requests that were aborted
-            self.step()
-        self.scheduler.forget_prefixes()
+        self._forget_prefixes("the engine sleeps")
         self._asleep = True
         try:
             self.executor.sleep()
         except UnsupportedError:
             self._asleep = False
             raise
+
+    def forget_prefixes(self) -> None:
+        """Drop the prefixes that the cache holds. Raises EngineBusyError while a request is alive."""
+        self._forget_prefixes("the prefix cache is reset")
 
     def wake(self) -> None:
         """Take the memory again. Raises MemoryLimitError where others have it by now; it goes on sleeping then."""
@@ -172,8 +176,18 @@ class StepLoop:
         self._closed = True
         self.executor.close()
 
+    def _forget_prefixes(self, purpose: str) -> None:
+        if self.scheduler.has_work:
+            raise EngineBusyError(
+                f"{self.scheduler.num_requests} requests are under way: finish or abort them before {purpose}"
+            )
+        while self._in_flight:  # steps of requests that were aborted
+            self.step()
+        self.scheduler.forget_prefixes()
+
     def _launch(self) -> None:
         while len(self._in_flight) < self.executor.max_in_flight:
+            began = time.perf_counter()
             plan = self.scheduler.schedule()
             if plan is None:
                 return
@@ -181,6 +195,9 @@ class StepLoop:
             # Counts as in flight even while the launch raises: the scheduler waits for its result.
             self._in_flight.append(_InFlight(plan, record, _Unfinished(), started))
             self._in_flight[-1] = _InFlight(plan, record, self.executor.launch(plan), started)
+            if self.trace is not None:
+                self.trace.add("schedule", began, started, plan.step_id, record.num_tokens)
+                self.trace.add("launch", started, time.perf_counter(), plan.step_id, record.num_tokens)
 
     def _time(self, step: _InFlight, result: StepResult) -> None:
         now = time.perf_counter()

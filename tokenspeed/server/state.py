@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tokenspeed.contracts.errors import ConfigError, ParameterError, TokenSpeedError
 from tokenspeed.server.engine import Engine, StartEngine
@@ -28,6 +29,10 @@ class ServerState:
     outage: Outage | None = None
     """Since an engine failed, until another is loaded."""
     draining: bool = False
+    admin_key: str | None = field(default=None, repr=False)
+    """What /admin wants to be told; without one it answers to this machine alone."""
+    profile_dir: Path | None = None
+    """Where /admin/profile writes; without it there are none."""
     created: int = field(default_factory=lambda: int(time.time()))
     _progress: tuple[int, int] = (0, 0)
     _chat_template: ChatTemplate | None = None
