@@ -17,6 +17,7 @@ from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.engine.loop import Progress, run
 from tokenspeed.engine.messages import EngineInfo
 from tokenspeed.engine.trace import StepTrace
+from tokenspeed.observability.metrics import STEP_BOUNDS, Histogram
 
 VOCAB_SIZE = 300
 MAX_MODEL_LEN = 4096
@@ -39,6 +40,8 @@ class FakeCore:
         self.running: dict[tuple[str, int], tuple[Request, int]] = {}
         self.counts = {"aborts": 0, "steps": 0, "added": 0}
         self.trace: StepTrace | None = None
+        self.started: list[tuple[str, float]] = []
+        self.step_times = Histogram(STEP_BOUNDS)
 
     def add(self, request: Request) -> None:
         if request.prompt_token_ids[0] == REFUSED:

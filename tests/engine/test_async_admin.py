@@ -10,6 +10,7 @@ import pytest
 
 from tests.engine.async_tools import deltas, fake_engine, importable, read, run, until
 from tests.engine.fake_core import said
+from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import EngineBusyError, EngineClosedError, EngineDeadError
 
 __all__ = ["importable"]
@@ -105,6 +106,35 @@ def test_resetting_the_prefix_cache() -> None:
             await anext(stream)
             with pytest.raises(EngineBusyError, match=r"1 requests are under way.*before the prefix cache is reset"):
                 await engine.reset_prefix_cache()
+
+    run(main())
+
+
+def test_times_in_the_queue_and_of_steps() -> None:
+    async def main() -> None:
+        config = EngineConfig(max_num_seqs=1)
+        async with fake_engine("null", config=config) as engine:
+            long, short = engine.submit([1, 2], deltas(400)), engine.submit([3], deltas(2))
+            gone = engine.submit([4], deltas(2))
+            await anext(long)
+            gone.abort()
+            await read(short)
+            queued = [stream.output.metrics.queue_s for stream in (long, short)]
+            assert queued[0] is not None
+            assert queued[1] is not None
+            assert 0 <= queued[0] < queued[1]
+            assert gone.output.metrics.queue_s is None
+            engine.pause()
+            held = engine.submit([3], deltas(2))
+            await asyncio.sleep(0.05)
+            engine.resume()
+            await read(held)
+            assert held.output.metrics.queue_s is not None
+            assert held.output.metrics.queue_s >= 0.05
+            await until(lambda: engine.health() == (True, "idle"))
+            *counts, total = engine.step_times()
+            assert sum(counts) >= 404
+            assert total > 0
 
     run(main())
 

@@ -110,6 +110,7 @@ def test_messages_to_the_engine_round_trip(message: ToEngine) -> None:
         Ready(INFO),
         Step([UPDATE, SequenceUpdate(request_id="b")], 3, 7, {"running": 2.0}),
         Step([], 0),
+        Step([UPDATE], 3, None, {"running": 2.0}, [("a", 0.5), ("b", 0.25)], [1.0, 2.0, 0.5]),
         Refused("a", ErrorInfo("PromptError", "no")),
         Changed(True),
         Profiled([Span("send", 1.5, 0.25, 3, 4)]),

@@ -16,6 +16,7 @@ from tokenspeed.engine.messages import EngineInfo
 from tokenspeed.engine.sleep import check_level
 from tokenspeed.engine.stream import Outbox, RequestStream
 from tokenspeed.engine.trace import Span
+from tokenspeed.observability.metrics import STEP_BOUNDS
 from tokenspeed.tokenizer.base import VocabularyTokenizer
 from tokenspeed.tokenizer.detokenizer import TokenBytes
 
@@ -85,6 +86,7 @@ class FakeEngine:
     paused: bool = False
     asleep: bool = False
     resets: int = 0
+    knows_device: bool = True
     refusal: Exception | None = None
     """Of waking."""
     wrong: asyncio.Event = field(default_factory=asyncio.Event)
@@ -147,6 +149,9 @@ class FakeEngine:
     def health(self) -> Health:
         return self.well
 
+    def step_times(self) -> list[float]:
+        return [2.0] * (len(STEP_BOUNDS) + 1) + [7.5]
+
     def pause(self) -> None:
         self.paused = True
 
@@ -180,7 +185,9 @@ class FakeEngine:
     def stats(self) -> dict[str, float]:
         pages = {"pages_total": 8.0, "pages_held": 2.0}
         prefix = {"prefix_queried_tokens": 50.0, "prefix_hit_tokens": 20.0}
-        return {"num_running": float(len(self.running)), "num_waiting": 3.0, "num_preemptions": 4.0} | pages | prefix
+        known = {"floor_share": 0.75, "device_idle_s": 1.25} if self.knows_device else {}
+        counts = {"num_running": float(len(self.running)), "num_waiting": 3.0, "num_preemptions": 4.0}
+        return counts | pages | prefix | known
 
     async def drain(self, timeout: float) -> int:
         left = self.running

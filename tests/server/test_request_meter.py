@@ -31,6 +31,21 @@ def test_times_of_two_samples() -> None:
     assert (metrics.e2e.count, metrics.e2e.total) == (2, 2.0 + 3.0)
 
 
+def test_phases_need_the_time_in_the_queue() -> None:
+    metrics = ServerMetrics()
+    for queue_s in (None, 0.25, 9.0):
+        meter = RequestMeter(metrics, arrival=10.0)
+        for now, new in ((11.0, output(0, 1)), (13.5, output(0, 2, "stop"))):
+            new.metrics.queue_s = queue_s
+            meter.observe(new, now)
+    assert (metrics.queue.count, metrics.queue.total) == (2, 9.25)
+    assert (metrics.prefill.count, metrics.prefill.total) == (2, 0.75)
+    assert (metrics.decode.count, metrics.decode.total) == (2, 5.0)
+    assert (metrics.inference.count, metrics.inference.total) == (2, 5.75)
+    assert (metrics.request_prompt_tokens.count, metrics.request_prompt_tokens.total) == (3, 9)
+    assert (metrics.request_generation_tokens.count, metrics.request_generation_tokens.total) == (3, 9)
+
+
 def test_samples_that_did_not_end() -> None:
     metrics = ServerMetrics()
     meter = RequestMeter(metrics, arrival=0.0)

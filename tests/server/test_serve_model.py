@@ -126,6 +126,9 @@ def test_one_client_leaves_another_stays(tiny: ServerProcess) -> None:
     while gauge(tiny, "num_requests_running"):
         pass
     assert gauge(tiny, "kv_cache_usage_perc") == 0
+    assert gauge(tiny, "step_time_seconds_count") >= CONTEXT - 2
+    assert 0 < gauge(tiny, "device_idle_seconds_total") < gauge(tiny, "request_inference_time_seconds_sum")
+    assert gauge(tiny, "request_queue_time_seconds_count") > 0
 
 
 def test_openais_client_completes(demo: ServerProcess) -> None:

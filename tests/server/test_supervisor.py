@@ -166,6 +166,8 @@ def test_counters_go_on_and_gauges_fall() -> None:
         assert b'num_preemptions_total{model_name="fake"} 4.0' in state.metrics.render()
         await until(lambda: state.engine is second)
         assert b'num_preemptions_total{model_name="fake"} 8.0' in state.metrics.render()
+        assert b'device_idle_seconds_total{model_name="fake"} 2.5' in state.metrics.render()
+        assert b'step_time_seconds_sum{model_name="fake"} 15.0' in state.metrics.render()
         assert b'engine_restarts_total{model_name="fake"} 1.0' in state.metrics.render()
 
     supervised(Engines(first, second), 5, test)

@@ -98,6 +98,7 @@ class AsyncEngine:
         self._idle_after: int | None = 0
         self._progressed = time.monotonic()
         self._stats: dict[str, float] = {}
+        self._step_times: list[float] = []
 
     @classmethod
     async def start(
@@ -247,6 +248,10 @@ class AsyncEngine:
         """Whether it takes no requests before `wake_up`."""
         return self._asleep
 
+    def step_times(self) -> list[float]:
+        """`Histogram.state` of the engine's steps over STEP_BOUNDS, as old as `stats`; empty before the first."""
+        return self._step_times
+
     def pause(self) -> None:
         """Requests that come from now on wait, in order, until `resume`; those before go on. `sleep`, `drain` and
         `close` do not wait for them: they are aborted. Raises EngineClosedError; EngineDeadError."""
@@ -258,7 +263,8 @@ class AsyncEngine:
         self._check_open()
         self._paused = False
         held, self._held = self._held, {}
-        for submit in held.values():
+        for wire_id, submit in held.items():
+            self._note_queue(wire_id, time.perf_counter() - self._outboxes[wire_id].output.metrics.arrival_time)
             self._send(submit)
 
     def is_paused(self) -> bool:
@@ -380,9 +386,16 @@ class AsyncEngine:
         if step.num_steps != self._num_steps:
             self._progressed, self._num_steps = time.monotonic(), step.num_steps
         if step.stats is not None:
-            self._stats = step.stats
+            self._stats, self._step_times = step.stats, step.step_times
+        for wire_id, seconds in step.started:
+            self._note_queue(wire_id, seconds)
         for update in step.updates:
             self._deliver(update)
+
+    def _note_queue(self, wire_id: str, seconds: float) -> None:
+        if wire_id in self._outboxes:
+            metrics = self._outboxes[wire_id].output.metrics
+            metrics.queue_s = (metrics.queue_s or 0.0) + seconds
 
     def _take_change(self, change: Changed) -> None:
         self._asleep = change.asleep

@@ -42,6 +42,7 @@ from tokenspeed.engine.messages import (
     Wake,
 )
 from tokenspeed.engine.trace import StepTrace
+from tokenspeed.observability.metrics import Histogram
 
 REPORT_S = 0.25
 """Longest silence of an engine that is not caught in a step, and the interval of its counters, in seconds."""
@@ -56,6 +57,10 @@ class Core(Protocol):
 
     trace: StepTrace | None
     """Where `step` notes its phases."""
+    started: list[tuple[str, float]]
+    """Requests that the last `step` fed for the first time, and the seconds they had waited."""
+    step_times: Histogram
+    """Of all steps, over STEP_BOUNDS."""
 
     def add(self, request: Request) -> None:
         """Queue a request. A TokenSpeedError refuses it and leaves no trace; any other exception ends the process."""
@@ -153,19 +158,25 @@ def _build_and_serve(build: Build, config: EngineConfig, channel: EngineChannel)
 def serve(core: Core, channel: EngineChannel) -> None:
     """Take in messages and step until a Stop comes. Raises what a step raises."""
     reported, taken = time.monotonic(), 0
+    started: list[tuple[str, float]] = []
     while True:
         for message in channel.receive(wait=not core.has_work):
             if isinstance(message, Stop):
                 return
             _take(core, channel, message)
             taken += 1
-        updates = core.step() if core.has_work else []
+        updates: list[SequenceUpdate] = []
+        if core.has_work:
+            updates = core.step()
+            started += core.started
         idle, now = not core.has_work, time.monotonic()
         due = idle or now - reported >= REPORT_S
         if updates or due:
             stats = dict(core.stats()) if due else None
             began = time.perf_counter()
-            channel.send(Step(updates, core.num_steps, taken if idle else None, stats))
+            times = core.step_times.state() if due else []
+            channel.send(Step(updates, core.num_steps, taken if idle else None, stats, started, times))
+            started = []
             if core.trace is not None and updates:
                 core.trace.add("send", began, time.perf_counter(), core.num_steps - 1)
             reported = now if due else reported

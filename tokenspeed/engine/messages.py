@@ -128,12 +128,16 @@ class Step(msgspec.Struct, tag="step", array_like=True):
     num_steps: finished since the start; it stands still where the engine turns round without getting anywhere.
     idle_after: with nothing left to do, how many messages were taken in until then. An engine with work sends one of
     these at least every `loop.REPORT_S` seconds, unless it is caught in a step.
+    started: requests that were fed for the first time since the message before, and how many seconds they had waited.
+    step_times: `observability.metrics.Histogram.state` over STEP_BOUNDS, since the start; comes with `stats`.
     """
 
     updates: list[SequenceUpdate]
     num_steps: int
     idle_after: int | None = None
     stats: dict[str, float] | None = None
+    started: list[tuple[str, float]] = []
+    step_times: list[float] = []
 
 
 class Refused(msgspec.Struct, tag="refused", array_like=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from tokenspeed.contracts.sampling import SamplingParams
@@ -77,6 +77,10 @@ class Engine(Protocol):
 
     def stats(self) -> Mapping[str, float]:
         """Counters and gauges by name."""
+        ...
+
+    def step_times(self) -> Sequence[float]:
+        """`Histogram.state` of its steps over STEP_BOUNDS; empty where there are none."""
         ...
 
     def pause(self) -> None:

@@ -48,7 +48,7 @@ class ServerState:
             await engine.close()
             raise
         self.names = self.names or (engine.info.model,)
-        self.metrics.serve(self.names[0], engine.stats)
+        self.metrics.serve(self.names[0], engine.stats, engine.step_times)
         self.engine, self.outage = engine, None
 
     def lose_engine(self, outage: Outage) -> None:
