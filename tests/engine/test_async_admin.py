@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from functools import partial
 
 import pytest
 
@@ -12,6 +13,7 @@ from tests.engine.async_tools import deltas, fake_engine, importable, read, run,
 from tests.engine.fake_core import said
 from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import EngineBusyError, EngineClosedError, EngineDeadError
+from tokenspeed.engine.async_engine import AsyncEngine
 
 __all__ = ["importable"]
 FOREVER = 10**6
@@ -91,13 +93,17 @@ def test_unwell_tells_of_the_end() -> None:
     run(main())
 
 
+def has_hits(engine: AsyncEngine, hits: int) -> bool:
+    return engine.stats().get("prefix_hit_tokens") == hits
+
+
 def test_resetting_the_prefix_cache() -> None:
     async def main() -> None:
         async with fake_engine("null") as engine:
             prompt = list(range(64))
             for hits in (0, 48, 96):
                 await read(engine.submit(prompt, deltas(1)))
-                await until(lambda hits=hits: engine.stats().get("prefix_hit_tokens") == hits)
+                await until(partial(has_hits, engine, hits))
             await engine.reset_prefix_cache()
             await read(engine.submit(prompt, deltas(1)))
             await until(lambda: engine.stats()["prefix_queried_tokens"] == 256)

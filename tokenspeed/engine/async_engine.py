@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import EngineBusyError, EngineClosedError, EngineDeadError, TokenSpeedError
@@ -441,7 +441,8 @@ class AsyncEngine:
             if outbox is not None:
                 outbox.fail(error)
         self._held.clear()
-        for waiting in (*self._changes, *self._profiles):
+        answers: list[asyncio.Future[Any]] = [*self._changes, *self._profiles]
+        for waiting in answers:
             if not waiting.done():
                 waiting.set_exception(error)
 
