@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -139,6 +140,18 @@ def test_a_client_that_leaves_is_aborted_in_the_engine() -> None:
         body = server.post("/v1/completions", prompt=PROMPT, max_tokens=2, return_token_ids=True).json()
         assert body["choices"][0]["token_ids"] == [1, 2]
         assert server.terminate() == 0, server.log
+
+
+def test_a_log_of_json() -> None:
+    with fake("ok", 0, "--log-format", "json", "--log-prompts") as server:
+        server.wait_until_ready()
+        assert server.post("/v1/completions", prompt=PROMPT, max_tokens=2).status_code == 200
+        assert server.terminate() == 0
+        lines = [json.loads(line) for line in server.log]
+    (request,) = (line for line in lines if line["message"] == "request")
+    assert (request["prompt_tokens"], request["output_tokens"], request["finish_reason"]) == (3, 2, "length")
+    assert request["prompt"] == str(PROMPT)
+    assert re.fullmatch("[0-9a-f]{12}", request["client"])
 
 
 def test_administration(tmp_path: Path) -> None:

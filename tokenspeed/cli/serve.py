@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 from typing import Any
 
 from tokenspeed.cli.flags import add_engine_flags, engine_settings
@@ -69,6 +68,10 @@ def _add_operation_flags(parser: argparse.ArgumentParser) -> None:
         "machine alone (TOKENSPEED_ADMIN_KEY in the environment is the same, and is not seen by who lists processes)",
     )
     group.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="lines of the log (default: text)"
+    )
+    group.add_argument("--log-prompts", action="store_true", help="log the prompt of each request with its line")
+    group.add_argument(
         "--profile-dir", metavar="DIR", help="where POST /admin/profile writes its files; without it, it is refused"
     )
 
@@ -96,6 +99,7 @@ def run(options: argparse.Namespace) -> None:
     _check_operation_flags(options)
     from tokenspeed.engine.async_engine import AsyncEngine
     from tokenspeed.server.engine import Engine, Progress
+    from tokenspeed.server.logs import RequestLog, set_up_logging
     from tokenspeed.server.profile import profile_folder
     from tokenspeed.server.run import listen, run
     from tokenspeed.server.state import ServerState
@@ -109,7 +113,8 @@ def run(options: argparse.Namespace) -> None:
         admin_key=_admin_key(options),
         profile_dir=profile_folder(options.profile_dir) if options.profile_dir is not None else None,
     )
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    set_up_logging(options.log_format)
+    state.metrics.observers.append(RequestLog(state.prompt_text if options.log_prompts else None))
     listening = listen(options.host, options.port)
     host, port = listening.getsockname()[:2]
     logging.getLogger("tokenspeed.server").info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)

@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from tokenspeed.engine.output import CompletionOutput, RequestOutput
 from tokenspeed.observability.metrics import STEP_BOUNDS, Histogram
+from tokenspeed.server.summary import RequestSummary
 
 PREFIX = "tokenspeed:"
 TTFT_BOUNDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
@@ -73,6 +74,8 @@ class ServerMetrics:
     request_prompt_tokens: Histogram = field(default_factory=lambda: Histogram(COUNT_BOUNDS))
     request_generation_tokens: Histogram = field(default_factory=lambda: Histogram(COUNT_BOUNDS))
     engine_restarts: int = 0
+    observers: list[Callable[[RequestSummary], None]] = field(default_factory=list)
+    """Told of every request that ends."""
     _model: str = ""
     _stats: Callable[[], Mapping[str, float]] = _no_stats
     _step_times: Callable[[], Sequence[float]] = _no_steps
@@ -171,10 +174,11 @@ class _Families(Collector):
 
 
 class RequestMeter:
-    """Times of one request's samples. `arrival`: seconds of the clock that `observe` is given."""
+    """Times of one request's samples. `arrival`: seconds of the clock that `observe` is given. `summary` is filled in
+    as they come."""
 
-    def __init__(self, metrics: ServerMetrics, arrival: float) -> None:
-        self._metrics, self._arrival = metrics, arrival
+    def __init__(self, metrics: ServerMetrics, arrival: float, summary: RequestSummary) -> None:
+        self._metrics, self._arrival, self._summary = metrics, arrival, summary
         self._samples: dict[int, _Sample] = {}
 
     def observe(self, output: RequestOutput, now: float) -> None:
@@ -183,10 +187,23 @@ class RequestMeter:
             self._metrics.prompt_tokens += len(output.prompt_token_ids)
         for completion in output.outputs:
             self._observe(output, completion, now)
+        self._summary.cached_tokens, self._summary.queue_s = output.num_cached_tokens, output.metrics.queue_s
 
-    def end(self, samples: int, reason: str) -> None:
-        """The request ends here; those of its `samples` that had not finished did so for this reason."""
-        self._metrics.finished[reason] += samples - sum(sample.ended for sample in self._samples.values())
+    def end(self, reason: str, now: float) -> None:
+        """The request ends at `now`; those of its samples that had not finished did so for this reason."""
+        summary, samples = self._summary, self._samples.values()
+        left = summary.samples - sum(sample.ended for sample in samples)
+        self._metrics.finished[reason] += left
+        summary.finish_reasons += [reason] * left
+        summary.output_tokens = sum(sample.tokens for sample in samples)
+        summary.total_s = now - self._arrival
+        firsts = [sample.first for sample in samples if sample.tokens]
+        if firsts:
+            summary.ttft_s = min(firsts) - self._arrival
+        if per_token := [sample.tpot_s for sample in samples if sample.tokens > 1]:
+            summary.tpot_s = sum(per_token) / len(per_token)
+        for observer in self._metrics.observers:
+            observer(summary)
 
     def _observe(self, output: RequestOutput, completion: CompletionOutput, now: float) -> None:
         metrics, tokens = self._metrics, len(completion.token_ids)
@@ -205,11 +222,12 @@ class RequestMeter:
         if completion.finish_reason is not None and not sample.ended:
             sample.ended = True
             metrics.finished[completion.finish_reason] += 1
+            self._summary.finish_reasons.append(completion.finish_reason)
             metrics.e2e.observe(now - self._arrival)
             metrics.request_prompt_tokens.observe(len(output.prompt_token_ids))
             metrics.request_generation_tokens.observe(sample.tokens)
             if sample.tokens > 1:
-                metrics.tpot.observe((sample.last - sample.first) / (sample.tokens - 1))
+                metrics.tpot.observe(sample.tpot_s)
             if sample.tokens and output.metrics.queue_s is not None:
                 self._observe_phases(sample, output.metrics.queue_s)
 
@@ -228,3 +246,8 @@ class _Sample:
     first: float = 0.0
     last: float = 0.0
     ended: bool = False
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time per token after the first, of which there must be some."""
+        return (self.last - self.first) / (self.tokens - 1)

@@ -102,6 +102,11 @@ class ServerState:
             raise ParameterError(self._no_template)
         return self._chat_template
 
+    def prompt_text(self, token_ids: list[int]) -> str:
+        """A prompt in words, or its ids where there is no tokenizer any more."""
+        tokenizer = self.engine.tokenizer if self.engine is not None else None
+        return str(token_ids) if tokenizer is None else tokenizer.decode(token_ids, skip_special_tokens=False)
+
     def _report(self, done: int, total: int) -> None:
         self._progress = (done, total)
 
