@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -192,6 +193,10 @@ def test_a_model_that_is_not_there_ends_the_start() -> None:
         (("a", "--model", "b"), "two models: a and --model b"),
         (("--drain-timeout", "-1"), "--drain-timeout must be at least 0"),
         (("--drain-timeout", "nan"), "--drain-timeout must be at least 0"),
+        (
+            ("--otlp-traces-endpoint", "http://127.0.0.1:1/"),
+            "--otlp-traces-endpoint needs the packages opentelemetry-sdk",
+        ),
         (("--admin-key", ""), "--admin-key must be of printable ASCII characters and not empty"),
         (("--admin-key", "schlüssel"), "--admin-key must be of printable ASCII"),
         (("--profile-dir", "/dev/null/traces"), "--profile-dir /dev/null/traces: Not a directory"),
@@ -201,7 +206,10 @@ def test_a_model_that_is_not_there_ends_the_start() -> None:
         (("--target-itl-ms", "20.5", "--port", "70000"), "--port must be from 0 to 65535, got 70000"),
     ],
 )
-def test_flags_that_cannot_be_used(flags: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_cannot_be_used(
+    flags: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk", None)  # as where it is not installed
     assert main(["serve", *flags]) == 1
     assert complaint in capsys.readouterr().err
 

@@ -72,6 +72,12 @@ def _add_operation_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--log-prompts", action="store_true", help="log the prompt of each request with its line")
     group.add_argument(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="send a trace of each request there, as OTLP over HTTP (http://collector:4318/v1/traces); needs the extra "
+        "traces",
+    )
+    group.add_argument(
         "--profile-dir", metavar="DIR", help="where POST /admin/profile writes its files; without it, it is refused"
     )
 
@@ -98,10 +104,12 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--drain-timeout must be at least 0, got {options.drain_timeout}")
     _check_operation_flags(options)
     from tokenspeed.engine.async_engine import AsyncEngine
+    from tokenspeed.observability.traces import open_exporter
     from tokenspeed.server.engine import Engine, Progress
     from tokenspeed.server.logs import RequestLog, set_up_logging
     from tokenspeed.server.profile import profile_folder
     from tokenspeed.server.run import listen, run
+    from tokenspeed.server.spans import RequestSpans
     from tokenspeed.server.state import ServerState
 
     async def start(progress: Progress) -> Engine:
@@ -115,6 +123,9 @@ def run(options: argparse.Namespace) -> None:
     )
     set_up_logging(options.log_format)
     state.metrics.observers.append(RequestLog(state.prompt_text if options.log_prompts else None))
+    if options.otlp_traces_endpoint is not None:
+        export = open_exporter(options.otlp_traces_endpoint)
+        state.metrics.observers.append(RequestSpans(export, lambda: state.names[0]))
     listening = listen(options.host, options.port)
     host, port = listening.getsockname()[:2]
     logging.getLogger("tokenspeed.server").info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
