@@ -115,6 +115,8 @@ class StepLoop:
             raise EngineClosedError("the engine is closed")
         if self._asleep:
             raise asleep_error()
+        if not self.scheduler.has_work:
+            self._device_waits = False  # there was nothing to do in between
         self.scheduler.add(request)
         self._queued[request.request_id] = time.perf_counter()
 
