@@ -57,6 +57,8 @@ class RequestMetrics:
     arrival_time: float
     first_token_time: float | None = None
     finished_time: float | None = None
+    queue_s: float | None = None
+    """Seconds that it waited before the engine fed it; None until that is known."""
 
     def timings(self, num_tokens: int) -> dict[str, float]:
         """ttft_ms, and tpot_ms from two tokens on."""
