@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ BEGIN = 1
 MARKED = "<"
 """Texts that begin so get BEGIN before them, where special tokens are asked for."""
 MAX_MODEL_LEN = 200
+MAX_NUM_SEQS = 4
 CACHED = 3
 """Prompt tokens that the fake says it had in its cache."""
 REFUSED = 7
@@ -82,10 +84,15 @@ class FakeEngine:
 
     def __post_init__(self) -> None:
         self.info = EngineInfo(
-            model="fake", max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, sampling_defaults=self.defaults
+            model="fake",
+            max_model_len=MAX_MODEL_LEN,
+            vocab_size=VOCAB_SIZE,
+            sampling_defaults=self.defaults,
+            max_num_seqs=MAX_NUM_SEQS,
         )
         self._intake = Intake(self.info, self.tokenizer, 0)
         self._outboxes: dict[str, Outbox] = {}
+        self._launched: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def submit(
@@ -144,6 +151,7 @@ class FakeEngine:
             outbox.abort()
 
     async def _play(self, request: Request, outbox: Outbox) -> None:
+        self._launched[request.request_id] = time.perf_counter()
         if request.prompt_token_ids[0] == REFUSED:
             outbox.fail(EngineClosedError("refused by the engine"))
             return
@@ -178,6 +186,7 @@ class FakeEngine:
                     logprobs=[logprob(token, params.logprobs) for token in new] if params.logprobs is not None else [],
                     finish_reason=reason,
                     num_cached_tokens=CACHED,
+                    launched=self._launched.pop(request.request_id, None),
                 )
             )
             await asyncio.sleep(0)

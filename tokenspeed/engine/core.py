@@ -29,6 +29,7 @@ from tokenspeed.contracts.executor import Executor, StepHandle
 from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.contracts.step import ResultRow, StepPlan, StepResult
 from tokenspeed.engine.capacity import Capacity, fit_capacity
+from tokenspeed.engine.floor import decode_floor
 from tokenspeed.engine.messages import EngineInfo
 from tokenspeed.engine.sleep import asleep_error, check_level
 from tokenspeed.runner.build import ModelFiles, Prepared, open_model, prepare
@@ -94,6 +95,10 @@ class StepLoop:
         self._in_flight: deque[_InFlight] = deque()
         self._retired = 0.0
         self._alive: set[str] = set()
+        self._queued: set[str] = set()
+        """Requests that no step has named yet."""
+        self._launched: dict[str, float] = {}
+        """When the first step was launched, of requests without an update."""
         self._asleep = self._closed = False
 
     def add(self, request: Request) -> None:
@@ -104,11 +109,14 @@ class StepLoop:
             raise asleep_error()
         self.scheduler.add(request)
         self._alive.add(request.request_id)
+        self._queued.add(request.request_id)
 
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceUpdate]:
         """End a request, or one of its sequences, now."""
         if index is None:
             self._alive.discard(request_id)
+            self._queued.discard(request_id)
+            self._launched.pop(request_id, None)
         return self.scheduler.abort(request_id, index)
 
     @property
@@ -134,7 +142,10 @@ class StepLoop:
         self._in_flight.popleft()
         self.num_steps += 1
         self._time(oldest, result)
-        return self.scheduler.update(result)
+        updates = self.scheduler.update(result)
+        if self._launched:
+            self._tell_launches(updates)
+        return updates
 
     @property
     def asleep(self) -> bool:
@@ -178,9 +189,21 @@ class StepLoop:
             if plan is None:
                 return
             record, started = self.scheduler.record, time.perf_counter()
+            if self._queued and record.num_prefill_tokens:
+                self._note_launches(record, started)
             # Counts as in flight even while the launch raises: the scheduler waits for its result.
             self._in_flight.append(_InFlight(plan, record, _Unfinished(), started))
             self._in_flight[-1] = _InFlight(plan, record, self.executor.launch(plan), started)
+
+    def _note_launches(self, record: StepRecord, now: float) -> None:
+        for request_id in record.request_ids:
+            if request_id in self._queued:
+                self._queued.remove(request_id)
+                self._launched[request_id] = now
+
+    def _tell_launches(self, updates: list[SequenceUpdate]) -> None:
+        for update in updates:
+            update.launched = self._launched.pop(update.request_id, None)
 
     def _time(self, step: _InFlight, result: StepResult) -> None:
         now = time.perf_counter()
@@ -264,6 +287,8 @@ class EngineCore(StepLoop):
             max_num_seqs=self.config.max_num_seqs,
             num_pages=self.capacity.num_pages,
             block_size=self.config.block_size,
+            fallback_ops=list(self.backend.fallback_ops),
+            decode_floor=decode_floor(self.model, self.backend, self.page_shape, self.capacity.max_model_len),
         )
 
     def add(self, request: Request) -> None:

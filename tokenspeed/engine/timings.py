@@ -5,22 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from tokenspeed.engine.core import EngineCore
+from tokenspeed.engine.floor import step_bytes
 from tokenspeed.engine.output import RequestOutput
 from tokenspeed.observability.ceilings import Ceilings
-from tokenspeed.ops.definitions import Cost, Workload
 
 
 def decode_bytes(core: EngineCore, context: int) -> tuple[float, float]:
     """Bytes that a decode step of one sequence reads, and those it had to read of weights as their file stores them."""
-    model = core.model
-    in_memory = core.backend.weight_bytes
-    sizes = (model.dtype.itemsize, core.page_shape.element_bytes)
-    totals = []
-    for weight_bytes in (in_memory, model.file_bytes):
-        work = Workload(1, 1, 1, max(1, context), *sizes, weight_bytes)
-        cost = sum((model.program.cost(record, work) for record in model.program.records), Cost())
-        totals.append(cost.bytes)
-    return totals[0], totals[1]
+    model, shape = core.model, core.page_shape
+    read = step_bytes(model, core.backend.weight_bytes, shape, context)
+    return read, step_bytes(model, model.file_bytes, shape, context)
 
 
 def run_timings(core: EngineCore, output: RequestOutput, ceilings: Ceilings | None) -> dict[str, Any]:
