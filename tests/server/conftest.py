@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx2
 import openai
@@ -17,6 +17,7 @@ import pytest
 import uvicorn
 
 from tests.server.fake_engine import FakeEngine
+from tokenspeed.config.serving import Limits
 from tokenspeed.server.app import create_app
 from tokenspeed.server.engine import Engine, Progress
 from tokenspeed.server.run import HttpServer, listen
@@ -63,13 +64,16 @@ Serve = Callable[..., Served]
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """serve(engine, names=(...), chat_template=None) starts a server that ends with the test."""
+    """serve(engine, names=(...), chat_template=None, max_n=3) starts a server that ends with the test."""
     ends: list[Callable[[], None]] = []
 
     def start(
-        engine: FakeEngine | None = None, names: tuple[str, ...] = (), chat_template: str | None = None
+        engine: FakeEngine | None = None,
+        names: tuple[str, ...] = (),
+        chat_template: str | None = None,
+        **limits: Any,
     ) -> Served:
-        made, end = _start(engine or FakeEngine(), ServerState(names, chat_template))
+        made, end = _start(engine or FakeEngine(), ServerState(names, chat_template, limits=Limits(**limits)))
         ends.append(end)
         return made
 

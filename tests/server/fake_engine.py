@@ -79,6 +79,9 @@ class FakeEngine:
     requests: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     well: Health = IDLE
+    num_waiting: int = 3
+    num_running: int | None = None
+    """What its statistics say; None for the number of requests that have not ended."""
     death: EngineDeadError | None = None
     closed: bool = False
 
@@ -133,7 +136,9 @@ class FakeEngine:
     def stats(self) -> dict[str, float]:
         pages = {"pages_total": 8.0, "pages_held": 2.0}
         prefix = {"prefix_queried_tokens": 50.0, "prefix_hit_tokens": 20.0}
-        return {"num_running": float(len(self.running)), "num_waiting": 3.0, "num_preemptions": 4.0} | pages | prefix
+        running = len(self.running) if self.num_running is None else self.num_running
+        counts = {"num_running": float(running), "num_waiting": float(self.num_waiting), "num_preemptions": 4.0}
+        return counts | pages | prefix
 
     async def drain(self, timeout: float) -> int:
         left = self.running

@@ -7,8 +7,9 @@ import logging
 import sys
 from typing import Any
 
-from tokenspeed.cli.flags import add_engine_flags, engine_settings
+from tokenspeed.cli.flags import add_engine_flags, add_limit_flags, engine_settings, limit_settings
 from tokenspeed.config.engine import EngineConfig
+from tokenspeed.config.serving import Limits
 from tokenspeed.contracts.errors import ConfigError
 
 
@@ -40,6 +41,7 @@ def add_parser(commands: Any) -> None:
         metavar="S",
         help="seconds that running requests get after SIGTERM (default: 30)",
     )
+    add_limit_flags(parser)
     add_engine_flags(parser)
     parser.set_defaults(run=run)
 
@@ -47,6 +49,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Listen, load, serve."""
     config = EngineConfig.from_kwargs(engine_settings(options) | {"model": _model(options)})
+    limits = Limits(**limit_settings(options))
     if not options.drain_timeout >= 0:
         raise ConfigError(f"--drain-timeout must be at least 0, got {options.drain_timeout}")
     from tokenspeed.engine.async_engine import AsyncEngine
@@ -61,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     listening = listen(options.host, options.port)
     host, port = listening.getsockname()[:2]
     logging.getLogger("tokenspeed.server").info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    state = ServerState(tuple(dict.fromkeys(options.served_model_name)), config.chat_template)
+    state = ServerState(tuple(dict.fromkeys(options.served_model_name)), config.chat_template, limits=limits)
     run(state, start, listening, options.drain_timeout)
 
 

@@ -288,7 +288,9 @@ class EngineCore(StepLoop):
             num_pages=self.capacity.num_pages,
             block_size=self.config.block_size,
             fallback_ops=list(self.backend.fallback_ops),
-            decode_floor=decode_floor(self.model, self.backend, self.page_shape, self.capacity.max_model_len),
+            decode_floor=decode_floor(
+                self.model, self.backend.weight_bytes, self.page_shape, self.capacity.max_model_len
+            ),
         )
 
     def add(self, request: Request) -> None:

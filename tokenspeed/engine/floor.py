@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from tokenspeed.observability.ceilings import read_ceilings
 from tokenspeed.ops.definitions import Cost, Workload
 from tokenspeed.runner.arena import PageShape
-from tokenspeed.runner.backend import Backend
 from tokenspeed.runner.model import LoadedModel
 
 
@@ -17,7 +16,9 @@ def step_bytes(model: LoadedModel, weight_bytes: Mapping[str, float], shape: Pag
     return sum((model.program.cost(record, work) for record in model.program.records), Cost()).bytes
 
 
-def decode_floor(model: LoadedModel, backend: Backend, shape: PageShape, longest: int) -> list[tuple[int, float]]:
+def decode_floor(
+    model: LoadedModel, weight_bytes: Mapping[str, float], shape: PageShape, longest: int
+) -> list[tuple[int, float]]:
     """(context, ms of a decode step at the measured read bandwidth), for powers of two up to `longest` tokens.
 
     Between two of them the floor is close to a line. Empty on a GPU, and where the bandwidth was never measured.
@@ -26,5 +27,5 @@ def decode_floor(model: LoadedModel, backend: Backend, shape: PageShape, longest
     if ceilings is None:
         return []
     contexts = [*(2**power for power in range(longest.bit_length()) if 2**power < longest), longest]
-    weight_bytes, bytes_per_ms = backend.weight_bytes, ceilings.read_gbs * 1e6
+    bytes_per_ms = ceilings.read_gbs * 1e6
     return [(context, step_bytes(model, weight_bytes, shape, context) / bytes_per_ms) for context in contexts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from tokenspeed.contracts.sampling import SamplingParams
@@ -26,6 +26,21 @@ class Info(Protocol):
     @property
     def sampling_defaults(self) -> Mapping[str, Any]:
         """Fields of SamplingParams that the checkpoint states."""
+        ...
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Most sequences computed at once."""
+        ...
+
+    @property
+    def fallback_ops(self) -> Sequence[str]:
+        """Ops that run slowly for want of a fast kernel."""
+        ...
+
+    @property
+    def decode_floor(self) -> Sequence[tuple[int, float]]:
+        """(tokens of context, least ms of a decode step of one sequence), in order; empty where unknown."""
         ...
 
 

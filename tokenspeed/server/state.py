@@ -6,9 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tokenspeed.config.serving import Limits
 from tokenspeed.contracts.errors import ConfigError, ParameterError, TokenSpeedError
 from tokenspeed.server.engine import Engine, StartEngine
 from tokenspeed.server.errors import ApiError
+from tokenspeed.server.limits import Admission
 from tokenspeed.server.metrics import ServerMetrics
 from tokenspeed.tokenizer.base import Tokenizer
 from tokenspeed.tokenizer.chat import ChatTemplate, load_chat_template
@@ -25,10 +27,14 @@ class ServerState:
     metrics: ServerMetrics = field(default_factory=ServerMetrics)
     engine: Engine | None = None
     draining: bool = False
+    limits: Limits = field(default_factory=Limits)
     created: int = field(default_factory=lambda: int(time.time()))
     _progress: tuple[int, int] = (0, 0)
     _chat_template: ChatTemplate | None = None
     _no_template: str = ""
+
+    def __post_init__(self) -> None:
+        self.admission = Admission(self.limits)
 
     async def load(self, start: StartEngine) -> None:
         """Start the engine. Raises what it raises, and ConfigError for a chat template that cannot be used."""
