@@ -18,6 +18,7 @@ import uvicorn
 
 from tests.server.fake_engine import FakeEngine
 from tokenspeed.config.serving import Limits
+from tokenspeed.server.access import Access
 from tokenspeed.server.app import create_app
 from tokenspeed.server.engine import Engine, Progress
 from tokenspeed.server.run import HttpServer, listen
@@ -71,9 +72,11 @@ def serve() -> Iterator[Serve]:
         engine: FakeEngine | None = None,
         names: tuple[str, ...] = (),
         chat_template: str | None = None,
+        access: Access | None = None,
         **limits: Any,
     ) -> Served:
-        made, end = _start(engine or FakeEngine(), ServerState(names, chat_template, limits=Limits(**limits)))
+        state = ServerState(names, chat_template, limits=Limits(**limits), access=access or Access())
+        made, end = _start(engine or FakeEngine(), state)
         ends.append(end)
         return made
 

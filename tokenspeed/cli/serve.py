@@ -41,19 +41,49 @@ def add_parser(commands: Any) -> None:
         metavar="S",
         help="seconds that running requests get after SIGTERM (default: 30)",
     )
+    _add_access_flags(parser)
     add_limit_flags(parser)
     add_engine_flags(parser)
     parser.set_defaults(run=run)
 
 
+def _add_access_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("access")
+    group.add_argument(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        default=[],
+        help="a key that requests must bring (may be given again); other users of this machine can see it: a file of "
+        "digests shows none",
+    )
+    group.add_argument("--api-key-file", metavar="FILE", help="SHA-256 digests of keys, in hex, one a line")
+    group.add_argument(
+        "--metrics-need-key", action="store_true", help="/metrics needs a key too; /health and /version never do"
+    )
+    group.add_argument(
+        "--cors-origin",
+        action="append",
+        metavar="ORIGIN",
+        default=[],
+        help="an origin whose web pages may call this server, * is any (may be given again; default: none)",
+    )
+    group.add_argument("--ssl-certfile", metavar="FILE", help="certificate chain in PEM: serve over TLS")
+    group.add_argument("--ssl-keyfile", metavar="FILE", help="its private key, where it is in a file of its own")
+
+
 def run(options: argparse.Namespace) -> None:
     """Listen, load, serve."""
     config = EngineConfig.from_kwargs(engine_settings(options) | {"model": _model(options)})
+    if options.ssl_keyfile is not None and options.ssl_certfile is None:
+        raise ConfigError("--ssl-keyfile needs --ssl-certfile")
     limits = Limits(**limit_settings(options))
     if not options.drain_timeout >= 0:
         raise ConfigError(f"--drain-timeout must be at least 0, got {options.drain_timeout}")
     from tokenspeed.engine.async_engine import AsyncEngine
+    from tokenspeed.server.access import Access, Tls, check_origin
     from tokenspeed.server.engine import Engine, Progress
+    from tokenspeed.server.keys import ApiKeys
     from tokenspeed.server.run import listen, run
     from tokenspeed.server.state import ServerState
 
@@ -61,10 +91,20 @@ def run(options: argparse.Namespace) -> None:
         return await AsyncEngine.start(config, progress=progress)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    access = Access(
+        ApiKeys.load(options.api_key, options.api_key_file),
+        options.metrics_need_key,
+        [check_origin(origin) for origin in options.cors_origin],
+        Tls(options.ssl_certfile, options.ssl_keyfile) if options.ssl_certfile is not None else None,
+    )
     listening = listen(options.host, options.port)
     host, port = listening.getsockname()[:2]
-    logging.getLogger("tokenspeed.server").info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    state = ServerState(tuple(dict.fromkeys(options.served_model_name)), config.chat_template, limits=limits)
+    logging.getLogger("tokenspeed.server").info(
+        "listening on %s://%s:%d", access.scheme, f"[{host}]" if ":" in host else host, port
+    )
+    state = ServerState(
+        tuple(dict.fromkeys(options.served_model_name)), config.chat_template, limits=limits, access=access
+    )
     run(state, start, listening, options.drain_timeout)
 
 

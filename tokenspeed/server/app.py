@@ -29,6 +29,7 @@ def create_app(state: ServerState) -> FastAPI:
     app.add_exception_handler(TokenSpeedError, on_engine_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(Exception, on_bug)
+    state.access.guard(app)
     return app
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from tokenspeed.config.serving import Limits
 from tokenspeed.contracts.errors import ConfigError, ParameterError, TokenSpeedError
+from tokenspeed.server.access import Access
 from tokenspeed.server.engine import Engine, StartEngine
 from tokenspeed.server.errors import ApiError
 from tokenspeed.server.limits import Admission
@@ -28,6 +29,7 @@ class ServerState:
     engine: Engine | None = None
     draining: bool = False
     limits: Limits = field(default_factory=Limits)
+    access: Access = field(default_factory=Access)
     created: int = field(default_factory=lambda: int(time.time()))
     _progress: tuple[int, int] = (0, 0)
     _chat_template: ChatTemplate | None = None
