@@ -94,7 +94,6 @@ class StepLoop:
         """Retired since the start."""
         self._in_flight: deque[_InFlight] = deque()
         self._retired = 0.0
-        self._alive: set[str] = set()
         self._queued: set[str] = set()
         """Requests that no step has named yet."""
         self._launched: dict[str, float] = {}
@@ -108,13 +107,11 @@ class StepLoop:
         if self._asleep:
             raise asleep_error()
         self.scheduler.add(request)
-        self._alive.add(request.request_id)
         self._queued.add(request.request_id)
 
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceUpdate]:
         """End a request, or one of its sequences, now."""
         if index is None:
-            self._alive.discard(request_id)
             self._queued.discard(request_id)
             self._launched.pop(request_id, None)
         return self.scheduler.abort(request_id, index)
@@ -221,7 +218,7 @@ class StepLoop:
             self.clock.add_prefill(record.num_tokens, seconds)
 
     def _drop_all(self) -> None:
-        for request_id in tuple(self._alive):
+        for request_id in self.scheduler.request_ids:
             self.abort(request_id)
         while self._in_flight:
             plan = self._in_flight.popleft().plan

@@ -67,6 +67,11 @@ class Scheduler:
         return len(self._requests)
 
     @property
+    def request_ids(self) -> list[str]:
+        """Of those that are alive."""
+        return list(self._requests)
+
+    @property
     def num_running(self) -> int:
         """Sequences that have a slot and were not preempted."""
         return len(self._running)
