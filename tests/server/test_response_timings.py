@@ -11,7 +11,7 @@ import pytest
 
 from tests.seeds import SEED
 from tests.server.conftest import Served
-from tests.server.fake_engine import CACHED
+from tests.server.fake_engine import CACHED, EOS
 from tokenspeed.engine.messages import EngineInfo
 from tokenspeed.engine.output import RequestMetrics
 from tokenspeed.server.openai.timings import floor_ms, response_timings
@@ -80,6 +80,8 @@ def test_every_answer_has_them(served: Served, path: str, fields: dict[str, Any]
         served.engine.info, fallback_ops=["moe", "rope"], decode_floor=[(1, 0.5), (9, 0.75)]
     )
     fields = fields | {"n": n}
+    if n > 1:  # all samples end in one output
+        served.engine.answer = lambda request, index: [*b"ab", EOS]
     whole = served.client.post(path, json=fields).json()["timings"]
     bare = events(served, path, fields)
     counted = events(served, path, fields | {"stream_options": {"include_usage": True}})
