@@ -29,7 +29,7 @@ from tokenspeed.contracts.executor import Executor, StepHandle
 from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.contracts.step import ResultRow, StepPlan, StepResult
 from tokenspeed.engine.capacity import Capacity, fit_capacity
-from tokenspeed.engine.floor import decode_floor
+from tokenspeed.engine.decode_floor import decode_floor
 from tokenspeed.engine.messages import EngineInfo
 from tokenspeed.engine.sleep import asleep_error, check_level
 from tokenspeed.runner.build import ModelFiles, Prepared, open_model, prepare

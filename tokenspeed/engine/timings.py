@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tokenspeed.engine.core import EngineCore
-from tokenspeed.engine.floor import step_bytes
+from tokenspeed.engine.decode_floor import step_bytes
 from tokenspeed.engine.output import RequestOutput
 from tokenspeed.observability.ceilings import Ceilings
 

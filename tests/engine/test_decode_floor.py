@@ -7,14 +7,14 @@ from itertools import pairwise
 import pytest
 
 from tests.tiny_llama import CONTEXT
-from tokenspeed.engine import floor
+from tokenspeed.engine import decode_floor
 from tokenspeed.engine.llm import LLM
 from tokenspeed.engine.timings import decode_bytes
 from tokenspeed.observability.ceilings import Ceilings
 
 
 def test_the_floor_is_bytes_over_the_measured_bandwidth(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(floor, "read_ceilings", lambda: Ceilings("here", read_gbs=0.5))
+    monkeypatch.setattr(decode_floor, "read_ceilings", lambda: Ceilings("here", read_gbs=0.5))
     points = llm.core.info.decode_floor
     assert points[0][0] == 1
     assert points[-1][0] == llm.core.capacity.max_model_len == CONTEXT
@@ -24,5 +24,5 @@ def test_the_floor_is_bytes_over_the_measured_bandwidth(llm: LLM, monkeypatch: p
 
 
 def test_without_a_measurement_there_is_none(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(floor, "read_ceilings", lambda: None)
+    monkeypatch.setattr(decode_floor, "read_ceilings", lambda: None)
     assert llm.core.info.decode_floor == []
