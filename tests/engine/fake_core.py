@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tokenspeed.config.engine import EngineConfig
-from tokenspeed.contracts.errors import MemoryLimitError, ModelNotFoundError, UnsupportedError
+from tokenspeed.contracts.errors import EngineBusyError, MemoryLimitError, ModelNotFoundError, UnsupportedError
 from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.engine.loop import Progress, run
 from tokenspeed.engine.messages import EngineInfo
+from tokenspeed.engine.trace import StepTrace
+from tokenspeed.observability.metrics import STEP_BOUNDS, Histogram
 
 VOCAB_SIZE = 300
 MAX_MODEL_LEN = 4096
@@ -37,6 +39,9 @@ class FakeCore:
         self.mode, self.step_s = mode, step_s
         self.running: dict[tuple[str, int], tuple[Request, int]] = {}
         self.counts = {"aborts": 0, "steps": 0, "added": 0}
+        self.trace: StepTrace | None = None
+        self.started: list[tuple[str, float]] = []
+        self.step_times = Histogram(STEP_BOUNDS)
 
     def add(self, request: Request) -> None:
         if request.prompt_token_ids[0] == REFUSED:
@@ -104,6 +109,10 @@ class FakeCore:
         if self.mode == "exit-on-wake":
             os._exit(7)
         self.asleep = False
+
+    def forget_prefixes(self) -> None:
+        if self.running:
+            raise EngineBusyError(f"{len(self.running)} are under way")
 
     def close(self) -> None:
         if self.mode == "slow-close":

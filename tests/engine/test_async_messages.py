@@ -26,8 +26,11 @@ from tokenspeed.engine.messages import (
     EngineInfo,
     ErrorInfo,
     Failed,
+    Forget,
     FromEngine,
     Loading,
+    Profile,
+    Profiled,
     Ready,
     Refused,
     Sleep,
@@ -38,6 +41,7 @@ from tokenspeed.engine.messages import (
     ToEngine,
     Wake,
 )
+from tokenspeed.engine.trace import Span
 
 __all__ = ["importable"]
 PARAMS = SamplingParams(
@@ -78,7 +82,6 @@ UPDATE = SequenceUpdate(
     finish_reason="stop",
     stop_reason=2,
     num_cached_tokens=16,
-    launched=1234.5,
 )
 INFO = EngineInfo(
     model="m", path="/p", format="gguf", max_model_len=8, vocab_size=9, eos_token_ids=[1],
@@ -93,7 +96,7 @@ def shape(kind: Any, message: Any) -> Any:
 
 @pytest.mark.parametrize(
     "message",
-    [Submit(REQUEST), Abort("a", 3), Abort("b"), Sleep(), Sleep(2), Wake(), Stop()],
+    [Submit(REQUEST), Abort("a", 3), Abort("b"), Sleep(), Sleep(2), Wake(), Forget(), Profile(3), Stop()],
     ids=lambda message: type(message).__name__,
 )
 def test_messages_to_the_engine_round_trip(message: ToEngine) -> None:
@@ -107,8 +110,10 @@ def test_messages_to_the_engine_round_trip(message: ToEngine) -> None:
         Ready(INFO),
         Step([UPDATE, SequenceUpdate(request_id="b")], 3, 7, {"running": 2.0}),
         Step([], 0),
+        Step([UPDATE], 3, None, {"running": 2.0}, [("a", 0.5), ("b", 0.25)], [1.0, 2.0, 0.5]),
         Refused("a", ErrorInfo("PromptError", "no")),
         Changed(True),
+        Profiled([Span("send", 1.5, 0.25, 3, 4)]),
         Changed(False, ErrorInfo("MemoryLimitError", "no")),
         Failed(ErrorInfo("ValueError", "")),
     ],

@@ -77,7 +77,7 @@ def undeclared(files: list[Path], declared: set[str]) -> list[str]:
 
 
 def test_the_package_imports_only_what_it_declares():
-    declared = names(PROJECT["dependencies"] + EXTRAS["demo"] + EXTRAS["gpu"] + EXTRAS["bench"])
+    declared = names(PROJECT["dependencies"] + EXTRAS["demo"] + EXTRAS["gpu"] + EXTRAS["bench"] + EXTRAS["traces"])
     assert undeclared(sorted((ROOT / "tokenspeed").rglob("*.py")), declared) == []
 
 

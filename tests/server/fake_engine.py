@@ -7,14 +7,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tokenspeed.contracts.errors import EngineClosedError, EngineDeadError
+from tokenspeed.contracts.errors import EngineBusyError, EngineClosedError, EngineDeadError
 from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.contracts.step import TokenLogprobs
 from tokenspeed.engine.async_engine import Health
 from tokenspeed.engine.intake import Intake
 from tokenspeed.engine.messages import EngineInfo
+from tokenspeed.engine.sleep import check_level
 from tokenspeed.engine.stream import Outbox, RequestStream
+from tokenspeed.engine.trace import Span
+from tokenspeed.observability.metrics import STEP_BOUNDS
 from tokenspeed.tokenizer.base import VocabularyTokenizer
 from tokenspeed.tokenizer.detokenizer import TokenBytes
 
@@ -84,6 +87,15 @@ class FakeEngine:
     """What its statistics say; None for the number of requests that have not ended."""
     death: EngineDeadError | None = None
     closed: bool = False
+    killed: str = ""
+    paused: bool = False
+    asleep: bool = False
+    resets: int = 0
+    knows_device: bool = True
+    refusal: Exception | None = None
+    """Of waking."""
+    wrong: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set: dead or stuck."""
 
     def __post_init__(self) -> None:
         self.info = EngineInfo(
@@ -95,7 +107,6 @@ class FakeEngine:
         )
         self._intake = Intake(self.info, self.tokenizer, 0)
         self._outboxes: dict[str, Outbox] = {}
-        self._launched: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def submit(
@@ -129,16 +140,64 @@ class FakeEngine:
         for outbox in self._outboxes.values():
             if not outbox.finished:
                 outbox.fail(error)
+        self.wrong.set()
+
+    def hang(self, reason: str) -> None:
+        """Be stuck; requests go on waiting."""
+        self.well = Health(False, reason)
+        self.wrong.set()
+
+    async def unwell(self) -> str:
+        await self.wrong.wait()
+        return self.well.reason
+
+    async def kill(self, reason: str) -> None:
+        self.killed = reason
+        self.die(EngineDeadError(reason))
 
     def health(self) -> Health:
         return self.well
 
+    def step_times(self) -> list[float]:
+        return [2.0] * (len(STEP_BOUNDS) + 1) + [7.5]
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
+
+    def is_paused(self) -> bool:
+        return self.paused
+
+    async def sleep(self, level: int = 1, timeout: float = 30.0) -> int:
+        check_level(level)
+        self.asleep = True
+        return int(timeout)
+
+    async def wake_up(self) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.asleep = False
+
+    def is_sleeping(self) -> bool:
+        return self.asleep
+
+    async def reset_prefix_cache(self) -> None:
+        if self.running:
+            raise EngineBusyError(f"{len(self.running)} requests are under way")
+        self.resets += 1
+
+    async def profile(self, num_steps: int, timeout: float) -> list[Span]:
+        return [Span(name, 5.0 + step, 0.25, step) for step in range(num_steps) for name in ("launch", "collect")]
+
     def stats(self) -> dict[str, float]:
         pages = {"pages_total": 8.0, "pages_held": 2.0}
         prefix = {"prefix_queried_tokens": 50.0, "prefix_hit_tokens": 20.0}
+        known = {"floor_share": 0.75, "device_idle_s": 1.25} if self.knows_device else {}
         running = len(self.running) if self.num_running is None else self.num_running
         counts = {"num_running": float(running), "num_waiting": float(self.num_waiting), "num_preemptions": 4.0}
-        return counts | pages | prefix
+        return counts | pages | prefix | known
 
     async def drain(self, timeout: float) -> int:
         left = self.running
@@ -156,7 +215,7 @@ class FakeEngine:
             outbox.abort()
 
     async def _play(self, request: Request, outbox: Outbox) -> None:
-        self._launched[request.request_id] = time.perf_counter()
+        outbox.output.metrics.queue_s = time.perf_counter() - outbox.output.metrics.arrival_time
         if request.prompt_token_ids[0] == REFUSED:
             outbox.fail(EngineClosedError("refused by the engine"))
             return
@@ -191,7 +250,6 @@ class FakeEngine:
                     logprobs=[logprob(token, params.logprobs) for token in new] if params.logprobs is not None else [],
                     finish_reason=reason,
                     num_cached_tokens=CACHED,
-                    launched=self._launched.pop(request.request_id, None),
                 )
             )
             await asyncio.sleep(0)

@@ -79,6 +79,15 @@ def test_what_is_open(serve: Serve, metrics_need_key: bool) -> None:
     assert served.engine.requests == []
 
 
+def test_an_api_key_opens_no_admin_route(serve: Serve) -> None:
+    key = new_key()
+    served = serve(access=Access(ApiKeys.load([key], None)))
+    served.state.admin_key = "root"
+    found = [served.client.get("/admin/state", headers=header(each)).status_code for each in ("root", key)]
+    assert found == [200, 401]
+    assert served.client.get("/v1/models", headers=header("root")).status_code == 401
+
+
 def test_every_digest_is_compared_whatever_matches(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = [new_key() for _ in range(5)]
     compared = []

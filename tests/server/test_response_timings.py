@@ -23,7 +23,7 @@ TALK = [{"role": "user", "content": "hi"}]
 
 def metrics(arrival: float, queue: float, prefill: float, decode: float, tokens: int) -> RequestMetrics:
     first = arrival + queue + prefill
-    return RequestMetrics(arrival, arrival + queue, first, first + decode, tokens)
+    return RequestMetrics(arrival, first, first + decode, queue, tokens)
 
 
 @pytest.mark.parametrize("context, floor", [(0, 2), (1, 2), (2, 3), (4, 4), (9, 6.5), (10, 7), (5000, 7)])
@@ -55,7 +55,7 @@ def test_what_is_not_known_is_null() -> None:
     one_token = response_timings([(2, 0, metrics(5, 3, 1, 0, 1))], INFO)
     assert (one_token.tpot_ms, one_token.share_of_floor) == (None, None)
     unmeasured = msgspec.structs.replace(INFO, decode_floor=[])
-    untold = RequestMetrics(5.0, None, 6.0, 7.0, 3)
+    untold = RequestMetrics(5.0, 6.0, 7.0, None, 3)
     timings = response_timings([(2, 0, untold)], unmeasured)
     assert (timings.queue_ms, timings.prefill_ms, timings.share_of_floor) == (None, None, None)
     assert (timings.ttft_ms, timings.tpot_ms) == (1000, 500)

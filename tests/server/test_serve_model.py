@@ -138,6 +138,9 @@ def test_one_client_leaves_another_stays(tiny: ServerProcess) -> None:
     while gauge(tiny, "num_requests_running"):
         pass
     assert gauge(tiny, "kv_cache_usage_perc") == 0
+    assert gauge(tiny, "step_time_seconds_count") >= CONTEXT - 2
+    assert 0 < gauge(tiny, "device_idle_seconds_total") < gauge(tiny, "request_inference_time_seconds_sum")
+    assert gauge(tiny, "request_queue_time_seconds_count") > 0
 
 
 def test_openais_client_completes(demo: ServerProcess) -> None:
@@ -203,7 +206,7 @@ def test_prompt_logprobs_by_echo(demo: ServerProcess) -> None:
 
 
 def test_killing_the_engine_fails_its_requests(demo: ServerProcess) -> None:
-    """The last test of the demo server: its engine stays dead."""
+    """And another one serves the next."""
     (engine,) = demo.children()
     body = {"prompt": PROMPT, "max_tokens": 200, "ignore_eos": True, "stream": True}
     with httpx2.stream("POST", f"{demo.url}/v1/completions", json=body, timeout=GUARD_S) as response:
@@ -214,3 +217,8 @@ def test_killing_the_engine_fails_its_requests(demo: ServerProcess) -> None:
     assert "SIGKILL" in json.loads(error.removeprefix("data: "))["error"]["message"]
     assert done == "data: [DONE]"
     assert demo.get("/health").status_code == 503
+    demo.wait_until_ready()
+    assert (
+        "red" in demo.post("/v1/completions", prompt=PROMPT, max_tokens=8, temperature=0).json()["choices"][0]["text"]
+    )
+    assert demo.children() != [engine]

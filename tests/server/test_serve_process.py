@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -106,8 +109,8 @@ def test_a_second_signal_does_not_wait() -> None:
             assert not any("length" in str(event) for event in until_cut(events)), "it finished after all"
 
 
-def test_death_of_the_engine_process() -> None:
-    with fake("ok", 0.01) as server:
+def test_death_of_an_engine_that_is_not_to_be_restarted() -> None:
+    with fake("ok", 0.01, "--max-engine-restarts", "0") as server:
         server.wait_until_ready()
         (engine,) = server.children()
         with streaming(server, 4000) as events:
@@ -119,7 +122,9 @@ def test_death_of_the_engine_process() -> None:
         response = server.get("/health")
         assert response.status_code == 503
         assert "SIGKILL" in response.json()["reason"]
-        assert server.post("/v1/completions", prompt=PROMPT).status_code == 503
+        assert "--max-engine-restarts allows 0" in response.json()["reason"]
+        refused = server.post("/v1/completions", prompt=PROMPT)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_dead")
         assert server.terminate() == 0, server.log
 
 
@@ -138,6 +143,43 @@ def test_a_client_that_leaves_is_aborted_in_the_engine() -> None:
         assert server.terminate() == 0, server.log
 
 
+def test_a_log_of_json() -> None:
+    with fake("ok", 0, "--log-format", "json", "--log-prompts") as server:
+        server.wait_until_ready()
+        assert server.post("/v1/completions", prompt=PROMPT, max_tokens=2).status_code == 200
+        assert server.terminate() == 0
+        lines = [json.loads(line) for line in server.log]
+    (request,) = (line for line in lines if line["message"] == "request")
+    assert (request["prompt_tokens"], request["output_tokens"], request["finish_reason"]) == (3, 2, "length")
+    assert request["prompt"] == str(PROMPT)
+    assert re.fullmatch("[0-9a-f]{12}", request["client"])
+
+
+def test_administration(tmp_path: Path) -> None:
+    key = {"authorization": "Bearer k"}
+    with fake("ok", 0.005, "--admin-key", "k", "--profile-dir", str(tmp_path / "traces")) as server:
+        server.wait_until_ready()
+
+        def post(name: str, body: dict[str, Any]) -> Any:
+            url = f"{server.url}/admin/{name}"
+            return httpx2.post(url, json=body, headers=key, timeout=GUARD_S, verify=False).json()
+
+        assert server.post("/admin/pause").status_code == 401
+        assert post("pause", {})["paused"] is True
+        with pytest.raises(httpx2.TimeoutException):
+            httpx2.post(f"{server.url}/v1/completions", json={"prompt": PROMPT}, timeout=0.2, verify=False)
+        assert server.get("/health").json() == {"status": "ok", "reason": "paused"}
+        assert post("resume", {})["paused"] is False
+        assert post("sleep", {})["asleep"] is True
+        assert server.post("/v1/completions", prompt=PROMPT).json()["error"]["code"] == "asleep"
+        assert post("wake", {})["asleep"] is False
+        assert server.post("/v1/completions", prompt=PROMPT).status_code == 200
+        made = post("profile", {"steps": 3, "timeout_s": 0})
+        assert Path(made["path"]).parent == tmp_path / "traces"
+        assert json.loads(Path(made["path"]).read_text())["traceEvents"] == []
+        assert server.terminate() == 0, server.log
+
+
 def test_a_model_that_is_not_there_ends_the_start() -> None:
     with fake("no-model", 0, "some/where") as server:
         assert server.wait() == 1
@@ -151,11 +193,23 @@ def test_a_model_that_is_not_there_ends_the_start() -> None:
         (("a", "--model", "b"), "two models: a and --model b"),
         (("--drain-timeout", "-1"), "--drain-timeout must be at least 0"),
         (("--drain-timeout", "nan"), "--drain-timeout must be at least 0"),
+        (
+            ("--otlp-traces-endpoint", "http://127.0.0.1:1/"),
+            "--otlp-traces-endpoint needs the packages opentelemetry-sdk",
+        ),
+        (("--admin-key", ""), "--admin-key must be of printable ASCII characters and not empty"),
+        (("--admin-key", "schlüssel"), "--admin-key must be of printable ASCII"),
+        (("--profile-dir", "/dev/null/traces"), "--profile-dir /dev/null/traces: Not a directory"),
+        (("--max-engine-restarts", "-1"), "--max-engine-restarts must be at least 0, got -1"),
+        (("--engine-stuck-timeout", "0"), "--engine-stuck-timeout must be above 0, got 0"),
         (("--host", "256.0.0.1"), "cannot listen on --host 256.0.0.1 --port 8000"),
         (("--target-itl-ms", "20.5", "--port", "70000"), "--port must be from 0 to 65535, got 70000"),
     ],
 )
-def test_flags_that_cannot_be_used(flags: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_cannot_be_used(
+    flags: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk", None)  # as where it is not installed
     assert main(["serve", *flags]) == 1
     assert complaint in capsys.readouterr().err
 

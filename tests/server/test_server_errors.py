@@ -14,6 +14,7 @@ from tests.server.conftest import Serve, Served
 from tests.server.fake_engine import REFUSED, FakeEngine
 from tokenspeed.contracts.errors import EngineDeadError
 from tokenspeed.engine.async_engine import Health
+from tokenspeed.observability.metrics import STEP_BOUNDS
 from tokenspeed.server.state import ServerState
 
 HELD = 4
@@ -239,10 +240,21 @@ def test_metrics_are_prometheus_text(served: Served) -> None:
     assert samples["tokenspeed:prefix_cache_hits_total", None] == 20
     assert samples["tokenspeed:request_success_total", "stop"] == 1
     assert samples["tokenspeed:time_to_first_token_seconds_count", None] == 1
+    assert samples["tokenspeed:floor_share", None] == 0.75
+    assert samples["tokenspeed:device_idle_seconds_total", None] == 1.25
+    assert samples["tokenspeed:step_time_seconds_sum", None] == 7.5
+    assert samples["tokenspeed:step_time_seconds_count", None] == 2 * (len(STEP_BOUNDS) + 1)
+    assert samples["tokenspeed:engine_restarts_total", None] == 0
     buckets = [s.value for s in families["tokenspeed:e2e_request_latency_seconds"].samples if "le" in s.labels]
     assert buckets == sorted(buckets)
     assert buckets[-1] == 1
     assert all(sample.labels["model_name"] == "fake" for family in families.values() for sample in family.samples)
+
+
+def test_what_is_unknown_is_left_out(serve: Serve) -> None:
+    text = serve(FakeEngine(knows_device=False)).client.get("/metrics").text
+    assert "floor_share" not in text
+    assert "device_idle" not in text
 
 
 def test_version(served: Served) -> None:

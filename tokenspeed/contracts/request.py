@@ -40,6 +40,3 @@ class SequenceUpdate(msgspec.Struct, kw_only=True, array_like=True, gc=False):
     """The stop id that ended it, when that was not an eos."""
     num_cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache."""
-    launched: float | None = None
-    """When the request's first step was launched, in seconds of `time.perf_counter`, which all processes of a machine
-    share; with its first update only."""

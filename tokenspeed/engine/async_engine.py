@@ -9,10 +9,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenspeed.config.engine import EngineConfig
-from tokenspeed.contracts.errors import EngineClosedError, EngineDeadError, TokenSpeedError
+from tokenspeed.contracts.errors import EngineBusyError, EngineClosedError, EngineDeadError, TokenSpeedError
 from tokenspeed.contracts.request import SequenceUpdate
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.intake import Intake, open_tokenizer
@@ -23,8 +23,11 @@ from tokenspeed.engine.messages import (
     Changed,
     EngineInfo,
     Failed,
+    Forget,
     FromEngine,
     Loading,
+    Profile,
+    Profiled,
     Ready,
     Refused,
     Sleep,
@@ -36,6 +39,7 @@ from tokenspeed.engine.messages import (
 from tokenspeed.engine.process import EngineProcess, exit_text
 from tokenspeed.engine.sleep import asleep_error, check_level, wakes_cache
 from tokenspeed.engine.stream import Outbox, RequestStream
+from tokenspeed.engine.trace import Span
 from tokenspeed.tokenizer.base import Tokenizer
 
 logger = logging.getLogger("tokenspeed")
@@ -46,6 +50,8 @@ CLOSE_S = 5.0
 SLEEP_AFTER_S = 30.0
 """How long requests under way may go on before an engine that is to sleep aborts them."""
 _LAST_WORDS_S = 1.0
+_STACKS_S = 0.5
+"""How long a stuck process gets to write the stacks of its threads."""
 Progress = Callable[[int, int], None]
 
 
@@ -72,7 +78,7 @@ class AsyncEngine:
         self._process: EngineProcess | None = None
         self._watchers: list[asyncio.Task[None]] = []
         self._ready: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
-        self._failed = asyncio.Event()
+        self._failed, self._unwell = asyncio.Event(), asyncio.Event()
         self._refusal: TokenSpeedError | None = None
         self._death: EngineDeadError | None = None
         self._closed = False
@@ -80,6 +86,10 @@ class AsyncEngine:
         """Also while it falls asleep."""
         self._one_change = asyncio.Lock()
         self._changes: deque[asyncio.Future[None]] = deque()
+        self._profiles: deque[asyncio.Future[list[Span]]] = deque()
+        self._paused = False
+        self._held: dict[str, Submit] = {}
+        """Requests that came while it was paused; the engine does not know them."""
         self._outboxes: dict[str, Outbox] = {}
         self._emptied = asyncio.Event()
         self._emptied.set()
@@ -88,6 +98,7 @@ class AsyncEngine:
         self._idle_after: int | None = 0
         self._progressed = time.monotonic()
         self._stats: dict[str, float] = {}
+        self._step_times: list[float] = []
 
     @classmethod
     async def start(
@@ -155,7 +166,10 @@ class AsyncEngine:
         outbox = Outbox(request, shown_id, text, self.tokenizer)
         self._outboxes[wire_id] = outbox
         self._emptied.clear()
-        self._send(Submit(request))
+        if self._paused:
+            self._held[wire_id] = Submit(request)
+        else:
+            self._send(Submit(request))
         return RequestStream(outbox, lambda: self._abort(wire_id))
 
     def health(self) -> Health:
@@ -166,12 +180,17 @@ class AsyncEngine:
             return Health(False, "the engine is closed")
         self._channel.drain()  # what has come while this loop was busy counts
         if not self._busy:
-            return Health(True, "asleep" if self._asleep else "idle")
+            return Health(True, "asleep" if self._asleep else "paused" if self._paused else "idle")
         silent = time.monotonic() - self._progressed
         if silent > self._stuck_after_s:
             waiting = f"{len(self._outboxes)} requests wait"
             return Health(False, f"the engine is stuck: no step finished for {silent:.0f} s, {waiting}")
         return Health(True, "running")
+
+    async def unwell(self) -> str:
+        """Wait until the process is dead, or is stuck and was asked for its stacks. Returns what is wrong."""
+        await self._unwell.wait()
+        return self.health().reason
 
     @property
     def pid(self) -> int | None:
@@ -180,7 +199,11 @@ class AsyncEngine:
 
     def stats(self) -> dict[str, float]:
         """The engine's counters, at most a quarter of a second old while it works."""
-        return dict(self._stats)
+        stats = dict(self._stats)
+        if self._held:
+            samples = sum(held.request.params.n for held in self._held.values())
+            stats["num_waiting"] = stats.get("num_waiting", 0) + samples
+        return stats
 
     async def drain(self, timeout: float) -> int:
         """Take no new requests, let those that run finish for `timeout` seconds, abort the others; how many those
@@ -225,10 +248,66 @@ class AsyncEngine:
         """Whether it takes no requests before `wake_up`."""
         return self._asleep
 
+    def step_times(self) -> list[float]:
+        """`Histogram.state` of the engine's steps over STEP_BOUNDS, as old as `stats`; empty before the first."""
+        return self._step_times
+
+    def pause(self) -> None:
+        """Requests that come from now on wait, in order, until `resume`; those before go on. `sleep`, `drain` and
+        `close` do not wait for them: they are aborted. Raises EngineClosedError; EngineDeadError."""
+        self._check_open()
+        self._paused = True
+
+    def resume(self) -> None:
+        """Hand the engine what waited, and what comes. Raises EngineClosedError; EngineDeadError."""
+        self._check_open()
+        self._paused = False
+        held, self._held = self._held, {}
+        for wire_id, submit in held.items():
+            self._note_queue(wire_id, time.perf_counter() - self._outboxes[wire_id].output.metrics.arrival_time)
+            self._send(submit)
+
+    def is_paused(self) -> bool:
+        """Whether new requests wait before `resume`."""
+        return self._paused
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget every prefix. Raises EngineBusyError while the engine has a request; EngineClosedError;
+        EngineDeadError."""
+        async with self._one_change:
+            self._check_open()
+            await self._ask(Forget())
+
+    async def profile(self, num_steps: int, timeout: float) -> list[Span]:
+        """Phases of the next `num_steps` steps, or of as many as there are within `timeout` seconds.
+
+        Raises EngineBusyError while another one is made; EngineClosedError; EngineDeadError.
+        """
+        self._check_open()
+        if any(not profile.done() for profile in self._profiles):
+            raise EngineBusyError("1 profile is being made: wait for it")
+        answer: asyncio.Future[list[Span]] = asyncio.get_running_loop().create_future()
+        self._profiles.append(answer)
+        self._send(Profile(num_steps))
+        try:
+            await asyncio.wait({answer}, timeout=timeout)
+            if not answer.done():
+                self._send(Profile(0))
+            return await answer
+        except asyncio.CancelledError:
+            answer.cancel()
+            self._send(Profile(0))
+            raise
+
     async def close(self, timeout: float = CLOSE_S) -> None:
         """End every stream with EngineClosedError, and the process, which is killed after `timeout` seconds, or at once
         when it is stuck. May be called again."""
         await self._end(timeout if self.health().ok else 0)
+
+    async def kill(self, reason: str) -> None:
+        """End every stream with an EngineDeadError that says `reason`, and the process without waiting for it."""
+        self._die(EngineDeadError(reason))
+        await self._end(timeout=0)
 
     def _check_open(self) -> None:
         if self._refusal is not None:
@@ -236,14 +315,17 @@ class AsyncEngine:
 
     async def _empty(self, timeout: float) -> int:
         """Let requests finish for `timeout` seconds and abort the others; how many those were."""
+        held = list(self._held)
+        for wire_id in held:
+            self._abort(wire_id)
         with suppress(TimeoutError):
             await asyncio.wait_for(self._emptied.wait(), timeout)
         left = list(self._outboxes)
         for wire_id in left:
             self._abort(wire_id)
-        return len(left)
+        return len(held) + len(left)
 
-    async def _ask(self, change: Sleep | Wake) -> None:
+    async def _ask(self, change: Sleep | Wake | Forget) -> None:
         """Send, and wait for the answer. Who stops waiting changes nothing: `_asleep` follows the engine."""
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._changes.append(answer)
@@ -267,7 +349,7 @@ class AsyncEngine:
     def _busy(self) -> bool:
         return self._idle_after != self._num_sent
 
-    def _send(self, message: Submit | Abort | Sleep | Wake) -> None:
+    def _send(self, message: Submit | Abort | Sleep | Wake | Forget | Profile) -> None:
         if not self._busy:
             self._progressed = time.monotonic()
         self._num_sent += 1
@@ -282,6 +364,10 @@ class AsyncEngine:
                 outbox.fail(message.error.rebuild())
         elif isinstance(message, Changed):
             self._take_change(message)
+        elif isinstance(message, Profiled):
+            profile = self._profiles.popleft()
+            if not profile.done():
+                profile.set_result(message.spans)
         elif isinstance(message, Loading):
             if self._report is not None:
                 self._report(message.done, message.total)
@@ -300,9 +386,16 @@ class AsyncEngine:
         if step.num_steps != self._num_steps:
             self._progressed, self._num_steps = time.monotonic(), step.num_steps
         if step.stats is not None:
-            self._stats = step.stats
+            self._stats, self._step_times = step.stats, step.step_times
+        for wire_id, seconds in step.started:
+            self._note_queue(wire_id, seconds)
         for update in step.updates:
             self._deliver(update)
+
+    def _note_queue(self, wire_id: str, seconds: float) -> None:
+        if wire_id in self._outboxes:
+            metrics = self._outboxes[wire_id].output.metrics
+            metrics.queue_s = (metrics.queue_s or 0.0) + seconds
 
     def _take_change(self, change: Changed) -> None:
         self._asleep = change.asleep
@@ -332,7 +425,8 @@ class AsyncEngine:
     def _abort(self, wire_id: str) -> None:
         outbox = self._forget(wire_id)
         if outbox is not None:
-            self._send(Abort(wire_id))
+            if self._held.pop(wire_id, None) is None:
+                self._send(Abort(wire_id))
             outbox.abort()
 
     def _forget(self, wire_id: str) -> Outbox | None:
@@ -346,7 +440,9 @@ class AsyncEngine:
             outbox = self._forget(wire_id)
             if outbox is not None:
                 outbox.fail(error)
-        for waiting in self._changes:
+        self._held.clear()
+        answers: list[asyncio.Future[Any]] = [*self._changes, *self._profiles]
+        for waiting in answers:
             if not waiting.done():
                 waiting.set_exception(error)
 
@@ -354,6 +450,7 @@ class AsyncEngine:
         if self._death is not None or self._closed:
             return
         self._death = self._refusal = error
+        self._unwell.set()
         if not self._ready.done():
             self._ready.set_exception(error)
         self._fail_all(error)
@@ -377,4 +474,7 @@ class AsyncEngine:
             if not ok and not told:
                 logger.error("%s; the stacks of its threads follow", reason)
                 process.dump_stacks()
+                await asyncio.sleep(_STACKS_S)
+                if not self.health().ok:
+                    self._unwell.set()
             told = not ok

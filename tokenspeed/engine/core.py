@@ -30,8 +30,12 @@ from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.contracts.step import ResultRow, StepPlan, StepResult
 from tokenspeed.engine.capacity import Capacity, fit_capacity
 from tokenspeed.engine.decode_floor import decode_floor
+from tokenspeed.engine.floor import FloorShare
 from tokenspeed.engine.messages import EngineInfo
 from tokenspeed.engine.sleep import asleep_error, check_level
+from tokenspeed.engine.trace import StepTrace
+from tokenspeed.observability.ceilings import read_ceilings
+from tokenspeed.observability.metrics import STEP_BOUNDS, Histogram
 from tokenspeed.runner.build import ModelFiles, Prepared, open_model, prepare
 from tokenspeed.runner.room import Room
 from tokenspeed.scheduler.config import SchedulerConfig
@@ -92,12 +96,18 @@ class StepLoop:
         self.ring: deque[TimedStep] = deque(maxlen=RING)
         self.num_steps = 0
         """Retired since the start."""
+        self.trace: StepTrace | None = None
+        """Where the phases of steps are noted, when somebody asked for them."""
         self._in_flight: deque[_InFlight] = deque()
         self._retired = 0.0
-        self._queued: set[str] = set()
-        """Requests that no step has named yet."""
-        self._launched: dict[str, float] = {}
-        """When the first step was launched, of requests without an update."""
+        self.step_times = Histogram(STEP_BOUNDS)
+        self.started: list[tuple[str, float]] = []
+        """Requests that the last `step` fed for the first time, and the seconds they had waited."""
+        self._queued: dict[str, float] = {}
+        """When requests came that were never fed yet."""
+        self._idle_s = 0.0
+        self._device_waits = False
+        """Since the last step retired, with work left and nothing under way."""
         self._asleep = self._closed = False
 
     def add(self, request: Request) -> None:
@@ -106,15 +116,17 @@ class StepLoop:
             raise EngineClosedError("the engine is closed")
         if self._asleep:
             raise asleep_error()
+        if not self.scheduler.has_work:
+            self._device_waits = False  # there was nothing to do in between
         self.scheduler.add(request)
-        self._queued.add(request.request_id)
+        self._queued[request.request_id] = time.perf_counter()
 
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceUpdate]:
         """End a request, or one of its sequences, now."""
-        if index is None:
-            self._queued.discard(request_id)
-            self._launched.pop(request_id, None)
-        return self.scheduler.abort(request_id, index)
+        updates = self.scheduler.abort(request_id, index)
+        if request_id in self._queued and not self.scheduler.is_alive(request_id):
+            del self._queued[request_id]
+        return updates
 
     @property
     def has_work(self) -> bool:
@@ -127,11 +139,12 @@ class StepLoop:
         When it raises, or is interrupted, every request is gone: how far the step came is not known, so nothing may
         build on it.
         """
+        self.started = []
         try:
             self._launch()
             if not self._in_flight:
                 return []
-            oldest = self._in_flight[0]
+            oldest, began = self._in_flight[0], time.perf_counter()
             result = oldest.handle.result()
         except BaseException:
             self._drop_all()
@@ -140,8 +153,9 @@ class StepLoop:
         self.num_steps += 1
         self._time(oldest, result)
         updates = self.scheduler.update(result)
-        if self._launched:
-            self._tell_launches(updates)
+        self._device_waits = not self._in_flight and self.scheduler.has_work
+        if self.trace is not None:
+            self.trace.add("collect", began, time.perf_counter(), oldest.plan.step_id, oldest.record.num_tokens)
         return updates
 
     @property
@@ -156,19 +170,17 @@ class StepLoop:
         last one both `sleep` and `wake` may be tried.
         """
         check_level(level)
-        if self.scheduler.has_work:
-            raise EngineBusyError(
-                f"{self.scheduler.num_requests} requests are under way: finish or abort them before the engine sleeps"
-            )
-        while self._in_flight:  # steps of requests that were aborted
-            self.step()
-        self.scheduler.forget_prefixes()
+        self._forget_prefixes("the engine sleeps")
         self._asleep = True
         try:
             self.executor.sleep()
         except UnsupportedError:
             self._asleep = False
             raise
+
+    def forget_prefixes(self) -> None:
+        """Drop the prefixes that the cache holds. Raises EngineBusyError while a request is alive."""
+        self._forget_prefixes("the prefix cache is reset")
 
     def wake(self) -> None:
         """Take the memory again. Raises MemoryLimitError where others have it by now; it goes on sleeping then."""
@@ -180,32 +192,50 @@ class StepLoop:
         self._closed = True
         self.executor.close()
 
+    @property
+    def idle_s(self) -> float | None:
+        """Seconds in which the device had work to do and no step under way; None where the host cannot see it."""
+        return self._idle_s if self.executor.max_in_flight == 1 else None
+
+    def _forget_prefixes(self, purpose: str) -> None:
+        if self.scheduler.has_work:
+            raise EngineBusyError(
+                f"{self.scheduler.num_requests} requests are under way: finish or abort them before {purpose}"
+            )
+        while self._in_flight:  # steps of requests that were aborted
+            self.step()
+        self.scheduler.forget_prefixes()
+
     def _launch(self) -> None:
         while len(self._in_flight) < self.executor.max_in_flight:
+            began = time.perf_counter()
             plan = self.scheduler.schedule()
             if plan is None:
                 return
             record, started = self.scheduler.record, time.perf_counter()
-            if self._queued and record.num_prefill_tokens:
-                self._note_launches(record, started)
+            if self._device_waits:
+                self._idle_s += started - self._retired
+                self._device_waits = False
+            if self._queued:
+                self._note_started(record, started)
             # Counts as in flight even while the launch raises: the scheduler waits for its result.
             self._in_flight.append(_InFlight(plan, record, _Unfinished(), started))
             self._in_flight[-1] = _InFlight(plan, record, self.executor.launch(plan), started)
+            if self.trace is not None:
+                self.trace.add("schedule", began, started, plan.step_id, record.num_tokens)
+                self.trace.add("launch", started, time.perf_counter(), plan.step_id, record.num_tokens)
 
-    def _note_launches(self, record: StepRecord, now: float) -> None:
+    def _note_started(self, record: StepRecord, now: float) -> None:
         for request_id in record.request_ids:
-            if request_id in self._queued:
-                self._queued.remove(request_id)
-                self._launched[request_id] = now
-
-    def _tell_launches(self, updates: list[SequenceUpdate]) -> None:
-        for update in updates:
-            update.launched = self._launched.pop(update.request_id, None)
+            came = self._queued.pop(request_id, None)
+            if came is not None:
+                self.started.append((request_id, now - came))
 
     def _time(self, step: _InFlight, result: StepResult) -> None:
         now = time.perf_counter()
         seconds = now - max(step.launched, self._retired)
         self._retired = now
+        self.step_times.observe(seconds)
         record = step.record
         sampled = sum(len(row.token_ids) for row in result.rows)
         self.ring.append(TimedStep(record, sampled, seconds))
@@ -263,6 +293,8 @@ class EngineCore(StepLoop):
         )
         super().__init__(Scheduler(limits, self.cache), _executor(prepared, self.capacity, config))
         self.vocab_size = files.definition.config.vocab_size
+        ceilings = read_ceilings() if prepared.model.device.type == "cpu" else None
+        self._floor = FloorShare(self.model, self.page_shape.element_bytes, ceilings.read_gbs) if ceilings else None
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -304,8 +336,18 @@ class EngineCore(StepLoop):
         super().add(request)
 
     def stats(self) -> dict[str, float]:
-        """Counters and gauges by name."""
-        return {name: float(value) for name, value in msgspec.structs.asdict(self.scheduler.stats()).items()}
+        """Counters and gauges by name; floor_share and device_idle_s only where they are known."""
+        found = self.scheduler.stats()
+        stats = {name: float(value) for name, value in msgspec.structs.asdict(found).items()}
+        if self.idle_s is not None:
+            stats["device_idle_s"] = self.idle_s
+        if self._floor is not None:
+            clock, tokens = self.clock, found.pages_held * self.config.block_size / len(self.cache.groups)
+            context = round(tokens / found.num_running) if found.num_running else 0
+            self._floor.update(clock.decode_steps, clock.decode_tokens, clock.decode_s, context)
+            if self._floor.share is not None:
+                stats["floor_share"] = self._floor.share
+        return stats
 
 
 def _capacity(prepared: Prepared, room: Room, groups: tuple[GroupSpec, ...], context: int) -> Capacity:

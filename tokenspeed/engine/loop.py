@@ -27,7 +27,10 @@ from tokenspeed.engine.messages import (
     EngineInfo,
     ErrorInfo,
     Failed,
+    Forget,
     Loading,
+    Profile,
+    Profiled,
     Ready,
     Refused,
     Sleep,
@@ -38,6 +41,8 @@ from tokenspeed.engine.messages import (
     ToEngine,
     Wake,
 )
+from tokenspeed.engine.trace import StepTrace
+from tokenspeed.observability.metrics import Histogram
 
 REPORT_S = 0.25
 """Longest silence of an engine that is not caught in a step, and the interval of its counters, in seconds."""
@@ -49,6 +54,13 @@ ORPHANED = 3
 
 class Core(Protocol):
     """What steps: a model, a scheduler, an executor."""
+
+    trace: StepTrace | None
+    """Where `step` notes its phases."""
+    started: list[tuple[str, float]]
+    """Requests that the last `step` fed for the first time, and the seconds they had waited."""
+    step_times: Histogram
+    """Of all steps, over STEP_BOUNDS."""
 
     def add(self, request: Request) -> None:
         """Queue a request. A TokenSpeedError refuses it and leaves no trace; any other exception ends the process."""
@@ -87,6 +99,10 @@ class Core(Protocol):
 
     def wake(self) -> None:
         """Take it again. Raises a TokenSpeedError where it goes on sleeping."""
+        ...
+
+    def forget_prefixes(self) -> None:
+        """Drop the prefixes that the cache holds. Raises EngineBusyError while a request is alive."""
         ...
 
     def close(self) -> None:
@@ -142,19 +158,30 @@ def _build_and_serve(build: Build, config: EngineConfig, channel: EngineChannel)
 def serve(core: Core, channel: EngineChannel) -> None:
     """Take in messages and step until a Stop comes. Raises what a step raises."""
     reported, taken = time.monotonic(), 0
+    started: list[tuple[str, float]] = []
     while True:
         for message in channel.receive(wait=not core.has_work):
             if isinstance(message, Stop):
                 return
             _take(core, channel, message)
             taken += 1
-        updates = core.step() if core.has_work else []
+        updates: list[SequenceUpdate] = []
+        if core.has_work:
+            updates = core.step()
+            started += core.started
         idle, now = not core.has_work, time.monotonic()
         due = idle or now - reported >= REPORT_S
         if updates or due:
             stats = dict(core.stats()) if due else None
-            channel.send(Step(updates, core.num_steps, taken if idle else None, stats))
+            began = time.perf_counter()
+            times = core.step_times.state() if due else []
+            channel.send(Step(updates, core.num_steps, taken if idle else None, stats, started, times))
+            started = []
+            if core.trace is not None and updates:
+                core.trace.add("send", began, time.perf_counter(), core.num_steps - 1)
             reported = now if due else reported
+        if core.trace is not None and core.num_steps >= core.trace.until:
+            _end_trace(core, channel)
 
 
 def _take(core: Core, channel: EngineChannel, message: ToEngine) -> None:
@@ -165,16 +192,28 @@ def _take(core: Core, channel: EngineChannel, message: ToEngine) -> None:
             core.add(message.request)
         except TokenSpeedError as error:
             channel.send(Refused(message.request.request_id, ErrorInfo.of(error)))
-    elif isinstance(message, Sleep | Wake):
+    elif isinstance(message, Sleep | Wake | Forget):
         channel.send(_changed(core, message))
+    elif isinstance(message, Profile):
+        _end_trace(core, channel)
+        if message.steps:
+            core.trace = StepTrace(core.num_steps + message.steps)
 
 
-def _changed(core: Core, message: Sleep | Wake) -> Changed:
+def _end_trace(core: Core, channel: EngineChannel) -> None:
+    if core.trace is not None:
+        channel.send(Profiled(core.trace.spans))
+        core.trace = None
+
+
+def _changed(core: Core, message: Sleep | Wake | Forget) -> Changed:
     try:
         if isinstance(message, Sleep):
             core.sleep(message.level)
-        else:
+        elif isinstance(message, Wake):
             core.wake()
+        else:
+            core.forget_prefixes()
     except TokenSpeedError as error:
         return Changed(core.asleep, ErrorInfo.of(error))
     return Changed(core.asleep)

@@ -11,6 +11,7 @@ from tokenspeed.config.source import ModelFormat
 from tokenspeed.contracts import errors
 from tokenspeed.contracts.errors import EngineDeadError, TokenSpeedError
 from tokenspeed.contracts.request import Request, SequenceUpdate
+from tokenspeed.engine.trace import Span
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +100,16 @@ class Wake(msgspec.Struct, tag="wake", array_like=True):
     """Take it again."""
 
 
+class Forget(msgspec.Struct, tag="forget", array_like=True):
+    """Drop the prefixes that the cache holds. No request is under way."""
+
+
+class Profile(msgspec.Struct, tag="profile", array_like=True):
+    """Note the phases of the next `steps` steps; 0: of no more. Each Profile that is not 0 has one Profiled."""
+
+    steps: int
+
+
 class Stop(msgspec.Struct, tag="stop", array_like=True):
     """Release the model and end the process."""
 
@@ -122,12 +133,16 @@ class Step(msgspec.Struct, tag="step", array_like=True):
     num_steps: finished since the start; it stands still where the engine turns round without getting anywhere.
     idle_after: with nothing left to do, how many messages were taken in until then. An engine with work sends one of
     these at least every `loop.REPORT_S` seconds, unless it is caught in a step.
+    started: requests that were fed for the first time since the message before, and how many seconds they had waited.
+    step_times: `observability.metrics.Histogram.state` over STEP_BOUNDS, since the start; comes with `stats`.
     """
 
     updates: list[SequenceUpdate]
     num_steps: int
     idle_after: int | None = None
     stats: dict[str, float] | None = None
+    started: list[tuple[str, float]] = []
+    step_times: list[float] = []
 
 
 class Refused(msgspec.Struct, tag="refused", array_like=True):
@@ -138,10 +153,16 @@ class Refused(msgspec.Struct, tag="refused", array_like=True):
 
 
 class Changed(msgspec.Struct, tag="changed", array_like=True):
-    """The answer to a Sleep or a Wake: what the engine does now, and why not what was asked for."""
+    """The answer to a Sleep, a Wake or a Forget: what the engine does now, and why not what was asked for."""
 
     asleep: bool
     error: ErrorInfo | None = None
+
+
+class Profiled(msgspec.Struct, tag="profiled", array_like=True):
+    """The phases of the steps that were to be noted."""
+
+    spans: list[Span]
 
 
 class Failed(msgspec.Struct, tag="failed", array_like=True):
@@ -150,5 +171,5 @@ class Failed(msgspec.Struct, tag="failed", array_like=True):
     error: ErrorInfo
 
 
-ToEngine = Submit | Abort | Sleep | Wake | Stop
-FromEngine = Loading | Ready | Step | Refused | Changed | Failed
+ToEngine = Submit | Abort | Sleep | Wake | Forget | Profile | Stop
+FromEngine = Loading | Ready | Step | Refused | Changed | Profiled | Failed

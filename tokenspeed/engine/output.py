@@ -52,12 +52,13 @@ class CompletionOutput:
 
 @dataclass
 class RequestMetrics:
-    """Monotonic seconds. launched_time: of the first step. num_tokens: of the longest sample, once all have ended."""
+    """Monotonic seconds. num_tokens: of the longest sample, once all have ended."""
 
     arrival_time: float
-    launched_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
+    queue_s: float | None = None
+    """Seconds that it waited before the engine fed it; None until that is known."""
     num_tokens: int = 0
 
     def timings(self, num_tokens: int) -> dict[str, float]:
@@ -65,8 +66,8 @@ class RequestMetrics:
         if self.first_token_time is None or self.finished_time is None:
             return {}
         timings = {"ttft_ms": 1e3 * (self.first_token_time - self.arrival_time)}
-        if self.launched_time is not None:
-            timings["queue_ms"] = 1e3 * (self.launched_time - self.arrival_time)
+        if self.queue_s is not None:
+            timings["queue_ms"] = 1e3 * self.queue_s
             timings["prefill_ms"] = timings["ttft_ms"] - timings["queue_ms"]
         if num_tokens > 1:
             timings["tpot_ms"] = 1e3 * (self.finished_time - self.first_token_time) / (num_tokens - 1)
@@ -131,8 +132,6 @@ class OutputBuilder:
         sample, output = self._samples[update.index], self.output
         if sample.completion.finished():
             return Progress(None)
-        if update.launched is not None:
-            output.metrics.launched_time = update.launched
         if update.new_token_ids and output.metrics.first_token_time is None:
             output.metrics.first_token_time = time.perf_counter()
         if update.index == 0:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from tokenspeed.engine.core import EngineCore
-from tokenspeed.engine.decode_floor import step_bytes
+from tokenspeed.engine.floor import step_bytes
 from tokenspeed.engine.output import RequestOutput
 from tokenspeed.observability.ceilings import Ceilings
 
 
 def decode_bytes(core: EngineCore, context: int) -> tuple[float, float]:
     """Bytes that a decode step of one sequence reads, and those it had to read of weights as their file stores them."""
-    model, shape = core.model, core.page_shape
-    read = step_bytes(model, core.backend.weight_bytes, shape, context)
-    return read, step_bytes(model, model.file_bytes, shape, context)
+    model, kv_bytes = core.model, core.page_shape.element_bytes
+    read = step_bytes(model, core.backend.weight_bytes, kv_bytes, 1, context)
+    return read, step_bytes(model, model.file_bytes, kv_bytes, 1, context)
 
 
 def run_timings(core: EngineCore, output: RequestOutput, ceilings: Ceilings | None) -> dict[str, Any]:

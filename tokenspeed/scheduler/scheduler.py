@@ -66,9 +66,13 @@ class Scheduler:
         """Requests that are alive."""
         return len(self._requests)
 
+    def is_alive(self, request_id: str) -> bool:
+        """Whether a request waits or runs."""
+        return request_id in self._requests
+
     @property
     def request_ids(self) -> list[str]:
-        """Of those that are alive."""
+        """Ids of the requests that are alive."""
         return list(self._requests)
 
     @property

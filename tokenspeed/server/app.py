@@ -11,6 +11,8 @@ from starlette.responses import JSONResponse, Response
 from tokenspeed import __version__
 from tokenspeed.config.serving import Limits
 from tokenspeed.contracts.errors import TokenSpeedError
+from tokenspeed.server.admin import admin_routes
+from tokenspeed.server.client import NoteClient
 from tokenspeed.server.errors import ApiError, on_bug, on_engine_error, on_http_error
 from tokenspeed.server.limits import read_body
 from tokenspeed.server.openai.chat import chat
@@ -26,6 +28,8 @@ def create_app(state: ServerState) -> FastAPI:
     app.include_router(openai_routes(state))
     app.include_router(tokenizer_routes(state))
     app.include_router(operator_routes(state))
+    app.include_router(admin_routes(state))
+    app.add_middleware(NoteClient)
     app.add_exception_handler(TokenSpeedError, on_engine_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(Exception, on_bug)

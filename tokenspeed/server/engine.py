@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.output import RequestOutput
+from tokenspeed.engine.trace import Span
 from tokenspeed.tokenizer.base import Tokenizer
 
 
@@ -93,8 +94,45 @@ class Engine(Protocol):
         """Counters and gauges by name."""
         ...
 
+    def step_times(self) -> Sequence[float]:
+        """`Histogram.state` of its steps over STEP_BOUNDS; empty where there are none."""
+        ...
+
+    def pause(self) -> None:
+        """Let new requests wait until `resume`; those before go on."""
+        ...
+
+    def resume(self) -> None: ...
+
+    def is_paused(self) -> bool: ...
+
+    async def sleep(self, level: int = 1, timeout: float = 30.0) -> int:
+        """Give back the memory of the KV cache and refuse requests; how many had to be aborted after `timeout`
+        seconds."""
+        ...
+
+    async def wake_up(self) -> None: ...
+
+    def is_sleeping(self) -> bool: ...
+
+    async def reset_prefix_cache(self) -> None:
+        """Raises EngineBusyError while it has a request."""
+        ...
+
+    async def profile(self, num_steps: int, timeout: float) -> list[Span]:
+        """Phases of the next steps, or of as many as there are within `timeout` seconds."""
+        ...
+
     async def drain(self, timeout: float) -> int:
         """Take no new requests, finish those that run within `timeout` seconds, abort the rest; how many those were."""
+        ...
+
+    async def unwell(self) -> str:
+        """Wait until it is dead or stuck; what is wrong."""
+        ...
+
+    async def kill(self, reason: str) -> None:
+        """End it at once, and every stream with an EngineDeadError that says `reason`."""
         ...
 
     async def close(self) -> None: ...

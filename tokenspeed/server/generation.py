@@ -10,10 +10,12 @@ from typing import TypeVar
 
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.output import RequestOutput
+from tokenspeed.server.client import client_of_request
 from tokenspeed.server.engine import Engine, Stream
 from tokenspeed.server.errors import ApiError
 from tokenspeed.server.limits import Admission
 from tokenspeed.server.metrics import RequestMeter, ServerMetrics
+from tokenspeed.server.summary import RequestSummary
 
 Item = TypeVar("Item")
 
@@ -41,7 +43,11 @@ class Generation:
         self._engine, self._params = engine, params
         self._prompts = prompts
         self._request_id, self._priority, self._cache_salt = request_id, priority, cache_salt
-        self._meters = [RequestMeter(metrics, arrival) for _ in prompts]
+        client = client_of_request.get()
+        self._meters = [
+            RequestMeter(metrics, arrival, RequestSummary(f"{request_id}-{number}", prompt, params.n, client))
+            for number, prompt in enumerate(prompts)
+        ]
         self._streams: list[Stream] = []
         self._admission = admission
         self._unanswered = set[int]()
@@ -76,8 +82,9 @@ class Generation:
     ) -> None:
         self._leave()
         failed = kind is not None and issubclass(kind, Exception)
+        now = time.perf_counter()
         for meter in self._meters:
-            meter.end(self._params.n, "error" if failed else "abort")
+            meter.end("error" if failed else "abort", now)
 
     @property
     def num_prompts(self) -> int:

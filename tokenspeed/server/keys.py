@@ -16,6 +16,8 @@ from tokenspeed.server.errors import ApiError, error_response
 
 OPEN_PATHS = frozenset({"/health", "/version"})
 METRICS_PATH = "/metrics"
+ADMIN_PREFIX = "/admin/"
+"""Has a guard and a key of its own."""
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 
 
@@ -53,7 +55,9 @@ class KeyCheck:
         self._app, self._keys, self._open = app, keys, frozenset(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self._open or self._keys.accept(bearer(scope)):
+        path = scope.get("path", "")
+        is_open = path in self._open or path.startswith(ADMIN_PREFIX)
+        if scope["type"] != "http" or is_open or self._keys.accept(bearer(scope)):
             await self._app(scope, receive, send)
             return
         error = ApiError(401, "this server needs an API key: Authorization: Bearer KEY", code="invalid_api_key")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import signal
 import socket
@@ -17,13 +16,18 @@ import uvloop
 from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.server.app import create_app
 from tokenspeed.server.engine import StartEngine
+from tokenspeed.server.outage import RestartPolicy
 from tokenspeed.server.state import ServerState
+from tokenspeed.server.supervisor import Supervisor
 
 logger = logging.getLogger("tokenspeed.server")
 KEEP_ALIVE_S = 75
 """Longer than the idle limit of common proxies and clients, so that they close first and no request meets a close."""
 LAST_WRITES_S = 5.0
 """How long clients may take to read what was left when the engine had drained."""
+
+
+MAX_ENGINE_RESTARTS = 5
 
 
 class HttpServer(uvicorn.Server):
@@ -50,19 +54,30 @@ def listen(host: str, port: int) -> socket.socket:
     return made
 
 
-def run(state: ServerState, start: StartEngine, listening: socket.socket, drain_timeout: float) -> None:
+def run(
+    state: ServerState,
+    start: StartEngine,
+    listening: socket.socket,
+    drain_timeout: float,
+    max_engine_restarts: int = MAX_ENGINE_RESTARTS,
+) -> None:
     """Serve until SIGTERM or SIGINT, then finish what runs within `drain_timeout` seconds; a second one ends at once.
 
     HTTP answers from the first moment on: /health tells of the loading. Raises what the start of the engine raises.
+    max_engine_restarts: how many engines that fail are replaced, in ten minutes.
     """
-    uvloop.run(Life(state, start, listening, drain_timeout).run())
+    supervisor = Supervisor(state, start, RestartPolicy(max_engine_restarts))
+    uvloop.run(Life(state, supervisor, listening, drain_timeout).run())
 
 
 class Life:
     """The tasks of one server."""
 
-    def __init__(self, state: ServerState, start: StartEngine, listening: socket.socket, drain_timeout: float) -> None:
-        self._state, self._start, self._listening, self._drain_timeout = state, start, listening, drain_timeout
+    def __init__(
+        self, state: ServerState, supervisor: Supervisor, listening: socket.socket, drain_timeout: float
+    ) -> None:
+        self._state, self._supervisor = state, supervisor
+        self._listening, self._drain_timeout = listening, drain_timeout
         self._http = HttpServer(
             uvicorn.Config(
                 create_app(state),
@@ -87,36 +102,29 @@ class Life:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         serving = asyncio.ensure_future(self._http.serve([self._listening]))
-        loading = asyncio.ensure_future(self._load())
+        engines = asyncio.ensure_future(self._supervisor.run())
         stopping = asyncio.ensure_future(self._stop.wait())
         try:
-            await asyncio.wait({serving, loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if loading.done():
-                loading.result()
+            await asyncio.wait({serving, engines, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if engines.done():
+                engines.result()
                 await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await self._end(serving, loading, stopping)
+            await self._end(serving, engines, stopping)
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
             self._hurry.set()
         self._stop.set()
 
-    async def _load(self) -> None:
-        await self._state.load(self._start)
-        # What is loaded stays: the collector need not walk it again.
-        gc.collect()
-        gc.freeze()
-        logger.info("ready: %s", ", ".join(self._state.names))
-
     async def _end(
-        self, serving: asyncio.Future[None], loading: asyncio.Future[None], stopping: asyncio.Future[Any]
+        self, serving: asyncio.Future[None], engines: asyncio.Future[None], stopping: asyncio.Future[Any]
     ) -> None:
         self._state.draining = True
         self._http.should_exit = True
         stopping.cancel()
-        loading.cancel()
-        await asyncio.wait({loading})
+        engines.cancel()
+        await asyncio.wait({engines})
         engine = self._state.engine
         if engine is not None:
             logger.info("finishing what runs, within %g s", self._drain_timeout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tokenspeed.config.serving import Limits
 from tokenspeed.contracts.errors import ConfigError, ParameterError, TokenSpeedError
@@ -13,6 +14,7 @@ from tokenspeed.server.engine import Engine, StartEngine
 from tokenspeed.server.errors import ApiError
 from tokenspeed.server.limits import Admission
 from tokenspeed.server.metrics import ServerMetrics
+from tokenspeed.server.outage import Outage
 from tokenspeed.tokenizer.base import Tokenizer
 from tokenspeed.tokenizer.chat import ChatTemplate, load_chat_template
 
@@ -27,7 +29,13 @@ class ServerState:
     chat_template_argument: str | None = None
     metrics: ServerMetrics = field(default_factory=ServerMetrics)
     engine: Engine | None = None
+    outage: Outage | None = None
+    """Since an engine failed, until another is loaded."""
     draining: bool = False
+    admin_key: str | None = field(default=None, repr=False)
+    """What /admin wants to be told; without one it answers to this machine alone."""
+    profile_dir: Path | None = None
+    """Where /admin/profile writes; without it there are none."""
     limits: Limits = field(default_factory=Limits)
     access: Access = field(default_factory=Access)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -40,6 +48,7 @@ class ServerState:
 
     async def load(self, start: StartEngine) -> None:
         """Start the engine. Raises what it raises, and ConfigError for a chat template that cannot be used."""
+        self._progress = (0, 0)
         engine = await start(self._report)
         try:
             self._find_template(engine.tokenizer)
@@ -47,14 +56,21 @@ class ServerState:
             await engine.close()
             raise
         self.names = self.names or (engine.info.model,)
-        self.metrics.serve(self.names[0], engine.stats)
-        self.engine = engine
+        self.metrics.serve(self.names[0], engine.stats, engine.step_times)
+        self.engine, self.outage = engine, None
+
+    def lose_engine(self, outage: Outage) -> None:
+        """The engine has failed: from now on requests are told of the outage."""
+        self.outage = outage
+        self.metrics.engine_ended()
 
     def ready(self, model: str | None = None) -> Engine:
         """The engine, for a request that names `model`. Raises ApiError: 503 while there is none, 404 for a name that
         is not served."""
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
+        if self.outage is not None:
+            raise ApiError(503, self.outage.text(self.loading()), code=_outage_code(self.outage))
         if self.engine is None:
             raise ApiError(503, self.loading(), code="loading")
         if model is not None and model not in self.names:
@@ -71,6 +87,8 @@ class ServerState:
         """Whether requests are served, and "ok" or the reason why not."""
         if self.draining:
             return False, "shutting down"
+        if self.outage is not None:
+            return False, self.outage.text(self.loading())
         if self.engine is None:
             return False, self.loading()
         health = self.engine.health()
@@ -78,8 +96,9 @@ class ServerState:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Raises ParameterError for a model that has none."""
-        tokenizer = self.engine.tokenizer if self.engine else None
+        """Raises ParameterError for a model that has none, and ApiError as `ready`: an engine may be lost while a
+        request is read."""
+        tokenizer = self.ready().tokenizer
         if tokenizer is None:
             raise ParameterError(_NO_TOKENIZER)
         return tokenizer
@@ -90,6 +109,11 @@ class ServerState:
         if self._chat_template is None:
             raise ParameterError(self._no_template)
         return self._chat_template
+
+    def prompt_text(self, token_ids: list[int]) -> str:
+        """A prompt in words, or its ids where there is no tokenizer any more."""
+        tokenizer = self.engine.tokenizer if self.engine is not None else None
+        return str(token_ids) if tokenizer is None else tokenizer.decode(token_ids, skip_special_tokens=False)
 
     def _report(self, done: int, total: int) -> None:
         self._progress = (done, total)
@@ -104,3 +128,7 @@ class ServerState:
                 self._chat_template = load_chat_template(tokenizer)
             except ConfigError as error:
                 self._no_template = str(error)
+
+
+def _outage_code(outage: Outage) -> str:
+    return "engine_dead" if outage.final else "restarting"
