@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
         "serve",
         help="serve a model over HTTP",
         description="Serve a model with OpenAI's endpoints: /v1/completions, /v1/chat/completions, /v1/models; and "
-        "/health, /metrics, /version. SIGTERM finishes what runs, then ends. Without a model: Gemma 3 270M.",
+        "/health, /metrics, /version, /admin. SIGTERM finishes what runs, then ends. Without a model: Gemma 3 270M.",
     )
     parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
     group = parser.add_argument_group("server")
