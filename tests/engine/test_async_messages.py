@@ -86,7 +86,7 @@ UPDATE = SequenceUpdate(
 INFO = EngineInfo(
     model="m", path="/p", format="gguf", max_model_len=8, vocab_size=9, eos_token_ids=[1],
     sampling_defaults={"top_k": 4, "temperature": 0.5, "stop_token_ids": [3]}, max_num_seqs=2, num_pages=3,
-    block_size=4,
+    block_size=4, fallback_ops=["rope"], decode_floor=[(1, 0.25), (8, 0.5)],
 )  # fmt: skip
 
 

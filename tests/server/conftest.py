@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx2
 import openai
@@ -17,6 +17,8 @@ import pytest
 import uvicorn
 
 from tests.server.fake_engine import FakeEngine
+from tokenspeed.config.serving import Limits
+from tokenspeed.server.access import Access
 from tokenspeed.server.app import create_app
 from tokenspeed.server.engine import Engine, Progress
 from tokenspeed.server.run import HttpServer, listen
@@ -63,13 +65,18 @@ Serve = Callable[..., Served]
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """serve(engine, names=(...), chat_template=None) starts a server that ends with the test."""
+    """serve(engine, names=(...), chat_template=None, max_n=3) starts a server that ends with the test."""
     ends: list[Callable[[], None]] = []
 
     def start(
-        engine: FakeEngine | None = None, names: tuple[str, ...] = (), chat_template: str | None = None
+        engine: FakeEngine | None = None,
+        names: tuple[str, ...] = (),
+        chat_template: str | None = None,
+        access: Access | None = None,
+        **limits: Any,
     ) -> Served:
-        made, end = _start(engine or FakeEngine(), ServerState(names, chat_template))
+        state = ServerState(names, chat_template, limits=Limits(**limits), access=access or Access())
+        made, end = _start(engine or FakeEngine(), state)
         ends.append(end)
         return made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -27,6 +28,7 @@ BEGIN = 1
 MARKED = "<"
 """Texts that begin so get BEGIN before them, where special tokens are asked for."""
 MAX_MODEL_LEN = 200
+MAX_NUM_SEQS = 4
 CACHED = 3
 """Prompt tokens that the fake says it had in its cache."""
 REFUSED = 7
@@ -80,6 +82,9 @@ class FakeEngine:
     requests: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     well: Health = IDLE
+    num_waiting: int = 3
+    num_running: int | None = None
+    """What its statistics say; None for the number of requests that have not ended."""
     death: EngineDeadError | None = None
     closed: bool = False
     killed: str = ""
@@ -94,7 +99,11 @@ class FakeEngine:
 
     def __post_init__(self) -> None:
         self.info = EngineInfo(
-            model="fake", max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, sampling_defaults=self.defaults
+            model="fake",
+            max_model_len=MAX_MODEL_LEN,
+            vocab_size=VOCAB_SIZE,
+            sampling_defaults=self.defaults,
+            max_num_seqs=MAX_NUM_SEQS,
         )
         self._intake = Intake(self.info, self.tokenizer, 0)
         self._outboxes: dict[str, Outbox] = {}
@@ -186,7 +195,8 @@ class FakeEngine:
         pages = {"pages_total": 8.0, "pages_held": 2.0}
         prefix = {"prefix_queried_tokens": 50.0, "prefix_hit_tokens": 20.0}
         known = {"floor_share": 0.75, "device_idle_s": 1.25} if self.knows_device else {}
-        counts = {"num_running": float(len(self.running)), "num_waiting": 3.0, "num_preemptions": 4.0}
+        running = len(self.running) if self.num_running is None else self.num_running
+        counts = {"num_running": float(running), "num_waiting": float(self.num_waiting), "num_preemptions": 4.0}
         return counts | pages | prefix | known
 
     async def drain(self, timeout: float) -> int:
@@ -205,6 +215,7 @@ class FakeEngine:
             outbox.abort()
 
     async def _play(self, request: Request, outbox: Outbox) -> None:
+        outbox.output.metrics.queue_s = time.perf_counter() - outbox.output.metrics.arrival_time
         if request.prompt_token_ids[0] == REFUSED:
             outbox.fail(EngineClosedError("refused by the engine"))
             return

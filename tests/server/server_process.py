@@ -78,7 +78,7 @@ def started(module: str, arguments: Sequence[str]) -> Iterator[ServerProcess]:
         assert process.stderr is not None
         for line in process.stderr:
             server.log.append(line.rstrip("\n"))
-            if match := re.search(r'listening on (http://[^\s"]+)', line):
+            if match := re.search(r'listening on (https?://[^\s"]+)', line):
                 server.url = match[1]
                 known.set()
         known.set()

@@ -74,6 +74,14 @@ def test_logprobs(serve: Serve) -> None:
     assert bare.choices[0].logprobs.content[0].top_logprobs == []
 
 
+def test_prompt_logprobs(served: Served) -> None:
+    fields: Any = {"model": "fake", "messages": TALK, "extra_body": {"prompt_logprobs": 1}}
+    found = served.openai.chat.completions.create(**fields).model_dump()["prompt_logprobs"]
+    assert found[0] is None
+    assert [list(entries) for entries in found[1:]] == [[str(ord(letter))] for letter in RENDERED[1:]]
+    assert found[1][str(ord("s"))] == {"logprob": -ord("s") / 512, "rank": 1, "decoded_token": "s"}
+
+
 def test_messages_reach_the_template_as_it_expects_them(serve: Serve) -> None:
     template = "{% for m in messages %}[{{ m.role }} {{ m.name or '-' }} {{ m.content }}]{% endfor %}{{ mood }}"
     served = serve(FakeEngine(byte_tokenizer(template)))

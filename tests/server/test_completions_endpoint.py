@@ -12,6 +12,7 @@ import pytest
 from tests.server.conftest import Serve, Served
 from tests.server.fake_engine import BEGIN, CACHED, EOS, FakeEngine
 from tokenspeed.server.metrics import ServerMetrics
+from tokenspeed.server.openai.responses import Timings
 
 
 def post(served: Served, **fields: Any) -> Any:
@@ -38,6 +39,7 @@ def test_the_whole_shape(served: Served) -> None:
     body = post(served, model="fake", prompt="abc")
     assert body.pop("id").startswith("cmpl-")
     assert abs(body.pop("created") - served.state.created) < 100
+    assert set(body.pop("timings")) == set(Timings.__struct_fields__)
     assert body == {
         "object": "text_completion",
         "model": "fake",
@@ -154,6 +156,37 @@ def test_echo_with_logprobs_scores_the_prompt(served: Served) -> None:
     for part in streamed:
         tokens[part["choices"][0]["index"]] += part["choices"][0]["logprobs"]["tokens"]
     assert tokens == {0: list("abcdAB"), 1: list("abcdAB")}
+
+
+@pytest.mark.parametrize("prompt", ["a", "abc", ["abc", "de"], list(b"abc")])
+@pytest.mark.parametrize("top, n", [(0, 1), (2, 2)])
+def test_prompt_logprobs(served: Served, prompt: Any, top: int, n: int) -> None:
+    choices = post(served, prompt=prompt, prompt_logprobs=top, n=n)["choices"]
+    texts = [prompt] if isinstance(prompt, str) else prompt if isinstance(prompt[0], str) else ["abc"]
+    assert len(choices) == n * len(texts)
+    for choice in choices:
+        text = texts[choice["index"] // n]
+        assert choice["prompt_logprobs"] == [None] + [
+            {
+                str(ord(letter) + step): {
+                    "logprob": -(ord(letter) + step) / 512,
+                    "rank": step + 1,
+                    "decoded_token": chr(ord(letter) + step),
+                }
+                for step in range(max(1, top))
+            }
+            for letter in text[1:]
+        ]
+        assert choice["logprobs"] is None
+    assert "prompt_logprobs" not in post(served, prompt=prompt, logprobs=1, echo=True)["choices"][0]
+
+
+@pytest.mark.parametrize("fields, complaint", [({"prompt_logprobs": 65}, "65"), ({"stream": True}, "stream")])
+def test_prompt_logprobs_that_are_refused(served: Served, fields: dict[str, Any], complaint: str) -> None:
+    response = served.client.post("/v1/completions", json={"prompt": "ab", "prompt_logprobs": 1} | fields)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["param"], complaint in error["message"]) == ("prompt_logprobs", True)
 
 
 def test_token_ids_are_returned_when_asked(served: Served) -> None:

@@ -36,6 +36,7 @@ SAMPLING: dict[str, Any] = {
     "min_tokens": 2,
     "n": 3,
     "presence_penalty": -0.5,
+    "prompt_logprobs": 2,
     "repetition_penalty": 1.5,
     "seed": 7,
     "skip_special_tokens": False,

@@ -101,6 +101,18 @@ def test_samples_and_logprobs(tiny: ServerProcess) -> None:
     assert tiny.post("/v1/completions", **fields).json()["choices"] == body["choices"]
 
 
+def test_timings_of_a_real_engine(tiny: ServerProcess) -> None:
+    fields = {"prompt": [5, 3, 5], "max_tokens": 9, "ignore_eos": True}
+    timings = tiny.post("/v1/completions", **fields).json()["timings"]
+    assert timings["queue_ms"] >= 0
+    assert timings["prefill_ms"] > 0
+    assert timings["ttft_ms"] == pytest.approx(timings["queue_ms"] + timings["prefill_ms"])
+    assert timings["tpot_ms"] > 0
+    assert timings["fallback_ops"] == []
+    share = timings["share_of_floor"]  # null where this machine's bandwidth was never measured
+    assert share is None or share > 0
+
+
 def test_one_client_leaves_another_stays(tiny: ServerProcess) -> None:
     body = {"prompt": [7, 8], "max_tokens": CONTEXT - 2, "ignore_eos": True, "stream": True, "return_token_ids": True}
     body |= {"temperature": 0, "stream_options": {"include_usage": True}}
@@ -182,6 +194,15 @@ def test_prompt_logprobs_by_echo(demo: ServerProcess) -> None:
     assert "".join(found["tokens"]) == f"<bos>{PROMPT}"
     assert found["token_logprobs"][0] is None
     assert all(logprob <= 0 for logprob in found["token_logprobs"][1:])
+    asked = {"prompt": PROMPT, "prompt_logprobs": 1, "max_tokens": 1, "return_token_ids": True}
+    (choice,) = demo.post("/v1/completions", **asked).json()["choices"]
+    own = zip(choice["prompt_token_ids"], choice["prompt_logprobs"], strict=True)
+    assert [entries and entries[str(token)]["logprob"] for token, entries in own] == pytest.approx(
+        found["token_logprobs"]
+    )
+    spelled = demo.post("/tokenize", prompt=PROMPT, return_token_strs=True).json()
+    assert (spelled["tokens"], spelled["token_strs"]) == (choice["prompt_token_ids"], found["tokens"])
+    assert demo.post("/detokenize", tokens=spelled["tokens"]).json() == {"prompt": f"<bos>{PROMPT}"}
 
 
 def test_killing_the_engine_fails_its_requests(demo: ServerProcess) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
+from tokenspeed.config.engine import flag
+from tokenspeed.config.serving import Limits
 from tokenspeed.server.app import create_app
 from tokenspeed.server.openai.fields import CHAT_NEUTRAL, CHAT_WITHOUT_EFFECT, NEUTRAL, WITHOUT_EFFECT
 from tokenspeed.server.openai.requests import ChatRequest, CompletionRequest
@@ -25,6 +28,12 @@ def test_fields() -> None:
     assert named("honoured") == honoured
     assert named("accepted, without effect") == (set(WITHOUT_EFFECT), set(CHAT_WITHOUT_EFFECT))
     assert named("refused") == (set(NEUTRAL), set(CHAT_NEUTRAL))
+
+
+def test_limits() -> None:
+    text = TEXT.split("## Limits\n")[1].split("\n## ")[0]
+    shown = set(re.findall(r"`(--[\w-]+)`", text))
+    assert shown == {flag(setting.name) for setting in fields(Limits)} | {"--max-model-len"}
 
 
 def test_routes() -> None:

@@ -66,7 +66,7 @@ def test_a_served_request_is_exported(served: Served) -> None:
     assert span.name == "chat fake"
     assert span.attributes["gen_ai.response.id"] == f"{body['id']}-0"
     assert span.attributes["gen_ai.usage.output_tokens"] == 3
-    assert [child.name for child in span.children] == ["prefill", "decode"]
+    assert [child.name for child in span.children] == ["queue", "prefill", "decode"]
     assert "hello" not in repr(span)
 
 

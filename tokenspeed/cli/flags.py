@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any, get_type_hints
 
 from tokenspeed.config.engine import EngineConfig, flag
+from tokenspeed.config.serving import Limits
 from tokenspeed.contracts.errors import ConfigError
 
 SAMPLING: dict[str, tuple[type, str]] = {
@@ -32,9 +33,24 @@ SAMPLING: dict[str, tuple[type, str]] = {
 
 def add_engine_flags(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:
     """One flag for each field of EngineConfig."""
-    group = parser.add_argument_group("engine")
-    hints = get_type_hints(EngineConfig)
-    for setting in fields(EngineConfig):
+    _add_settings(parser.add_argument_group("engine"), EngineConfig, leave_out)
+
+
+def add_limit_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for each field of Limits."""
+    _add_settings(parser.add_argument_group("limits"), Limits)
+
+
+def limit_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of `Limits` from parsed flags."""
+    return {setting.name: getattr(options, setting.name) for setting in fields(Limits)}
+
+
+def _add_settings(
+    group: argparse._ArgumentGroup, settings: type[EngineConfig | Limits], leave_out: tuple[str, ...] = ()
+) -> None:
+    hints = get_type_hints(settings)
+    for setting in fields(settings):
         if setting.name in leave_out:
             continue
         text = setting.metadata["help"]

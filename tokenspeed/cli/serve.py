@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenspeed.cli.flags import add_engine_flags, engine_settings
+from tokenspeed.cli.flags import add_engine_flags, add_limit_flags, engine_settings, limit_settings
 from tokenspeed.config.engine import EngineConfig
+from tokenspeed.config.serving import Limits
 from tokenspeed.contracts.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenspeed.server.access import Access
 
 
 def add_parser(commands: Any) -> None:
@@ -40,9 +44,36 @@ def add_parser(commands: Any) -> None:
         metavar="S",
         help="seconds that running requests get after SIGTERM (default: 30)",
     )
+    _add_access_flags(parser)
+    add_limit_flags(parser)
     _add_operation_flags(parser)
     add_engine_flags(parser)
     parser.set_defaults(run=run)
+
+
+def _add_access_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("access")
+    group.add_argument(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        default=[],
+        help="a key that requests must bring (may be given again); other users of this machine can see it: a file of "
+        "digests shows none",
+    )
+    group.add_argument("--api-key-file", metavar="FILE", help="SHA-256 digests of keys, in hex, one a line")
+    group.add_argument(
+        "--metrics-need-key", action="store_true", help="/metrics needs a key too; /health and /version never do"
+    )
+    group.add_argument(
+        "--cors-origin",
+        action="append",
+        metavar="ORIGIN",
+        default=[],
+        help="an origin whose web pages may call this server, * is any (may be given again; default: none)",
+    )
+    group.add_argument("--ssl-certfile", metavar="FILE", help="certificate chain in PEM: serve over TLS")
+    group.add_argument("--ssl-keyfile", metavar="FILE", help="its private key, where it is in a file of its own")
 
 
 def _add_operation_flags(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +120,22 @@ def _check_operation_flags(options: argparse.Namespace) -> None:
         raise ConfigError(f"--engine-stuck-timeout must be above 0, got {options.engine_stuck_timeout}")
 
 
+def _access(options: argparse.Namespace) -> Access:
+    """Raises ConfigError for files that cannot be used, and for an origin that none would ever be."""
+    from tokenspeed.server.access import Access, Tls, check_origin
+    from tokenspeed.server.keys import ApiKeys
+
+    certificate, key = options.ssl_certfile, options.ssl_keyfile
+    if key is not None and certificate is None:
+        raise ConfigError("--ssl-keyfile needs --ssl-certfile")
+    return Access(
+        ApiKeys.load(options.api_key, options.api_key_file),
+        options.metrics_need_key,
+        [check_origin(origin) for origin in options.cors_origin],
+        Tls(certificate, key) if certificate is not None else None,
+    )
+
+
 def _admin_key(options: argparse.Namespace) -> str | None:
     """Raises ConfigError for an empty one, which would let everybody in, and for one that no header can carry."""
     key: str | None = options.admin_key if options.admin_key is not None else os.environ.get("TOKENSPEED_ADMIN_KEY")
@@ -100,6 +147,7 @@ def _admin_key(options: argparse.Namespace) -> str | None:
 def run(options: argparse.Namespace) -> None:
     """Listen, load, serve."""
     config = EngineConfig.from_kwargs(engine_settings(options) | {"model": _model(options)})
+    limits = Limits(**limit_settings(options))
     if not options.drain_timeout >= 0:
         raise ConfigError(f"--drain-timeout must be at least 0, got {options.drain_timeout}")
     _check_operation_flags(options)
@@ -118,6 +166,8 @@ def run(options: argparse.Namespace) -> None:
     state = ServerState(
         tuple(dict.fromkeys(options.served_model_name)),
         config.chat_template,
+        limits=limits,
+        access=_access(options),
         admin_key=_admin_key(options),
         profile_dir=profile_folder(options.profile_dir) if options.profile_dir is not None else None,
     )
@@ -128,7 +178,9 @@ def run(options: argparse.Namespace) -> None:
         state.metrics.observers.append(RequestSpans(export, lambda: state.names[0]))
     listening = listen(options.host, options.port)
     host, port = listening.getsockname()[:2]
-    logging.getLogger("tokenspeed.server").info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    logging.getLogger("tokenspeed.server").info(
+        "listening on %s://%s:%d", state.access.scheme, f"[{host}]" if ":" in host else host, port
+    )
     run(state, start, listening, options.drain_timeout, options.max_engine_restarts)
 
 

@@ -29,6 +29,7 @@ from tokenspeed.contracts.executor import Executor, StepHandle
 from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.contracts.step import ResultRow, StepPlan, StepResult
 from tokenspeed.engine.capacity import Capacity, fit_capacity
+from tokenspeed.engine.decode_floor import decode_floor
 from tokenspeed.engine.floor import FloorShare
 from tokenspeed.engine.messages import EngineInfo
 from tokenspeed.engine.sleep import asleep_error, check_level
@@ -315,6 +316,10 @@ class EngineCore(StepLoop):
             max_num_seqs=self.config.max_num_seqs,
             num_pages=self.capacity.num_pages,
             block_size=self.config.block_size,
+            fallback_ops=list(self.backend.fallback_ops),
+            decode_floor=decode_floor(
+                self.model, self.backend.weight_bytes, self.page_shape, self.capacity.max_model_len
+            ),
         )
 
     def add(self, request: Request) -> None:

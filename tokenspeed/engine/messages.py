@@ -32,6 +32,11 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_pages: int = 0
     block_size: int = 0
     """The KV cache holds `num_pages * block_size` tokens."""
+    fallback_ops: list[str] = []
+    """Ops for which the fast backend had no kernel, so that the reference runs the model."""
+    decode_floor: list[tuple[int, float]] = []
+    """(tokens of context, ms that a decode step of one sequence takes at the measured read bandwidth), in order of
+    context; empty where the bandwidth was never measured."""
 
 
 class ErrorInfo(msgspec.Struct, array_like=True, frozen=True):

@@ -52,19 +52,23 @@ class CompletionOutput:
 
 @dataclass
 class RequestMetrics:
-    """Monotonic seconds."""
+    """Monotonic seconds. num_tokens: of the longest sample, once all have ended."""
 
     arrival_time: float
     first_token_time: float | None = None
     finished_time: float | None = None
     queue_s: float | None = None
     """Seconds that it waited before the engine fed it; None until that is known."""
+    num_tokens: int = 0
 
     def timings(self, num_tokens: int) -> dict[str, float]:
-        """ttft_ms, and tpot_ms from two tokens on."""
+        """ttft_ms, which is queue_ms and prefill_ms together; tpot_ms from two tokens on."""
         if self.first_token_time is None or self.finished_time is None:
             return {}
         timings = {"ttft_ms": 1e3 * (self.first_token_time - self.arrival_time)}
+        if self.queue_s is not None:
+            timings["queue_ms"] = 1e3 * self.queue_s
+            timings["prefill_ms"] = timings["ttft_ms"] - timings["queue_ms"]
         if num_tokens > 1:
             timings["tpot_ms"] = 1e3 * (self.finished_time - self.first_token_time) / (num_tokens - 1)
         return timings
@@ -141,6 +145,7 @@ class OutputBuilder:
             self._num_running -= 1
             if self._num_running == 0:
                 output.finished, output.metrics.finished_time = True, time.perf_counter()
+                output.metrics.num_tokens = max(len(each.completion.token_ids) for each in self._samples)
         return Progress(self._shown(sample, text, update.new_token_ids[:count], logprobs), text, stopped)
 
     def abort_updates(self) -> list[SequenceUpdate]:

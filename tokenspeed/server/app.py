@@ -9,13 +9,16 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from tokenspeed import __version__
+from tokenspeed.config.serving import Limits
 from tokenspeed.contracts.errors import TokenSpeedError
 from tokenspeed.server.admin import admin_routes
 from tokenspeed.server.client import NoteClient
 from tokenspeed.server.errors import ApiError, on_bug, on_engine_error, on_http_error
+from tokenspeed.server.limits import read_body
 from tokenspeed.server.openai.chat import chat
 from tokenspeed.server.openai.completions import complete
 from tokenspeed.server.openai.responses import Model, ModelList
+from tokenspeed.server.openai.tokenize import detokenize, tokenize
 from tokenspeed.server.state import ServerState
 
 
@@ -23,12 +26,14 @@ def create_app(state: ServerState) -> FastAPI:
     """Everything that answers before, while and after `state` has an engine."""
     app = FastAPI(title="TokenSpeed", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
     app.include_router(openai_routes(state))
+    app.include_router(tokenizer_routes(state))
     app.include_router(operator_routes(state))
     app.include_router(admin_routes(state))
     app.add_middleware(NoteClient)
     app.add_exception_handler(TokenSpeedError, on_engine_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(Exception, on_bug)
+    state.access.guard(app)
     return app
 
 
@@ -38,11 +43,11 @@ def openai_routes(state: ServerState) -> APIRouter:
 
     @router.post("/completions")
     async def completions(request: Request) -> Response:
-        return await complete(state, await json_body(request))
+        return await complete(state, await json_body(request, state.limits))
 
     @router.post("/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await chat(state, await json_body(request))
+        return await chat(state, await json_body(request, state.limits))
 
     @router.get("/models")
     async def models() -> Response:
@@ -52,6 +57,21 @@ def openai_routes(state: ServerState) -> APIRouter:
             for name in state.names
         ]
         return Response(msgspec.json.encode(ModelList(data=listed)), media_type="application/json")
+
+    return router
+
+
+def tokenizer_routes(state: ServerState) -> APIRouter:
+    """Text to ids and back, as in vLLM."""
+    router = APIRouter()
+
+    @router.post("/tokenize")
+    async def text_to_ids(request: Request) -> Response:
+        return await tokenize(state, await json_body(request, state.limits))
+
+    @router.post("/detokenize")
+    async def ids_to_text(request: Request) -> Response:
+        return await detokenize(state, await json_body(request, state.limits))
 
     return router
 
@@ -76,9 +96,10 @@ def operator_routes(state: ServerState) -> APIRouter:
     return router
 
 
-async def json_body(request: Request) -> bytes:
-    """The body. Raises ApiError 415 for another type: a page of another site can send those without asking."""
+async def json_body(request: Request, limits: Limits) -> bytes:
+    """The body. Raises ApiError 415 for another type: a page of another site can send those without asking; 413 and 408
+    as `read_body` does."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"Content-Type must be application/json, got {kind or 'none'}")
-    return await request.body()
+    return await read_body(request, limits)

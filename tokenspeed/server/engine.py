@@ -29,6 +29,21 @@ class Info(Protocol):
         """Fields of SamplingParams that the checkpoint states."""
         ...
 
+    @property
+    def max_num_seqs(self) -> int:
+        """Most sequences computed at once."""
+        ...
+
+    @property
+    def fallback_ops(self) -> Sequence[str]:
+        """Ops that run slowly for want of a fast kernel."""
+        ...
+
+    @property
+    def decode_floor(self) -> Sequence[tuple[int, float]]:
+        """(tokens of context, least ms of a decode step of one sequence), in order; empty where unknown."""
+        ...
+
 
 class Health(Protocol):
     """Whether the engine makes progress or has nothing to do."""

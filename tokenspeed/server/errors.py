@@ -64,21 +64,31 @@ def api_error(error: Exception) -> ApiError:
     return ApiError(500, "internal error; the server's log has the traceback", code="internal_error")
 
 
+_KINDS = {429: "rate_limit_error"}
+_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    408: {"Connection": "close"},  # the rest of the body is still to come
+    413: {"Connection": "close"},
+    429: {"Retry-After": "1"},
+    503: {"Retry-After": "5"},
+}
+MOST_QUOTED = 2000
+"""Characters of a message, which may quote what was sent."""
 _PLAIN_NAMES = frozenset({"n", "seed", "stop", "temperature", "logprobs"})
 """Parameters that could be mistaken for a word."""
 
 
 def encode_error(error: ApiError) -> bytes:
     """The JSON of an error."""
-    kind = "server_error" if error.status >= 500 else "invalid_request_error"
-    return msgspec.json.encode(
-        ErrorBody(ErrorDetail(message=error.message, type=kind, param=error.param, code=error.code))
-    )
+    kind = "server_error" if error.status >= 500 else _KINDS.get(error.status, "invalid_request_error")
+    param = error.param and error.param[:MOST_QUOTED]
+    detail = ErrorDetail(message=error.message[:MOST_QUOTED], type=kind, param=param, code=error.code)
+    return msgspec.json.encode(ErrorBody(detail))
 
 
 def error_response(error: ApiError) -> Response:
-    """A response of the error's own status; 503 says when to try again."""
-    headers = {"Retry-After": "5"} if error.status == 503 else {}
+    """A response of the error's own status; 429 and 503 say when to try again."""
+    headers = _HEADERS.get(error.status, {})
     return Response(encode_error(error), error.status, headers, "application/json")
 
 

@@ -13,6 +13,7 @@ from tokenspeed.engine.output import RequestOutput
 from tokenspeed.server.client import client_of_request
 from tokenspeed.server.engine import Engine, Stream
 from tokenspeed.server.errors import ApiError
+from tokenspeed.server.limits import Admission
 from tokenspeed.server.metrics import RequestMeter, ServerMetrics
 from tokenspeed.server.summary import RequestSummary
 
@@ -22,13 +23,15 @@ Item = TypeVar("Item")
 class Generation:
     """One engine request per prompt, as a context manager: what has not finished when it ends is aborted.
 
-    Raises, on entry, the engine's refusal of any prompt, and then leaves none of them behind.
+    Raises, on entry, ApiError 429 while too many wait, or the engine's refusal of any prompt, and then leaves none of
+    them behind.
     """
 
     def __init__(
         self,
         engine: Engine,
         metrics: ServerMetrics,
+        admission: Admission,
         prompts: Sequence[list[int]],
         params: SamplingParams,
         *,
@@ -46,8 +49,15 @@ class Generation:
             for number, prompt in enumerate(prompts)
         ]
         self._streams: list[Stream] = []
+        self._admission = admission
+        self._unanswered = set[int]()
+        self._clock: asyncio.TimerHandle | None = None
+        self._expired = False
 
     def __enter__(self) -> Generation:
+        self._admission.check(self._engine)
+        self._unanswered = set(range(len(self._prompts)))
+        self._admission.unanswered += self._params.n * len(self._prompts)
         try:
             for number, prompt in enumerate(self._prompts):
                 self._streams.append(
@@ -60,28 +70,59 @@ class Generation:
                     )
                 )
         except BaseException:
-            self._abort()
+            self._leave()
             raise
+        timeout = self._admission.limits.request_timeout
+        if timeout is not None:
+            self._clock = asyncio.get_running_loop().call_later(timeout, self._expire)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._abort()
+        self._leave()
         failed = kind is not None and issubclass(kind, Exception)
         now = time.perf_counter()
         for meter in self._meters:
             meter.end("error" if failed else "abort", now)
 
+    @property
+    def num_prompts(self) -> int:
+        """Engine requests behind this one."""
+        return len(self._prompts)
+
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """(number of the prompt, what is new of it) as it comes. Raises what ends a request early: an error of
-        `contracts.errors`, or ApiError where a shutdown aborted it."""
+        `contracts.errors`, or ApiError where its time or a shutdown aborted it."""
         numbered = _only(self._streams[0]) if len(self._streams) == 1 else _merge(self._streams)
         async for number, output in numbered:
             self._meters[number].observe(output, time.perf_counter())
+            if number in self._unanswered:
+                self._answer(number)
             if any(completion.finish_reason == "abort" for completion in output.outputs):
-                raise ApiError(503, "the request was aborted: the server is shutting down", code="shutting_down")
+                raise self._aborted()
             yield number, output
+
+    def _aborted(self) -> ApiError:
+        if self._expired:
+            limit = self._admission.limits.request_timeout
+            return ApiError(504, f"the request was aborted: it took longer than {limit:g} s", code="timeout")
+        return ApiError(503, "the request was aborted: the server is shutting down", code="shutting_down")
+
+    def _answer(self, number: int) -> None:
+        self._unanswered.remove(number)
+        self._admission.unanswered -= self._params.n
+
+    def _leave(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+        for number in tuple(self._unanswered):
+            self._answer(number)
+        self._abort()
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._abort()
 
     def _abort(self) -> None:
         for stream in self._streams:

@@ -90,6 +90,7 @@ class Life:
                 log_level="warning",
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
+                **state.access.tls_options(),
             )
         )
         self._signals = 0

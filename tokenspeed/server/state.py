@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tokenspeed.config.serving import Limits
 from tokenspeed.contracts.errors import ConfigError, ParameterError, TokenSpeedError
+from tokenspeed.server.access import Access
 from tokenspeed.server.engine import Engine, StartEngine
 from tokenspeed.server.errors import ApiError
+from tokenspeed.server.limits import Admission
 from tokenspeed.server.metrics import ServerMetrics
 from tokenspeed.server.outage import Outage
 from tokenspeed.tokenizer.base import Tokenizer
@@ -33,10 +36,15 @@ class ServerState:
     """What /admin wants to be told; without one it answers to this machine alone."""
     profile_dir: Path | None = None
     """Where /admin/profile writes; without it there are none."""
+    limits: Limits = field(default_factory=Limits)
+    access: Access = field(default_factory=Access)
     created: int = field(default_factory=lambda: int(time.time()))
     _progress: tuple[int, int] = (0, 0)
     _chat_template: ChatTemplate | None = None
     _no_template: str = ""
+
+    def __post_init__(self) -> None:
+        self.admission = Admission(self.limits)
 
     async def load(self, start: StartEngine) -> None:
         """Start the engine. Raises what it raises, and ConfigError for a chat template that cannot be used."""

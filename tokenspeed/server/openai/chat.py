@@ -10,7 +10,9 @@ from msgspec import UNSET
 from starlette.responses import Response
 
 from tokenspeed.engine.output import CompletionOutput
+from tokenspeed.server.engine import Info
 from tokenspeed.server.generation import Generation
+from tokenspeed.server.limits import check_params
 from tokenspeed.server.openai.gather import UsageCount, gather
 from tokenspeed.server.openai.logprobs import chat_logprobs
 from tokenspeed.server.openai.prompts import chat_prompt, check_length
@@ -33,13 +35,16 @@ async def chat(state: ServerState, body: bytes) -> Response:
     """Answer a request. Raises ApiError and the errors of `contracts.errors` for one that is refused."""
     request = decode_chat(body)
     engine = state.ready(request.model)
+    state.admission.check(engine)
     prompt = await chat_prompt(request, state)
     check_length([prompt], engine, "messages")
     params = chat_params(request, engine.info.sampling_defaults, state.chat_template.stop)
-    reply = _Reply(request, state, prompt)
+    check_params(request.stop, params, state.limits)
+    reply = _Reply(request, state, prompt, engine.info)
     generation = Generation(
         engine,
         state.metrics,
+        state.admission,
         [prompt],
         params,
         request_id=reply.id,
@@ -52,12 +57,12 @@ async def chat(state: ServerState, body: bytes) -> Response:
 class _Reply:
     """Makes the response of one request, whole or as events."""
 
-    def __init__(self, request: ChatRequest, state: ServerState, prompt: list[int]) -> None:
+    def __init__(self, request: ChatRequest, state: ServerState, prompt: list[int], info: Info) -> None:
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
         self._request, self._prompt = request, prompt
         self._model = request.model or state.names[0]
-        self._tokenizer = state.tokenizer
+        self._tokenizer, self._info = state.tokenizer, info
         self._with_ids = bool(request.return_token_ids)
 
     async def whole(self, generation: Generation) -> ChatCompletion:
@@ -68,12 +73,14 @@ class _Reply:
             model=self._model,
             choices=[self._choice(sample) for sample in output.outputs],
             usage=count.usage(),
+            timings=count.timings(self._info),
             prompt_token_ids=self._prompt if self._with_ids else UNSET,
+            prompt_logprobs=UNSET if output.prompt_logprobs is None else output.prompt_logprobs,
         )
 
     async def events(self, generation: Generation) -> AsyncGenerator[bytes, None]:
         """An event for each piece of each sample; the first of a sample names the role."""
-        count, begun = UsageCount(), set[int]()
+        count, begun = UsageCount(generation.num_prompts), set[int]()
         head = ChatChunk(id=self.id, created=self._created, model=self._model, choices=[])
         head.usage = None if self._request.include_usage else UNSET
         head.prompt_token_ids = self._prompt if self._with_ids else UNSET
@@ -83,10 +90,12 @@ class _Reply:
                 for new in output.outputs:
                     head.choices = [self._chunk_choice(new, first=new.index not in begun)]
                     begun.add(new.index)
+                    if count.complete and new is output.outputs[-1] and not self._request.include_usage:
+                        head.timings = count.timings(self._info)
                     yield event(head)
                     head.prompt_token_ids = UNSET
         if self._request.include_usage:
-            head.choices, head.usage = [], count.usage()
+            head.choices, head.usage, head.timings = [], count.usage(), count.timings(self._info)
             yield event(head)
 
     def _choice(self, sample: CompletionOutput) -> ChatChoice:

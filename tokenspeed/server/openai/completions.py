@@ -10,7 +10,9 @@ from msgspec import UNSET
 from starlette.responses import Response
 
 from tokenspeed.engine.output import CompletionOutput, TokenAlternatives
+from tokenspeed.server.engine import Info
 from tokenspeed.server.generation import Generation
+from tokenspeed.server.limits import check_params
 from tokenspeed.server.openai.gather import UsageCount, gather
 from tokenspeed.server.openai.logprobs import completion_logprobs
 from tokenspeed.server.openai.prompts import check_length, completion_prompts
@@ -28,9 +30,11 @@ async def complete(state: ServerState, body: bytes) -> Response:
     """Answer a request. Raises ApiError and the errors of `contracts.errors` for one that is refused."""
     request = decode_completion(body)
     engine = state.ready(request.model)
-    prompts = await completion_prompts(request.prompt, state)
-    check_length(prompts, engine, "prompt")
+    state.admission.check(engine)
     params = completion_params(request, engine.info.sampling_defaults)
+    check_params(request.stop, params, state.limits)
+    prompts = await completion_prompts(request.prompt, params.n, state)
+    check_length(prompts, engine, "prompt")
     choices = _Choices(request, prompts, _echoes(request, prompts, state), params.n, engine.tokenizer)
     head = Completion(
         id=f"cmpl-{secrets.token_hex(12)}", created=int(time.time()), model=request.model or state.names[0], choices=[]
@@ -38,6 +42,7 @@ async def complete(state: ServerState, body: bytes) -> Response:
     generation = Generation(
         engine,
         state.metrics,
+        state.admission,
         prompts,
         params,
         request_id=head.id,
@@ -45,8 +50,8 @@ async def complete(state: ServerState, body: bytes) -> Response:
         cache_salt=request.cache_salt or "",
     )
     if request.stream:
-        return event_reply(_events(request, head, generation, choices))
-    return json_reply(_whole(head, generation, choices))
+        return event_reply(_events(request, head, generation, choices, engine.info))
+    return json_reply(_whole(head, generation, choices, engine.info))
 
 
 def _echoes(request: CompletionRequest, prompts: Sequence[list[int]], state: ServerState) -> list[str]:
@@ -59,21 +64,21 @@ def _echoes(request: CompletionRequest, prompts: Sequence[list[int]], state: Ser
     return [state.tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts]
 
 
-async def _whole(head: Completion, generation: Generation, choices: _Choices) -> Completion:
+async def _whole(head: Completion, generation: Generation, choices: _Choices, info: Info) -> Completion:
     outputs, count = await gather(generation)
     head.choices = [
         choices.make(number, sample, output.prompt_logprobs or ())
         for number, output in enumerate(outputs)
         for sample in output.outputs
     ]
-    head.usage = count.usage(samples_shown=choices.shows_samples)
+    head.usage, head.timings = count.usage(samples_shown=choices.shows_samples), count.timings(info)
     return head
 
 
 async def _events(
-    request: CompletionRequest, head: Completion, generation: Generation, choices: _Choices
+    request: CompletionRequest, head: Completion, generation: Generation, choices: _Choices, info: Info
 ) -> AsyncGenerator[bytes, None]:
-    count = UsageCount()
+    count = UsageCount(generation.num_prompts)
     head.usage = None if request.include_usage else UNSET
     prompt_logprobs: dict[int, list[TokenAlternatives | None]] = {}
     with generation:
@@ -84,9 +89,12 @@ async def _events(
             for new in output.outputs:
                 if new.token_ids or new.finish_reason:
                     head.choices = [choices.make(number, new, prompt_logprobs.get(number, ()))]
+                    if count.complete and new is output.outputs[-1] and not request.include_usage:
+                        head.timings = count.timings(info)
                     yield event(head)
     if request.include_usage:
         head.choices, head.usage = [], count.usage(samples_shown=choices.shows_samples)
+        head.timings = count.timings(info)
         yield event(head)
 
 
@@ -118,6 +126,8 @@ class _Choices:
         if self._request.return_token_ids:
             choice.token_ids = new.token_ids if self.shows_samples else []
             choice.prompt_token_ids = self._prompts[number] if first else UNSET
+        if self._request.prompt_logprobs is not None:
+            choice.prompt_logprobs = list(prompt_logprobs)
         if new.logprobs is not None:
             self._add_logprobs(choice, number, new, prompt_logprobs if first else ())
         else:

@@ -14,7 +14,7 @@ WITHOUT_EFFECT = frozenset(
 
 CHAT_WITHOUT_EFFECT = WITHOUT_EFFECT | {"parallel_tool_calls"}
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",), "prompt_logprobs": ()}
+NEUTRAL: dict[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",)}
 """Known fields that are not supported, with the values (besides null) that ask for nothing."""
 
 CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -24,11 +24,17 @@ CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "modalities": (["text"],),
     "prediction": (),
-    "prompt_logprobs": (),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
+}
+
+TOKENIZE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "mm_processor_kwargs": (),
+    "tools": ([],),
 }

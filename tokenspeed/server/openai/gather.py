@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from tokenspeed.engine.output import RequestOutput
+from tokenspeed.engine.output import RequestMetrics, RequestOutput
 from tokenspeed.engine.stream import merged
+from tokenspeed.server.engine import Info
 from tokenspeed.server.generation import Generation
-from tokenspeed.server.openai.responses import CachedTokens, Usage
+from tokenspeed.server.openai.responses import CachedTokens, Timings, Usage
+from tokenspeed.server.openai.timings import response_timings
 
 
 class UsageCount:
     """Tokens of all prompts of a request and of all their samples."""
 
-    def __init__(self) -> None:
-        self._prompts: dict[int, tuple[int, int]] = {}
+    def __init__(self, num_prompts: int) -> None:
+        self._prompts: dict[int, tuple[int, int, RequestMetrics]] = {}
         self._completion = 0
+        self._num_running = num_prompts
 
     def add(self, number: int, output: RequestOutput) -> None:
         """Take in an output of prompt `number`."""
-        self._prompts[number] = len(output.prompt_token_ids), output.num_cached_tokens
+        self._prompts[number] = len(output.prompt_token_ids), output.num_cached_tokens, output.metrics
         self._completion += sum(len(completion.token_ids) for completion in output.outputs)
+        self._num_running -= output.finished
+
+    @property
+    def complete(self) -> bool:
+        """Whether every prompt has given its last output."""
+        return self._num_running == 0
+
+    def timings(self, info: Info) -> Timings:
+        """Of all prompts, once they are complete."""
+        return response_timings(list(self._prompts.values()), info)
 
     def usage(self, *, samples_shown: bool = True) -> Usage:
         """The sums."""
-        prompt = sum(tokens for tokens, _ in self._prompts.values())
+        prompt = sum(tokens for tokens, _, _ in self._prompts.values())
         completion = self._completion if samples_shown else 0
-        cached = CachedTokens(sum(cached for _, cached in self._prompts.values()))
+        cached = CachedTokens(sum(cached for _, cached, _ in self._prompts.values()))
         return Usage(
             prompt_tokens=prompt,
             completion_tokens=completion,
@@ -36,7 +49,7 @@ class UsageCount:
 async def gather(generation: Generation) -> tuple[list[RequestOutput], UsageCount]:
     """Wait for all of a generation: one whole output per prompt, its samples in order."""
     whole: dict[int, RequestOutput] = {}
-    count = UsageCount()
+    count = UsageCount(generation.num_prompts)
     with generation:
         async for number, output in generation.outputs():
             count.add(number, output)

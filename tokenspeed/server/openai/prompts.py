@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenspeed.contracts.errors import ParameterError, PromptError
 from tokenspeed.server.engine import Engine
 from tokenspeed.server.errors import ApiError
+from tokenspeed.server.limits import check_choices
 from tokenspeed.server.openai.requests import ChatRequest, Message
 from tokenspeed.server.state import ServerState
 from tokenspeed.tokenizer.base import Tokenizer
@@ -18,24 +19,36 @@ SHORT_TEXT = 16384
 RESERVED_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
 
 
-async def completion_prompts(prompt: str | list[str | int | list[int]], state: ServerState) -> list[list[int]]:
-    """Ids of each prompt. Raises PromptError for no prompt, an empty one, or a list of mixed kinds; ParameterError for
-    text where the model has no tokenizer."""
-    return [each if isinstance(each, list) else await _encode(each, state.tokenizer) for each in _listed(prompt)]
+async def completion_prompts(prompt: str | list[str | int | list[int]], n: int, state: ServerState) -> list[list[int]]:
+    """Ids of each prompt. Raises PromptError for no prompt, an empty one, or a list of mixed kinds; ApiError for more
+    of them, with `n` samples each, than a request may have; ParameterError for text where the model has no tokenizer.
+    """
+    listed, prompts = _listed(prompt), []
+    check_choices(len(listed), n, state.limits)
+    for each in listed:
+        prompts.append(each if isinstance(each, list) else await _encode(each, state.tokenizer))
+        await asyncio.sleep(0)  # many short texts would hold up the streams as one long text does
+    return prompts
 
 
 async def chat_prompt(request: ChatRequest, state: ServerState) -> list[int]:
     """Ids of a conversation under the model's template. Raises ParameterError where there is no template, or it refuses
     the messages."""
+    text = render(request.messages, request.chat_template_kwargs or {}, state)
+    return await _encode(text, state.tokenizer, add_special_tokens=False)
+
+
+def render(
+    messages: Sequence[Message], variables: Mapping[str, Any], state: ServerState, add_generation_prompt: bool = True
+) -> str:
+    """The text of a conversation. Raises as `chat_prompt` does."""
     template = state.chat_template
-    variables = request.chat_template_kwargs or {}
     taken = sorted(RESERVED_VARIABLES & set(variables))
     if taken:
         raise ParameterError(f"chat_template_kwargs must not hold {', '.join(taken)}")
-    if not request.messages:
+    if not messages:
         raise ApiError(400, "messages is empty", "messages")
-    text = template.render([_plain(message) for message in request.messages], None, **variables)
-    return await _encode(text, state.tokenizer, add_special_tokens=False)
+    return template.render([_plain(message) for message in messages], None, add_generation_prompt, **variables)
 
 
 def check_length(prompts: Sequence[Sequence[int]], engine: Engine, param: str) -> None:
@@ -61,6 +74,11 @@ def _listed(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
 async def _encode(text: str, tokenizer: Tokenizer, add_special_tokens: bool = True) -> list[int]:
     if not text:
         raise PromptError("prompt is empty")
+    return await encode_text(text, tokenizer, add_special_tokens)
+
+
+async def encode_text(text: str, tokenizer: Tokenizer, add_special_tokens: bool) -> list[int]:
+    """Ids of a text. Raises PromptError where it is not valid Unicode."""
     if len(text) <= SHORT_TEXT:
         return tokenizer.encode(text, add_special_tokens)
     return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)

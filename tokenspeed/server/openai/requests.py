@@ -9,9 +9,16 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from tokenspeed.server.errors import ApiError
-from tokenspeed.server.openai.fields import CHAT_NEUTRAL, CHAT_WITHOUT_EFFECT, NEUTRAL, WITHOUT_EFFECT
+from tokenspeed.server.openai.fields import (
+    CHAT_NEUTRAL,
+    CHAT_WITHOUT_EFFECT,
+    NEUTRAL,
+    TOKENIZE_NEUTRAL,
+    WITHOUT_EFFECT,
+)
 
-Request = TypeVar("Request", bound="GenerationRequest")
+Request = TypeVar("Request")
+Generating = TypeVar("Generating", bound="GenerationRequest")
 _PLACE = re.compile(r"(?P<problem>.*) - at (`key` in )?`\$\.?(?P<path>.*)`", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(\w+)`")
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -52,11 +59,32 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     priority: int | None = None
     cache_salt: str | None = None
     return_token_ids: bool | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    """/tokenize: a prompt, or messages for the template. A template writes special tokens itself, so they are
+    added to a prompt alone unless the request says otherwise."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """/detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
@@ -95,16 +123,44 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
 _completion = msgspec.json.Decoder(CompletionRequest)
 _chat = msgspec.json.Decoder(ChatRequest)
+_tokenize = msgspec.json.Decoder(TokenizeRequest)
+_detokenize = msgspec.json.Decoder(DetokenizeRequest)
 
 
 def decode_completion(body: bytes) -> CompletionRequest:
     """Raises ApiError naming every field that is unknown, or the one that has a wrong type."""
-    return _decode(body, _completion, CompletionRequest.__struct_fields__, WITHOUT_EFFECT, NEUTRAL)
+    request = _decode(body, _completion, CompletionRequest.__struct_fields__, WITHOUT_EFFECT, NEUTRAL)
+    return _checked(request)
 
 
 def decode_chat(body: bytes) -> ChatRequest:
     """Raises ApiError naming every field that is unknown, or the one that has a wrong type."""
-    return _decode(body, _chat, ChatRequest.__struct_fields__, CHAT_WITHOUT_EFFECT, CHAT_NEUTRAL)
+    return _checked(_decode(body, _chat, ChatRequest.__struct_fields__, CHAT_WITHOUT_EFFECT, CHAT_NEUTRAL))
+
+
+def decode_tokenize(body: bytes) -> TokenizeRequest:
+    """Raises ApiError naming every field that is unknown, the one that has a wrong type, or the contradiction."""
+    request = _decode(body, _tokenize, TokenizeRequest.__struct_fields__, frozenset(), TOKENIZE_NEUTRAL)
+    if (request.prompt is None) == (request.messages is None):
+        raise ApiError(400, "give either prompt or messages", "prompt")
+    if request.messages is None:
+        for name in ("add_generation_prompt", "chat_template_kwargs"):
+            if getattr(request, name) is not None:
+                raise ApiError(400, f"{name} needs messages", name)
+    return request
+
+
+def decode_detokenize(body: bytes) -> DetokenizeRequest:
+    """Raises ApiError naming every field that is unknown, or the one that has a wrong type."""
+    return _decode(body, _detokenize, DetokenizeRequest.__struct_fields__, frozenset(), {})
+
+
+def _checked(request: Generating) -> Generating:
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(400, "stream_options needs stream", "stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        raise ApiError(400, "prompt_logprobs does not go with stream", "prompt_logprobs")
+    return request
 
 
 def _decode(
@@ -115,6 +171,7 @@ def _decode(
     neutral: Mapping[str, tuple[Any, ...]],
 ) -> Request:
     try:
+        body.decode()  # fields that are passed over are never looked into
         given = _fields.decode(body)
         _refuse(given, set(honoured) | without_effect, neutral)
         request = decoder.decode(body)
@@ -124,8 +181,6 @@ def _decode(
         raise ApiError(400, f"the body is not JSON: {error}") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
-    if request.stream_options is not None and not request.stream:
-        raise ApiError(400, "stream_options needs stream", "stream_options")
     return request
 
 

@@ -6,7 +6,11 @@ from typing import Literal
 
 import msgspec
 
+from tokenspeed.engine.output import TokenAlternatives
+
 TopLogprobs = list[dict[str, float] | None]
+PromptLogprobs = list[TokenAlternatives | None]
+"""As in vLLM: per token of the prompt null, or by id the token and its alternatives."""
 
 
 class CachedTokens(msgspec.Struct):
@@ -22,6 +26,20 @@ class Usage(msgspec.Struct, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+
+
+class Timings(msgspec.Struct, kw_only=True):
+    """Milliseconds; null where unknown. ttft is queue (until its first step) and prefill together, tpot the mean per
+    token after the first. share_of_floor: of tpot, what reading weights and context once takes at this machine's
+    bandwidth. fallback_ops: ops without a fast kernel."""
+
+    queue_ms: float | None
+    prefill_ms: float | None
+    ttft_ms: float | None
+    tpot_ms: float | None
+    cached_tokens: int
+    share_of_floor: float | None
+    fallback_ops: list[str]
 
 
 class CompletionLogprobs(msgspec.Struct, kw_only=True):
@@ -43,6 +61,7 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     stop_reason: int | str | None
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(msgspec.Struct, kw_only=True):
@@ -54,6 +73,7 @@ class Completion(msgspec.Struct, kw_only=True):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    timings: Timings | msgspec.UnsetType = msgspec.UNSET
 
 
 class TopLogprob(msgspec.Struct, kw_only=True):
@@ -123,7 +143,9 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    timings: Timings
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChunk(msgspec.Struct, kw_only=True):
@@ -135,6 +157,7 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    timings: Timings | msgspec.UnsetType = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 

@@ -20,6 +20,7 @@ SAME_NAME = (
     "min_tokens",
     "n",
     "presence_penalty",
+    "prompt_logprobs",
     "repetition_penalty",
     "seed",
     "skip_special_tokens",
@@ -49,7 +50,7 @@ def completion_params(request: CompletionRequest, defaults: Mapping[str, Any]) -
     if request.logprobs is not None:
         settings["logprobs"] = request.logprobs
         if request.echo:
-            settings["prompt_logprobs"] = request.logprobs
+            settings.setdefault("prompt_logprobs", request.logprobs)
     return SamplingParams.from_dict(settings)
 
 
