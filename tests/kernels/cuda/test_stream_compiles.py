@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -22,28 +21,21 @@ PROLOGUES = {
     "join": Prologue(NORM, torch.ones(1)),
     "branch norm": Prologue(NORM, torch.ones(1), NORM),
 }
-Compile = Callable[[Variant, str], tuple[str, str]]
 
 
-@pytest.fixture
-def compile_(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compile:
-    """Gives the compiler's log with the resources used, and the PTX."""
+def compile_(found: Variant, architecture: str) -> tuple[str, str]:
+    """The compiler's log with the resources used, and the PTX."""
     nvrtc = import_module("cuda.bindings.nvrtc")
-
-    def run(found: Variant, architecture: str) -> tuple[str, str]:
-        options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v"]
-        options += [f"-D{name}={int(value)}" for name, value in found.defines().items()]
-        _, made = nvrtc.nvrtcCreateProgram((program.SOURCES / "stream.cu").read_bytes(), b"stream.cu", 0, [], [])
-        (status,) = nvrtc.nvrtcCompileProgram(made, len(options), [option.encode() for option in options])
-        log = b" " * nvrtc.nvrtcGetProgramLogSize(made)[1]
-        nvrtc.nvrtcGetProgramLog(made, log)
-        assert not status.value, log.decode()
-        ptx = b" " * nvrtc.nvrtcGetPTXSize(made)[1]
-        nvrtc.nvrtcGetPTX(made, ptx)
-        return log.decode(), ptx.decode()
-
-    monkeypatch.setattr(program, "_cache_dir", lambda: tmp_path)
-    return run
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v"]
+    options += [f"-D{name}={int(value)}" for name, value in found.defines().items()]
+    _, made = nvrtc.nvrtcCreateProgram((program.SOURCES / "stream.cu").read_bytes(), b"stream.cu", 0, [], [])
+    (status,) = nvrtc.nvrtcCompileProgram(made, len(options), [option.encode() for option in options])
+    log = b" " * nvrtc.nvrtcGetProgramLogSize(made)[1]
+    nvrtc.nvrtcGetProgramLog(made, log)
+    assert not status.value, log.decode()
+    ptx = b" " * nvrtc.nvrtcGetPTXSize(made)[1]
+    nvrtc.nvrtcGetPTX(made, ptx)
+    return log.decode(), ptx.decode()
 
 
 def check(found: Variant, compiled: tuple[str, str]) -> None:
@@ -66,7 +58,7 @@ def check(found: Variant, compiled: tuple[str, str]) -> None:
     ("columns", "prologue", "act"),
     [(4096, "join", "silu"), (14336, "bare", "none"), (2048, "branch norm", "gelu_tanh"), (640, "norm", "none")],
 )
-def test_hopper(compile_: Compile, columns: int, prologue: str, act: str, item: int) -> None:
+def test_hopper(columns: int, prologue: str, act: str, item: int) -> None:
     found = variant(columns, item, act, PROLOGUES[prologue], bias=act == "none")
     if columns * item % 1024:
         assert found is None
@@ -81,7 +73,7 @@ def test_hopper(compile_: Compile, columns: int, prologue: str, act: str, item: 
 @pytest.mark.parametrize("act", ["none", "silu", "gelu_tanh"])
 @pytest.mark.parametrize("prologue", PROLOGUES)
 @pytest.mark.parametrize("columns", [1024, 2048, 3072, 4096, 5120, 8192, 14336, 16384])
-def test_every_variant(compile_: Compile, columns: int, prologue: str, act: str, item: int, architecture: str) -> None:
+def test_every_variant(columns: int, prologue: str, act: str, item: int, architecture: str) -> None:
     found = variant(columns, item, act, PROLOGUES[prologue], bias=True)
     if found is not None:
         check(found, compile_(found, architecture))
