@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tokenspeed.contracts.errors import DeviceError
-from tokenspeed.kernels.cuda import program
+from tokenspeed.kernels.cuda import program, registration
 from tokenspeed.kernels.cuda.stream import SHARED, Variant, stream, variant
 from tokenspeed.kernels.triton.operands import Norm, Prologue
 from tokenspeed.quantization.fp8 import Fp8Weight
@@ -116,3 +116,22 @@ def test_a_cubin_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def test_what_does_not_compile_says_why() -> None:
     with pytest.raises(DeviceError, match=r"stream\.cu with .*-DK=4096.* does not compile"):
         program.compiled("stream", {"K": 4096}, "sm_90a")
+
+
+@pytest.mark.parametrize(
+    ("capability", "missing", "usable"), [((9, 0), False, True), ((8, 9), False, False), ((9, 0), True, False)]
+)
+def test_where_it_is_used(
+    capability: tuple[int, int], missing: bool, usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+    def absent(name: str) -> None:
+        raise RuntimeError(f"{name} finds no libnvrtc")
+
+    if missing:
+        monkeypatch.setattr(program, "import_module", absent)
+    registration.usable.cache_clear()
+    assert registration.usable() == usable
+    registration.usable.cache_clear()

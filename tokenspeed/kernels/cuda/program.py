@@ -44,6 +44,14 @@ def compiled(name: str, defines: Mapping[str, int], architecture: str) -> bytes:
     return cubin
 
 
+def compiler_found() -> bool:
+    """Whether NVRTC's library can be loaded: cuda-bindings comes without it."""
+    try:
+        return not import_module("cuda.bindings.nvrtc").nvrtcVersion()[0].value
+    except (ImportError, OSError, RuntimeError):
+        return False
+
+
 def _cache_dir() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "tokenspeed" / "cuda"

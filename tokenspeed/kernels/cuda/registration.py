@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import cache, partial
-from importlib.util import find_spec
 
 import torch
 
+from tokenspeed.kernels.cuda.program import compiler_found
 from tokenspeed.kernels.cuda.stream import stream
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.kernels.triton import dense
@@ -37,7 +37,7 @@ def _takes(operands: Operands, situation: Situation) -> bool:
 
 @cache
 def usable() -> bool:
-    """Whether the device has bulk copies and dependent launch (Hopper and later) and cuda-bindings is there."""
-    if not torch.cuda.is_available() or torch.version.hip is not None or find_spec("cuda") is None:
+    """Whether the device has bulk copies and dependent launch (Hopper and later), and the compiler is there."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
         return False
-    return find_spec("cuda.bindings") is not None and torch.cuda.get_device_capability() >= (9, 0)
+    return torch.cuda.get_device_capability() >= (9, 0) and compiler_found()
