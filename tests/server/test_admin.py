@@ -175,3 +175,10 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--profile-dir .*file"):
         profile_folder(str(tmp_path / "file"))
+
+
+def test_a_body_has_the_bound_of_other_routes(serve: Serve) -> None:
+    served = serve(max_body_bytes=100)
+    response = served.client.post("/admin/pause", content=b" " * 101)
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_long")
+    assert served.client.get("/admin/state").json()["paused"] is False

@@ -13,8 +13,10 @@ import msgspec
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
+from tokenspeed.config.serving import Limits
 from tokenspeed.contracts.errors import DeviceError, EngineBusyError, MemoryLimitError
 from tokenspeed.server.errors import ApiError
+from tokenspeed.server.limits import read_body
 from tokenspeed.server.profile import write_trace
 from tokenspeed.server.state import ServerState
 
@@ -58,31 +60,31 @@ def admin_routes(state: ServerState) -> APIRouter:
 
     @router.post("/pause")
     async def pause(request: Request) -> Response:
-        await _body(request, NoBody)
+        await _body(request, state.limits, NoBody)
         state.ready().pause()
         return JSONResponse(admin_state(state))
 
     @router.post("/resume")
     async def resume(request: Request) -> Response:
-        await _body(request, NoBody)
+        await _body(request, state.limits, NoBody)
         state.ready().resume()
         return JSONResponse(admin_state(state))
 
     @router.post("/reset_prefix_cache")
     async def reset_prefix_cache(request: Request) -> Response:
-        await _body(request, NoBody)
+        await _body(request, state.limits, NoBody)
         await _changed(state.ready().reset_prefix_cache())
         return JSONResponse(admin_state(state))
 
     @router.post("/sleep")
     async def sleep(request: Request) -> Response:
-        body = await _body(request, SleepBody)
+        body = await _body(request, state.limits, SleepBody)
         aborted = await _changed(state.ready().sleep(body.level, body.timeout_s))
         return JSONResponse(admin_state(state) | {"aborted": aborted})
 
     @router.post("/wake")
     async def wake(request: Request) -> Response:
-        await _body(request, NoBody)
+        await _body(request, state.limits, NoBody)
         await _changed(state.ready().wake_up())
         return JSONResponse(admin_state(state))
 
@@ -91,7 +93,7 @@ def admin_routes(state: ServerState) -> APIRouter:
         folder = state.profile_dir
         if folder is None:
             raise ApiError(403, "profiles are off: start the server with --profile-dir", code="forbidden")
-        body = await _body(request, ProfileBody)
+        body = await _body(request, state.limits, ProfileBody)
         spans = await _changed(state.ready().profile(body.steps, body.timeout_s))
         path = await asyncio.to_thread(write_trace, folder, spans)
         return JSONResponse({"path": str(path), "steps": sum(span.name == "collect" for span in spans)})
@@ -136,10 +138,10 @@ async def _changed(change: Awaitable[T]) -> T:
         raise ApiError(503, str(error), code="device") from None
 
 
-async def _body(request: Request, kind: type[T]) -> T:
-    """The body, which may be left out where all its fields may."""
+async def _body(request: Request, limits: Limits, kind: type[T]) -> T:
+    """The body, which may be left out where all its fields may; bounded as those of other routes."""
     try:
-        return msgspec.json.decode(await request.body() or b"{}", type=kind)
+        return msgspec.json.decode(await read_body(request, limits) or b"{}", type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(400, f"{request.url.path}: {error}") from None
 
