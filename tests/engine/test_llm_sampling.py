@@ -73,7 +73,8 @@ def test_a_stop_id_ends_a_request_and_is_kept(llm: LLM) -> None:
     ids = random_ids(26, 11)
     (tokens,) = run(llm, ids, greedy())
     stop = tokens[-1]
-    (output,) = llm.generate(ids, greedy(stop_token_ids=[VOCAB - 1, stop]), use_tqdm=False)
+    unused = next(token for token in range(VOCAB) if token not in tokens)
+    (output,) = llm.generate(ids, greedy(stop_token_ids=[unused, stop]), use_tqdm=False)
     completion = output.outputs[0]
     assert completion.token_ids == tokens[: tokens.index(stop) + 1]
     assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
