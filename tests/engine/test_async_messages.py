@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections import deque
 from dataclasses import Field, fields
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.engine.async_tools import importable, run, until
+from tests.engine.async_tools import importable
 from tests.engine.fake_core import REFUSED, FakeCore
 from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts import errors
@@ -19,7 +17,6 @@ from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.contracts.sampling import RequestOutputKind, SamplingParams
 from tokenspeed.contracts.step import TokenLogprobs
 from tokenspeed.engine import loop
-from tokenspeed.engine.ipc import MAX_INBOX, EngineChannel, ServingChannel
 from tokenspeed.engine.messages import (
     Abort,
     Changed,
@@ -134,7 +131,7 @@ def test_the_first_line_holds_every_setting() -> None:
     changed = {setting.name: another(setting, str(setting.type)) for setting in fields(EngineConfig)}
     changed |= {"precise": False}  # it goes with few values of others
     for config in (EngineConfig(), EngineConfig(**changed), EngineConfig(precise=True)):
-        line = msgspec.json.encode(Start(endpoint="ipc:///x", config=config))
+        line = msgspec.json.encode(Start(fd=7, config=config))
         assert b"\n" not in line
         assert msgspec.json.decode(line, type=Start).config == config
 
@@ -230,42 +227,3 @@ def test_steps_without_updates_still_tell_of_progress(monkeypatch: pytest.Monkey
         ([], None, 1),
         ([], None, 2),
     ]
-
-
-def test_the_socket_keeps_order_and_bounds_what_is_taken_at_once() -> None:
-    async def main() -> None:
-        got: list[FromEngine] = []
-        serving = ServingChannel(got.append)
-        serving.send(Abort("nobody is there yet"))
-        engine = EngineChannel(serving.endpoint)
-        try:
-            engine.send(Loading(0, 1))
-            await until(lambda: len(got) == 1)
-            for number in range(MAX_INBOX + 44):
-                serving.send(Abort(str(number)))
-            ids: list[str] = []
-            sizes = []
-            while len(ids) < MAX_INBOX + 44:
-                batch = engine.receive(wait=True)
-                sizes.append(len(batch))
-                ids += [message.request_id for message in batch if isinstance(message, Abort)]
-            assert ids == [str(number) for number in range(MAX_INBOX + 44)]
-            assert min(sizes) >= 1
-            assert max(sizes) <= MAX_INBOX
-            assert engine.receive(wait=False) == []
-            for number in range(300):
-                engine.send(Loading(number, 300))
-            await until(lambda: len(got) == 301)
-            assert [message.done for message in got[1:] if isinstance(message, Loading)] == list(range(300))
-            # Sending looks into the socket, and takes the sign that something has come.
-            engine.send(Loading(300, 300))
-            time.sleep(0.1)
-            serving.send(Stop())
-            await until(lambda: len(got) == 302)
-        finally:
-            await asyncio.to_thread(engine.close)
-            serving.close()
-        serving.close()
-        serving.send(Stop())
-
-    run(main())

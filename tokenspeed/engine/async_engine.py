@@ -125,7 +125,8 @@ class AsyncEngine:
         return engine
 
     async def _launch(self, core_command: Sequence[str] | None) -> None:
-        self._process = await EngineProcess.start(self._channel.endpoint, self.config, core_command)
+        self._process = await EngineProcess.start(self._channel.engine_end, self.config, core_command)
+        self._channel.connected()
         self._watchers = [
             asyncio.create_task(self._watch_process(self._process)),
             asyncio.create_task(self._watch_progress(self._process)),

@@ -1,106 +1,231 @@
-"""The socket between the serving process and the engine process: one zmq PAIR over a Unix socket in a private folder.
+"""The socket between the serving process and the engine process: a Unix socket pair, of which the engine inherits an
+end.
 
-A socket belongs to the thread that made it.
+Each message is its length (4 bytes, little-endian) and msgpack. Nothing but a read stands between a message and its
+reader: a queue with threads of its own costs a wake-up more on either side of every step.
 """
 
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
+import select
+import socket
+from collections import deque
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import msgspec
-import zmq
 
-from tokenspeed.contracts.errors import ConfigError
-from tokenspeed.engine.messages import FromEngine, ToEngine
+from tokenspeed.engine.messages import FromEngine, Stop, ToEngine
 
 MAX_INBOX = 256
 """Most messages the engine takes in between two steps, so that a flood of requests does not hold up running ones."""
-_LONGEST_PATH = 100
-"""Unix sockets take about 107 bytes of path."""
-_LINGER_MS = 2000
+MAX_UNREAD = 16 << 20
+"""Bytes that the engine keeps for a serving process that does not read; beyond them it waits."""
+_READ = 256 << 10
+_KERNEL_BUFFER = 1 << 20
+_HEADER = 4
+_CLOSE_S = 2.0
 _encoder = msgspec.msgpack.Encoder()
+Message = TypeVar("Message")
 
 
 class EngineChannel:
-    """The engine's end. Sending blocks while a thousand messages are unread, so a stalled reader stalls the engine
-    instead of filling its memory."""
+    """The engine's end."""
 
-    def __init__(self, endpoint: str) -> None:
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.PAIR)
-        self._socket.connect(endpoint)
-        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+    def __init__(self, fd: int) -> None:
+        """fd: of the end that the process inherited; it is this channel's from now on."""
+        self._socket = socket.socket(fileno=fd)
+        self._socket.setblocking(False)
+        self._frames = _Frames(msgspec.msgpack.Decoder(ToEngine))
+        self._unsent = _Unsent(self._socket)
+        self._inbox: deque[ToEngine] = deque()
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLIN)
 
     def send(self, message: FromEngine) -> None:
-        """Queue a message for the serving process."""
-        self._socket.send(_encoder.encode(message))
+        """Send a message, or keep it for a serving process that is slow to read; waits beyond MAX_UNREAD bytes, so a
+        stalled reader stalls the engine instead of filling its memory."""
+        self._unsent.send(message)
+        while len(self._unsent) > MAX_UNREAD:
+            self._unsent.wait()
 
     def receive(self, wait: bool) -> list[ToEngine]:
-        """Messages that have come, MAX_INBOX at most; with `wait`, at least one."""
-        messages: list[ToEngine] = []
-        while len(messages) < MAX_INBOX:
-            try:
-                raw = self._socket.recv(0 if wait and not messages else zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            messages.append(self._decoder.decode(raw))
-        return messages
+        """Messages that have come, MAX_INBOX at most; with `wait`, at least one. Stop where nobody is at the other
+        end."""
+        inbox = self._inbox
+        if len(inbox) < MAX_INBOX:
+            self._read()
+        while wait and not inbox:
+            self._wait()
+            self._read()
+        return [inbox.popleft() for _ in range(min(len(inbox), MAX_INBOX))]
 
     def close(self) -> None:
         """Deliver what was sent, for two seconds at most, and close."""
-        self._socket.close(_LINGER_MS)
-        self._context.term()
+        while self._unsent and self._unsent.wait(_CLOSE_S):
+            pass
+        self._socket.close()
+
+    def _read(self) -> None:
+        self._unsent.flush()
+        try:
+            self._inbox += self._frames.read(self._socket)
+        except BlockingIOError:
+            pass
+        except (EOFError, ConnectionError):
+            self._inbox.append(Stop())
+
+    def _wait(self) -> None:
+        self._poll.modify(self._socket, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+        self._poll.poll()
 
 
 class ServingChannel:
     """The serving process's end, on the running event loop. `on_message` is called in order, from the loop."""
 
     def __init__(self, on_message: Callable[[FromEngine], None]) -> None:
-        """Bind. Raises ConfigError where the temporary directory's path is too long for a socket."""
         self._on_message = on_message
-        self._decoder = msgspec.msgpack.Decoder(FromEngine)
-        self._folder = Path(tempfile.mkdtemp(prefix="tokenspeed-"))
-        path = self._folder / "engine"
-        if len(str(path)) > _LONGEST_PATH:
-            self._folder.rmdir()
-            raise ConfigError(f"TMPDIR is too long for a socket: {path} has more than {_LONGEST_PATH} characters")
-        self.endpoint = f"ipc://{path}"
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.PAIR)
-        self._socket.set_hwm(0)  # Sending never waits; the queue's length is what the server admits.
-        self._socket.bind(self.endpoint)
+        self._socket, self.engine_end = socket.socketpair()
+        """engine_end: what the engine process is to inherit; closed by `connected`."""
+        self._socket.setblocking(False)
+        for end in (self._socket, self.engine_end):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _KERNEL_BUFFER)
+        self._frames = _Frames(msgspec.msgpack.Decoder(FromEngine))
+        self._unsent = _Unsent(self._socket)
+        self._writing = False
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._socket.fileno(), self.drain)
+        self._loop.add_reader(self._socket, self._read)
+
+    def connected(self) -> None:
+        """The engine process has its end: with this process's copy closed, the end of the engine is the end of the
+        stream."""
+        self.engine_end.close()
 
     def send(self, message: ToEngine) -> None:
-        """Queue a message for the engine; without one connected, it is dropped."""
-        if self._socket.closed:
+        """Send a message, or keep it until the engine reads; without one any more, it is dropped."""
+        if self._socket.fileno() < 0:
             return
-        try:
-            self._socket.send(_encoder.encode(message), zmq.NOBLOCK)
-        except zmq.Again:
-            return
-        # The descriptor signals an edge, and sending may have taken it.
-        if self._socket.poll(0):
-            self._loop.call_soon(self.drain)
+        self._unsent.send(message)
+        if self._unsent and not self._writing:
+            self._writing = True
+            self._loop.add_writer(self._socket, self._flush)
 
     def drain(self) -> None:
         """Hand out every message that has come."""
-        while not self._socket.closed:
-            try:
-                raw = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._on_message(self._decoder.decode(raw))
+        while self._read():
+            pass
 
     def close(self) -> None:
-        """Close the socket and remove its folder."""
-        if not self._socket.closed:
-            self._loop.remove_reader(self._socket.fileno())
-            self._socket.close(_LINGER_MS)
-            self._context.destroy(linger=0)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Close both ends. May be called again."""
+        self._leave()
+        self.engine_end.close()
+
+    def _read(self) -> bool:
+        """Hand out what one read gives; whether there may be more."""
+        if self._socket.fileno() < 0:
+            return False
+        try:
+            messages = self._frames.read(self._socket)
+        except BlockingIOError:
+            return False
+        except (EOFError, ConnectionError):
+            self._leave()
+            return False
+        for message in messages:
+            self._on_message(message)
+        return True
+
+    def _flush(self) -> None:
+        self._unsent.flush()
+        if not self._unsent:
+            self._writing = False
+            self._loop.remove_writer(self._socket)
+
+    def _leave(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket)
+            self._loop.remove_writer(self._socket)
+            self._socket.close()
+
+
+class _Frames(Generic[Message]):
+    """Cuts what is read into messages."""
+
+    def __init__(self, decoder: msgspec.msgpack.Decoder[Message]) -> None:
+        self._decoder = decoder
+        self._chunk = memoryview(bytearray(_READ))
+        self._kept = bytearray()
+
+    def read(self, source: socket.socket) -> list[Message]:
+        """Messages completed by one read. Raises BlockingIOError where there is nothing, EOFError at the end."""
+        count = source.recv_into(self._chunk)
+        if count == 0:
+            raise EOFError
+        data: memoryview = self._chunk[:count]
+        if self._kept:
+            self._kept += data
+            if len(self._kept) < _HEADER or len(self._kept) < _end(memoryview(self._kept), 0):
+                return []
+            data, self._kept = memoryview(self._kept), bytearray()
+        return self._cut(data)
+
+    def _cut(self, data: memoryview) -> list[Message]:
+        messages, at, size = [], 0, len(data)
+        while size - at >= _HEADER and (end := _end(data, at)) <= size:
+            messages.append(self._decoder.decode(data[at + _HEADER : end]))
+            at = end
+        if at < size:
+            self._kept += data[at:]
+        return messages
+
+
+def _end(data: memoryview, at: int) -> int:
+    return at + _HEADER + int.from_bytes(data[at : at + _HEADER], "little")
+
+
+class _Unsent:
+    """Bytes on their way to a socket that does not block."""
+
+    def __init__(self, target: socket.socket) -> None:
+        self._target = target
+        self._left = bytearray()
+        self._frame = bytearray()
+        self._poll = select.poll()
+        self._poll.register(target, select.POLLOUT)
+
+    def __len__(self) -> int:
+        return len(self._left)
+
+    def send(self, message: Any) -> None:
+        """Send what fits of it, after what is left of others; with nobody at the other end, nothing."""
+        frame = self._frame
+        _encoder.encode_into(message, frame, _HEADER)
+        frame[:_HEADER] = (len(frame) - _HEADER).to_bytes(_HEADER, "little")
+        if self._left:
+            self._left += frame
+            self.flush()
+        else:
+            sent = self._write(frame)
+            if sent < len(frame):
+                self._left += frame[sent:]
+
+    def flush(self) -> None:
+        """Send what fits of what is left."""
+        if self._left:
+            del self._left[: self._write(self._left)]
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until some of it has been sent; whether that was within `timeout` seconds."""
+        before = len(self._left)
+        self._poll.poll(None if timeout is None else timeout * 1e3)
+        self.flush()
+        return len(self._left) < before
+
+    def _write(self, data: bytearray) -> int:
+        try:
+            return self._target.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError:  # who is to read it is gone, which the end of its process tells
+            return len(data)

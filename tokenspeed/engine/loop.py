@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -125,8 +124,8 @@ def run(build: Build) -> int:
     if not line:
         return ORPHANED
     start = msgspec.json.decode(line, type=Start)
-    _watch_parent(start.endpoint)
-    channel = EngineChannel(start.endpoint)
+    _watch_parent()
+    channel = EngineChannel(start.fd)
     try:
         return _build_and_serve(build, start.config, channel)
     finally:
@@ -227,16 +226,11 @@ def _leave_signals_to_the_parent() -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
 
 
-def _watch_parent(endpoint: str) -> None:
+def _watch_parent() -> None:
     def wait_for_the_end() -> None:
         with suppress(OSError):
             while os.read(sys.stdin.fileno(), 4096):
                 pass
-        path = Path(endpoint.removeprefix("ipc://"))
-        with suppress(OSError):
-            path.unlink()
-        with suppress(OSError):
-            path.parent.rmdir()
         os._exit(ORPHANED)
 
     threading.Thread(target=wait_for_the_end, name="watch-parent", daemon=True).start()

@@ -68,12 +68,13 @@ _USER_ERRORS = {
 
 
 class Start(msgspec.Struct, kw_only=True):
-    """The line of JSON that a new engine process reads from stdin: where to connect, and what to load.
+    """The line of JSON that a new engine process reads from stdin: the descriptor of its end of the socket, and what to
+    load.
 
     The serving process holds the other end of stdin open; its end of file means that nobody is left to serve.
     """
 
-    endpoint: str
+    fd: int
     config: EngineConfig
 
 

@@ -148,6 +148,17 @@ class OutputBuilder:
                 output.metrics.num_tokens = max(len(each.completion.token_ids) for each in self._samples)
         return Progress(self._shown(sample, text, update.new_token_ids[:count], logprobs), text, stopped)
 
+    def take_plain(self, update: SequenceUpdate) -> str | None:
+        """Take in an update that brings nothing but tokens to a sample that has begun and goes on, and give their text;
+        None, and nothing taken, for any other."""
+        if update.finish_reason is not None or update.logprobs or update.prompt_logprobs:
+            return None
+        return self._samples[update.index].take_plain(update.new_token_ids)
+
+    def delta(self, index: int, text: str, token_ids: list[int]) -> RequestOutput:
+        """What `take_plain` has taken, as an output."""
+        return self._new(CompletionOutput(index, [text], token_ids), None)
+
     def abort_updates(self) -> list[SequenceUpdate]:
         """What ends every sample that still runs, where it is."""
         output = self.output
@@ -183,13 +194,19 @@ class OutputBuilder:
             completion.finish_reason,
             completion.stop_reason,
         )
+        return self._new(new, new_prompt_logprobs or None)
+
+    def _new(
+        self, completion: CompletionOutput, prompt_logprobs: list[TokenAlternatives | None] | None
+    ) -> RequestOutput:
+        whole = self.output
         return RequestOutput(
             whole.request_id,
             whole.prompt,
             whole.prompt_token_ids,
-            [new],
+            [completion],
             whole.metrics,
-            new_prompt_logprobs or None,
+            prompt_logprobs,
             whole.finished,
             whole.num_cached_tokens,
         )
@@ -226,6 +243,18 @@ class _Sample:
         self._show_stop_token = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._held = ""
+
+    def take_plain(self, ids: list[int]) -> str | None:
+        """Add tokens and give their text; None, and nothing added, where that is not all there is to it."""
+        completion, detokenizer = self.completion, self._detokenizer
+        if not (ids and completion.token_ids) or detokenizer is None or self._matcher is not None:
+            return None
+        if completion.finish_reason is not None or completion.logprobs is not None:
+            return None
+        text = detokenizer.push(ids)
+        completion.token_ids += ids
+        completion.pieces.append(text)
+        return text
 
     def take(self, update: SequenceUpdate) -> tuple[str, int, bool]:
         """Add tokens and text. Returns the new text, how many of the update's tokens belong to the sample, and whether

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,15 +26,18 @@ class EngineProcess:
         self._process = process
 
     @classmethod
-    async def start(cls, endpoint: str, config: EngineConfig, command: Sequence[str] | None = None) -> EngineProcess:
-        """Start `command` and tell it where to connect and what to load."""
+    async def start(
+        cls, end: socket.socket, config: EngineConfig, command: Sequence[str] | None = None
+    ) -> EngineProcess:
+        """Start `command`, which inherits `end` of the socket, and tell it what to load."""
         process = await asyncio.create_subprocess_exec(
             *(command or CORE_COMMAND),
             stdin=asyncio.subprocess.PIPE,  # stays open as long as this process lives: see messages.Start
+            pass_fds=(end.fileno(),),
             start_new_session=True,  # Ctrl-C must reach this process alone, which then drains
         )
         assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(Start(endpoint=endpoint, config=config)) + b"\n")
+        process.stdin.write(msgspec.json.encode(Start(fd=end.fileno(), config=config)) + b"\n")
         with suppress(ConnectionError):  # it is gone already: `wait` tells
             await process.stdin.drain()
         return cls(process)

@@ -11,10 +11,17 @@ from tokenspeed.contracts.sampling import RequestOutputKind
 from tokenspeed.engine.output import CompletionOutput, OutputBuilder, RequestOutput
 from tokenspeed.tokenizer.base import Tokenizer
 
+PlainSink = Callable[[str, int], bool]
+"""Takes a text and how many tokens it is of, at once; False where it cannot now."""
+
 
 class Outbox:
     """What the engine has given for a request and its reader has not taken: one output at most, into which later ones
     are merged."""
+
+    sink: PlainSink | None = None
+    """Where plain text goes while the reader waits for it: without waking the reader, which costs as much as all the
+    rest of a token's way."""
 
     def __init__(self, request: Request, shown_id: str, prompt: str | None, tokenizer: Tokenizer | None) -> None:
         """shown_id: the id that outputs bear, where the engine knows the request by another one."""
@@ -23,7 +30,7 @@ class Outbox:
         self._merges = request.params.output_kind is RequestOutputKind.DELTA
         self._waiting: RequestOutput | None = None
         self._error: Exception | None = None
-        self._changed = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
 
     @property
     def output(self) -> RequestOutput:
@@ -37,10 +44,16 @@ class Outbox:
 
     def take(self, update: SequenceUpdate) -> bool:
         """Take in an update. Returns whether a stop string ended the sample, which the engine has to be told."""
+        sink = self.sink
+        if sink is not None and self._reader is not None and self._waiting is None:
+            text = self._builder.take_plain(update)
+            if text is not None:
+                if not sink(text, len(update.new_token_ids)):
+                    self._hand_over(self._builder.delta(update.index, text, update.new_token_ids))
+                return False
         progress = self._builder.update(update)
         if progress.shown is not None:
-            self._waiting = merged(self._waiting, progress.shown) if self._merges else progress.shown
-            self._changed.set()
+            self._hand_over(progress.shown)
         return progress.abort
 
     def abort(self) -> None:
@@ -51,20 +64,28 @@ class Outbox:
     def fail(self, error: Exception) -> None:
         """End the stream with an error, after what is still to be read."""
         self._error = error
-        self._changed.set()
+        self._wake()
 
     async def next(self) -> RequestOutput | None:
-        """The next output; None after the last. Raises the error that ended the request."""
-        await self._changed.wait()
-        waiting = self._waiting
-        if waiting is not None:
-            self._waiting = None
-            if not self.finished:
-                self._changed.clear()
-            return waiting
-        if self._error is not None:
+        """The next output; None after the last. Raises the error that ended the request. For one reader."""
+        if self._waiting is None and not self.finished:
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        waiting, self._waiting = self._waiting, None
+        if waiting is None and self._error is not None:
             raise self._error.with_traceback(None)
-        return None
+        return waiting
+
+    def _hand_over(self, output: RequestOutput) -> None:
+        self._waiting = merged(self._waiting, output) if self._merges else output
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
 
 class RequestStream:
@@ -86,6 +107,12 @@ class RequestStream:
 
     def __aiter__(self) -> RequestStream:
         return self
+
+    def push_to(self, sink: PlainSink) -> None:
+        """From now on hand plain text to `sink` while the reader waits, and the reader everything else: the first and
+        the last of each sample, what has log-probabilities, and what `sink` does not take. For outputs in delta
+        form."""
+        self._outbox.sink = sink
 
     async def __anext__(self) -> RequestOutput:
         """Raises the error that ended the request: what the engine refused, EngineDeadError, EngineClosedError."""

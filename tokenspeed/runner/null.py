@@ -21,15 +21,16 @@ class Done:
 
 
 class NullExecutor:
-    """Accepts any plan at once and samples one token per row that reaches the end: its position, modulo the vocabulary.
+    """Accepts any plan at once and samples one token per row that reaches the end: its position, modulo the vocabulary,
+    from `first_token` on.
 
     It trusts the plan: pages and grants are ignored. Only the lengths of its sequences are kept.
     """
 
     max_in_flight = 1
 
-    def __init__(self, vocab_size: int = VOCAB_SIZE) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, vocab_size: int = VOCAB_SIZE, first_token: int = 0) -> None:
+        self._vocab_size, self._first_token = vocab_size, first_token
         self._computed: dict[int, int] = {}
         self._known: dict[int, int] = {}
 
@@ -37,7 +38,7 @@ class NullExecutor:
         """Run the step to its end."""
         for new in plan.delta.new:
             self._computed[new.slot], self._known[new.slot] = new.num_computed, len(new.token_ids)
-        computed, known, vocab_size = self._computed, self._known, self._vocab_size
+        computed, known, vocab_size, first = self._computed, self._known, self._vocab_size, self._first_token
         rows = []
         for row in plan.rows:
             slot = row.slot
@@ -46,7 +47,7 @@ class NullExecutor:
             computed[slot] = end
             if end == length:
                 known[slot] = length + 1
-                rows.append(ResultRow(slot, end, [length % vocab_size]))
+                rows.append(ResultRow(slot, end, [first + length % vocab_size]))
             else:
                 rows.append(ResultRow(slot, end, []))
         return Done(StepResult(plan.step_id, rows))

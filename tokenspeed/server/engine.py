@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.output import RequestOutput
+from tokenspeed.engine.stream import PlainSink
 from tokenspeed.engine.trace import Span
 from tokenspeed.tokenizer.base import Tokenizer
 
@@ -59,6 +60,10 @@ class Stream(Protocol):
     """One request: its outputs in delta form, until it has finished or an error of `contracts.errors` ends it."""
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
+
+    def push_to(self, sink: PlainSink) -> None:
+        """From now on hand plain text to `sink` while the reader waits, and the reader everything else."""
+        ...
 
     def abort(self) -> None:
         """End the request now; nothing happens when it has ended already."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -102,6 +102,22 @@ class Generation:
             if any(completion.finish_reason == "abort" for completion in output.outputs):
                 raise self._aborted()
             yield number, output
+
+    def push(self, write: Callable[[str], bool], count: Callable[[int], None]) -> None:
+        """From now on hand text that needs no more than to be written to `write`, which says whether it could, and its
+        number of tokens to `count`, past `outputs`. Where there are several samples, nothing."""
+        if len(self._streams) > 1 or self._params.n > 1:
+            return
+        meter = self._meters[0]
+
+        def take(text: str, num_tokens: int) -> bool:
+            if not write(text):
+                return False
+            meter.observe_more(num_tokens, time.perf_counter())
+            count(num_tokens)
+            return True
+
+        self._streams[0].push_to(take)
 
     def _aborted(self) -> ApiError:
         if self._expired:

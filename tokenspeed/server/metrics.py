@@ -189,6 +189,14 @@ class RequestMeter:
             self._observe(output, completion, now)
         self._summary.cached_tokens, self._summary.queue_s = output.num_cached_tokens, output.metrics.queue_s
 
+    def observe_more(self, num_tokens: int, now: float) -> None:
+        """Take in tokens of a lone sample that has begun and goes on."""
+        metrics, sample = self._metrics, self._samples[0]
+        metrics.itl.observe(now - sample.last)
+        metrics.generation_tokens += num_tokens
+        sample.tokens += num_tokens
+        sample.last = now
+
     def end(self, reason: str, now: float) -> None:
         """The request ends at `now`; those of its samples that had not finished did so for this reason."""
         summary, samples = self._summary, self._samples.values()

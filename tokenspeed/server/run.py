@@ -15,6 +15,7 @@ import uvloop
 
 from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.server.app import create_app
+from tokenspeed.server.direct import DirectProtocol
 from tokenspeed.server.engine import StartEngine
 from tokenspeed.server.outage import RestartPolicy
 from tokenspeed.server.state import ServerState
@@ -82,7 +83,7 @@ class Life:
             uvicorn.Config(
                 create_app(state),
                 loop="none",
-                http="httptools",
+                http=DirectProtocol,
                 ws="none",
                 lifespan="off",
                 access_log=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from tokenspeed.server.direct import Write, direct_write
 from tokenspeed.server.errors import api_error, encode_error
 
 logger = logging.getLogger("tokenspeed.server")
@@ -29,18 +31,30 @@ def event(data: Any) -> bytes:
     return b"data: " + _encode(data) + b"\n\n"
 
 
+class TextEvents:
+    """Makes events that differ in nothing but a text, by putting it where an example has another."""
+
+    def __init__(self, example: Callable[[str], bytes]) -> None:
+        """example: the event of a text, which it holds once."""
+        mark = secrets.token_hex()
+        self._before, self._after = example(mark).split(_encode(mark))
+
+    def __call__(self, text: str) -> bytes:
+        return self._before + _encode(text) + self._after
+
+
 class WhileConnected(Response):
-    """Runs `work(send)`, and cancels it when the client goes away.
+    """Runs `work(send, write)`, and cancels it when the client goes away. write: see `direct_write`.
 
     What `work` raises before it has sent anything becomes an error response of the application's handlers.
     """
 
-    def __init__(self, work: Callable[[Send], Awaitable[None]]) -> None:
+    def __init__(self, work: Callable[[Send, Write | None], Awaitable[None]]) -> None:
         super().__init__()
         self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.ensure_future(self._work(send))
+        work = asyncio.ensure_future(self._work(send, direct_write(scope)))
         client = asyncio.ensure_future(_disconnect(receive))
         try:
             await asyncio.wait({work, client}, return_when=asyncio.FIRST_COMPLETED)
@@ -53,7 +67,7 @@ class WhileConnected(Response):
 def json_reply(body: Awaitable[Any]) -> WhileConnected:
     """Await a body, then send it."""
 
-    async def work(send: Send) -> None:
+    async def work(send: Send, _write: Write | None) -> None:
         encoded = _encode(await body)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(encoded)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -62,18 +76,21 @@ def json_reply(body: Awaitable[Any]) -> WhileConnected:
     return WhileConnected(work)
 
 
-def event_reply(events: AsyncGenerator[bytes, None]) -> WhileConnected:
+def event_reply(events: AsyncGenerator[bytes, None], push: Callable[[Write], None]) -> WhileConnected:
     """Send events as they come, each in one write, then [DONE].
 
     The status line waits for the first event: a request that fails before it gets the status of its error. What fails
-    later ends the stream with an error event.
+    later ends the stream with an error event. push: after the first event, told of a way to write others past
+    `events`, where there is one.
     """
 
-    async def work(send: Send) -> None:
+    async def work(send: Send, write: Write | None) -> None:
         async with contextlib.aclosing(events):
             first = await anext(events)
             await send({"type": "http.response.start", "status": 200, "headers": _EVENT_HEADERS})
             await send({"type": "http.response.body", "body": first, "more_body": True})
+            if write is not None:
+                push(write)
             try:
                 async for encoded in events:
                     await send({"type": "http.response.body", "body": encoded, "more_body": True})

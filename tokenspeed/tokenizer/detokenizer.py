@@ -19,11 +19,28 @@ class TokenBytes(dict[int, bytes]):
         super().__init__()
         self._render = render
         self.vocab_size = vocab_size
+        self.texts = _Texts(self)
 
     def __missing__(self, token_id: int) -> bytes:
         data = self._render(token_id) if 0 <= token_id < self.vocab_size else b""
         self[token_id] = data
         return data
+
+
+class _Texts(dict[int, str | None]):
+    """The text of each id whose bytes are whole characters, None for the others."""
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        super().__init__()
+        self._bytes = token_bytes
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            text: str | None = self._bytes[token_id].decode()
+        except UnicodeDecodeError:
+            text = None
+        self[token_id] = text
+        return text
 
 
 def spm_bytes(piece: str) -> bytes:
@@ -73,23 +90,36 @@ class IncrementalDetokenizer:
     ) -> None:
         self._bytes = token_bytes
         self._skip = skip_ids
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._texts = token_bytes.texts
+        self._partial = b""
+        """The begin of a character."""
         tail = self._prompt_tail(prompt_ids)
-        self._decoder.decode(tail)
+        self._decode(tail)
         self._strip = strip_leading_space and not tail
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that these ids complete; invalid bytes become U+FFFD."""
         table, skip = self._bytes, self._skip
+        if len(ids) == 1 and not (self._partial or self._strip):
+            (token_id,) = ids
+            text = self._texts[token_id]
+            if text is not None:
+                return "" if token_id in skip else text
         data = b"".join([table[i] for i in ids if i not in skip])
         if self._strip and data:
             self._strip = False
             data = data.removeprefix(b" ")
-        return self._decoder.decode(data)
+        return self._decode(data)
 
     def finish(self) -> str:
         """What is still held, as U+FFFD; the detokenizer is spent after this."""
-        return self._decoder.decode(b"", True)
+        return self._decode(b"", final=True)
+
+    def _decode(self, data: bytes, final: bool = False) -> str:
+        data = self._partial + data
+        text, used = codecs.utf_8_decode(data, "replace", final)
+        self._partial = data[used:]
+        return text
 
     def _prompt_tail(self, prompt_ids: Sequence[int]) -> bytes:
         tail = b""

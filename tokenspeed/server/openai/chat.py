@@ -10,6 +10,7 @@ from msgspec import UNSET
 from starlette.responses import Response
 
 from tokenspeed.engine.output import CompletionOutput
+from tokenspeed.server.direct import Write
 from tokenspeed.server.engine import Info
 from tokenspeed.server.generation import Generation
 from tokenspeed.server.limits import check_params
@@ -27,7 +28,7 @@ from tokenspeed.server.openai.responses import (
     ChatMessage,
 )
 from tokenspeed.server.openai.sampling import chat_params
-from tokenspeed.server.sse import event, event_reply, json_reply
+from tokenspeed.server.sse import TextEvents, event, event_reply, json_reply
 from tokenspeed.server.state import ServerState
 
 
@@ -51,7 +52,10 @@ async def chat(state: ServerState, body: bytes) -> Response:
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
     )
-    return event_reply(reply.events(generation)) if request.stream else json_reply(reply.whole(generation))
+    if not request.stream:
+        return json_reply(reply.whole(generation))
+    count = UsageCount(generation.num_prompts)
+    return event_reply(reply.events(generation, count), lambda write: reply.push(generation, count, write))
 
 
 class _Reply:
@@ -78,11 +82,9 @@ class _Reply:
             prompt_logprobs=UNSET if output.prompt_logprobs is None else output.prompt_logprobs,
         )
 
-    async def events(self, generation: Generation) -> AsyncGenerator[bytes, None]:
+    async def events(self, generation: Generation, count: UsageCount) -> AsyncGenerator[bytes, None]:
         """An event for each piece of each sample; the first of a sample names the role."""
-        count, begun = UsageCount(generation.num_prompts), set[int]()
-        head = ChatChunk(id=self.id, created=self._created, model=self._model, choices=[])
-        head.usage = None if self._request.include_usage else UNSET
+        begun, head = set[int](), self._head()
         head.prompt_token_ids = self._prompt if self._with_ids else UNSET
         with generation:
             async for number, output in generation.outputs():
@@ -97,6 +99,21 @@ class _Reply:
         if self._request.include_usage:
             head.choices, head.usage, head.timings = [], count.usage(), count.timings(self._info)
             yield event(head)
+
+    def push(self, generation: Generation, count: UsageCount, write: Write) -> None:
+        """Send the events of plain text past `events`, once that has sent one."""
+        if not self._with_ids:
+            make = TextEvents(self._example)
+            generation.push(lambda text: write(make(text)), count.add_tokens)
+
+    def _example(self, text: str) -> bytes:
+        head = self._head()
+        head.choices = [self._chunk_choice(CompletionOutput(0, [text]), first=False)]
+        return event(head)
+
+    def _head(self) -> ChatChunk:
+        usage = None if self._request.include_usage else UNSET
+        return ChatChunk(id=self.id, created=self._created, model=self._model, choices=[], usage=usage)
 
     def _choice(self, sample: CompletionOutput) -> ChatChoice:
         return ChatChoice(

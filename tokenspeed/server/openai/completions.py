@@ -10,6 +10,7 @@ from msgspec import UNSET
 from starlette.responses import Response
 
 from tokenspeed.engine.output import CompletionOutput, TokenAlternatives
+from tokenspeed.server.direct import Write
 from tokenspeed.server.engine import Info
 from tokenspeed.server.generation import Generation
 from tokenspeed.server.limits import check_params
@@ -19,7 +20,7 @@ from tokenspeed.server.openai.prompts import check_length, completion_prompts
 from tokenspeed.server.openai.requests import CompletionRequest, decode_completion
 from tokenspeed.server.openai.responses import Completion, CompletionChoice
 from tokenspeed.server.openai.sampling import completion_params
-from tokenspeed.server.sse import event, event_reply, json_reply
+from tokenspeed.server.sse import TextEvents, event, event_reply, json_reply
 from tokenspeed.server.state import ServerState
 from tokenspeed.tokenizer.base import Tokenizer
 
@@ -49,9 +50,20 @@ async def complete(state: ServerState, body: bytes) -> Response:
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
     )
-    if request.stream:
-        return event_reply(_events(request, head, generation, choices, engine.info))
-    return json_reply(_whole(head, generation, choices, engine.info))
+    if not request.stream:
+        return json_reply(_whole(head, generation, choices, engine.info))
+    count = UsageCount(len(prompts))
+
+    def example(text: str) -> bytes:
+        head.choices = [choices.make(0, CompletionOutput(0, [text]), ())]
+        return event(head)
+
+    def push(write: Write) -> None:
+        if choices.shows_samples and not request.return_token_ids:
+            make = TextEvents(example)
+            generation.push(lambda text: write(make(text)), count.add_tokens)
+
+    return event_reply(_events(request, head, generation, choices, engine.info, count), push)
 
 
 def _echoes(request: CompletionRequest, prompts: Sequence[list[int]], state: ServerState) -> list[str]:
@@ -76,9 +88,13 @@ async def _whole(head: Completion, generation: Generation, choices: _Choices, in
 
 
 async def _events(
-    request: CompletionRequest, head: Completion, generation: Generation, choices: _Choices, info: Info
+    request: CompletionRequest,
+    head: Completion,
+    generation: Generation,
+    choices: _Choices,
+    info: Info,
+    count: UsageCount,
 ) -> AsyncGenerator[bytes, None]:
-    count = UsageCount(generation.num_prompts)
     head.usage = None if request.include_usage else UNSET
     prompt_logprobs: dict[int, list[TokenAlternatives | None]] = {}
     with generation:

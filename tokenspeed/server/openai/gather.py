@@ -24,6 +24,10 @@ class UsageCount:
         self._completion += sum(len(completion.token_ids) for completion in output.outputs)
         self._num_running -= output.finished
 
+    def add_tokens(self, num_tokens: int) -> None:
+        """Take in tokens that came past the outputs."""
+        self._completion += num_tokens
+
     @property
     def complete(self) -> bool:
         """Whether every prompt has given its last output."""
