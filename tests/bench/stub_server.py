@@ -153,15 +153,18 @@ class Remembering(Stub):
 
 
 class Stalling(Stub):
-    """Gives nobody a token while it reads a prompt of `long` ids or more, which takes `read_s`."""
+    """Gives nobody a token while it reads a prompt of `long` ids or more, which takes `read_s`. The first `slow`
+    requests wait a fifth of a second for their first token."""
 
-    def __init__(self, long: int, read_s: float, gap_s: float) -> None:
-        super().__init__(0.001, gap_s)
-        self.long, self.read_s = long, read_s
+    def __init__(self, long: int, read_s: float, gap_s: float, slow: int = 0) -> None:
+        super().__init__(0.2, gap_s)
+        self.long, self.read_s, self.slow = long, read_s, slow
         self.readings: list[tuple[float, float]] = []
         self._one_at_a_time = asyncio.Lock()
 
     async def _read(self, body: Any) -> None:
+        if len(self.bodies) <= self.slow:
+            await super()._read(body)
         if len(body["prompt"]) < self.long:
             await self._gap()
             return

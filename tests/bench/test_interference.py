@@ -79,7 +79,7 @@ def job(model: str = "plain", *, streams: int = 3, settle_s: float = 0.1) -> Int
 
 
 def test_a_server_that_stalls_while_it_reads() -> None:
-    stub = Stalling(LONG, read_s=0.04, gap_s=0.002)
+    stub = Stalling(LONG, read_s=0.04, gap_s=0.002, slow=3)
     with running(stub) as url:
         run = done(job(), url)
     parts = {part.name: part for part in run.parts}

@@ -107,6 +107,8 @@ def test_waiting_is_not_lateness_of_the_generator() -> None:
     assert "waiting" not in late
     assert "2000.0 ms late" in late
     assert "warning: the generator sent requests late" in late
+    assert "sent requests late" not in shown([request(0.1 * number, 0.009, 0.2) for number in range(9)])
+    assert "sent requests late" in shown([request(0.1 * number, 0.011, 0.2) for number in range(9)])
 
 
 def test_a_busy_generator_is_warned_of_with_every_workload() -> None:

@@ -88,12 +88,13 @@ def test_lines_with_prompts_of_their_own(tmp_path: Path) -> None:
 def test_times_are_replayed(scale: float) -> None:
     times = [1000.0, 1004.5, 1004.5, 1030.0, 1061.0]
     lines = [TraceLine(timestamp=time, input_length=3 + number) for number, time in enumerate(times)]
-    stub = Stub(0.001, 0.0)
+    trace, stub = Trace(workload("completions"), lines, time_scale=scale), Stub(0.001, 0.0)
+    assert trace.times() == pytest.approx([scale * late for late in (0, 0.0045, 0.0045, 0.03, 0.061)])
     with running(stub) as url:
-        run = done(Trace(workload("completions"), lines, time_scale=scale), url)
+        run = done(trace, url)
     assert [request.error for request in run.requests] == [None] * 5
     due = [request.due or 0.0 for request in run.requests]
-    assert [at - due[0] for at in due] == pytest.approx([(time - 1000) / 1e3 * scale for time in times])
+    assert [at - due[0] for at in due] == pytest.approx(trace.times())
     assert all(request.late >= 0 for request in run.requests)
     assert sorted(len(body["prompt"]) for body in stub.bodies) == [3, 4, 5, 6, 7]
     assert run.load == f"a trace of 5 requests, time scale {scale:g}, at given times"

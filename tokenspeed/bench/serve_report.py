@@ -18,7 +18,7 @@ from tokenspeed.contracts.errors import ConfigError
 BUSY = 0.7
 """Above this part of a core the generator's own queueing shows in the figures."""
 LATE_MS, LATE_SHARE = 5.0, 0.1
-"""Requests that are sent later than both, the second a part of the median TTFT, are not the load that was asked for."""
+"""Requests sent later than both, the second a part of the mean gap between arrivals, are not the load asked for."""
 PILED_UP, PILED_TIMES = 10, 1.5
 """So many more under way at the last arrival, over so many times those at half of them, are no chance."""
 METRICS = {
@@ -233,9 +233,9 @@ def _remarks(report: Report) -> list[str]:
     )
     if own.cpu_share > BUSY:
         lines.append("warning: the generator was busy, its own queueing is in these figures")
-    ttft = report.ttft_ms.p50 if report.ttft_ms else 0.0
-    if own.late_p99_ms > max(LATE_MS, LATE_SHARE * ttft):
-        lines.append("warning: the generator sent requests late, this is less than the load that was asked for")
+    per_s = report.arrivals.due_per_s if report.arrivals else None
+    if own.late_p99_ms > max(LATE_MS, LATE_SHARE * 1e3 / per_s if per_s else 0.0):
+        lines.append("warning: the generator sent requests late, these are not the arrivals that were asked for")
     return lines + [f"failed {count} times: {message}" for message, count in report.errors.items()]
 
 

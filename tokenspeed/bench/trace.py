@@ -52,11 +52,14 @@ class Trace:
 
     async def run(self, sender: Sender) -> Run:
         """Replay it. All prompts are made before the first is sent."""
-        start, scale = self.lines[0].timestamp, self.time_scale / 1e3
-        times = tuple((line.timestamp - start) * scale for line in self.lines)
-        load = Load(times=times, max_concurrency=self.max_concurrency)
+        load = Load(times=self.times(), max_concurrency=self.max_concurrency)
         run = await send_all(sender, self.bodies(), load)
         return replace(run, load=f"{self}, {load}")
+
+    def times(self) -> tuple[float, ...]:
+        """When each is due, in seconds from the first."""
+        start, scale = self.lines[0].timestamp, self.time_scale / 1e3
+        return tuple((line.timestamp - start) * scale for line in self.lines)
 
     def bodies(self) -> Iterator[bytes]:
         """One per line. Blocks of one id hold the same tokens, whichever line they are in."""
