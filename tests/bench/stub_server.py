@@ -5,11 +5,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from time import perf_counter
+from typing import Any, Protocol
+
+from tokenspeed.bench.serve import Run, Sender
+from tokenspeed.bench.sse_client import Client, Endpoint
+from tokenspeed.bench.workload import Workload
 
 FIRST_S = 0.05
 GAP_S = 0.01
@@ -65,15 +71,30 @@ class Stub:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
         if "messages" in body:
             send(json.dumps({"choices": [{"delta": {"role": "assistant", "content": ""}}]}))
-        await asyncio.sleep(self.first_s)
+        await self._read(body)
         await self._events(send, writer, body, mode)
         send("[DONE]")
         writer.write(b"0\r\n\r\n")
 
+    async def _read(self, body: Any) -> None:
+        """The time before the first token."""
+        await asyncio.sleep(self.first_s)
+
+    async def _gap(self) -> None:
+        """The time between two tokens."""
+        await asyncio.sleep(self.gap_s)
+
+    def _choice(self, body: Any) -> dict[str, Any]:
+        """A token."""
+        return {"delta": {"content": "x"}} if "messages" in body else {"text": "x", "finish_reason": None}
+
+    def _usage(self, body: Any) -> dict[str, Any]:
+        return {"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 2}}
+
     async def _events(self, send: Any, writer: asyncio.StreamWriter, body: Any, mode: str) -> None:
         tokens = body["max_tokens"]
         for number in range(0, 0 if mode == "empty" else tokens, 2 if mode == "pairs" else 1):
-            await asyncio.sleep(self.gap_s if number else 0)
+            await (self._gap() if number else asyncio.sleep(0))
             if number == 1 and mode == "hang":
                 await asyncio.sleep(600)
             if number == 1 and mode == "cut":
@@ -84,11 +105,91 @@ class Stub:
             if number == 1 and mode == "error-event":
                 send(json.dumps({"error": {"message": "the engine died"}}))
                 return
-            text = {"delta": {"content": "x"}} if "messages" in body else {"text": "x", "finish_reason": None}
-            send(json.dumps({"choices": [text]}))
+            send(json.dumps({"choices": [self._choice(body)]}))
         if mode != "no-usage":
-            details = {"prompt_tokens_details": {"cached_tokens": 2}}
-            send(json.dumps({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": tokens} | details}))
+            send(json.dumps({"choices": [], "usage": self._usage(body) | {"completion_tokens": tokens}}))
+
+
+class Remembering(Stub):
+    """Counts prompts word by word, answers each token with a word of its own, and has everything it was ever asked and
+    answered in its cache. Modes: forgetful counts the last message or three words alone, no-ids gives no token ids,
+    secretive does not tell what was cached."""
+
+    def __init__(self, first_s: float = 0.001, gap_s: float = 0.0) -> None:
+        super().__init__(first_s, gap_s)
+        self.said: dict[int, list[str]] = {}
+        """Words of an answer, or its ids as text, by the id() of its body."""
+        self.counted: dict[int, tuple[int, int]] = {}
+        """Tokens of a prompt and how many of them were known, by the id() of its body."""
+        self._known: list[list[str]] = []
+        self._serial = itertools.count(1_000_000)
+
+    async def _read(self, body: Any) -> None:
+        prompt = flat(body)
+        self.said[id(body)] = []
+        self.counted[id(body)] = len(prompt), max((common(prompt, each) for each in self._known), default=0)
+        self._known.append(prompt)
+        await super()._read(body)
+
+    def _choice(self, body: Any) -> dict[str, Any]:
+        number = next(self._serial)
+        if "messages" in body:
+            self.said[id(body)].append(f"w{number}")
+            return {"delta": {"content": f" w{number}"}}
+        if body.get("return_token_ids") and body["model"] != "no-ids":
+            self.said[id(body)].append(str(number))
+            return {"text": f" w{number}", "token_ids": [number]}
+        self.said[id(body)].append(f"w{number}")
+        return {"text": f" w{number}"}
+
+    def _usage(self, body: Any) -> dict[str, Any]:
+        answer = ["<assistant>"] if "messages" in body else []
+        self._known.append(flat(body) + answer + self.said[id(body)])
+        prompt, cached = self.counted[id(body)]
+        if body["model"] == "forgetful":
+            prompt = 3
+        told = {} if body["model"] == "secretive" else {"prompt_tokens_details": {"cached_tokens": cached}}
+        return {"prompt_tokens": prompt} | told
+
+
+class Stalling(Stub):
+    """Gives nobody a token while it reads a prompt of `long` ids or more, which takes `read_s`. The first `slow`
+    requests wait a fifth of a second for their first token."""
+
+    def __init__(self, long: int, read_s: float, gap_s: float, slow: int = 0) -> None:
+        super().__init__(0.2, gap_s)
+        self.long, self.read_s, self.slow = long, read_s, slow
+        self.readings: list[tuple[float, float]] = []
+        self._one_at_a_time = asyncio.Lock()
+
+    async def _read(self, body: Any) -> None:
+        if len(self.bodies) <= self.slow:
+            await super()._read(body)
+        if len(body["prompt"]) < self.long:
+            await self._gap()
+            return
+        async with self._one_at_a_time:
+            begin = perf_counter()
+            await asyncio.sleep(self.read_s)
+            self.readings.append((begin, perf_counter()))
+
+    async def _gap(self) -> None:
+        await super()._gap()
+        while self._one_at_a_time.locked():
+            await asyncio.sleep(0.001)
+
+
+def flat(body: Any) -> list[str]:
+    """The tokens of a prompt: words, ids as text, and one for the head of each message."""
+    if "messages" not in body:
+        prompt = body["prompt"]
+        return prompt.split() if isinstance(prompt, str) else [str(token) for token in prompt]
+    return [word for each in body["messages"] for word in (f"<{each['role']}>", *each["content"].split())]
+
+
+def common(one: list[str], other: list[str]) -> int:
+    """How many tokens they begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 @contextlib.contextmanager
@@ -108,6 +209,28 @@ def running(stub: Stub) -> Iterator[str]:
             task.cancel()
         loop.run_until_complete(asyncio.sleep(0.01))
         loop.close()
+
+
+class Job(Protocol):
+    """A load of `bench serve`."""
+
+    @property
+    def work(self) -> Workload: ...
+
+    async def run(self, sender: Sender) -> Run: ...
+
+
+def done(job: Job, url: str) -> Run:
+    """Put a load on a server."""
+
+    async def run() -> Run:
+        client = Client(Endpoint.parse(url))
+        try:
+            return await job.run(Sender(client, job.work.path, 30.0))
+        finally:
+            client.close()
+
+    return asyncio.run(run())
 
 
 async def main() -> None:

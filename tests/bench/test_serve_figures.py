@@ -12,7 +12,7 @@ import pytest
 
 from tests.bench.stub_server import Stub, running
 from tokenspeed.bench.record import read, surroundings
-from tokenspeed.bench.serve import Load, Measured, Run
+from tokenspeed.bench.serve import Measured, Run
 from tokenspeed.bench.serve_report import Limits, records, report, text
 from tokenspeed.bench.workload import Lengths, Workload, read_dataset
 from tokenspeed.cli.main import main
@@ -37,7 +37,7 @@ REQUESTS = [measured(0.1 * number, 0.01 * number, 5) for number in range(1, 6)]
 
 
 def test_figures() -> None:
-    found = report(Run(Load(concurrency=2), [*REQUESTS, measured(9, 9, 9, "it broke")], 4.0, 1.0))
+    found = report(Run("2 at once", [*REQUESTS, measured(9, 9, 9, "it broke")], 4.0, 1.0))
     assert (found.requests, found.completed, found.errors) == (6, 5, {"it broke": 1})
     assert (found.input_tokens, found.cached_tokens, found.output_tokens) == (35, 10, 25)
     assert (found.requests_per_s, found.output_tok_s, found.total_tok_s) == (1.25, 6.25, 15.0)
@@ -49,6 +49,7 @@ def test_figures() -> None:
     assert found.ttft_ms.p50 == pytest.approx(300)
     assert found.ttft_ms.p90 == pytest.approx(460)
     assert found.ttft_ms.p99 == pytest.approx(496)
+    assert found.ttft_ms.max == pytest.approx(500)
     assert found.tpot_ms.p50 == pytest.approx(30)
     gaps = np.repeat([10, 20, 30, 40, 50], 4)
     assert found.itl_ms.p90 == pytest.approx(np.percentile(gaps, 90))
@@ -60,7 +61,7 @@ def test_figures() -> None:
     "limits, good", [("ttft:250", 2), ("ttft:250,tpot:15", 1), ("e2e:10000", 5), ("tpot:50.1", 5), ("ttft:1", 0)]
 )
 def test_goodput(limits: str, good: int) -> None:
-    found = report(Run(Load(rate=1.0), [*REQUESTS, measured(0.01, 0.001, 5, "late")], 2.0, 0.1), Limits.parse(limits))
+    found = report(Run("1 req/s", [*REQUESTS, measured(0.01, 0.001, 5, "late")], 2.0, 0.1), Limits.parse(limits))
     assert found.goodput is not None
     assert (found.goodput.requests_per_s, found.goodput.share) == (good / 2.0, good / 6)
 
@@ -72,23 +73,23 @@ def test_limits_that_are_none(limits: str) -> None:
 
 
 def test_text_hides_nothing() -> None:
-    shown = text(report(Run(Load(concurrency=2), [*REQUESTS, measured(9, 9, 9, "it broke")], 4.0, 3.9)))
+    shown = text(report(Run("2 at once", [*REQUESTS, measured(9, 9, 9, "it broke")], 4.0, 3.9)))
     assert "5 of 6 requests completed" in shown
     assert "failed 1 times: it broke" in shown
     assert "warning: the generator was busy" in shown
-    for name in ("TTFT", "TPOT", "ITL", "E2E"):
+    for name in ("TTFT", "TPOT", "ITL", "E2E", "2 at once"):
         assert name in shown
 
 
 def test_records() -> None:
-    run = Run(Load(concurrency=2), REQUESTS, 4.0, 1.0)
+    run = Run("2 at once", REQUESTS, 4.0, 1.0)
     found = report(run, Limits.parse("ttft:250"))
     made = {record.id: record for record in records(found, run, "serve.tiny.c2", surroundings("make x"))}
     assert (made["serve.tiny.c2.output.tok_s"].value, made["serve.tiny.c2.output.tok_s"].unit) == (6.25, "tok/s")
     assert made["serve.tiny.c2.ttft.p50"].value == pytest.approx(300)
     assert made["serve.tiny.c2.ttft.p50"].samples["ttft_ms"] == pytest.approx([100, 200, 300, 400, 500])
     assert made["serve.tiny.c2.goodput.per_s"].value == 0.5
-    failed = Run(Load(concurrency=2), [*REQUESTS, measured(9, 9, 9, "it broke")], 4.0, 1.0)
+    failed = Run("2 at once", [*REQUESTS, measured(9, 9, 9, "it broke")], 4.0, 1.0)
     with pytest.raises(ConfigError, match="1 of 6 requests failed: nothing is recorded"):
         records(report(failed), failed, "serve.tiny", surroundings("make x"))
 

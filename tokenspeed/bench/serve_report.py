@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
+from tokenspeed.bench.measured import Measured
 from tokenspeed.bench.record import Record, Surroundings
-from tokenspeed.bench.serve import Measured, Run
+from tokenspeed.bench.serve import Run
+from tokenspeed.bench.serve_figures import Arrivals, Distribution, PartFigures, arrivals, distribution, part_figures
 from tokenspeed.contracts.errors import ConfigError
 
 BUSY = 0.7
 """Above this part of a core the generator's own queueing shows in the figures."""
+LATE_MS, LATE_SHARE = 5.0, 0.1
+"""Requests sent later than both, the second a part of the mean gap between arrivals, are not the load asked for."""
+PILED_UP, PILED_TIMES = 10, 1.5
+"""So many more under way at the last arrival, over so many times those at half of them, are no chance."""
 METRICS = {
     "ttft": "to the first token",
     "tpot": "per token after it",
     "itl": "between outputs",
     "e2e": "to the last token",
 }
-
-
-class Distribution(msgspec.Struct, frozen=True):
-    """Milliseconds. Percentiles interpolate between neighbours."""
-
-    mean: float
-    p50: float
-    p90: float
-    p99: float
 
 
 class Goodput(msgspec.Struct, frozen=True):
@@ -42,7 +38,8 @@ class Goodput(msgspec.Struct, frozen=True):
 
 
 class Generator(msgspec.Struct, frozen=True):
-    """What the load generator took: a part of one core; how late the slowest hundredth of requests was sent, in ms."""
+    """What the load generator took: a part of one core; how late the slowest hundredth of requests was sent, in ms,
+    without what --max-concurrency held back."""
 
     cpu_share: float
     late_p99_ms: float
@@ -50,7 +47,10 @@ class Generator(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """A load in figures. Tokens are those that the server counted. `errors`: how often each message came."""
+    """A load in figures. Tokens are those that the server counted. `errors`: how often each message came.
+
+    Latencies are None without a request that completed, and where the requests are too different for common ones.
+    """
 
     load: str
     requests: int
@@ -68,6 +68,8 @@ class Report(msgspec.Struct, kw_only=True):
     itl_ms: Distribution | None
     e2e_ms: Distribution | None
     goodput: Goodput | None
+    arrivals: Arrivals | None
+    parts: list[PartFigures]
     generator: Generator
 
 
@@ -97,10 +99,11 @@ class Limits:
 def report(run: Run, limits: Limits | None = None) -> Report:
     """The figures of a run: rates over its whole duration, latencies of the requests that completed."""
     good = [request for request in run.requests if request.error is None]
+    alike = [] if run.mixed else good
     output = sum(request.output_tokens for request in good)
     prompt = sum(request.prompt_tokens for request in good)
     return Report(
-        load=str(run.load),
+        load=run.load,
         requests=len(run.requests),
         completed=len(good),
         errors=dict(Counter(request.error for request in run.requests if request.error is not None).most_common()),
@@ -111,14 +114,16 @@ def report(run: Run, limits: Limits | None = None) -> Report:
         output_tokens=output,
         output_tok_s=output / run.duration,
         total_tok_s=(prompt + output) / run.duration,
-        ttft_ms=_distribution([request.ttft for request in good]),
-        tpot_ms=_distribution([request.tpot for request in good if request.tpot is not None]),
-        itl_ms=_distribution([gap for request in good for gap in request.gaps]),
-        e2e_ms=_distribution([request.e2e for request in good]),
+        ttft_ms=distribution([request.ttft for request in alike]),
+        tpot_ms=distribution([request.tpot for request in alike if request.tpot is not None]),
+        itl_ms=distribution([gap for request in alike for gap in request.gaps]),
+        e2e_ms=distribution([request.e2e for request in alike]),
         goodput=_goodput(run, limits) if limits else None,
+        arrivals=arrivals(run.requests),
+        parts=[part_figures(part) for part in run.parts],
         generator=Generator(
             run.cpu_s / run.duration,
-            1e3 * float(np.percentile([request.late for request in run.requests], 99)),
+            1e3 * float(np.percentile([request.late - request.waited for request in run.requests], 99)),
             sum(len(request.gaps) + 1 for request in good),
         ),
     )
@@ -130,20 +135,42 @@ def text(report: Report) -> str:
         f"{report.completed} of {report.requests} requests completed in {report.duration_s:.2f} s, {report.load}",
         f"{report.requests_per_s:.2f} req/s, {report.output_tok_s:.1f} tok/s out, {report.total_tok_s:.1f} in all",
         f"input {report.input_tokens} tokens ({report.cached_tokens} cached), output {report.output_tokens}",
-        "",
-        f"{'ms':<26}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}",
+        *_latencies(report),
+        *_parts(report.parts),
     ]
-    for name, found in _distributions(report).items():
-        if found is not None:
-            figures = (found.mean, found.p50, found.p90, found.p99)
-            lines.append(
-                f"{name.upper() + ' ' + METRICS[name]:<26}" + "".join(f"{figure:>10.2f}" for figure in figures)
-            )
     if report.goodput is not None:
         limits = ", ".join(f"{name} {limit:g} ms" for name, limit in report.goodput.limits_ms.items())
         lines += ["", f"goodput {report.goodput.requests_per_s:.2f} req/s, {report.goodput.share:.1%} within {limits}"]
     lines += ["", *_remarks(report)]
     return "\n".join(lines)
+
+
+def _latencies(report: Report) -> list[str]:
+    rows = []
+    for name, found in _distributions(report).items():
+        if found is not None:
+            figures = (found.mean, found.p50, found.p90, found.p99, found.max)
+            rows.append(f"{name.upper() + ' ' + METRICS[name]:<26}" + "".join(f"{figure:>10.2f}" for figure in figures))
+    head = f"{'ms':<26}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>10}"
+    return ["", head, *rows] if rows else []
+
+
+def _parts(parts: list[PartFigures]) -> list[str]:
+    if not parts:
+        return []
+    counts = f"{'ms':<10}{'requests':>9}{'input':>9}{'cached':>8}"
+    rows = [f"{counts}{'TTFT p50':>11}{'p99':>10}{'ITL p50':>10}{'p99':>10}{'max':>10}"]
+    for part in parts:
+        ttft, itl = part.ttft_ms, part.itl_ms
+        counts = f"{part.requests or '-':>9}{_cell(part.input_tokens, '.0f'):>9}{_cell(part.cached_share, '.1%'):>8}"
+        first = (ttft.p50, ttft.p99) if ttft else (None, None)
+        later = (itl.p50, itl.p99, itl.max) if itl else (None, None, None)
+        rows.append(f"{part.name:<10}{counts} " + "".join(f"{_cell(figure):>10}" for figure in first + later))
+    return ["", *rows]
+
+
+def _cell(figure: float | None, form: str = ".2f") -> str:
+    return "-" if figure is None else format(figure, form)
 
 
 def records(report: Report, run: Run, prefix: str, surroundings: Surroundings) -> list[Record]:
@@ -168,18 +195,29 @@ def records(report: Report, run: Run, prefix: str, surroundings: Surroundings) -
             each = {f"{name}_ms": samples[name]} if name in samples else {}
             made.append(Record(id=f"{prefix}.{name}.p50", value=found.p50, unit="ms", samples=each, **surroundings))
             made.append(Record(id=f"{prefix}.{name}.p99", value=found.p99, unit="ms", **surroundings))
-    return made
+    if report.arrivals is not None and report.arrivals.wait_ms is not None:
+        value = report.arrivals.wait_ms.p99
+        made.append(Record(id=f"{prefix}.wait.p99", value=value, unit="ms", **surroundings))
+    return made + [record for part in report.parts for record in _part_records(part, prefix, surroundings)]
+
+
+def _part_records(part: PartFigures, prefix: str, surroundings: Surroundings) -> list[Record]:
+    figures: dict[str, tuple[float, str]] = {}
+    if part.cached_share is not None:
+        figures["cached"] = 100 * part.cached_share, "%"
+    if part.ttft_ms is not None:
+        figures |= {"ttft.p50": (part.ttft_ms.p50, "ms"), "ttft.p99": (part.ttft_ms.p99, "ms")}
+    if part.itl_ms is not None:
+        itl = part.itl_ms
+        figures |= {"itl.p50": (itl.p50, "ms"), "itl.p99": (itl.p99, "ms"), "itl.max": (itl.max, "ms")}
+    return [
+        Record(id=f"{prefix}.{part.name}.{name}", value=value, unit=unit, **surroundings)
+        for name, (value, unit) in figures.items()
+    ]
 
 
 def _distributions(report: Report) -> dict[str, Distribution | None]:
     return {"ttft": report.ttft_ms, "tpot": report.tpot_ms, "itl": report.itl_ms, "e2e": report.e2e_ms}
-
-
-def _distribution(seconds: Sequence[float]) -> Distribution | None:
-    if not seconds:
-        return None
-    p50, p90, p99 = np.percentile(seconds, (50, 90, 99)) * 1e3
-    return Distribution(1e3 * float(np.mean(seconds)), float(p50), float(p90), float(p99))
 
 
 def _goodput(run: Run, limits: Limits) -> Goodput:
@@ -189,10 +227,25 @@ def _goodput(run: Run, limits: Limits) -> Goodput:
 
 def _remarks(report: Report) -> list[str]:
     own = report.generator
-    lines = [
+    lines = _arrival_remarks(report.arrivals) if report.arrivals else []
+    lines.append(
         f"generator: {own.cpu_share:.0%} of a core, {own.events} events, requests at most {own.late_p99_ms:.1f} ms late"
-    ]
+    )
     if own.cpu_share > BUSY:
         lines.append("warning: the generator was busy, its own queueing is in these figures")
-    lines += [f"failed {count} times: {message}" for message, count in report.errors.items()]
+    per_s = report.arrivals.due_per_s if report.arrivals else None
+    if own.late_p99_ms > max(LATE_MS, LATE_SHARE * 1e3 / per_s if per_s else 0.0):
+        lines.append("warning: the generator sent requests late, these are not the arrivals that were asked for")
+    return lines + [f"failed {count} times: {message}" for message, count in report.errors.items()]
+
+
+def _arrival_remarks(found: Arrivals) -> list[str]:
+    half, last = found.under_way_at_half, found.under_way_at_last
+    due = "" if found.due_per_s is None else f"{found.due_per_s:.2f} req/s due; "
+    lines = [f"arrivals: {due}under way {half} when half were due, {last} at the last, {found.most_under_way} at most"]
+    if found.wait_ms is not None:
+        wait = f"p50 {found.wait_ms.p50:.1f}, p99 {found.wait_ms.p99:.1f} ms"
+        lines.append(f"waiting: {found.waited} were held back by --max-concurrency, {wait}; no latency counts that")
+    if last > half * PILED_TIMES + PILED_UP:
+        lines.append("warning: requests piled up, the server did not keep up with the rate")
     return lines

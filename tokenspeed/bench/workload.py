@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -21,8 +22,10 @@ WORDS = (
     "right study book eye job word business issue side kind head house service "
 )
 """Common words, about one token each in most vocabularies: the usage that the server reports says what they came to."""
+_WORDS = WORDS.split()
 FIRST_ID = 100
 """Ids below are often special ones."""
+Line = TypeVar("Line")
 
 
 @dataclass(frozen=True)
@@ -71,52 +74,78 @@ class Workload:
         """The route below /v1."""
         return "/completions" if self.api == "completions" else "/chat/completions"
 
-    def bodies(self, count: int, dataset: list[DatasetLine] | None = None) -> Iterator[bytes]:
-        """`count` bodies; a dataset that is shorter begins again. The same seed makes the same ones."""
+    def bodies(self, count: int | None, dataset: Sequence[DatasetLine] = ()) -> Iterator[bytes]:
+        """`count` bodies, or without end; a dataset that is shorter begins again. The same seed makes the same ones."""
         generator = random.Random(self.seed)
-        for number in range(count):
-            line = dataset[number % len(dataset)] if dataset else self._random(generator)
-            tokens = line.max_tokens or self.output_len.draw(generator)
-            yield msgspec.json.encode(
-                {"model": self.model, "max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True}}
-                | self._asked(line)
-                | self.extra
-            )
+        for number in itertools.count() if count is None else range(count):
+            if dataset:
+                line = dataset[number % len(dataset)]
+                asked, tokens = self.asked_by(line), line.max_tokens
+            else:
+                asked, tokens = self.asked(self.pieces(generator, self.input_len.draw(generator))), None
+            yield self.body(asked, tokens or self.output_len.draw(generator))
 
-    def _random(self, generator: random.Random) -> DatasetLine:
-        length = self.input_len.draw(generator)
-        if self.api == "chat":
-            return DatasetLine(prompt=" ".join(generator.choices(WORDS.split(), k=length)))
-        first = min(FIRST_ID, self.vocab_size // 2)
-        return DatasetLine(prompt=generator.choices(range(first, self.vocab_size), k=length))
+    def body(self, asked: dict[str, Any], max_tokens: int) -> bytes:
+        """A request for a stream with its usage. asked: `prompt` or `messages`."""
+        fixed = {"model": self.model, "max_tokens": max_tokens, "stream": True}
+        return msgspec.json.encode(fixed | {"stream_options": {"include_usage": True}} | asked | self.extra)
 
-    def _asked(self, line: DatasetLine) -> dict[str, Any]:
+    def pieces(self, generator: random.Random, length: int) -> list[Any]:
+        """Random token ids for completions, words for chats; what is made of them is some `length` tokens long."""
+        return self.ids(generator, length) if self.api == "completions" else words(generator, length)
+
+    def ids(self, generator: random.Random, length: int) -> list[int]:
+        """Random token ids."""
+        return generator.choices(range(min(FIRST_ID, self.vocab_size // 2), self.vocab_size), k=length)
+
+    def asked(self, pieces: list[Any]) -> dict[str, Any]:
+        """A prompt of pieces, in the fields of the API."""
+        if self.api == "completions":
+            return {"prompt": pieces}
+        return {"messages": [{"role": "user", "content": " ".join(pieces)}]}
+
+    def asked_by(self, line: DatasetLine) -> dict[str, Any]:
+        """What a line of a file asks, in the fields of the API."""
         if self.api == "completions":
             return {"prompt": line.prompt}
         return {"messages": line.messages or [{"role": "user", "content": line.prompt}]}
 
 
+def words(generator: random.Random, length: int) -> list[str]:
+    """Random common words."""
+    return generator.choices(_WORDS, k=length)
+
+
 def read_dataset(path: str, api: ApiName) -> list[DatasetLine]:
     """Lines of JSON. Raises ConfigError naming the line that cannot be used."""
-    try:
-        raw = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise ConfigError(f"--dataset {path}: {error.strerror}") from None
     lines = []
-    for number, text in enumerate(raw, start=1):
-        if text.strip():
-            try:
-                line = msgspec.json.decode(text, type=DatasetLine)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                raise ConfigError(f"--dataset {path}, line {number}: {error}") from None
-            _check_line(line, api, f"--dataset {path}, line {number}")
-            lines.append(line)
-    if not lines:
-        raise ConfigError(f"--dataset {path}: no lines")
+    for place, line in read_lines(path, "--dataset", DatasetLine):
+        check_line(line, api, place)
+        lines.append(line)
     return lines
 
 
-def _check_line(line: DatasetLine, api: ApiName, place: str) -> None:
+def read_lines(path: str, flag: str, kind: type[Line]) -> list[tuple[str, Line]]:
+    """The lines of a file of JSON, each with words that name it. Raises ConfigError, also where there is no line."""
+    try:
+        raw = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {error.strerror}") from None
+    decoder, lines = msgspec.json.Decoder(kind), []
+    for number, text in enumerate(raw, start=1):
+        if text.strip():
+            place = f"{flag} {path}, line {number}"
+            try:
+                lines.append((place, decoder.decode(text)))
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{place}: {error}") from None
+    if not lines:
+        raise ConfigError(f"{flag} {path}: no lines")
+    return lines
+
+
+def check_line(line: DatasetLine, api: ApiName, place: str) -> None:
+    """Raises ConfigError where a line cannot be asked through an API."""
     if (line.prompt is None) == (line.messages is None):
         raise ConfigError(f"{place}: needs either prompt or messages")
     if api == "completions" and line.prompt is None:
