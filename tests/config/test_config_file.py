@@ -142,6 +142,7 @@ def test_what_a_file_may_not_say(tmp_path: Path, text: str | bytes, complaint: s
         read(tmp_path, text)
     said = str(caught.value)
     assert complaint in said
+    assert ("not YAML" in said) == ("not YAML" in complaint)
     assert said.startswith(f"--config {tmp_path / 'oven.yaml'}")
     assert "\n" not in said
     assert len(said) < 400

@@ -136,12 +136,12 @@ def quantization(house: House) -> None:
 
 def precise(house: House) -> None:
     for flags, expected in ((["--precise"], torch.float32), ([], torch.bfloat16)):
-        core = house.core("--model", str(house.quantised), *flags)
+        core = house.core("--model", str(house.quantised()), *flags)
         assert (core.model.dtype, core.kv_dtype, core.backend.name) == (expected, expected, "cpu")
 
 
 def batch_invariant(house: House) -> None:
-    fast = ["--model", str(house.quantised)]
+    fast = ["--model", str(house.quantised())]
     drive(house.core(*fast, "--batch-invariant"), prompt(5))
     drive(house.core(*fast, "--dtype", "float32"), prompt(5))
     with pytest.raises(UnsupportedError, match="--batch-invariant"):
@@ -149,7 +149,7 @@ def batch_invariant(house: House) -> None:
 
 
 def packed_cache(house: House) -> None:
-    folder, fast = house.tmp / "packed", ["--model", str(house.quantised)]
+    folder, fast = house.tmp / "packed", ["--model", str(house.quantised())]
     tokens = [drive(house.core(*fast, "--packed-cache", str(folder)), prompt(5)).tokens for _ in range(2)]
     assert [path.suffix for path in folder.iterdir()] == [".packed"]
     assert tokens[0] == tokens[1] == drive(house.core(*fast), prompt(5)).tokens
@@ -178,7 +178,7 @@ def threads(house: House) -> None:
 def lm_head(house: House) -> None:
     read = {}
     for name in ("screened", "full"):
-        core = house.core("--model", str(house.quantised), "--lm-head", name)
+        core = house.core("--model", str(house.quantised()), "--lm-head", name)
         drive(core, prompt(5), max_tokens=9)
         read[name] = core.backend.weight_bytes["lm_head"] / core.model.packed["lm_head"].nbytes
     assert read["full"] == 1 != read["screened"]

@@ -60,8 +60,8 @@ class House:
     log: pytest.LogCaptureFixture
     tiny: Path
     """A tiny random model."""
-    quantised: Path
-    """A tiny .gguf file in Q8_0."""
+    quantised: Callable[[], Path]
+    """A tiny .gguf file in Q8_0, made once."""
     started: dict[str, Any] = field(default_factory=dict)
     """What the engine of `serve` was started with."""
     _visit: asyncio.Future[None] | None = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,13 +40,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return flag_effects_engine.make_quantised(tmp_path_factory.mktemp("quantised"))
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    folder = tmp_path_factory.mktemp("quantised")
+    return functools.cache(lambda: flag_effects_engine.make_quantised(folder))
 
 
 @pytest.fixture
 def house(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tiny: Path, quantised: Path
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tiny: Path,
+    quantised: Callable[[], Path],
 ) -> House:
     for name in ("TOKENSPEED_API_KEY", "TOKENSPEED_ADMIN_KEY"):
         monkeypatch.delenv(name, raising=False)
