@@ -53,7 +53,7 @@ class AccessConfig:
         secret=True,
     )
     api_key_file: str | None = setting(None, "a file of SHA-256 digests of keys, in hex, one a line")
-    metrics_need_key: bool = setting(False, "/metrics needs a key too; /health and /version never do")
+    metrics_need_key: bool = setting(False, "/metrics needs a key too; by default it is open")
     cors_origin: tuple[str, ...] = setting(
         (), "an origin whose web pages may call this server, * is any; may be given again; by default none"
     )
