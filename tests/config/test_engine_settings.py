@@ -41,3 +41,16 @@ def test_paths_become_text(tmp_path: Path) -> None:
 def test_precise_is_yes_or_no(value: Any) -> None:
     with pytest.raises(ConfigError, match="--precise must be bool"):
         EngineConfig(precise=value)
+
+
+def test_code_of_a_repository_is_never_run() -> None:
+    with pytest.raises(ConfigError, match="--trust-remote-code is refused"):
+        EngineConfig.from_kwargs({"trust_remote_code": True})
+    assert EngineConfig.from_kwargs({"trust_remote_code": False}) == EngineConfig()
+
+
+@pytest.mark.parametrize("value", [0, -0.5, 1.5, float("nan"), float("inf")])
+def test_shares_lie_between_0_and_1(value: float) -> None:
+    with pytest.raises(ConfigError, match="--gpu-memory-utilization must be above 0 and at most 1"):
+        EngineConfig(gpu_memory_utilization=value)
+    assert EngineConfig(gpu_memory_utilization=1).gpu_memory_utilization == 1

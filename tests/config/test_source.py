@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tokenspeed.config import hub
-from tokenspeed.config.source import ModelSource, resolve_model
+from tokenspeed.config.source import ModelSource, resolve_model, resolve_tokenizer
 from tokenspeed.contracts.errors import ConfigError, ModelNotFoundError, UnsupportedError
 
 
@@ -97,7 +98,7 @@ def test_names_that_are_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_a_repository_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def snapshot_download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(repo: str, *, revision: str | None, allow_patterns: list[str], cache_dir: str | None) -> str:
         calls.append((repo, revision, any("safetensors" in pattern for pattern in allow_patterns)))
         assert not any(pattern in allow_patterns for pattern in ("*", "*.bin", "*.pt", "*.py"))
         return str(touch(tmp_path / "snapshot", "config.json", "model.safetensors"))
@@ -110,6 +111,30 @@ def test_a_repository_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert calls == [("org/name-1.0", None, True), ("org/name", "refs/pr/1", True), ("org/name", "v2", False)]
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model"])
+def test_a_directory_with_a_tokenizer_alone(tmp_path: Path, file: str) -> None:
+    touch(tmp_path, file)
+    assert resolve_tokenizer(str(tmp_path)) == ModelSource(tmp_path, "safetensors", str(tmp_path))
+
+
+def test_tokenizers_beside_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def snapshot_download(repo: str, **settings: Any) -> str:
+        asked.append((repo, settings["revision"], settings["cache_dir"], settings["allow_patterns"]))
+        return str(touch(tmp_path / "snapshot", "config.json", *(["tokenizer.json"] if repo == "org/with" else [])))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(ModelNotFoundError, match=r"--tokenizer org/without: no tokenizer there \(looked for tokenizer"):
+        resolve_tokenizer("org/without")
+    assert resolve_tokenizer("org/with@v3", "/models").path == tmp_path / "snapshot"
+    assert [each[:3] for each in asked] == [("org/without", None, None), ("org/with", "v3", "/models")]
+    assert not any("safetensors" in pattern for pattern in asked[0][3])
+    touch(tmp_path / "both", "m.gguf")
+    assert resolve_tokenizer(str(tmp_path / "both")).format == "gguf"
+
+
 class FakeHub:
     """A repository of given files; downloads those that match, as the hub's own client does."""
 
@@ -117,7 +142,9 @@ class FakeHub:
         self.folder, self.files = folder, files
         self.revisions: list[str | None] = []
 
-    def snapshot_download(self, repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(
+        self, repo: str, *, revision: str | None, allow_patterns: list[str], cache_dir: str | None
+    ) -> str:
         from huggingface_hub.utils._paths import filter_repo_objects
 
         self.revisions.append(revision)

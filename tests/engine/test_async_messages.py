@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import Field, fields
 from typing import Any
 
 import msgspec
@@ -12,6 +11,7 @@ import pytest
 from tests.engine.async_tools import importable
 from tests.engine.fake_core import REFUSED, FakeCore
 from tokenspeed.config.engine import EngineConfig
+from tokenspeed.config.settings import Setting, settings_of
 from tokenspeed.contracts import errors
 from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.contracts.sampling import RequestOutputKind, SamplingParams
@@ -120,16 +120,16 @@ def test_messages_from_the_engine_round_trip(message: FromEngine) -> None:
     assert shape(FromEngine, message) == message
 
 
-def another(setting: Field[Any], hint: str) -> Any:
+def another(setting: Setting) -> Any:
     """A value of a setting that is not its default."""
-    if setting.metadata["choices"]:
-        return setting.metadata["choices"][-1]
-    return not setting.default if hint == "bool" else 17 if "int" in hint else 0.5 if "float" in hint else "x\ny"
+    if setting.about.choices:
+        return setting.about.choices[-1]
+    return {bool: not setting.default, int: 17, float: 0.5, str: "x\ny"}[setting.kind]
 
 
 def test_the_first_line_holds_every_setting() -> None:
-    changed = {setting.name: another(setting, str(setting.type)) for setting in fields(EngineConfig)}
-    changed |= {"precise": False}  # it goes with few values of others
+    changed = {setting.name: another(setting) for setting in settings_of(EngineConfig)}
+    changed |= {"precise": False, "trust_remote_code": False}  # one goes with few values of others, one with nothing
     for config in (EngineConfig(), EngineConfig(**changed), EngineConfig(precise=True)):
         line = msgspec.json.encode(Start(fd=7, config=config))
         assert b"\n" not in line

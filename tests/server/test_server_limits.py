@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import socket
@@ -17,10 +16,10 @@ import pytest
 from tests.seeds import SEED
 from tests.server.conftest import GUARD_S, Serve, Served
 from tests.server.fake_engine import MAX_NUM_SEQS, FakeEngine
-from tokenspeed.cli.flags import add_limit_flags, limit_settings
-from tokenspeed.cli.main import main
-from tokenspeed.config.engine import flag
+from tokenspeed.cli.main import main, parser
+from tokenspeed.cli.serve import serve_config
 from tokenspeed.config.serving import Limits
+from tokenspeed.config.settings import flag
 from tokenspeed.server import limits as server_limits
 
 HELD = 4
@@ -71,11 +70,9 @@ def error_of(response: Any) -> dict[str, Any]:
 
 
 def test_every_flag_arrives() -> None:
-    parser = argparse.ArgumentParser()
-    add_limit_flags(parser)
-    assert Limits(**limit_settings(parser.parse_args([]))) == Limits()
+    assert serve_config(parser().parse_args(["serve"])).limits == Limits()
     flags = [text for name, value in SET.items() for text in (flag(name), str(value))]
-    assert limit_settings(parser.parse_args(flags)) == SET
+    assert serve_config(parser().parse_args(["serve", *flags])).limits == Limits(**SET)
     assert all(getattr(Limits(), name) != value for name, value in SET.items())
 
 

@@ -6,8 +6,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from tokenspeed.config.engine import flag
 from tokenspeed.config.serving import Limits
+from tokenspeed.config.settings import flag
 from tokenspeed.server.app import create_app
 from tokenspeed.server.openai.fields import CHAT_NEUTRAL, CHAT_WITHOUT_EFFECT, NEUTRAL, WITHOUT_EFFECT
 from tokenspeed.server.openai.requests import ChatRequest, CompletionRequest

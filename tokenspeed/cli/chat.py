@@ -120,7 +120,7 @@ def _open(settings: dict[str, Any]) -> tuple[Tokenizer, ChatTemplate]:
 
     config = EngineConfig.from_kwargs(settings)
     files = open_model(config)
-    source = files.source
+    source = files.tokenizer
     tokenizer = None if source is None else open_tokenizer(str(source.path), source.format, source.name)
     if tokenizer is None:
         raise PromptError(f"{files.name} has no tokenizer, and a chat needs one")

@@ -1,13 +1,15 @@
-"""Flags shared by commands: those of EngineConfig and SamplingParams come from their definitions."""
+"""Flags, made of the definitions of settings, and what was given of them: by flag, file or variable."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
-from typing import Any, get_type_hints
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from tokenspeed.config.engine import EngineConfig, flag
-from tokenspeed.config.serving import Limits
+from tokenspeed.config.engine import EngineConfig
+from tokenspeed.config.file import read_config_file
+from tokenspeed.config.settings import Setting, flag, settings_of
 from tokenspeed.contracts.errors import ConfigError
 
 SAMPLING: dict[str, tuple[type, str]] = {
@@ -32,45 +34,78 @@ SAMPLING: dict[str, tuple[type, str]] = {
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:
-    """One flag for each field of EngineConfig."""
-    _add_settings(parser.add_argument_group("engine"), EngineConfig, leave_out)
+    """One flag for each field of EngineConfig, and --config for a file of them."""
+    add_config_flag(parser)
+    add_settings(parser, "engine", EngineConfig, leave_out)
 
 
-def add_limit_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for each field of Limits."""
-    _add_settings(parser.add_argument_group("limits"), Limits)
+def add_config_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag that names a configuration file."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="a YAML file of flags (max-num-seqs: 8); those of the command line come before it",
+    )
 
 
-def limit_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Keywords of `Limits` from parsed flags."""
-    return {setting.name: getattr(options, setting.name) for setting in fields(Limits)}
-
-
-def _add_settings(
-    group: argparse._ArgumentGroup, settings: type[EngineConfig | Limits], leave_out: tuple[str, ...] = ()
-) -> None:
-    hints = get_type_hints(settings)
-    for setting in fields(settings):
-        if setting.name in leave_out:
+def add_settings(parser: argparse.ArgumentParser, title: str, settings: type, leave_out: tuple[str, ...] = ()) -> None:
+    """One flag for each field of a settings class. What is not given is not in the namespace."""
+    group = parser.add_argument_group(title)
+    for each in settings_of(settings):
+        if each.name in leave_out:
             continue
-        text = setting.metadata["help"]
-        if setting.default is not None:
-            text += f" (default: {setting.default})"
-        options: dict[str, Any] = {"dest": setting.name, "default": setting.default, "help": text}
-        if hints[setting.name] is bool:
-            group.add_argument(flag(setting.name), action=argparse.BooleanOptionalAction, **options)
-            continue
-        choices = setting.metadata["choices"]
-        wanted = getattr(hints[setting.name], "__args__", (hints[setting.name],))
-        kind = next((kind for kind in (int, float) if kind in wanted), str)
-        metavar = None if choices else {int: "N", float: "X"}.get(kind, setting.name.upper())
-        group.add_argument(flag(setting.name), type=kind, choices=choices or None, metavar=metavar, **options)
+        options = _options(each)
+        group.add_argument(each.flag, help=_help(each), **options)
+        if each.about.alias:
+            group.add_argument(each.about.alias, help=argparse.SUPPRESS, **options)
 
 
-def engine_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Keywords of `LLM` from parsed flags."""
+def _options(each: Setting) -> dict[str, Any]:
+    shared = {"dest": each.name, "default": argparse.SUPPRESS}
+    if each.kind is bool:
+        return {"action": argparse.BooleanOptionalAction, **shared}
+    options: dict[str, Any] = {"type": each.kind, **shared}
+    if each.about.choices:
+        options["choices"] = each.about.choices
+    else:
+        options["metavar"] = {int: "N", float: "X"}.get(each.kind, each.name.upper())
+    if each.several:
+        options |= {"action": "extend", "nargs": "+"} if each.about.spread else {"action": "append"}
+    return options
+
+
+def _help(each: Setting) -> str:
+    """What it does, its environment variable and its default."""
+    env = f"; {each.about.env} in the environment is the same" if each.about.env else ""
+    default = f" (default: {each.default})" if each.default not in (None, (), "") else ""
+    return f"{each.about.help}{env}{default}".replace("%", "%%")
+
+
+def given_settings(
+    options: argparse.Namespace, known: Sequence[Setting], environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Values of those settings that were given: on the command line, else in the file of --config, else in the
+    environment. Raises ConfigError for a file that cannot be used."""
+    variables = os.environ if environment is None else environment
+    found = {
+        each.name: (variables[each.about.env],) if each.several else variables[each.about.env]
+        for each in known
+        if each.about.env in variables
+    }
     given = vars(options)
-    return {setting.name: given[setting.name] for setting in fields(EngineConfig) if setting.name in given}
+    if "config" in given:
+        found |= read_config_file(given["config"], known)
+    for each in known:
+        if each.name in given:
+            value = given[each.name]
+            found[each.name] = tuple(value) if each.several else value
+    return found
+
+
+def engine_settings(options: argparse.Namespace, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Keywords of `LLM` from parsed flags, and from the file that they name. Raises ConfigError."""
+    return given_settings(options, [each for each in settings_of(EngineConfig) if each.name not in leave_out])
 
 
 def add_sampling_flags(

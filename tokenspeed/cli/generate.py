@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from tokenspeed.cli.flags import add_engine_flags, add_sampling_flags, engine_settings, read_text, sampling_settings
-from tokenspeed.config.engine import flag
+from tokenspeed.config.settings import flag
 from tokenspeed.contracts.errors import ParameterError, PromptError
 from tokenspeed.contracts.sampling import SamplingParams
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from tokenspeed.engine.output import RequestOutput
 
 DEFAULT_MAX_TOKENS = 128
+NO_USE = ("chat_template",)
+"""Settings of the engine that a completion has no use for."""
 
 
 def add_parser(commands: Any) -> None:
@@ -33,7 +35,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming")
     add_sampling_flags(parser)
-    add_engine_flags(parser, leave_out=("chat_template",))
+    add_engine_flags(parser, NO_USE)
     parser.set_defaults(run=run)
 
 
@@ -45,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     for name in ("logprobs", "prompt_logprobs"):
         if name in settings and not options.json:
             raise ParameterError(f"{flag(name)} needs --json: streamed text has no place for it")
-    llm = load_llm(engine_settings(options))
+    llm = load_llm(engine_settings(options, NO_USE))
     defaults = {"max_tokens": DEFAULT_MAX_TOKENS} | dict(llm.generation.sampling)
     params = SamplingParams.from_dict(defaults | settings)
     outputs = []

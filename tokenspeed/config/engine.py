@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
-from typing import Any, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Any
 
+from tokenspeed.config.settings import check, flag, setting
 from tokenspeed.contracts.errors import ConfigError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 KV_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8", "fp8", "fp8_e4m3")
 QUANTIZATIONS = ("int8", "int4", "fp8")
 LOAD_FORMATS = ("auto", "dummy")
+GENERATION_CONFIGS = ("auto", "none")
 LM_HEADS = ("screened", "full")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISE: dict[str, tuple[str, ...]] = {
@@ -21,87 +23,101 @@ PRECISE: dict[str, tuple[str, ...]] = {
 """What `precise` goes with."""
 
 
-def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
-
-
 @dataclass(frozen=True)
 class EngineConfig:
     """Names are vLLM's where the meaning is the same. Raises ConfigError on a value that is not usable."""
 
-    model: str | None = _setting(
+    model: str | None = setting(
         None,
         "a .gguf file, a directory, a Hugging Face repository id, or a shipped config (with --load-format dummy); "
         "by default the demo model, Gemma 3 270M",
     )
-    revision: str | None = _setting(None, "revision of the Hugging Face repository")
-    chat_template: str | None = _setting(None, "a template file, a template, or the built-in name 'plain'")
-    device: str = _setting("auto", "where to run; auto takes a GPU if there is one", DEVICES)
-    dtype: str = _setting("auto", "compute type; auto is bfloat16, float16 is for GPUs", DTYPES)
-    kv_cache_dtype: str = _setting(
+    revision: str | None = setting(None, "revision of the Hugging Face repository")
+    tokenizer: str | None = setting(
+        None,
+        "a directory, a .gguf file or a Hugging Face repository (org/name@revision) whose tokenizer to use; by default "
+        "the model's own",
+    )
+    download_dir: str | None = setting(
+        None, "where files of Hugging Face repositories are kept; by default in the hub's cache, which HF_HOME moves"
+    )
+    trust_remote_code: bool = setting(
+        False, "refused: no code of a repository is ever run, models are those that this engine has itself"
+    )
+    generation_config: str = setting(
+        "auto",
+        "sampling defaults of requests: auto takes those that the checkpoint states, none takes OpenAI's",
+        choices=GENERATION_CONFIGS,
+    )
+    chat_template: str | None = setting(None, "a template file, a template, or the built-in name 'plain'")
+    device: str = setting("auto", "where to run; auto takes a GPU if there is one", choices=DEVICES)
+    dtype: str = setting("auto", "compute type; auto is bfloat16, float16 is for GPUs", choices=DTYPES)
+    kv_cache_dtype: str = setting(
         "auto",
         "type of the KV cache; auto is the compute type; int8 has a scale per 32 values, fp8 (e4m3) none",
-        KV_DTYPES,
+        choices=KV_DTYPES,
     )
-    quantization: str | None = _setting(
+    quantization: str | None = setting(
         None,
         "quantise matrices at load: int8 and int4 in groups of 32 columns (int4 leaves the embedding and the head at "
         "int8); fp8 on GPUs, per output channel, but for the embedding and the head; by default they stay as they come",
-        QUANTIZATIONS,
+        choices=QUANTIZATIONS,
     )
-    precise: bool = _setting(
+    precise: bool = setting(
         False, "accuracy before speed: auto types become float32, and nothing that costs accuracy is on"
     )
-    batch_invariant: bool = _setting(
+    batch_invariant: bool = setting(
         False,
         "a request gets the same tokens and log-probabilities, bit by bit, whatever runs beside it and however its "
         "prompt is fed; on GPUs slower kernels do this, the CPU's fast ones always do",
     )
-    packed_cache: str | None = _setting(
+    packed_cache: str | None = setting(
         None, "a directory for copies of the weights as the CPU backend packs them: the next load reads its copy"
     )
-    load_format: str = _setting("auto", "auto reads the weights; dummy makes up random ones", LOAD_FORMATS)
-    threads: int | None = _setting(None, "CPU threads; by default as many as this process may use")
-    lm_head: str = _setting(
+    load_format: str = setting("auto", "auto reads the weights; dummy makes up random ones", choices=LOAD_FORMATS)
+    threads: int | None = setting(None, "CPU threads; by default as many as this process may use", least=1)
+    lm_head: str = setting(
         "screened",
         "on the CPU, screened reads of a Q8_0 head only what may hold the next token (the token is the same); full "
         "reads all of it",
-        LM_HEADS,
+        choices=LM_HEADS,
     )
-    max_model_len: int | None = _setting(
-        None, "most tokens of one sequence, prompt and output; by default the model's context as far as memory holds it"
+    max_model_len: int | None = setting(
+        None,
+        "most tokens of one sequence, prompt and output; by default the model's context as far as memory holds it",
+        least=2,
     )
-    max_num_seqs: int = _setting(64, "most sequences computed at once")
-    max_num_batched_tokens: int = _setting(512, "most tokens fed per step, by all sequences")
-    block_size: int = _setting(16, "tokens per KV page")
-    kv_cache_memory_bytes: int | None = _setting(
+    max_num_seqs: int = setting(64, "most sequences computed at once", least=1)
+    max_num_batched_tokens: int = setting(512, "most tokens fed per step, by all sequences", least=1)
+    block_size: int = setting(16, "tokens per KV page", least=1)
+    kv_cache_memory_bytes: int | None = setting(
         None,
         "bytes of KV cache; by default a quarter of the free memory (on a GPU see --gpu-memory-utilization), at most "
         "what all sequences could fill",
+        least=1,
     )
-    gpu_memory_utilization: float = _setting(
-        0.9, "on a GPU, the part of its memory that this engine may use in all: weights, the largest step, KV cache"
+    gpu_memory_utilization: float = setting(
+        0.9,
+        "on a GPU, the part of its memory that this engine may use in all: weights, the largest step, KV cache",
+        least=0,
+        most=1,
+        above=True,
     )
-    enable_prefix_caching: bool = _setting(True, "reuse the KV of shared prompt prefixes")
-    target_itl_ms: float | None = _setting(
-        None, "while something decodes, feed prompts in chunks that keep a step within this many milliseconds"
+    enable_prefix_caching: bool = setting(True, "reuse the KV of shared prompt prefixes")
+    target_itl_ms: float | None = setting(
+        None,
+        "while something decodes, feed prompts in chunks that keep a step within this many milliseconds",
+        least=0,
+        above=True,
     )
-    seed: int | None = _setting(None, "makes requests that name no seed repeatable")
+    seed: int | None = setting(None, "makes requests that name no seed repeatable")
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(EngineConfig)
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            _check_type(setting.name, value, hints[setting.name])
-            choices = setting.metadata["choices"]
-            if choices and value is not None and value not in choices:
-                raise ConfigError(f"{flag(setting.name)} must be one of {', '.join(choices)}, got {value!r}")
-        for name in ("threads", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("max_model_len", self.max_model_len, 2)
-        if not 0 < self.gpu_memory_utilization <= 1:
+        check(self)
+        if self.trust_remote_code:
             raise ConfigError(
-                f"{flag('gpu_memory_utilization')} must be above 0 and at most 1, got {self.gpu_memory_utilization}"
+                "--trust-remote-code is refused: this engine runs no code of a repository, whoever vouches for it, and "
+                "needs none for the models that it has; leave it out"
             )
         if self.revision is not None and self.model is None:
             raise ConfigError("--revision needs --model, a Hugging Face repository id")
@@ -114,27 +130,8 @@ class EngineConfig:
     @classmethod
     def from_kwargs(cls, settings: dict[str, Any]) -> EngineConfig:
         """From keywords, paths among them; an unknown one is a ConfigError that lists the known ones."""
-        known = [setting.name for setting in fields(cls)]
+        known = [each.name for each in fields(cls)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
             raise ConfigError(f"unknown engine setting: {', '.join(unknown)} (known: {', '.join(known)})")
         return cls(**{name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in settings.items()})
-
-
-def flag(name: str) -> str:
-    """The command-line flag of a setting."""
-    return "--" + name.replace("_", "-")
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    wanted = hint.__args__ if hasattr(hint, "__args__") else (hint,)
-    if float in wanted:
-        wanted = (*wanted, int)
-    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
-        names = " or ".join("none" if kind is type(None) else kind.__name__ for kind in wanted)
-        raise ConfigError(f"{flag(name)} must be {names}, got {value!r}")
-
-
-def _at_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise ConfigError(f"{flag(name)} must be at least {least}, got {value}")

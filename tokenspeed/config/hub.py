@@ -12,36 +12,37 @@ _SETTINGS = ["*.json", "*.jinja", "tokenizer.model"]
 _WEIGHTS = ["*.safetensors"]
 
 
-def fetch_repository(repo: str, revision: str | None, need_weights: bool) -> Path:
-    """Download the files of a repository that a model is loaded from, and return their directory in the hub's cache.
+def fetch_repository(repo: str, revision: str | None, need_weights: bool, cache: str | None = None) -> Path:
+    """Download the files of a repository that a model is loaded from, and return their directory in `cache`, by default
+    the hub's own.
 
     Raises ModelNotFoundError where the repository or revision does not exist, is gated, or cannot be reached and is not
     in the cache.
     """
-    return _fetch(repo, revision, _SETTINGS + _WEIGHTS if need_weights else _SETTINGS)
+    return _fetch(repo, revision, _SETTINGS + _WEIGHTS if need_weights else _SETTINGS, cache)
 
 
-def fetch_gguf(repo: str, file: str, revision: str | None) -> Path:
+def fetch_gguf(repo: str, file: str, revision: str | None, cache: str | None = None) -> Path:
     """Download a .gguf file of a repository, with all its shards where the name is one of a split file's.
 
     Returns where the named one lies. Raises ModelNotFoundError as `fetch_repository` does, and for files that the
     repository does not have.
     """
     names = shard_names(file)
-    directory = _fetch(repo, revision, [glob.escape(name) for name in names])
+    directory = _fetch(repo, revision, [glob.escape(name) for name in names], cache)
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise ModelNotFoundError(f"the Hugging Face repository {repo} has no {', '.join(missing[:3])}")
     return directory / file
 
 
-def _fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
+def _fetch(repo: str, revision: str | None, patterns: list[str], cache: str | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ModelNotFoundError(f"{repo}: fetching a repository needs `pip install huggingface_hub`") from None
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, cache_dir=cache))
     except Exception as error:  # HTTP, network, cache and name errors have no useful common class
         at = f" at revision {revision}" if revision else ""
         raise ModelNotFoundError(f"cannot fetch {repo}{at} from the Hugging Face hub: {_reason(error)}") from None

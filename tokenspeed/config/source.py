@@ -17,6 +17,7 @@ _REPOSITORY = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./
 _GGUF_OF_REPOSITORY = re.compile(
     r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)/(?P<file>[\w.][\w./ +-]*\.gguf)(@(?P<revision>[\w./-]+))?", re.ASCII
 )
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -30,12 +31,13 @@ class ModelSource:
     name: str
 
 
-def resolve_model(name: str | None, *, need_weights: bool = True) -> ModelSource:
+def resolve_model(name: str | None, *, need_weights: bool = True, download_dir: str | None = None) -> ModelSource:
     """Find a model, fetching or assembling it where needed.
 
     name: None for the demo model; a .gguf file, of a split one any shard; a directory; a Hugging Face repository,
     `org/name` or `org/name@revision`; or a .gguf file in one, `org/name/file.gguf` or `org/name/file.gguf@revision`.
-    need_weights: False accepts (and fetches) a directory of config and tokenizer alone.
+    need_weights: False accepts (and fetches) a directory of config and tokenizer alone. download_dir: where what is
+    fetched is kept; by default in the hub's own cache.
     Raises ModelNotFoundError where there is none, ConfigError on an ambiguous directory, UnsupportedError on a
     directory of pickle files only.
     """
@@ -48,15 +50,29 @@ def resolve_model(name: str | None, *, need_weights: bool = True) -> ModelSource
         return _from_directory(path, name, need_weights)
     gguf = _GGUF_OF_REPOSITORY.fullmatch(name)
     if gguf is not None and ".." not in gguf["file"].split("/"):
-        return ModelSource(fetch_gguf(gguf["repo"], gguf["file"], gguf["revision"]), "gguf", name)
+        return ModelSource(fetch_gguf(gguf["repo"], gguf["file"], gguf["revision"], download_dir), "gguf", name)
     repository = _REPOSITORY.fullmatch(name)
     if repository is None or path.suffix == ".gguf":
         raise ModelNotFoundError(
             f"no model at {name}: neither a .gguf file, a directory, nor a repository written org/name[@revision] "
             "or a file in one, org/name/file.gguf[@revision]"
         )
-    directory = fetch_repository(repository["repo"], repository["revision"], need_weights)
+    directory = fetch_repository(repository["repo"], repository["revision"], need_weights, download_dir)
     return _from_directory(directory, name, need_weights)
+
+
+def resolve_tokenizer(name: str, download_dir: str | None = None) -> ModelSource:
+    """Find a tokenizer: beside a model, named as in `resolve_model`, or in a directory without one.
+
+    Raises as `resolve_model` does, and ModelNotFoundError for a directory that has none.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and any((path / file).is_file() for file in TOKENIZER_FILES):
+        return ModelSource(path, "safetensors", name)
+    source = resolve_model(name, need_weights=False, download_dir=download_dir)
+    if source.format == "safetensors" and not any((source.path / file).is_file() for file in TOKENIZER_FILES):
+        raise ModelNotFoundError(f"--tokenizer {name}: no tokenizer there (looked for {' and '.join(TOKENIZER_FILES)})")
+    return source
 
 
 def _from_file(path: Path, name: str) -> ModelSource:

@@ -304,11 +304,11 @@ class EngineCore(StepLoop):
     @property
     def info(self) -> EngineInfo:
         """What others have to know of the model."""
-        source = self.files.source
+        tokenizer = self.files.tokenizer
         return EngineInfo(
             model=self.files.name,
-            path=str(source.path) if source else None,
-            format=source.format if source else None,
+            path=str(tokenizer.path) if tokenizer else None,
+            format=tokenizer.format if tokenizer else None,
             max_model_len=self.capacity.max_model_len,
             vocab_size=self.vocab_size,
             eos_token_ids=list(self.files.generation.eos_token_ids),

@@ -208,7 +208,7 @@ def _warn_unsupported(files: ModelFiles) -> None:
 
 
 def _load_tokenizer(files: ModelFiles) -> Tokenizer | None:
-    source = files.source
+    source = files.tokenizer
     return None if source is None else open_tokenizer(str(source.path), source.format, source.name)
 
 

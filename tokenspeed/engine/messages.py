@@ -20,7 +20,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     """Its name, as the user gave it."""
     path: str | None = None
-    """Where its files are, and with them its tokenizer; None for a shipped config with random weights."""
+    """Where its tokenizer is; None for a shipped config with random weights."""
     format: ModelFormat | None = None
     max_model_len: int
     vocab_size: int

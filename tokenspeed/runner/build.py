@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from tokenspeed.config.engine import EngineConfig
 from tokenspeed.config.generation import GenerationDefaults, generation_from_gguf, generation_from_hf
-from tokenspeed.config.source import ModelSource, resolve_model
+from tokenspeed.config.source import ModelSource, resolve_model, resolve_tokenizer
 from tokenspeed.contracts.errors import ConfigError, ModelNotFoundError, UnsupportedError
 from tokenspeed.contracts.executor import Executor
 from tokenspeed.formats.checkpoint import Checkpoint
@@ -40,7 +40,8 @@ logger = logging.getLogger("tokenspeed")
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """An opened model. `source` is None for a shipped config with random weights; `checkpoint` is None for dummies."""
+    """An opened model. `source` is None for a shipped config with random weights; `checkpoint` is None for dummies;
+    `tokenizer` is where the tokenizer is, None where there is none."""
 
     name: str
     definition: Definition
@@ -48,6 +49,7 @@ class ModelFiles:
     checkpoint: Checkpoint | None
     generation: GenerationDefaults
     digest: str
+    tokenizer: ModelSource | None = None
 
     @property
     def metadata(self) -> Mapping[str, Any] | None:
@@ -56,7 +58,22 @@ class ModelFiles:
 
 
 def open_model(config: EngineConfig) -> ModelFiles:
-    """Find and open what `config.model` names, without reading weights."""
+    """Find and open what `config.model` and `config.tokenizer` name, without reading weights."""
+    files = _open_model(config)
+    if config.generation_config == "none":
+        files = replace(files, generation=GenerationDefaults(files.generation.eos_token_ids))
+    return replace(files, tokenizer=files.source if config.tokenizer is None else _named_tokenizer(config))
+
+
+def _named_tokenizer(config: EngineConfig) -> ModelSource:
+    assert config.tokenizer is not None
+    source = resolve_tokenizer(config.tokenizer, config.download_dir)
+    if source.format == "gguf" and "tokenizer.ggml.model" not in open_gguf(source.path).metadata:
+        raise ModelNotFoundError(f"--tokenizer {config.tokenizer}: this file holds none")
+    return source
+
+
+def _open_model(config: EngineConfig) -> ModelFiles:
     dummy = config.load_format == "dummy"
     if not dummy and config.model in shipped_configs() and not Path(config.model).exists():
         raise ModelNotFoundError(f"{config.model} is a shipped config without weights: add --load-format dummy")
@@ -65,7 +82,7 @@ def open_model(config: EngineConfig) -> ModelFiles:
         generation = generation_from_hf(settings, {})
         return ModelFiles(config.model, define_from_hf(settings), None, None, generation, f"dummy {config.model}")
     at_revision = f"{config.model}@{config.revision}" if config.revision else config.model
-    source = resolve_model(at_revision, need_weights=not dummy)
+    source = resolve_model(at_revision, need_weights=not dummy, download_dir=config.download_dir)
     if source.format == "gguf":
         file = open_gguf(source.path)
         definition, generation = define(file), generation_from_gguf(file.metadata)

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from tokenspeed.config.serving import AccessConfig
 from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.server.keys import METRICS_PATH, OPEN_PATHS, ApiKeys, KeyCheck
 
@@ -42,6 +43,17 @@ class Access:
     metrics_need_key: bool = False
     cors_origins: Sequence[str] = ()
     tls: Tls | None = None
+
+    @classmethod
+    def of(cls, config: AccessConfig) -> Access:
+        """As configured. Raises ConfigError for files that cannot be used, and for an origin that none would ever
+        be."""
+        return cls(
+            ApiKeys.load(config.api_key, config.api_key_file),
+            config.metrics_need_key,
+            [check_origin(origin) for origin in config.cors_origin],
+            Tls(config.ssl_certfile, config.ssl_keyfile) if config.ssl_certfile is not None else None,
+        )
 
     @property
     def scheme(self) -> str:

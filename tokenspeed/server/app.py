@@ -25,6 +25,7 @@ from tokenspeed.server.state import ServerState
 def create_app(state: ServerState) -> FastAPI:
     """Everything that answers before, while and after `state` has an engine."""
     app = FastAPI(title="TokenSpeed", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
+    app.root_path = state.root_path  # put into every scope, before any middleware
     app.include_router(openai_routes(state))
     app.include_router(tokenizer_routes(state))
     app.include_router(operator_routes(state))

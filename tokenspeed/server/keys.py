@@ -55,13 +55,20 @@ class KeyCheck:
         self._app, self._keys, self._open = app, keys, frozenset(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "")
+        path = route_path(scope)
         is_open = path in self._open or path.startswith(ADMIN_PREFIX)
         if scope["type"] != "http" or is_open or self._keys.accept(bearer(scope)):
             await self._app(scope, receive, send)
             return
         error = ApiError(401, "this server needs an API key: Authorization: Bearer KEY", code="invalid_api_key")
         await error_response(error)(scope, receive, send)
+
+
+def route_path(scope: Scope) -> str:
+    """The path without --root-path, as the routes are looked up by."""
+    path: str = scope.get("path", "")
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 def bearer(scope: Scope) -> bytes:

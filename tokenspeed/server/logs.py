@@ -13,7 +13,6 @@ import msgspec
 
 from tokenspeed.server.summary import RequestSummary
 
-FORMATS = ("text", "json")
 _PLAIN = "%(asctime)s %(levelname)s %(message)s"
 logger = logging.getLogger("tokenspeed.request")
 

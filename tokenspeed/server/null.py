@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 
 from tokenspeed.config.engine import EngineConfig
+from tokenspeed.config.serving import OperationsConfig
 from tokenspeed.engine.async_engine import AsyncEngine
 from tokenspeed.server.engine import Engine, Progress
 from tokenspeed.server.logs import set_up_logging
-from tokenspeed.server.run import listen, run
+from tokenspeed.server.run import Manner, listen, run
+from tokenspeed.server.serve import observe_requests
 from tokenspeed.server.state import ServerState
 
 MAX_NUM_SEQS = 256
@@ -25,7 +27,9 @@ def main(step_ms: str) -> None:
     set_up_logging("text")
     listening = listen("127.0.0.1", 0)
     print(listening.getsockname()[1], flush=True)
-    run(ServerState(), start, listening, drain_timeout=0.0)
+    state = ServerState()
+    observe_requests(state, OperationsConfig())
+    run(state, start, listening, Manner(drain_timeout=0.0))
 
 
 if __name__ == "__main__":

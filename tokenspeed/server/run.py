@@ -8,11 +8,13 @@ import logging
 import signal
 import socket
 from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
 import uvloop
 
+from tokenspeed.config.serving import ServeConfig
 from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.server.app import create_app
 from tokenspeed.server.direct import DirectProtocol
@@ -28,7 +30,20 @@ LAST_WRITES_S = 5.0
 """How long clients may take to read what was left when the engine had drained."""
 
 
-MAX_ENGINE_RESTARTS = 5
+@dataclass(frozen=True)
+class Manner:
+    """How a server lives and ends. drain_timeout: seconds that running requests get after SIGTERM. max_engine_restarts:
+    how many engines that fail are replaced, in ten minutes. log_level: of uvicorn."""
+
+    drain_timeout: float
+    max_engine_restarts: int
+    log_level: str = "warning"
+
+    @classmethod
+    def of(cls, config: ServeConfig) -> Manner:
+        """As configured."""
+        operations = config.operations
+        return cls(config.server.drain_timeout, operations.max_engine_restarts, operations.uvicorn_log_level)
 
 
 class HttpServer(uvicorn.Server):
@@ -41,8 +56,6 @@ class HttpServer(uvicorn.Server):
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. Raises ConfigError naming host and port."""
-    if not 0 <= port < 2**16:  # the system's own look-up would take the rest of a division
-        raise ConfigError(f"--port must be from 0 to 65535, got {port}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family, kind, protocol)
@@ -55,30 +68,21 @@ def listen(host: str, port: int) -> socket.socket:
     return made
 
 
-def run(
-    state: ServerState,
-    start: StartEngine,
-    listening: socket.socket,
-    drain_timeout: float,
-    max_engine_restarts: int = MAX_ENGINE_RESTARTS,
-) -> None:
+def run(state: ServerState, start: StartEngine, listening: socket.socket, manner: Manner) -> None:
     """Serve until SIGTERM or SIGINT, then finish what runs within `drain_timeout` seconds; a second one ends at once.
 
     HTTP answers from the first moment on: /health tells of the loading. Raises what the start of the engine raises.
-    max_engine_restarts: how many engines that fail are replaced, in ten minutes.
     """
-    supervisor = Supervisor(state, start, RestartPolicy(max_engine_restarts))
-    uvloop.run(Life(state, supervisor, listening, drain_timeout).run())
+    supervisor = Supervisor(state, start, RestartPolicy(manner.max_engine_restarts))
+    uvloop.run(Life(state, supervisor, listening, manner).run())
 
 
 class Life:
     """The tasks of one server."""
 
-    def __init__(
-        self, state: ServerState, supervisor: Supervisor, listening: socket.socket, drain_timeout: float
-    ) -> None:
+    def __init__(self, state: ServerState, supervisor: Supervisor, listening: socket.socket, manner: Manner) -> None:
         self._state, self._supervisor = state, supervisor
-        self._listening, self._drain_timeout = listening, drain_timeout
+        self._listening, self._drain_timeout = listening, manner.drain_timeout
         self._http = HttpServer(
             uvicorn.Config(
                 create_app(state),
@@ -88,7 +92,7 @@ class Life:
                 lifespan="off",
                 access_log=False,
                 log_config=None,
-                log_level="warning",
+                log_level=manner.log_level,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 **state.access.tls_options(),

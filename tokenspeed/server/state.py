@@ -38,6 +38,8 @@ class ServerState:
     """Where /admin/profile writes; without it there are none."""
     limits: Limits = field(default_factory=Limits)
     access: Access = field(default_factory=Access)
+    root_path: str = ""
+    """Under which a proxy offers the server."""
     created: int = field(default_factory=lambda: int(time.time()))
     _progress: tuple[int, int] = (0, 0)
     _chat_template: ChatTemplate | None = None
