@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +197,7 @@ def outcome(url: str, ask: Ask) -> Outcome:
 def test_how_requests_end(model: str, changes: dict[str, Any], label: str, unexpected: str | None) -> None:
     body = json.dumps({"model": model, "max_tokens": 4, "stream": True}).encode()
     with running(Stub(0.05, 0.001)) as url:
-        found = outcome(
-            url, Ask(**{"kind": "k", "path": "/completions", "body": body, "most_tokens": 4, "stream": True} | changes)
-        )
+        found = outcome(url, replace(Ask("k", "/completions", body, stream=True, most_tokens=4), **changes))
     assert found.label == label
     if unexpected is None:
         assert found.unexpected is None

@@ -44,7 +44,7 @@ def completion(path: str = "/v1/completions", **fields: Any) -> bytes:
     return head(path, JSON, f"Content-Length: {len(body)}") + body
 
 
-def read(client: socket.socket, until: Callable[[bytes], bool] = lambda got: False) -> bytes:
+def read(client: socket.socket, until: Callable[[bytearray], bool] = lambda got: False) -> bytes:
     """What comes, to the end of the connection or until it is enough."""
     got = bytearray()
     with suppress(ConnectionError):
@@ -53,7 +53,7 @@ def read(client: socket.socket, until: Callable[[bytes], bool] = lambda got: Fal
     return bytes(got)
 
 
-def done(got: bytes) -> bool:
+def done(got: bytes | bytearray) -> bool:
     """Whether a stream has ended as it should."""
     return got.endswith(b"0\r\n\r\n")
 

@@ -160,7 +160,7 @@ def test_a_slow_reader_that_leaves(proven: ServerProcess) -> None:
 async def ask(url: str, number: int) -> tuple[int, bytes]:
     """Status and answer of one client of a flood; every second one streams."""
     reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
-    fields = {"prompt": [number % 97, 2], "seed": number, "max_tokens": 12, "ignore_eos": True}
+    fields: dict[str, Any] = {"prompt": [number % 97, 2], "seed": number, "max_tokens": 12, "ignore_eos": True}
     writer.write(closing_after(completion(**fields, stream=number % 2 == 0)))
     got = await reader.read(-1)
     writer.close()

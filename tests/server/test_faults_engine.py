@@ -18,7 +18,7 @@ from tests.server.fault_tools import Proof, completion, connect, done, events, r
 from tests.server.server_process import ServerProcess, alive, started
 from tests.tiny_llama import write_tiny
 
-LONG = {"prompt": [1, 2, 3], "max_tokens": 8000, "ignore_eos": True}
+LONG: dict[str, Any] = {"prompt": [1, 2, 3], "max_tokens": 8000, "ignore_eos": True}
 WORK: dict[str, dict[str, Any]] = {
     "stream": {"stream": True},
     "samples": {"stream": True, "n": 3},

@@ -13,6 +13,7 @@ from tokenspeed.bench.workload import WORDS
 
 COMPLETIONS, CHAT = "/completions", "/chat/completions"
 STOPS = ["\n", ".", " the"]
+SETTINGS: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 0.8, "top_p": 0.95}, {"seed": 7, "top_k": 40}]
 PREFIXES = 4
 """Long beginnings that many prompts share."""
 _USAGE = {"stream": True, "stream_options": {"include_usage": True}}
@@ -80,8 +81,8 @@ class Traffic:
         return f"{self._random.choice(self._prefixes)} {self._short()}"
 
     def _settings(self) -> dict[str, Any]:
-        drawn = self._random.choice([{"temperature": 0}, {"temperature": 0.8, "top_p": 0.95}, {"seed": 7, "top_k": 40}])
-        return drawn | {"model": self._model, "max_tokens": self._random.randint(1, max(2, self._model_len // 16))}
+        drawn = {"max_tokens": self._random.randint(1, max(2, self._model_len // 16))}
+        return self._random.choice(SETTINGS) | drawn | {"model": self._model}
 
     def _completion(self, kind: str, prompt: str, fields: dict[str, Any]) -> Ask:
         return _ask(kind, COMPLETIONS, self._settings() | {"prompt": prompt} | fields)
