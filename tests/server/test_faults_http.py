@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import Any
@@ -15,7 +17,7 @@ from tests.seeds import SEED
 from tests.server.conftest import Serve, Served
 from tests.server.fake_engine import FakeEngine
 from tests.server.fault_tools import JSON, Proof, completion, connect, done, events, head, read, resident_mb, tokens_of
-from tests.server.server_process import ServerProcess, started
+from tests.server.server_process import GUARD_S, ServerProcess, started
 from tokenspeed.server import connection, limits
 from tokenspeed.server.run import listen
 
@@ -117,7 +119,9 @@ def drip(url: str, sent: dict[str, tuple[bytes, bytes]]) -> dict[str, bytes]:
         client.sendall(sent[name][0])
         client.settimeout(0.002)
     got = dict.fromkeys(sent, b"")
+    end = time.monotonic() + GUARD_S
     while clients:
+        assert time.monotonic() < end, f"never cut: {list(clients)}"
         for name, client in list(clients.items()):
             try:
                 more = client.recv(65536)
@@ -223,13 +227,15 @@ def test_garbage_behind_a_request_does_not_get_into_its_answer(proven: ServerPro
 def test_who_leaves_with_a_request_behind_the_one_under_way(serve: Serve) -> None:
     """Both go: the one under way must hear of it though the other came last."""
     served = serve(FakeEngine(held_after=HELD))
-    for stream in (True, False):
+    for stream, at_once in itertools.product((True, False), repeat=2):
         with open_connection(served) as client:
             asked = completion(prompt="x" * 20, max_tokens=30, stream=stream, return_token_ids=False)
-            client.sendall(asked + asked)
+            client.sendall(asked * (1 + at_once))
             served.wait(lambda: len(served.engine.running) == 1)
+            if not at_once:
+                client.sendall(asked)
         served.wait(lambda: served.engine.running == [])
-    assert len(served.engine.requests) == 2
+    assert len(served.engine.requests) == 4
 
 
 def test_the_bound_of_a_body_without_a_request_timeout(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
