@@ -8,11 +8,11 @@ from typing import Any
 from tests.server.fault_tools import Proof, completion, connect, done, events, read, resident_mb, tokens_of, until
 from tests.server.server_process import started
 
-READERS, TOKENS = 16, 2000
-NAME = "n" * 4000
-"""Is in every event."""
+READERS, TOKENS = 16, 100
+NAME = "n" * 100_000
+"""Is in every event: a single one is more than is written without waiting."""
 MOST_MB = 40
-"""They would be READERS / 2 * TOKENS * len(NAME), 64 MB, if every event was kept."""
+"""They would be READERS / 2 * TOKENS * len(NAME), 80 MB, if every event was kept."""
 PROMPT = [1, 2, 3]
 KINDS: list[dict[str, Any]] = [
     {"prompt": PROMPT, "max_tokens": TOKENS, "stream": True},
