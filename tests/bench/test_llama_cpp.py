@@ -104,7 +104,11 @@ def test_what_is_built_is_not_built_again_and_only_what_is_missing_is(monkeypatc
         "llama-batched-bench": "new",
         "llama-completion": "new",
     }
-    assert "-DGGML_NATIVE=ON" in commands[0]
+    assert {"-DGGML_NATIVE=ON", "-DLLAMA_BUILD_SERVER=OFF"} <= set(commands[0])
     done = len(commands)
     assert llama_cpp.build("9.9") == programs
     assert len(commands) == done
+    assert llama_cpp.build("9.9", targets=["llama-bench", llama_cpp.SERVER]) == programs
+    assert "-DLLAMA_BUILD_SERVER=ON" in commands[done]
+    assert commands[done + 1][-1] == "llama-server"
+    assert (programs / "llama-server").read_text() == "new"

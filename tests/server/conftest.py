@@ -20,6 +20,7 @@ from tests.server.fake_engine import FakeEngine
 from tokenspeed.config.serving import Limits
 from tokenspeed.server.access import Access
 from tokenspeed.server.app import create_app
+from tokenspeed.server.connection import Connection
 from tokenspeed.server.engine import Engine, Progress
 from tokenspeed.server.run import HttpServer, listen
 from tokenspeed.server.state import ServerState
@@ -94,7 +95,9 @@ def _start(engine: FakeEngine, state: ServerState) -> tuple[Served, Callable[[],
     listening = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     http = HttpServer(
-        uvicorn.Config(create_app(state), ws="none", lifespan="off", log_config=None, log_level="critical")
+        uvicorn.Config(
+            create_app(state), http=Connection, ws="none", lifespan="off", log_config=None, log_level="critical"
+        )
     )
     started: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = []
     ready = threading.Event()

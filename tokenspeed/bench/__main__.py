@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenspeed.bench import record
 from tokenspeed.contracts.errors import TokenSpeedError
 
 if TYPE_CHECKING:
@@ -131,9 +131,7 @@ def _publisher(options: argparse.Namespace) -> Publisher:
 
 def command_of(given: Sequence[str]) -> str:
     """What a reader types to repeat this, without where the results went, and without folders of this machine."""
-    kept = [each for before, each in zip(["", *given], given, strict=False) if "--out" not in (before, each)]
-    named = [Path(each).name if "/" in each else each for each in kept if not each.startswith("--out=")]
-    return f"python -m tokenspeed.bench {shlex.join(named)}"
+    return record.command_of("python -m tokenspeed.bench", given)
 
 
 def _suite(options: argparse.Namespace) -> int:

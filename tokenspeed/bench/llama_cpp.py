@@ -8,6 +8,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ VERSION = "0.3.36"
 """Of llama-cpp-python, whose source distribution holds llama.cpp."""
 NAME = f"llama.cpp of llama-cpp-python {VERSION}, built with GGML_NATIVE"
 TARGETS = ("llama-bench", "llama-batched-bench", "llama-completion")
+SERVER = "llama-server"
 CONTEXT = 4096
 PROMPT = "The history of computing began long before the modern computer, when people used"
 """Some 16 tokens; llama-completion takes text only."""
@@ -94,19 +96,21 @@ def _timed(done: Done, name: str) -> tuple[float, int]:
     return float(found[1]), int(found[2] or 0)
 
 
-def build(version: str = VERSION) -> Path:
+def build(version: str = VERSION, targets: Sequence[str] = TARGETS) -> Path:
     """The folder of the built programs; fetched and built on first use, which takes some minutes.
 
     Raises ConfigError where pip, cmake or the compiler fail.
     """
     programs = user_cache() / "peers" / f"llama-cpp-{version}" / "bin"
-    missing = [target for target in TARGETS if not (programs / target).is_file()]
+    missing = [target for target in targets if not (programs / target).is_file()]
     if not missing:
         return programs
     with tempfile.TemporaryDirectory() as scratch:
         source = _fetch(version, Path(scratch))
         settings = ["GGML_NATIVE=ON", "BUILD_SHARED_LIBS=OFF", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF"]
-        settings += ["LLAMA_BUILD_SERVER=OFF", "LLAMA_CURL=OFF", "CMAKE_BUILD_TYPE=Release"]
+        with_server = "ON" if SERVER in missing else "OFF"
+        settings += [f"LLAMA_BUILD_SERVER={with_server}", "LLAMA_BUILD_UI=OFF", "LLAMA_USE_PREBUILT_UI=OFF"]
+        settings += ["LLAMA_CURL=OFF", "LLAMA_OPENSSL=OFF", "CMAKE_BUILD_TYPE=Release"]
         build_folder = Path(scratch) / "build"
         run_program(["cmake", "-S", source, "-B", build_folder, *(f"-D{setting}" for setting in settings)])
         run_program(["cmake", "--build", build_folder, "--parallel", "--target", *missing])

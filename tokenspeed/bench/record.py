@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -178,6 +179,13 @@ def surroundings(command: str) -> Surroundings:
     """
     today = datetime.datetime.now(datetime.UTC).date()
     return Surroundings(command=command, commit=commit(), versions=versions(), machine=machine(), date=today)
+
+
+def command_of(program: str, given: Sequence[str]) -> str:
+    """What a reader types to repeat a run, without where the results went, and without folders of this machine."""
+    kept = [each for before, each in zip(["", *given], given, strict=False) if "--out" not in (before, each)]
+    named = [Path(each).name if "/" in each else each for each in kept if not each.startswith("--out=")]
+    return f"{program} {shlex.join(named)}".strip()
 
 
 def machine() -> Machine:

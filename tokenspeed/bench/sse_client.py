@@ -73,6 +73,10 @@ class Client:
         """Send a request, made by `Endpoint.request`, and hand over its events. Raises RequestFailed, OSError."""
         await self._exchange(request, on_event)
 
+    async def post(self, request: bytes) -> bytes:
+        """The body of the answer to a request, made by `Endpoint.request`. Raises RequestFailed, OSError."""
+        return await self._exchange(request, None)
+
     def close(self) -> None:
         """Close what is open."""
         while self._idle:

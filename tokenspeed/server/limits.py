@@ -12,6 +12,8 @@ from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.server.engine import Engine
 from tokenspeed.server.errors import ApiError
 
+BODY_S = 120.0
+"""How long a body may take to come, where `--request-timeout` does not say less."""
 LINGER_S = 1.0
 """How long the rest of a body that is too long is read and dropped: a connection that is closed at once, with bytes
 unread, takes the answer with it."""
@@ -20,11 +22,12 @@ unread, takes the answer with it."""
 async def read_body(request: Request, limits: Limits) -> bytes:
     """The body. Raises ApiError 413 for one that is too long, 408 for one that does not come in time, 400 for one that
     ends early."""
+    seconds = BODY_S if limits.request_timeout is None else min(BODY_S, limits.request_timeout)
     try:
-        async with asyncio.timeout(limits.request_timeout):
+        async with asyncio.timeout(seconds):
             body = await _read(request, limits.max_body_bytes)
     except TimeoutError:
-        raise ApiError(408, f"the body did not come within {limits.request_timeout:g} s", code="timeout") from None
+        raise ApiError(408, f"the body did not come within {seconds:g} s", code="timeout") from None
     if body is None:
         raise ApiError(413, f"the body is longer than {limits.max_body_bytes} bytes", code="body_too_long")
     return body

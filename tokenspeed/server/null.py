@@ -29,7 +29,7 @@ def main(step_ms: str) -> None:
     print(listening.getsockname()[1], flush=True)
     state = ServerState()
     observe_requests(state, OperationsConfig())
-    run(state, start, listening, Manner(drain_timeout=0.0))
+    run(state, start, listening, Manner(drain_timeout=0.0, max_engine_restarts=0))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import uvloop
 from tokenspeed.config.serving import ServeConfig
 from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.server.app import create_app
-from tokenspeed.server.direct import DirectProtocol
+from tokenspeed.server.connection import Connection, notice_vanished
 from tokenspeed.server.engine import StartEngine
 from tokenspeed.server.outage import RestartPolicy
 from tokenspeed.server.state import ServerState
@@ -60,6 +60,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family, kind, protocol)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        notice_vanished(made)
         made.bind(address)
         made.listen(2048)
     except (OSError, UnicodeError) as error:
@@ -87,7 +88,7 @@ class Life:
             uvicorn.Config(
                 create_app(state),
                 loop="none",
-                http=DirectProtocol,
+                http=Connection,
                 ws="none",
                 lifespan="off",
                 access_log=False,
