@@ -180,3 +180,19 @@ def test_what_is_refused(cli: Cli, folder: Path, flags: list[str], complaint: st
     assert ran.err.count("\n") == 1
     assert (folder / "in.jsonl").read_bytes() == before
     assert (folder / "other").read_text() == "notes\n"
+
+
+@pytest.mark.slow
+def test_the_documented_commands(demo_path: Path, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "offline-batches.md").read_text()
+    shown = [part[4:] for part in text.split("answers a file")[0].splitlines()[2:]]
+    command = f'tokenspeed() {{ "{sys.executable}" -m tokenspeed.cli.main "$@"; }}\n' + "\n".join(shown)
+    here: dict[str, Any] = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    subprocess.run(["bash", "-ec", command], check=True, **here)
+    found = {each["custom_id"]: each["response"] for each in map(json.loads, (tmp_path / "out.jsonl").open())}
+    assert {name: each["status_code"] for name, each in found.items()} == {"colors": 200, "talk": 200}
+    assert found["colors"]["body"]["choices"][0]["text"].startswith(" red, blue")
+    code = text.split("```python\n")[1].split("```")[0]
+    made = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, **here)
+    assert made.stdout.strip()
+    assert not any(char.isdigit() for char in made.stdout)

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
     if in_flight < 1:
         raise ConfigError(f"--max-in-flight must be at least 1, got {in_flight}")
     source, target = options.input_file, options.output_file
-    if source != "-" and target != "-" and os.path.exists(target) and os.path.samefile(source, target):
+    if os.path.exists(source) and os.path.exists(target) and os.path.samefile(source, target):
         raise ConfigError(f"--input-file and --output-file are the same file, {target}")
     from tokenspeed.server.batch.lines import open_lines
     from tokenspeed.server.batch.results import open_results
@@ -71,7 +71,8 @@ def run(options: argparse.Namespace) -> None:
             run(state, _starter(config, bars), read, results, tally, in_flight, bars.show)
         done = True
     finally:
-        print(_summary(tally, done, resumable=target != "-"), file=sys.stderr)
+        if done or tally.answered or tally.kept:
+            print(_summary(tally, done, resumable=target != "-"), file=sys.stderr)
 
 
 def _starter(config: EngineConfig, bars: _Bars) -> StartEngine:
