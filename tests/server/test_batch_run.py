@@ -169,8 +169,9 @@ def test_a_duplicate_that_was_answered_first_finishes_nothing(tmp_path: Path) ->
 
 @pytest.mark.parametrize("in_flight", [1, 4])
 def test_lines_under_way_are_bounded_and_the_input_is_read_as_it_is_needed(tmp_path: Path, in_flight: int) -> None:
-    engine, count, given = FakeEngine(), 40, 0
-    most = 0
+    """The engine waits until as many lines are under way as may be."""
+    engine, count, given = FakeEngine(held_after=0), 40, 0
+    most = most_read = 0
 
     def read(_: int) -> bytes:
         nonlocal given
@@ -178,16 +179,18 @@ def test_lines_under_way_are_bounded_and_the_input_is_read_as_it_is_needed(tmp_p
         return line(str(given), prompt="ab").encode() + b"\n" if given <= count else b""
 
     def answer(request: Request, index: int) -> list[int]:
-        nonlocal most
+        nonlocal most, most_read
         most = max(most, len(engine.running))
-        done = len(engine.requests) - len(engine.running)
-        assert given - done <= in_flight
+        most_read = max(most_read, given - (len(engine.requests) - len(engine.running)))
+        if len(engine.running) == in_flight:
+            engine.open.set()
         return shout(request, index)
 
     engine.answer = answer
     tally, results = batch(tmp_path, read, engine, in_flight)
     assert tally.answered == len(results) == count
     assert most == in_flight
+    assert most_read <= in_flight
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs", "refuses"])
