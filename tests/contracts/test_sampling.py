@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import msgspec
 import pytest
 
 from tokenspeed.contracts.errors import ParameterError
-from tokenspeed.contracts.sampling import RequestOutputKind, SamplingParams, resolve_bad_words, to_row
+from tokenspeed.contracts.sampling import (
+    RequestOutputKind,
+    SamplingParams,
+    refuse_processors,
+    resolve_bad_words,
+    takes_prompt,
+    to_row,
+)
 from tokenspeed.contracts.step import SamplingRow
 
 EVERY_FIELD: dict[str, Any] = {
@@ -90,6 +98,11 @@ EVERY_FIELD: dict[str, Any] = {
         ({"allowed_token_ids": []}, "allowed_token_ids leaves no token"),
         ({"allowed_token_ids": [1, 2], "banned_token_ids": [2, 1, 0]}, "allowed_token_ids leaves no token"),
         ({"banned_token_ids": [2**31]}, "banned_token_ids"),
+        ({"logits_processors": lambda ids, logits: logits}, "logits_processors must be a list, got <function"),
+        ({"logits_processors": [3]}, "logits_processors: 3 cannot be called"),
+        ({"logits_processors": [lambda logits: logits]}, r"must take \(output ids, logits\) or .* it takes \(logits\)"),
+        ({"logits_processors": [lambda a, b, c, d: d]}, r"it takes \(a, b, c, d\)"),
+        ({"logits_processors": [dict.fromkeys, dict]}, "logits_processors: <class 'dict'> has no signature"),
     ],
     ids=str,
 )
@@ -99,7 +112,7 @@ def test_refused(fields: dict[str, Any], complaint: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["best_of", "use_beam_search", "structured_outputs", "logits_processors", "tempreature"]
+    "name", ["best_of", "use_beam_search", "structured_outputs", "logits_processor", "tempreature"]
 )
 def test_unknown_names_are_refused_by_name(name: str) -> None:
     with pytest.raises(ParameterError, match=f"{name}.*supported: n, presence_penalty"):
@@ -126,7 +139,8 @@ def test_limits_are_allowed_and_survive_bytes() -> None:
     params = SamplingParams.from_dict(EVERY_FIELD)
     for name, value in EVERY_FIELD.items():
         assert getattr(params, name) == value
-    assert set(EVERY_FIELD) | {"detokenize", "spaces_between_special_tokens"} == set(SamplingParams.__struct_fields__)
+    others = {"detokenize", "spaces_between_special_tokens", "logits_processors"}
+    assert set(EVERY_FIELD) | others == set(SamplingParams.__struct_fields__)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
     assert params.token_ids() == {
         "stop_token_ids": [7, 8],
@@ -164,6 +178,37 @@ def test_row_of_defaults_is_small() -> None:
     row = to_row(SamplingParams(stop_token_ids=[5]), seed=1, eos_token_ids=[2])
     assert row == SamplingRow(1.0, 0, 1.0, 1)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(row), type=SamplingRow) == row
+
+
+class Callable3:
+    def __call__(self, prompt: list[int], output: list[int], logits: Any) -> Any:
+        return logits
+
+    def two(self, output: list[int], logits: Any, scale: float = 1.0) -> Any:
+        return logits
+
+
+@pytest.mark.parametrize(
+    "processor, with_prompt",
+    [
+        (lambda output, logits: logits, False),
+        (lambda prompt, output, logits: logits, True),
+        (lambda *ids_and_logits: None, False),
+        (lambda output, logits, *, scale=2: logits, False),
+        (Callable3(), True),
+        (Callable3().two, False),
+        (partial(Callable3(), [1]), False),
+        (sum, False),
+    ],
+)
+def test_how_a_logits_processor_is_called(processor: Any, with_prompt: bool) -> None:
+    assert takes_prompt(processor) == with_prompt
+    params = SamplingParams(logits_processors=[processor], bad_words=[[1, 2]])
+    assert resolve_bad_words(params, lambda text: [0]).logits_processors == [processor]
+    with pytest.raises(ParameterError, match="logits_processors cannot go to an engine in another process: use LLM"):
+        refuse_processors(params)
+    refuse_processors(SamplingParams(logits_processors=[]))
+    assert to_row(params, 1, [], processors=7).processors == 7
 
 
 def test_min_tokens_that_leaves_nothing_is_refused() -> None:

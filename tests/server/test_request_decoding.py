@@ -106,6 +106,13 @@ def test_logprobs_of_both_kinds() -> None:
     assert completion_params(completion(logprobs=2), {}).prompt_logprobs is None
 
 
+@pytest.mark.parametrize("decode", [completion, chat])
+def test_code_does_not_come_over_http(decode: Any) -> None:
+    with pytest.raises(ApiError, match="unknown field: logits_processors") as caught:
+        decode(logits_processors=["lambda output, logits: logits"])
+    assert (caught.value.status, caught.value.param) == (400, "logits_processors")
+
+
 def test_all_unknown_fields_are_named() -> None:
     with pytest.raises(ApiError, match="unknown field: temprature, zeal") as caught:
         completion(zeal=1, temprature=0.5, top_p=0.5)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from tokenspeed import __version__
-from tokenspeed.cli import bench, chat, doctor, generate, plan, serve, sol
+from tokenspeed.cli import bench, chat, doctor, generate, plan, run_batch, serve, sol
 from tokenspeed.contracts.errors import TokenSpeedError
 
-COMMANDS = (generate, chat, serve, bench, plan, sol, doctor)
+COMMANDS = (generate, chat, serve, run_batch, bench, plan, sol, doctor)
 
 
 class OneLineParser(argparse.ArgumentParser):

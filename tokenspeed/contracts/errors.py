@@ -1,6 +1,8 @@
 """Errors a user can cause or meet. Each message names the thing and the limit; the CLI prints it without a
 traceback."""
 
+from typing import Any
+
 
 class TokenSpeedError(Exception):
     """Base of every error that is reported to a user as one line."""
@@ -16,6 +18,17 @@ class ParameterError(TokenSpeedError, ValueError):
 
 class PromptError(TokenSpeedError, ValueError):
     """A prompt is empty, too long, or holds an id outside the vocabulary."""
+
+
+class LogitsProcessorError(TokenSpeedError):
+    """A request's logits processor raised, or gave what is no logits; the message names it and says what.
+
+    `outputs`: of `LLM.generate`, those of every prompt; the samples that it ended have the finish_reason "error".
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.outputs: list[Any] = []
 
 
 class FormatError(TokenSpeedError):

@@ -22,6 +22,8 @@ class Request(msgspec.Struct, kw_only=True):
     """Part of the prefix key: requests of different salts never share pages."""
     priority: int = 0
     """Lower runs earlier; waiting makes up for it in time."""
+    processors: int = 0
+    """The number that the engine gave to `params.logits_processors`, 0 for none."""
 
 
 class SequenceUpdate(msgspec.Struct, kw_only=True, array_like=True, gc=False):
@@ -35,7 +37,7 @@ class SequenceUpdate(msgspec.Struct, kw_only=True, array_like=True, gc=False):
     prompt_logprobs: list[TokenLogprobs] = []
     """Of prompt positions 1.. in order, as chunks of the prompt are computed; reported with index 0 only."""
     finish_reason: str | None = None
-    """None while it runs; "stop" (eos or a stop id), "length", "abort"."""
+    """None while it runs; "stop" (eos or a stop id), "length", "abort"; "error" where a logits processor failed."""
     stop_reason: int | None = None
     """The stop id that ended it, when that was not an eos."""
     num_cached_tokens: int = 0

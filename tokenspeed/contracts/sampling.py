@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from enum import Enum
 from typing import Any
 
@@ -29,7 +31,6 @@ _HINTS = {
     "use_beam_search": "beam search is not supported",
     "beam_width": "beam search is not supported",
     "length_penalty": "it belongs to beam search, which is not supported",
-    "logits_processors": "use logit_bias, allowed_token_ids or bad_words",
     "truncate_prompt_tokens": "cut the prompt before",
 }
 """What to say about some names that are refused."""
@@ -55,6 +56,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     stop: one or more texts that end a sample, left out of its text unless include_stop_str_in_output. stop_token_ids:
     ids that do. min_tokens: neither these nor eos before that many tokens; max_tokens: None for the context's end.
     logprobs, prompt_logprobs: number of alternatives (0 to 64) beside the token itself; None for none.
+
+    logits_processors: callables (output ids so far, logits) -> logits, or (prompt ids, output ids, logits) -> logits,
+    applied in order before all of the above; ids are lists of int, logits a float32 tensor [vocabulary], which may be
+    changed in place. -inf forbids a token. Log-probabilities are those of the logits before them. `LLM` only.
 
     Raises ParameterError on a value out of range and on contradictions. Unknown names are refused by `from_dict`, and
     by the constructor as a TypeError.
@@ -85,6 +90,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     banned_token_ids: list[int] = []
+    logits_processors: list[Any] | None = None
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -92,6 +98,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         self._check_flags()
         self._check_texts()
         self._check_tokens()
+        self._check_processors()
         self._settle()
 
     @classmethod
@@ -192,6 +199,12 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         if self.logit_bias is not None:
             self.logit_bias = _biases(self.logit_bias)
 
+    def _check_processors(self) -> None:
+        processors = _listed("logits_processors", self.logits_processors)
+        for processor in processors:
+            takes_prompt(processor)
+        self.logits_processors = processors or None
+
     def _settle(self) -> None:
         """Bring equal meanings to one form."""
         if self.top_k == -1:
@@ -227,8 +240,40 @@ def resolve_bad_words(params: SamplingParams, encode: Callable[[str], Sequence[i
     return msgspec.structs.replace(params, bad_words=words)
 
 
-def to_row(params: SamplingParams, seed: int, eos_token_ids: Sequence[int], sample_index: int = 0) -> SamplingRow:
+def takes_prompt(processor: Any) -> bool:
+    """Whether a logits processor is called with the prompt's ids too: where it cannot be called with two arguments.
+
+    Raises ParameterError for what can be called with neither two nor three, or does not tell.
+    """
+    try:
+        signature = inspect.signature(processor)
+    except (TypeError, ValueError):
+        what = "has no signature" if callable(processor) else "cannot be called"
+        raise ParameterError(f"logits_processors: {processor!r:.80} {what}") from None
+    for count in (2, 3):
+        with suppress(TypeError):
+            signature.bind(*[None] * count)
+            return count == 3
+    raise ParameterError(
+        f"logits_processors: {processor!r:.80} must take (output ids, logits) or (prompt ids, output ids, logits), "
+        f"it takes {signature}"
+    )
+
+
+def refuse_processors(params: SamplingParams) -> None:
+    """Raise ParameterError for logits processors, where the engine is not in this process."""
+    if params.logits_processors:
+        raise ParameterError(
+            "logits_processors cannot go to an engine in another process: use LLM, or logit_bias, allowed_token_ids, "
+            "banned_token_ids or bad_words"
+        )
+
+
+def to_row(
+    params: SamplingParams, seed: int, eos_token_ids: Sequence[int], sample_index: int = 0, processors: int = 0
+) -> SamplingRow:
     """What the sampler needs of one sample. eos_token_ids may not come before min_tokens, even with ignore_eos.
+    processors: the number of the request's logits processors, 0 for none.
 
     Raises ParameterError for bad words that are still text (see `resolve_bad_words`), and where min_tokens would leave
     no allowed token.
@@ -262,6 +307,7 @@ def to_row(params: SamplingParams, seed: int, eos_token_ids: Sequence[int], samp
         allowed_ids=params.allowed_token_ids,
         banned_ids=list(dict.fromkeys(banned)),
         bad_words=bad_words,
+        processors=processors,
     )
 
 

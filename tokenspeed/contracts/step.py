@@ -16,7 +16,8 @@ class SamplingRow(msgspec.Struct, array_like=True, frozen=True):
 
     `stop_ids`: eos and stop ids, which cannot be sampled before `min_tokens`. `logprobs`, `prompt_logprobs`: how many
     alternatives to report, -1 for none. `masked`: a mask of allowed ids comes with each step. `bad_words`: token
-    sequences whose last token cannot follow the others where these were sampled.
+    sequences whose last token cannot follow the others where these were sampled. `processors`: the number under which
+    the executor's own process has callables that change the logits first, 0 for none.
     """
 
     temperature: float
@@ -37,6 +38,7 @@ class SamplingRow(msgspec.Struct, array_like=True, frozen=True):
     banned_ids: list[int] = []
     masked: bool = False
     bad_words: list[list[int]] = []
+    processors: int = 0
 
 
 class NewSequence(msgspec.Struct, array_like=True, frozen=True):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import EngineBusyError, EngineClosedError, EngineDeadError, TokenSpeedError
 from tokenspeed.contracts.request import SequenceUpdate
-from tokenspeed.contracts.sampling import SamplingParams
+from tokenspeed.contracts.sampling import SamplingParams, refuse_processors
 from tokenspeed.engine.intake import Intake, open_tokenizer
 from tokenspeed.engine.ipc import ServingChannel
 from tokenspeed.engine.loop import FAILED
@@ -158,6 +158,7 @@ class AsyncEngine:
         self._check_open()
         if self._asleep:
             raise asleep_error()
+        refuse_processors(params)
         number = next(self._numbers)
         shown_id = str(number) if request_id is None else request_id
         # Ids that users chose may come again while late updates of an aborted request are still under way.

@@ -21,6 +21,7 @@ from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import (
     EngineBusyError,
     EngineClosedError,
+    LogitsProcessorError,
     ParameterError,
     PromptError,
     UnsupportedError,
@@ -37,6 +38,7 @@ from tokenspeed.engine.trace import StepTrace
 from tokenspeed.observability.ceilings import read_ceilings
 from tokenspeed.observability.metrics import STEP_BOUNDS, Histogram
 from tokenspeed.runner.build import ModelFiles, Prepared, open_model, prepare
+from tokenspeed.runner.processors import ProcessingExecutor
 from tokenspeed.runner.room import Room
 from tokenspeed.scheduler.config import SchedulerConfig
 from tokenspeed.scheduler.records import StepRecord
@@ -291,7 +293,12 @@ class EngineCore(StepLoop):
             max_passes=prepared.backend.max_passes,
             target_itl_ms=config.target_itl_ms,
         )
-        super().__init__(Scheduler(limits, self.cache), _executor(prepared, self.capacity, config))
+        executor = _executor(prepared, self.capacity, config)
+        super().__init__(Scheduler(limits, self.cache), executor)
+        self._processors = executor.processors
+        self.failed: list[tuple[str, LogitsProcessorError]] = []
+        """Requests that the last `step` ended because a logits processor failed: what it says of them is worth
+        nothing."""
         self.vocab_size = files.definition.config.vocab_size
         ceilings = read_ceilings() if prepared.model.device.type == "cpu" else None
         self._floor = FloorShare(self.model, self.page_shape.element_bytes, ceilings.read_gbs) if ceilings else None
@@ -334,6 +341,30 @@ class EngineCore(StepLoop):
                         f"{name}: token id {token} is not in the vocabulary (0 to {self.vocab_size - 1})"
                     )
         super().add(request)
+        if request.params.logits_processors:
+            request.processors = self._processors.add(request.request_id, request.params.logits_processors)
+
+    def step(self) -> list[SequenceUpdate]:
+        """As a `StepLoop` does. `failed` tells which requests it ended early."""
+        self.failed = []
+        updates = super().step()
+        if self._processors:
+            self.failed = self._processors.take_failures()
+            for request_id, _ in self.failed:
+                self.abort(request_id)
+            for update in updates:
+                self._drop_processors(update.request_id)
+        return updates
+
+    def abort(self, request_id: str, index: int | None = None) -> list[SequenceUpdate]:
+        """End a request, or one of its sequences, now."""
+        updates = super().abort(request_id, index)
+        self._drop_processors(request_id)
+        return updates
+
+    def _drop_processors(self, request_id: str) -> None:
+        if self._processors and not self.scheduler.is_alive(request_id):
+            self._processors.drop(request_id)
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges by name; floor_share and device_idle_s only where they are known."""
@@ -365,7 +396,7 @@ def _capacity(prepared: Prepared, room: Room, groups: tuple[GroupSpec, ...], con
     )
 
 
-def _executor(prepared: Prepared, capacity: Capacity, config: EngineConfig) -> Executor:
+def _executor(prepared: Prepared, capacity: Capacity, config: EngineConfig) -> ProcessingExecutor:
     return prepared.executor(capacity.num_pages, config.max_num_seqs, capacity.max_model_len)
 
 

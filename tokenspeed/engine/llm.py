@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
+import msgspec
+
 from tokenspeed.config.engine import EngineConfig
-from tokenspeed.contracts.errors import ParameterError, PromptError
+from tokenspeed.contracts.errors import LogitsProcessorError, ParameterError, PromptError
 from tokenspeed.contracts.request import Request
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.core import EngineCore
@@ -46,6 +48,8 @@ class LLM:
         self._intake = Intake(self.core.info, self._tokenizer, self.config.seed)
         self._numbers = itertools.count()
         self._unfinished: dict[str, OutputBuilder] = {}
+        self._failed: dict[str, LogitsProcessorError] = {}
+        """By request id, until it is raised."""
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises PromptError for a model that has none (random weights of a shipped config)."""
@@ -68,7 +72,7 @@ class LLM:
         """Complete prompts; results in their order. One SamplingParams serves all, or give one for each.
 
         Every prompt is checked before any is run. Raises PromptError, ParameterError, MemoryLimitError,
-        EngineAsleepError.
+        EngineAsleepError; LogitsProcessorError once all others are done, whose results it holds.
         """
         builders = self._submit(_prompt_list(prompts, prompt_token_ids), sampling_params)
         outputs = [builder.output for builder in builders]
@@ -77,12 +81,14 @@ class LLM:
                 bar.update(done - bar.n)
                 self._step()
             bar.update(done - bar.n)
+            self._raise_failure(outputs)
         return outputs
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[tuple[str, RequestOutput]]:
-        """Complete one prompt, giving each new piece of text and the output so far; raises at once, as `generate` does.
+        """Complete one prompt, giving each new piece of text and the output so far; raises at once, as `generate` does,
+        but for LogitsProcessorError, which comes at the end of this stream alone.
 
         Dropping the iterator aborts the request. Several may be read in turns: their requests share the steps.
         """
@@ -131,6 +137,7 @@ class LLM:
                 text = completion.text[shown:]
                 shown += len(text)
                 yield text, output
+            self._raise_failure([output])
 
     def _step(self) -> None:
         try:
@@ -138,6 +145,8 @@ class LLM:
         except BaseException:
             self._abort(list(self._unfinished.values()))
             raise
+        for request_id, failure in self.core.failed:
+            self._fail(request_id, failure)
         for update in updates:
             builder = self._unfinished.get(update.request_id)
             if builder is None:
@@ -147,12 +156,29 @@ class LLM:
             if builder.output.finished:
                 del self._unfinished[update.request_id]
 
+    def _fail(self, request_id: str, error: LogitsProcessorError) -> None:
+        builder = self._unfinished.pop(request_id, None)
+        if builder is not None:
+            self._failed[request_id] = error
+            for update in builder.abort_updates():
+                builder.update(msgspec.structs.replace(update, finish_reason="error"))
+
+    def _raise_failure(self, outputs: list[RequestOutput]) -> None:
+        """Raise the first of the errors that ended these."""
+        for output in outputs:
+            if output.request_id in self._failed:
+                error = self._failed[output.request_id]
+                error.outputs = outputs
+                raise error
+
     @contextmanager
     def _abort_unfinished(self, builders: list[OutputBuilder]) -> Iterator[None]:
         try:
             yield
         finally:
             self._abort(builders)
+            for builder in builders:
+                self._failed.pop(builder.output.request_id, None)
 
     def _abort(self, builders: list[OutputBuilder]) -> None:
         for builder in builders:

@@ -14,7 +14,6 @@ from tokenspeed.config.engine import EngineConfig
 from tokenspeed.config.generation import GenerationDefaults, generation_from_gguf, generation_from_hf
 from tokenspeed.config.source import ModelSource, resolve_model, resolve_tokenizer
 from tokenspeed.contracts.errors import ConfigError, ModelNotFoundError, UnsupportedError
-from tokenspeed.contracts.executor import Executor
 from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.formats.digest import checkpoint_digest
 from tokenspeed.formats.gguf import GGUFFile, open_gguf
@@ -32,6 +31,7 @@ from tokenspeed.runner.gpu.largest_step import StepLimits, later_bytes, run_larg
 from tokenspeed.runner.layout import page_layout
 from tokenspeed.runner.model import DTYPES, LoadedModel, Progress, compute_device, compute_dtype, load_model
 from tokenspeed.runner.packed_copy import PackedCopy
+from tokenspeed.runner.processors import ProcessingExecutor
 from tokenspeed.runner.ref_backend import RefBackend
 from tokenspeed.runner.room import CardUse, Room, share_of_card, share_of_free
 
@@ -126,7 +126,7 @@ class Prepared:
         self.card.settle()
         return share_of_card(use, self.config)
 
-    def executor(self, num_pages: int, max_num_seqs: int, max_model_len: int) -> Executor:
+    def executor(self, num_pages: int, max_num_seqs: int, max_model_len: int) -> ProcessingExecutor:
         """Take memory for the pages and make the executor."""
         memory = None if self.card is None else self.card.pages(num_pages * self.shape.page_bytes)
         arena = Arena(num_pages, self.shape, self.model.device, memory)
@@ -229,7 +229,7 @@ def _refuse_invariant(config: EngineConfig, reason: str) -> None:
         )
 
 
-def gpu_executor(backend: GpuBackend, arena: Arena, max_num_seqs: int, max_len: int) -> Executor:
+def gpu_executor(backend: GpuBackend, arena: Arena, max_num_seqs: int, max_len: int) -> ProcessingExecutor:
     """The executor of the current CUDA device."""
     from tokenspeed.runner.gpu.executor import GpuExecutor
     from tokenspeed.runner.gpu.link import CudaLink, TritonSteps  # Triton is an optional package

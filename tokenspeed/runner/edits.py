@@ -175,7 +175,8 @@ def drawn_plainly(row: SampledRow) -> bool:
     told."""
     sampling = row.sampling
     edited = sampling.logit_bias or sampling.allowed_ids is not None or sampling.masked or has_penalties(sampling)
-    return not (edited or sampling.logprobs >= 0 or sampling.bad_words or _forbidden_ids(row))
+    listed = sampling.processors or sampling.bad_words or _forbidden_ids(row)
+    return not (edited or sampling.logprobs >= 0 or listed)
 
 
 def has_penalties(sampling: SamplingRow) -> bool:

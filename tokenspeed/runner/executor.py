@@ -12,6 +12,7 @@ from tokenspeed.runner.backend import Backend
 from tokenspeed.runner.edits import drawn_plainly
 from tokenspeed.runner.inputs import FedRow, SlotTable, num_prompt_logprobs, wanted_rows
 from tokenspeed.runner.jobs import Job, jobs_at_once, jobs_of, run_jobs, sampled_row
+from tokenspeed.runner.processors import LogitsProcessors
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class LocalExecutor:
 
     def __init__(self, backend: Backend, arena: Arena, vocab_size: int) -> None:
         self.backend = backend
+        self.processors = LogitsProcessors()
         self._arena = arena
         self._table = SlotTable(arena)
         self._chunk = jobs_at_once(vocab_size)
@@ -73,20 +75,29 @@ class LocalExecutor:
         jobs = [job for row, result in zip(fed, results, strict=True) for job in jobs_of(row, result)]
         for first in range(0, len(jobs), self._chunk):
             part = slice(first, first + self._chunk)
-            if not self._pick(wanted[part], jobs[part]):
-                run_jobs(self.backend.logits(wanted[part]), jobs[part])
+            left = self._pick(list(zip(wanted[part], jobs[part], strict=True)))
+            if left:
+                rows, others = map(list, zip(*left, strict=True))
+                run_jobs(self.backend.logits(rows), others, self.processors)
         return results
 
-    def _pick(self, rows: list[int], jobs: list[Job]) -> bool:
-        """Tokens without logits, where all rows are drawn plainly and the backend has a way."""
-        if any(job.prompt_token is not None for job in jobs):
-            return False
-        asks = [sampled_row(job.row.slot) for job in jobs]
-        tokens = self.backend.pick(rows, asks) if all(map(drawn_plainly, asks)) else None
-        for job, token in zip(jobs, tokens or (), strict=False):
+    def _pick(self, wanted: list[tuple[int, Job]]) -> list[tuple[int, Job]]:
+        """Draw tokens without logits, of rows that are drawn plainly, where the backend has a way. The other rows."""
+        plain, asks, others = [], [], []
+        for each in wanted:
+            ask = None if each[1].prompt_token is not None else sampled_row(each[1].row.slot)
+            if ask is not None and drawn_plainly(ask):
+                plain.append(each)
+                asks.append(ask)
+            else:
+                others.append(each)
+        tokens = self.backend.pick([row for row, _ in plain], asks) if plain else None
+        if tokens is None:
+            return wanted
+        for (_, job), token in zip(plain, tokens, strict=True):
             job.row.slot.append(token)
             job.result.token_ids.append(token)
-        return tokens is not None
+        return others
 
 
 def _decodes(row: FedRow) -> bool:

@@ -10,6 +10,7 @@ from tokenspeed.contracts.step import ResultRow
 from tokenspeed.runner.edits import SampledRow
 from tokenspeed.runner.inputs import FedRow, Slot, num_prompt_logprobs
 from tokenspeed.runner.logprobs import token_logprobs
+from tokenspeed.runner.processors import LogitsProcessors
 from tokenspeed.runner.sampler import sample, sampler_inputs
 
 LOGITS_BYTES = 256 * 2**20
@@ -37,14 +38,14 @@ def jobs_at_once(vocab_size: int) -> int:
     return max(1, LOGITS_BYTES // (4 * vocab_size))
 
 
-def run_jobs(logits: torch.Tensor, jobs: list[Job]) -> None:
+def run_jobs(logits: torch.Tensor, jobs: list[Job], processors: LogitsProcessors) -> None:
     """Score and sample; logits float32 [jobs, vocabulary]."""
     scored = [at for at, job in enumerate(jobs) if job.prompt_token is not None]
     if scored:
         _score(logits[scored], [jobs[at] for at in scored])
     drawn = [at for at, job in enumerate(jobs) if job.prompt_token is None]
     if drawn:
-        _draw(logits if len(drawn) == len(jobs) else logits[drawn], [jobs[at] for at in drawn])
+        _draw(logits if len(drawn) == len(jobs) else logits[drawn], [jobs[at] for at in drawn], processors)
 
 
 def _score(logits: torch.Tensor, jobs: list[Job]) -> None:
@@ -54,11 +55,11 @@ def _score(logits: torch.Tensor, jobs: list[Job]) -> None:
         job.result.prompt_logprobs.append(found)
 
 
-def _draw(logits: torch.Tensor, jobs: list[Job]) -> None:
+def _draw(logits: torch.Tensor, jobs: list[Job], processors: LogitsProcessors) -> None:
     slots = [job.row.slot for job in jobs]
     rows = [sampled_row(slot) for slot in slots]
     inputs = sampler_inputs(rows, logits.shape[1], logits.device)
-    sampled = sample(logits, inputs)
+    sampled = sample(logits, inputs, processed=processors.apply(logits, rows))
     for job, token in zip(jobs, sampled.tokens.tolist(), strict=True):
         job.row.slot.append(token)
         job.result.token_ids.append(token)

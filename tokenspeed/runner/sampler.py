@@ -2,8 +2,9 @@
 
 The noise of token v at position p is a pure function of (seed, sample index, p, v). Hence equal logits give equal
 tokens in any batch, slot or order, and temperature 0 is the argmax without noise. The order of everything is vLLM's:
-allowed and banned ids and mask, logit_bias, penalties, min_tokens, divide by T, min_p, top_k, top_p, then the argmax of
-the result and the noise. Of equal values the lowest id wins, which is also what a row gets that allows no token at all.
+logits processors, allowed and banned ids and mask, logit_bias, penalties, min_tokens, divide by T, min_p, top_k, top_p,
+then the argmax of the result and the noise. Of equal values the lowest id wins, which is also what a row gets that
+allows no token at all.
 """
 
 from __future__ import annotations
@@ -81,15 +82,22 @@ def sampler_inputs(rows: Sequence[SampledRow], vocab_size: int, device: torch.de
 
 
 def sample(
-    logits: torch.Tensor, inputs: SamplerInputs, mask: torch.Tensor | None = None, narrow: bool | None = None
+    logits: torch.Tensor,
+    inputs: SamplerInputs,
+    mask: torch.Tensor | None = None,
+    narrow: bool | None = None,
+    processed: torch.Tensor | None = None,
 ) -> Sampled:
     """One token per row of raw float32 logits [rows, vocabulary], which are not changed.
 
     mask: tokens that may be sampled, bool [rows, vocabulary], or int32 [rows, ceil(vocabulary / 32)] with the lowest
-    bit for the lowest id. narrow: see `draw`; by default on the CPU alone, where waiting costs nothing.
+    bit for the lowest id. narrow: see `draw`; by default on the CPU alone, where waiting costs nothing. processed: what
+    logits processors made of `logits`, to be drawn from; log-probabilities stay those of `logits`.
     """
     narrow = logits.device.type == "cpu" if narrow is None else narrow
-    edited = logits if inputs.edits is None else inputs.edits.apply(logits)
+    edited = logits if processed is None else processed
+    if inputs.edits is not None:
+        edited = inputs.edits.apply(edited)
     if mask is not None:
         edited = edited.masked_fill(~_unpacked(mask, logits.shape[1]), -torch.inf)
     if inputs.greedy is None:

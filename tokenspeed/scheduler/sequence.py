@@ -167,7 +167,7 @@ class Sequence:
 
     def sampling_row(self) -> SamplingRow:
         request = self.live.request
-        row = to_row(request.params, request.seed, request.eos_token_ids, self.index)
+        row = to_row(request.params, request.seed, request.eos_token_ids, self.index, request.processors)
         return row if self.scores_prompt else msgspec.structs.replace(row, prompt_logprobs=-1)
 
     def _finish_at(self, token_id: int) -> Finish | None:

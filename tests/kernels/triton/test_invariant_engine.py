@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from tests.parity_tools import CASES, make_gguf
 from tests.seeds import SEED
 from tokenspeed.bench.gpu.invariance import different, make_requests, run, run_after_hit, run_alone, run_mixed
 from tokenspeed.contracts.errors import UnsupportedError
+from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.kernels.triton import attention_registration, dense, invariant_registration
@@ -95,6 +97,25 @@ def test_bits_do_not_depend_on_what_else_runs(open_gpu: Open) -> None:
 @pytest.mark.parametrize("quantization", [None, "fp8"])
 def test_more_requests(open_gpu: Open, quantization: str | None) -> None:
     check_every_way(open_gpu, quantization, count=5, most=12, longest=40)
+
+
+def test_logits_processors_go_the_plain_way(open_gpu: Open) -> None:
+    """Beside a row that the kernels draw."""
+    llm, prompts = open_gpu(70), [[5, 9, 2], [7, 1]]
+
+    def push(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(0, torch.tensor([11]), 99.0)
+
+    plain = SamplingParams(temperature=0, max_tokens=2, logprobs=1, ignore_eos=True)
+    pushed = msgspec.structs.replace(plain, logits_processors=[push])
+    alone = llm.generate(prompt_token_ids=prompts, sampling_params=plain, use_tqdm=False)
+    first, second = llm.generate(prompt_token_ids=prompts, sampling_params=[pushed, plain], use_tqdm=False)
+    assert first.outputs[0].token_ids == [11, 11]
+    assert first.outputs[0].logprobs is not None
+    assert alone[0].outputs[0].logprobs is not None
+    best, raw = alone[0].outputs[0].token_ids[0], alone[0].outputs[0].logprobs[0]
+    assert first.outputs[0].logprobs[0][best].logprob == raw[best].logprob
+    assert second.outputs[0].token_ids == alone[1].outputs[0].token_ids
 
 
 def test_an_op_without_such_a_kernel_is_refused(open_gpu: Open, monkeypatch: pytest.MonkeyPatch) -> None:

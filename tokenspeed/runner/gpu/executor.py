@@ -1,7 +1,8 @@
 """Runs step plans on a GPU without waiting: a header goes in, a captured step runs, tokens come back later.
 
 Sampled tokens are fed back on the device, so the next step is launched before they are known here. Rows that ask for
-log-probabilities, or for more than a slot of the sampler holds, make their step wait and go the plain way.
+log-probabilities, for more than a slot of the sampler holds, or for logits processors make their step wait and go the
+plain way.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from tokenspeed.runner.gpu.link import TritonSteps
 from tokenspeed.runner.gpu.state import DeviceState, StateShape
 from tokenspeed.runner.gpu.view import GpuView
 from tokenspeed.runner.inputs import wanted_rows
-from tokenspeed.runner.jobs import jobs_at_once, jobs_of, run_jobs
+from tokenspeed.runner.jobs import Job, jobs_at_once, jobs_of, run_jobs
+from tokenspeed.runner.processors import LogitsProcessors
 
 DEPTH = 2
 """Steps under way: one runs while the host prepares the next."""
@@ -97,6 +99,7 @@ class GpuExecutor:
         self.device = backend.model.device
         self.state = DeviceState(StateShape(max_num_seqs, groups, pages, max_len), self.device)
         self._slots = HostSlots(groups, shape.page_size)
+        self.processors = LogitsProcessors()
         self._max_rows = max_num_seqs
         words = 2 + 4 * max_num_seqs + 2 * PAIRS
         self._header = torch.zeros(words, dtype=torch.int32, device=self.device)
@@ -202,16 +205,19 @@ class GpuExecutor:
         at_once = jobs_at_once(self.backend.vocab_size)
         for first in range(0, len(jobs), at_once):
             part = slice(first, first + at_once)
-            logits = self.backend.head(view.asking(wanted[part]), dict(values))
-            if self.backend.batch_invariant:
-                run_invariant_jobs(logits, jobs[part], self._kernels, self.state.sampling, self.state.lengths.pool)
-            else:
-                run_jobs(logits.float(), jobs[part])
+            self._run_jobs(self.backend.head(view.asking(wanted[part]), dict(values)), jobs[part])
         drawn = torch.zeros(step.rows, dtype=torch.int32)
         for at, result in enumerate(results):
             drawn[at] = result.token_ids[0] if result.token_ids else -1
         self._kernels.finish(drawn.to(self.device), step.inputs, self.state.lengths, self.state.sampling)
         return Launched(step_id, rows, drawn, lambda: None, StepResult(step_id, results))
+
+    def _run_jobs(self, logits: torch.Tensor, jobs: list[Job]) -> None:
+        if self.backend.batch_invariant:
+            sampling, pool = self.state.sampling, self.state.lengths.pool
+            run_invariant_jobs(logits, jobs, self._kernels, sampling, pool, self.processors)
+        else:
+            run_jobs(logits.float(), jobs, self.processors)
 
     def _view(self, step: _Step) -> GpuView:
         shape, inputs = self._arena.shape, step.inputs
@@ -315,4 +321,4 @@ def _needs_logits(row: LaunchedRow) -> bool:
     """Whether a row asks for what the captured sampler does not do."""
     sampling = row.slot.sampling
     told = sampling.logprobs >= 0 or sampling.prompt_logprobs >= 0
-    return told or sampling.masked or excess(sampling) is not None
+    return told or sampling.masked or bool(sampling.processors) or excess(sampling) is not None

@@ -16,6 +16,7 @@ from tokenspeed.kernels.triton.logprobs import token_logprobs
 from tokenspeed.kernels.triton.sampling_state import MAX_TOP, Field, SamplingState, excess, is_edited
 from tokenspeed.runner.gpu.link import TritonSteps
 from tokenspeed.runner.jobs import Job, sampled_row
+from tokenspeed.runner.processors import LogitsProcessors
 from tokenspeed.runner.sampler import sample, sampler_inputs
 
 
@@ -27,7 +28,12 @@ class DrawnRows(NamedTuple):
 
 
 def run_invariant_jobs(
-    logits: torch.Tensor, jobs: list[Job], kernels: TritonSteps, state: SamplingState, pool: torch.Tensor
+    logits: torch.Tensor,
+    jobs: list[Job],
+    kernels: TritonSteps,
+    state: SamplingState,
+    pool: torch.Tensor,
+    processors: LogitsProcessors,
 ) -> None:
     """As `jobs.run_jobs`, of logits [jobs, vocabulary] in the compute dtype; state and pool are the step's."""
     tokens = [job.prompt_token for job in jobs]
@@ -37,8 +43,10 @@ def run_invariant_jobs(
     for at, token in zip(held, _drawn(logits, jobs, held, kernels, state, pool), strict=True):
         tokens[at] = token
     if others:
-        inputs = sampler_inputs([sampled_row(jobs[at].row.slot) for at in others], logits.shape[1], logits.device)
-        for at, token in zip(others, sample(logits[others].float(), inputs).tokens.tolist(), strict=True):
+        rows, raw = [sampled_row(jobs[at].row.slot) for at in others], logits[others].float()
+        inputs = sampler_inputs(rows, raw.shape[1], raw.device)
+        sampled = sample(raw, inputs, processed=processors.apply(raw, rows))
+        for at, token in zip(others, sampled.tokens.tolist(), strict=True):
             tokens[at] = token
     known = [token for token in tokens if token is not None]
     tops = [_top(job) for job in jobs]
@@ -94,7 +102,7 @@ def _drawn(
 def _is_held(job: Job) -> bool:
     """Whether a slot of the device holds all that the row's sampling asks for."""
     sampling = job.row.slot.sampling
-    return not sampling.masked and excess(sampling) is None
+    return not (sampling.masked or sampling.processors) and excess(sampling) is None
 
 
 def _top(job: Job) -> int:
