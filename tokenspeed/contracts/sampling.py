@@ -24,6 +24,23 @@ MIN_TEMPERATURE = 0.01
 MAX_LOGIT_BIAS = 100.0
 """Biases are clamped to plus and minus this."""
 _INT31, _INT64 = 2**31 - 1, 2**64 - 1
+REALS: dict[str, tuple[float, float]] = {
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "temperature": (0.0, math.inf),
+    "min_p": (0.0, 1.0),
+}
+"""Least and most of numbers. Of the two that are not here, repetition_penalty is above 0, and top_p so and at most 1."""
+INTEGERS: dict[str, tuple[int, int]] = {
+    "n": (1, MAX_N),
+    "top_k": (-1, _INT31),
+    "min_tokens": (0, _INT31),
+    "max_tokens": (1, _INT31),
+    "seed": (-(2**63), _INT64),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+}
+"""Least and most of integers."""
 _HINTS = {
     "best_of": "use n, and choose among outputs by their cumulative_logprob",
     "use_beam_search": "beam search is not supported",
@@ -121,12 +138,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         }
 
     def _check_numbers(self) -> None:
-        for name, low, high in (
-            ("presence_penalty", -2.0, 2.0),
-            ("frequency_penalty", -2.0, 2.0),
-            ("temperature", 0.0, math.inf),
-            ("min_p", 0.0, 1.0),
-        ):
+        for name, (low, high) in REALS.items():
             value = _finite(name, getattr(self, name))
             rule = f"in [{low:g}, {high:g}]" if high < math.inf else f"at least {low:g}"
             _check(low <= value <= high, name, value, rule)
@@ -139,18 +151,12 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         _check(0 < _finite("top_p", self.top_p) <= 1, "top_p", self.top_p, "in (0, 1]")
 
     def _check_lengths(self) -> None:
-        _check_int("n", self.n, 1, MAX_N)
-        _check_int("top_k", self.top_k, -1, _INT31)
-        _check_int("min_tokens", self.min_tokens, 0, _INT31)
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, _INT31)
-            if self.min_tokens > self.max_tokens:
-                raise ParameterError(f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}")
-        if self.seed is not None:
-            _check_int("seed", self.seed, -(2**63), _INT64)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
+        for name, (low, high) in INTEGERS.items():
+            value = getattr(self, name)
+            if value is not None or name in ("n", "top_k", "min_tokens"):
+                _check_int(name, value, low, high)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ParameterError(f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}")
 
     def _check_flags(self) -> None:
         for name in (
