@@ -85,6 +85,18 @@ def test_fields_are_those_that_are_decoded() -> None:
     assert (CHAT.without_effect, CHAT.neutral) == (CHAT_WITHOUT_EFFECT, CHAT_NEUTRAL)
 
 
+def items_of(part: Any) -> list[Any]:
+    found = [part["items"]] if isinstance(part, dict) and "items" in part else []
+    parts = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return found + [item for each in parts for item in items_of(each)]
+
+
+def test_items_have_a_type() -> None:
+    items = items_of(openapi(ServerState())["components"]["schemas"])
+    assert len(items) > 20
+    assert [item for item in items if not {"type", "$ref", "anyOf", "enum"} & set(item)] == []
+
+
 SAMPLING = ("frequency_penalty", "min_p", "min_tokens", "presence_penalty", "prompt_logprobs", "seed", "temperature")
 NUMBERS = {
     COMPLETIONS: (*SAMPLING, "logprobs", "max_tokens", "n", "top_k", "top_p"),
