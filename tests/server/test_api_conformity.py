@@ -208,7 +208,7 @@ def test_what_it_would_find(serve: Serve) -> None:
     """The net is tight: an answer outside the schema, and a bug, are failures."""
     served = serve()
     made = Api(served.url, "fake", VOCAB_SIZE)
-    served.engine.info = msgspec.structs.replace(served.engine.info, max_model_len="long")  # type: ignore[arg-type]
+    served.engine.info = msgspec.structs.replace(served.engine.info, max_model_len="long")
     with pytest.raises(BaseExceptionGroup, match="violates schema"):
         made.send(made.schema["/v1/models"]["get"].Case())
     served.engine.submit = None  # type: ignore[assignment,method-assign]

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI
-from pydantic import SecretStr
 
 from tests.server.server_process import GUARD_S, ServerProcess
 from tokenspeed.config.demo import DEMO_NAME
@@ -25,10 +24,9 @@ MAX_TOKENS = 12
 
 
 def model(server: ServerProcess, **fields: Any) -> ChatOpenAI:
-    known: dict[str, Any] = {"temperature": 0, "max_completion_tokens": MAX_TOKENS, "max_retries": 0}
-    return ChatOpenAI(
-        base_url=f"{server.url}/v1", api_key=SecretStr("none"), model=DEMO_NAME, timeout=GUARD_S, **known | fields
-    )
+    known: dict[str, Any] = {"base_url": f"{server.url}/v1", "api_key": "none", "max_retries": 0, "timeout": GUARD_S}
+    known |= {"model": DEMO_NAME, "temperature": 0, "max_completion_tokens": MAX_TOKENS}
+    return ChatOpenAI(**known | fields)
 
 
 @pytest.fixture

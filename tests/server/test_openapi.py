@@ -18,7 +18,7 @@ from tokenspeed.server.app import create_app
 from tokenspeed.server.errors import HEADERS
 from tokenspeed.server.keys import ApiKeys
 from tokenspeed.server.openai.fields import CHAT_NEUTRAL, CHAT_WITHOUT_EFFECT, NEUTRAL, WITHOUT_EFFECT
-from tokenspeed.server.openai.requests import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
+from tokenspeed.server.openai.requests import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, Form
 from tokenspeed.server.openapi import openapi
 from tokenspeed.server.operations import OPERATIONS
 from tokenspeed.server.state import ServerState
@@ -74,7 +74,13 @@ def test_every_route_is_in_it_and_no_other() -> None:
 
 
 def test_fields_are_those_that_are_decoded() -> None:
-    for path, form in [(COMPLETIONS, COMPLETION), (CHATS, CHAT), ("/tokenize", TOKENIZE), ("/detokenize", DETOKENIZE)]:
+    forms: dict[str, Form[Any]] = {
+        COMPLETIONS: COMPLETION,
+        CHATS: CHAT,
+        "/tokenize": TOKENIZE,
+        "/detokenize": DETOKENIZE,
+    }
+    for path, form in forms.items():
         properties = of(path)
         assert set(properties) == form.known | set(form.neutral)
         assert all(properties[name] == {"description": "accepted, without effect"} for name in form.without_effect)

@@ -101,7 +101,7 @@ def test_a_span_belongs_to_the_trace_that_the_request_names(
     tracer = FakeTracer()
     exporter = Exporter(tracer, lambda made: f"in {made!r}", "server", TraceContextTextMapPropagator().extract)
     served.state.metrics.observers.append(RequestSpans(exporter, lambda: "m"))
-    encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+    encoded = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
     assert served.client.post("/v1/completions", json={"prompt": "x"}, headers=encoded).status_code == 200
     contexts = [told[2] for told in tracer.told if told[0] == "start"]
     assert contexts[1:] == ["in text_completion m"] * 3

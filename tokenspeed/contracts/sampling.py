@@ -30,7 +30,7 @@ REALS: dict[str, tuple[float, float]] = {
     "temperature": (0.0, math.inf),
     "min_p": (0.0, 1.0),
 }
-"""Least and most of numbers. Of the two that are not here, repetition_penalty is above 0, and top_p so and at most 1."""
+"""Least and most of numbers. The two that are not here are above 0, and top_p is at most 1."""
 INTEGERS: dict[str, tuple[int, int]] = {
     "n": (1, MAX_N),
     "top_k": (-1, _INT31),
