@@ -50,7 +50,7 @@ def test_every_route_has_a_generator() -> None:
 def narrow(schema: Any, vocab: int) -> None:
     """Bound ids, wherever they are."""
     if isinstance(schema, dict):
-        if "minimum" in schema and "maximum" not in schema:
+        if schema.get("type") == "integer" and schema.get("minimum") == 0:
             schema["maximum"] = vocab - 1
         for part in schema.values():
             narrow(part, vocab)
