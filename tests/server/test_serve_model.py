@@ -101,6 +101,45 @@ def test_timings_of_a_real_engine(tiny: ServerProcess) -> None:
     assert share is None or share > 0
 
 
+@pytest.mark.parametrize(
+    "fields, param",
+    [
+        ({"bad_words": ["text"]}, "bad_words"),
+        ({"allowed_token_ids": [3], "stop_token_ids": [3], "min_tokens": 2}, "allowed_token_ids"),
+        ({"temperature": 1e39}, "temperature"),
+        ({"temperature": 1e39, "logprobs": 1}, "temperature"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty"),
+        ({"priority": 10**30}, "priority"),
+        ({"priority": -(2**63)}, "priority"),
+    ],
+)
+def test_what_would_end_an_engine_is_refused(tiny: ServerProcess, fields: dict[str, Any], param: str) -> None:
+    (engine,) = tiny.children()
+    response = tiny.post("/v1/completions", prompt=[1, 2], max_tokens=5, **fields)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+    assert len(ids(tiny, prompt=[1, 2], max_tokens=3, ignore_eos=True)) == 3
+    assert tiny.children() == [engine]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 1e6},
+        {"temperature": 1e6, "top_k": 1},
+        {"repetition_penalty": 1e6, "temperature": 1e6},
+        {"repetition_penalty": 1e-6, "logprobs": 2},
+        {"top_p": 5e-324},
+        {"min_p": 1e-300, "seed": 2**64 - 1},
+        {"logit_bias": {"5": -1e308, "6": 1e308}},
+        {"priority": -(2**31)},
+    ],
+)
+def test_extreme_values_choose_a_token(tiny: ServerProcess, fields: dict[str, Any]) -> None:
+    (engine,) = tiny.children()
+    assert len(ids(tiny, prompt=[1, 2], max_tokens=5, ignore_eos=True, **fields)) == 5
+    assert tiny.children() == [engine]
+
+
 def test_one_client_leaves_another_stays(tiny: ServerProcess) -> None:
     body = {"prompt": [7, 8], "max_tokens": CONTEXT - 2, "ignore_eos": True, "stream": True, "return_token_ids": True}
     body |= {"temperature": 0, "stream_options": {"include_usage": True}}

@@ -37,7 +37,6 @@ def _sampling(limits: Limits) -> dict[str, Schema]:
         "logprobs": _span(0, limits.max_logprobs),
         "prompt_logprobs": _span(0, limits.max_logprobs),
         "top_p": {"exclusiveMinimum": 0, "maximum": 1},
-        "repetition_penalty": {"exclusiveMinimum": 0},
         "stop": length | _items({"type": "string"} | length) | {"maxItems": limits.max_stop},
         "stop_token_ids": _items(_ID),
         "allowed_token_ids": _items(_ID) | {"minItems": 1},

@@ -20,7 +20,7 @@ from tokenspeed.contracts.errors import (
 from tokenspeed.server.client import REQUEST_ID, caller_of_request
 
 logger = logging.getLogger("tokenspeed.server")
-_FIRST_WORD = re.compile(r"[a-z][a-z0-9_]*(?= )")
+_FIRST_WORD = re.compile(r"[a-z][a-z0-9_]*(?=:? )")
 
 
 class ApiError(TokenSpeedError):
