@@ -131,7 +131,7 @@ def api(serve: Serve, tmp_path: Path) -> Iterator[Api]:
     async def profile(steps: int, timeout: float) -> list[Span]:
         return await FakeEngine().profile(min(steps, 3), timeout)
 
-    served.engine.profile = profile  # type: ignore[method-assign]
+    served.engine.profile = profile  # type: ignore[assignment,method-assign]
     made = Api(served.url, "fake", VOCAB_SIZE)
     yield made
     made.close()

@@ -71,7 +71,7 @@ def test_requests_that_failed_are_told_too(served: Served, told: list[RequestSum
 
 def filled(**fields: Any) -> RequestSummary:
     known: dict[str, Any] = {"cached_tokens": 2, "output_tokens": 5, "queue_s": 0.0015, "ttft_s": 0.25, "total_s": 1.0}
-    summary = {"finish_reasons": ["stop"], "caller": Caller("c0ffee")} | known | fields
+    summary: dict[str, Any] = {"finish_reasons": ["stop"], "caller": Caller("c0ffee")} | known | fields
     return RequestSummary("cmpl-x-0", list(SECRET.encode()), 1, **summary)
 
 
