@@ -58,9 +58,11 @@ EVERY_FIELD: dict[str, Any] = {
         ({"presence_penalty": -2.1}, "presence_penalty"),
         ({"frequency_penalty": -2.1}, "frequency_penalty"),
         ({"frequency_penalty": "1"}, "frequency_penalty must be a finite number"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be above 0, got 0"),
+        ({"repetition_penalty": 0}, r"repetition_penalty must be at least 1e-06 and at most 1e\+06, got 0"),
         ({"repetition_penalty": math.inf}, "repetition_penalty"),
-        ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty must be"),
+        ({"temperature": -0.1}, r"temperature must be at least 0 and at most 1e\+06, got -0.1"),
+        ({"temperature": 1e39}, r"temperature must be at least 0 and at most 1e\+06, got 1e\+39"),
         ({"temperature": math.nan}, "temperature must be a finite number"),
         ({"top_p": 0}, r"top_p must be in \(0, 1\], got 0"),
         ({"top_p": 1.01}, "top_p"),
@@ -104,7 +106,7 @@ EVERY_FIELD: dict[str, Any] = {
         ({"logits_processors": [lambda a, b, c, d: d]}, r"it takes \(a, b, c, d\)"),
         ({"logits_processors": [dict.fromkeys, dict]}, "logits_processors: <class 'dict'> has no signature"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
 )
 def test_refused(fields: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ParameterError, match=complaint):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
@@ -17,6 +18,7 @@ import pytest
 import uvicorn
 
 from tests.server.fake_engine import FakeEngine
+from tests.server.server_process import ServerProcess, started
 from tokenspeed.config.serving import Limits
 from tokenspeed.server.access import Access
 from tokenspeed.server.app import create_app
@@ -89,6 +91,16 @@ def serve() -> Iterator[Serve]:
 @pytest.fixture
 def served(serve: Serve) -> Served:
     return serve(chat_template="plain")
+
+
+@pytest.fixture(scope="session")
+def demo_server(demo_path: Path) -> Iterator[ServerProcess]:
+    """`tokenspeed serve` with the demo model, once per worker, as the docs start it."""
+    flags = ["--port", "0", "--chat-template", "plain", "--max-model-len", "256"]
+    with started("tokenspeed.cli.main", ["serve", *flags]) as server:
+        server.wait_until_ready()
+        yield server
+        assert server.terminate() == 0, server.log
 
 
 def _start(engine: FakeEngine, state: ServerState) -> tuple[Served, Callable[[], None]]:

@@ -123,7 +123,7 @@ def test_an_answer_may_fill_the_model_but_not_overflow_it(served: Served) -> Non
         ({"messages": [{"role": "user", "content": "x" * 300}]}, "317 tokens, but this model takes 200", "messages"),
         ({"chat_template_kwargs": {"messages": []}}, "must not hold messages", "chat_template_kwargs"),
         ({"top_logprobs": 1}, "top_logprobs needs logprobs", "top_logprobs"),
-        ({"temperature": 3e38, "top_p": 0}, "top_p must be", "top_p"),
+        ({"temperature": 3.5, "top_p": 0}, "top_p must be", "top_p"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported", "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported", "response_format"),
     ],

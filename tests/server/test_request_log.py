@@ -12,7 +12,7 @@ import pytest
 
 from tests.server.conftest import Served
 from tests.server.fake_engine import CACHED, REFUSED
-from tokenspeed.server.client import address_hash
+from tokenspeed.server.client import Caller, address_hash
 from tokenspeed.server.logs import JsonLines, RequestLog, TextLines, summary_fields
 from tokenspeed.server.summary import RequestSummary
 
@@ -51,9 +51,9 @@ def test_a_request_is_told_once(served: Served, told: list[RequestSummary]) -> N
     assert summary.ttft_s is not None
     assert summary.tpot_s is not None
     assert 0 < summary.ttft_s + 2 * summary.tpot_s <= summary.total_s * 1.001
-    assert summary.client == address_hash("127.0.0.1")
-    assert "127" not in re.sub(r"[0-9a-f]{12}", "", summary.client)
-    assert address_hash("127.0.0.2") != summary.client
+    assert summary.caller.client == address_hash("127.0.0.1")
+    assert "127" not in re.sub(r"[0-9a-f]{12}", "", summary.caller.client)
+    assert address_hash("127.0.0.2") != summary.caller.client
 
 
 def test_every_prompt_of_a_request_has_its_line(served: Served, told: list[RequestSummary]) -> None:
@@ -70,8 +70,9 @@ def test_requests_that_failed_are_told_too(served: Served, told: list[RequestSum
 
 
 def filled(**fields: Any) -> RequestSummary:
-    known = {"cached_tokens": 2, "output_tokens": 5, "queue_s": 0.0015, "ttft_s": 0.25, "total_s": 1.0}
-    return RequestSummary("cmpl-x-0", list(SECRET.encode()), 1, "c0ffee", finish_reasons=["stop"], **(known | fields))
+    known: dict[str, Any] = {"cached_tokens": 2, "output_tokens": 5, "queue_s": 0.0015, "ttft_s": 0.25, "total_s": 1.0}
+    summary: dict[str, Any] = {"finish_reasons": ["stop"], "caller": Caller("c0ffee")} | known | fields
+    return RequestSummary("cmpl-x-0", list(SECRET.encode()), 1, **summary)
 
 
 def test_lines() -> None:
@@ -80,6 +81,8 @@ def test_lines() -> None:
         "INFO request request_id=cmpl-x-0 prompt_tokens=12 cached_tokens=2 output_tokens=5 queue_ms=1.5 ttft_ms=250.0 "
         "total_ms=1000.0 finish_reason=stop client=c0ffee"
     )
+    named = formatted(TextLines("%(message)s"), RequestLog(), filled(caller=Caller(request_id='a="b')))
+    assert named.startswith(r'request request_id="a=\"b" response_id=cmpl-x-0 prompt_tokens=12 ')
     line = json.loads(formatted(JsonLines(), RequestLog(), filled(tpot_s=0.0625)))
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
     assert line == {

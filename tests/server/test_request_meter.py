@@ -13,7 +13,7 @@ def output(index: int, tokens: int, finish_reason: str | None = None) -> Request
 
 
 def summary(samples: int = 2) -> RequestSummary:
-    return RequestSummary("r", [1, 2, 3], samples, "")
+    return RequestSummary("r", [1, 2, 3], samples)
 
 
 def test_times_of_two_samples() -> None:

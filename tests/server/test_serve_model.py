@@ -1,4 +1,4 @@
-"""The whole house: `tokenspeed serve` with a tiny random model, and with the demo model under OpenAI's client."""
+"""The whole house: `tokenspeed serve` with a tiny random model, and with the demo model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import openai
 import pytest
 
 from tests.seeds import SEED
@@ -19,8 +18,6 @@ from tests.server.server_process import GUARD_S, ServerProcess, started
 from tests.tiny_llama import CONTEXT, write_tiny
 
 PROMPT = "The three primary colors are"
-BOS = 2
-WITH_IDS = {"return_token_ids": True}
 TALK: Any = [{"role": "user", "content": "Name a color."}]
 
 
@@ -29,15 +26,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = write_tiny(tmp_path_factory.mktemp("served"), SEED)
     flags = [str(folder), "--dtype", "float32", "--served-model-name", "tiny", "--block-size", "4"]
     with started("tokenspeed.cli.main", ["serve", "--port", "0", *flags]) as server:
-        server.wait_until_ready()
-        yield server
-        assert server.terminate() == 0, server.log
-
-
-@pytest.fixture(scope="module")
-def demo(demo_path: Path) -> Iterator[ServerProcess]:
-    flags = ["--chat-template", "plain", "--max-model-len", "256", "--served-model-name", "demo"]
-    with started("tokenspeed.cli.main", ["serve", str(demo_path), "--port", "0", *flags]) as server:
         server.wait_until_ready()
         yield server
         assert server.terminate() == 0, server.log
@@ -113,6 +101,45 @@ def test_timings_of_a_real_engine(tiny: ServerProcess) -> None:
     assert share is None or share > 0
 
 
+@pytest.mark.parametrize(
+    "fields, param",
+    [
+        ({"bad_words": ["text"]}, "bad_words"),
+        ({"allowed_token_ids": [3], "stop_token_ids": [3], "min_tokens": 2}, "allowed_token_ids"),
+        ({"temperature": 1e39}, "temperature"),
+        ({"temperature": 1e39, "logprobs": 1}, "temperature"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty"),
+        ({"priority": 10**30}, "priority"),
+        ({"priority": -(2**63)}, "priority"),
+    ],
+)
+def test_what_would_end_an_engine_is_refused(tiny: ServerProcess, fields: dict[str, Any], param: str) -> None:
+    (engine,) = tiny.children()
+    response = tiny.post("/v1/completions", prompt=[1, 2], max_tokens=5, **fields)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+    assert len(ids(tiny, prompt=[1, 2], max_tokens=3, ignore_eos=True)) == 3
+    assert tiny.children() == [engine]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 1e6},
+        {"temperature": 1e6, "top_k": 1},
+        {"repetition_penalty": 1e6, "temperature": 1e6},
+        {"repetition_penalty": 1e-6, "logprobs": 2},
+        {"top_p": 5e-324},
+        {"min_p": 1e-300, "seed": 2**64 - 1},
+        {"logit_bias": {"5": -1e308, "6": 1e308}},
+        {"priority": -(2**31)},
+    ],
+)
+def test_extreme_values_choose_a_token(tiny: ServerProcess, fields: dict[str, Any]) -> None:
+    (engine,) = tiny.children()
+    assert len(ids(tiny, prompt=[1, 2], max_tokens=5, ignore_eos=True, **fields)) == 5
+    assert tiny.children() == [engine]
+
+
 def test_one_client_leaves_another_stays(tiny: ServerProcess) -> None:
     body = {"prompt": [7, 8], "max_tokens": CONTEXT - 2, "ignore_eos": True, "stream": True, "return_token_ids": True}
     body |= {"temperature": 0, "stream_options": {"include_usage": True}}
@@ -143,82 +170,40 @@ def test_one_client_leaves_another_stays(tiny: ServerProcess) -> None:
     assert gauge(tiny, "request_queue_time_seconds_count") > 0
 
 
-def test_openais_client_completes(demo: ServerProcess) -> None:
-    with openai.OpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0) as client:
-        assert [model.id for model in client.models.list()] == ["demo"]
-        whole = client.completions.create(model="demo", prompt=PROMPT, max_tokens=8, temperature=0)
-        assert "red" in whole.choices[0].text
-        assert whole.usage is not None
-        assert whole.usage.completion_tokens == 8
-        options: Any = {"include_usage": True}
-        stream = client.completions.create(
-            model="demo", prompt=PROMPT, max_tokens=8, temperature=0, stream=True, stream_options=options
-        )
-        *chunks, last = list(stream)
-        assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
-        assert last.usage is not None
-        assert last.usage.completion_tokens == 8
-        stopped = client.completions.create(model="demo", prompt=PROMPT, max_tokens=8, temperature=0, stop=[","])
-        assert stopped.choices[0].finish_reason == "stop"
-        assert stopped.choices[0].text == whole.choices[0].text.split(",")[0]
-
-
-def test_openais_client_chats(demo: ServerProcess) -> None:
-    async def talk() -> tuple[Any, str]:
-        async with openai.AsyncOpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0) as client:
-            settings: Any = {"model": "demo", "messages": TALK, "max_tokens": 8, "temperature": 0}
-            whole = await client.chat.completions.create(**settings, logprobs=True, top_logprobs=3, extra_body=WITH_IDS)
-            text = ""
-            async for chunk in await client.chat.completions.create(**settings, stream=True):
-                text += chunk.choices[0].delta.content or ""
-            return whole, text
-
-    whole, text = asyncio.run(talk())
-    assert whole.choices[0].message.content == text
-    prompt = whole.prompt_token_ids
-    assert (prompt[0], prompt.count(BOS), len(prompt)) == (BOS, 1, whole.usage.prompt_tokens)
-    entries = whole.choices[0].logprobs.content
-    assert len(entries) == whole.usage.completion_tokens
-    assert b"".join(bytes(entry.bytes) for entry in entries).decode().startswith(text)
-    for entry in entries:
-        logprobs = [top.logprob for top in entry.top_logprobs]
-        assert logprobs == sorted(logprobs, reverse=True)
-        assert entry.token == entry.top_logprobs[0].token
-
-
-def test_prompt_logprobs_by_echo(demo: ServerProcess) -> None:
+def test_prompt_logprobs_by_echo(demo_server: ServerProcess) -> None:
     fields = {"prompt": PROMPT, "echo": True, "logprobs": 1, "max_tokens": 0}
-    (choice,) = demo.post("/v1/completions", **fields).json()["choices"]
+    (choice,) = demo_server.post("/v1/completions", **fields).json()["choices"]
     assert choice["text"] == PROMPT
     found = choice["logprobs"]
     assert "".join(found["tokens"]) == f"<bos>{PROMPT}"
     assert found["token_logprobs"][0] is None
     assert all(logprob <= 0 for logprob in found["token_logprobs"][1:])
     asked = {"prompt": PROMPT, "prompt_logprobs": 1, "max_tokens": 1, "return_token_ids": True}
-    (choice,) = demo.post("/v1/completions", **asked).json()["choices"]
+    (choice,) = demo_server.post("/v1/completions", **asked).json()["choices"]
     own = zip(choice["prompt_token_ids"], choice["prompt_logprobs"], strict=True)
     assert [entries and entries[str(token)]["logprob"] for token, entries in own] == pytest.approx(
         found["token_logprobs"]
     )
-    spelled = demo.post("/tokenize", prompt=PROMPT, return_token_strs=True).json()
+    spelled = demo_server.post("/tokenize", prompt=PROMPT, return_token_strs=True).json()
     assert (spelled["tokens"], spelled["token_strs"]) == (choice["prompt_token_ids"], found["tokens"])
-    assert demo.post("/detokenize", tokens=spelled["tokens"]).json() == {"prompt": f"<bos>{PROMPT}"}
+    assert demo_server.post("/detokenize", tokens=spelled["tokens"]).json() == {"prompt": f"<bos>{PROMPT}"}
 
 
-def test_killing_the_engine_fails_its_requests(demo: ServerProcess) -> None:
+def test_killing_the_engine_fails_its_requests(demo_server: ServerProcess) -> None:
     """And another one serves the next."""
-    (engine,) = demo.children()
+    (engine,) = demo_server.children()
     body = {"prompt": PROMPT, "max_tokens": 200, "ignore_eos": True, "stream": True}
-    with httpx2.stream("POST", f"{demo.url}/v1/completions", json=body, timeout=GUARD_S) as response:
+    with httpx2.stream("POST", f"{demo_server.url}/v1/completions", json=body, timeout=GUARD_S) as response:
         lines = (line for line in response.iter_lines() if line)
         next(lines)
         os.kill(engine, signal.SIGKILL)
         *_, error, done = lines
     assert "SIGKILL" in json.loads(error.removeprefix("data: "))["error"]["message"]
     assert done == "data: [DONE]"
-    assert demo.get("/health").status_code == 503
-    demo.wait_until_ready()
+    assert demo_server.get("/health").status_code == 503
+    demo_server.wait_until_ready()
     assert (
-        "red" in demo.post("/v1/completions", prompt=PROMPT, max_tokens=8, temperature=0).json()["choices"][0]["text"]
+        "red"
+        in demo_server.post("/v1/completions", prompt=PROMPT, max_tokens=8, temperature=0).json()["choices"][0]["text"]
     )
-    assert demo.children() != [engine]
+    assert demo_server.children() != [engine]

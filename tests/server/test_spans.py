@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+from opentelemetry.trace import get_current_span
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
 from tests.server.conftest import Served
 from tokenspeed.observability.traces import Exporter, Span
 from tokenspeed.server.spans import RequestSpans, request_span
@@ -15,7 +19,7 @@ MS = 1_000_000
 
 def summary(**fields: Any) -> RequestSummary:
     known = {"queue_s": 0.25, "ttft_s": 1.0, "total_s": 3.0, "output_tokens": 7, "cached_tokens": 2}
-    return RequestSummary("chatcmpl-1-0", [5] * 4, 2, "c0ffee", finish_reasons=["stop", "length"], **(known | fields))
+    return RequestSummary("chatcmpl-1-0", [5] * 4, 2, finish_reasons=["stop", "length"], **(known | fields))
 
 
 def phases(span: Span) -> list[tuple[str, int, int]]:
@@ -52,7 +56,7 @@ def test_attributes() -> None:
         "gen_ai.usage.output_tokens": 7,
         "gen_ai.response.time_to_first_chunk": 1.0,
     }
-    failed = request_span(RequestSummary("cmpl-1-0", [5], 1, "", finish_reasons=["error"]), END_NS, "m").attributes
+    failed = request_span(RequestSummary("cmpl-1-0", [5], 1, finish_reasons=["error"]), END_NS, "m").attributes
     assert failed["gen_ai.operation.name"] == "text_completion"
     assert failed["error.type"] == "_OTHER"
 
@@ -68,6 +72,46 @@ def test_a_served_request_is_exported(served: Served) -> None:
     assert span.attributes["gen_ai.usage.output_tokens"] == 3
     assert [child.name for child in span.children] == ["queue", "prefill", "decode"]
     assert "hello" not in repr(span)
+
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+@pytest.mark.parametrize(
+    "headers, parent",
+    [
+        ({}, None),
+        ({"traceparent": f"00-{TRACE}-{PARENT}-01"}, (TRACE, PARENT, 1, {})),
+        ({"traceparent": f"00-{TRACE}-{PARENT}-00"}, (TRACE, PARENT, 0, {})),
+        ({"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "a=1,b=2"}, (TRACE, PARENT, 1, {"a": "1", "b": "2"})),
+        ({"traceparent": f"cc-{TRACE}-{PARENT}-01-what-the-future-will-be-like"}, (TRACE, PARENT, 1, {})),
+        ({"traceparent": f"00-{TRACE}-{PARENT}-01-more"}, None),
+        ({"traceparent": f"ff-{TRACE}-{PARENT}-01"}, None),
+        ({"traceparent": f"00-{TRACE.upper()}-{PARENT}-01"}, None),
+        ({"traceparent": f"00-{'0' * 32}-{PARENT}-01"}, None),
+        ({"traceparent": f"00-{TRACE}-{'0' * 16}-01"}, None),
+        ({"traceparent": f"00-{TRACE[1:]}-{PARENT}-01"}, None),
+        ({"traceparent": "é"}, None),
+        ({"tracestate": "a=1"}, None),
+    ],
+)
+def test_a_span_belongs_to_the_trace_that_the_request_names(
+    served: Served, headers: dict[str, str], parent: tuple[str, str, int, dict[str, str]] | None
+) -> None:
+    tracer = FakeTracer()
+    exporter = Exporter(tracer, lambda made: f"in {made!r}", "server", TraceContextTextMapPropagator().extract)
+    served.state.metrics.observers.append(RequestSpans(exporter, lambda: "m"))
+    encoded = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
+    assert served.client.post("/v1/completions", json={"prompt": "x"}, headers=encoded).status_code == 200
+    contexts = [told[2] for told in tracer.told if told[0] == "start"]
+    assert contexts[1:] == ["in text_completion m"] * 3
+    found = get_current_span(contexts[0]).get_span_context()
+    assert found.is_valid == (parent is not None)
+    if parent is not None:
+        trace, span, flags, state = parent
+        assert (found.trace_id, found.span_id, found.trace_flags) == (int(trace, 16), int(span, 16), flags)
+        assert dict(found.trace_state) == state
+        assert found.is_remote
 
 
 class FakeTracer:
@@ -93,7 +137,7 @@ class FakeTracer:
 def test_children_begin_in_the_context_of_their_parent() -> None:
     tracer = FakeTracer()
     span = Span("whole", 10, 90, {"a": 1}, [Span("one", 10, 20), Span("two", 20, 90)])
-    Exporter(tracer, lambda made: f"in {made!r}", "server")(span)
+    Exporter(tracer, lambda made: f"in {made!r}", "server", dict)(span)
     assert tracer.told == [
         ("start", "whole", None, {"start_time": 10, "attributes": {"a": 1}, "kind": "server"}),
         ("start", "one", "in whole", {"start_time": 10, "attributes": {}}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from tokenspeed.server.engine import Engine, Progress
 from tokenspeed.server.errors import ApiError
 from tokenspeed.server.outage import HEALTHY_S, WINDOW_S, RestartPolicy
 from tokenspeed.server.state import ServerState
-from tokenspeed.server.supervisor import Supervisor
+from tokenspeed.server.supervisor import LEAST_LOAD_LIMIT_S, LOAD_SLACK, Supervisor
 
 DEATH = EngineDeadError("the engine process ended with status 7")
 
@@ -28,10 +29,13 @@ def unfrozen() -> Iterator[None]:
 
 
 class Engines:
-    """Starts engines; one for each entry: an engine, an error, or a number: progress that is never more."""
+    """Starts engines; one for each entry: an engine, an error, an integer: progress that is never more, or seconds
+    after which there is an engine."""
 
-    def __init__(self, *entries: FakeEngine | Exception | int) -> None:
+    def __init__(self, *entries: FakeEngine | Exception | float) -> None:
         self.entries = list(entries)
+        self.ended: list[int] = []
+        """Loads that hung and were cancelled."""
 
     async def start(self, progress: Progress) -> Engine:
         entry = self.entries.pop(0)
@@ -39,7 +43,13 @@ class Engines:
             raise entry
         if isinstance(entry, int):
             progress(entry, 100)
-            await asyncio.sleep(600)
+            try:
+                await asyncio.sleep(600)
+            finally:
+                self.ended.append(entry)
+        if isinstance(entry, float):
+            await asyncio.sleep(entry)
+            return FakeEngine()
         assert isinstance(entry, FakeEngine)
         return entry
 
@@ -50,12 +60,18 @@ async def until(true: Callable[[], object]) -> None:
             await asyncio.sleep(0.001)
 
 
-def supervised(engines: Engines, limit: int, test: Callable[[ServerState, asyncio.Task[None]], Awaitable[Any]]) -> None:
+def supervised(
+    engines: Engines,
+    limit: int,
+    test: Callable[[ServerState, asyncio.Task[None]], Awaitable[Any]],
+    least_load_limit_s: float = LEAST_LOAD_LIMIT_S,
+) -> None:
     """Run a test beside a supervisor with short delays."""
 
     async def main() -> None:
         state = ServerState()
-        running = asyncio.create_task(Supervisor(state, engines.start, RestartPolicy(limit, 0.002)).run())
+        supervisor = Supervisor(state, engines.start, RestartPolicy(limit, 0.002), least_load_limit_s)
+        running = asyncio.create_task(supervisor.run())
         try:
             await test(state, running)
         finally:
@@ -112,7 +128,7 @@ def test_what_is_told_until_the_next_one_is_loaded() -> None:
         await until(lambda: state.engine is first)
         first.die(DEATH)
         await until(lambda: "40%" in state.health()[1])
-        told = f"{DEATH}; restart 1 of at most 3 in 10 min: loading the model: 40%"
+        told = f"{DEATH}; restart 1 of at most 3 in 10 min: loading the model: 40% (it may take 60 s)"
         assert state.health() == (False, told)
         assert refusal(state) == (503, "restarting", told)
         with pytest.raises(ApiError, match="restart 1"):
@@ -144,6 +160,43 @@ def test_starts_that_fail_are_counted_until_no_more_is_tried() -> None:
         assert len(engines.entries) == 1
 
     supervised(engines, 3, test)
+
+
+def test_a_load_that_hangs_is_ended_and_counts_as_a_failed_restart(caplog: pytest.LogCaptureFixture) -> None:
+    engines = Engines(FakeEngine(), 40, TimeoutError("of its own"), 70, FakeEngine())
+
+    async def test(state: ServerState, running: asyncio.Task[None]) -> None:
+        await until(lambda: state.engine is not None)
+        assert isinstance(state.engine, FakeEngine)
+        state.engine.die(DEATH)
+        async with asyncio.timeout(20):
+            await running
+        took = re.compile(r"restart (\d) of at most 3 in 10 min failed: (.*) longer than \d+ s, and was ended")
+        failures = [took.sub(r"\1 took", text) for text in caplog.messages if "failed:" in text]
+        assert failures == ["1 took", "restart 2 of at most 3 in 10 min failed: of its own", "3 took"]
+        ok, reason = state.health()
+        assert not ok
+        assert re.match(r"a restart failed: the load took longer than \d+ s, and was ended; not restarted: 3 r", reason)
+        assert engines.ended == [40, 70]
+        assert len(engines.entries) == 1
+
+    supervised(engines, 3, test, least_load_limit_s=0.02)
+
+
+def test_a_restart_may_take_a_multiple_of_the_first_load() -> None:
+    first_load_s = 0.05
+    engines = Engines(first_load_s, 40)
+
+    async def test(state: ServerState, running: asyncio.Task[None]) -> None:
+        await until(lambda: state.engine is not None)
+        assert isinstance(state.engine, FakeEngine)
+        state.engine.die(DEATH)
+        await until(lambda: state.outage is not None and state.outage.limit_s is not None)
+        assert state.outage is not None
+        assert state.outage.limit_s is not None
+        assert state.outage.limit_s >= 0.9 * LOAD_SLACK * first_load_s
+
+    supervised(engines, 3, test, least_load_limit_s=0.02)
 
 
 def test_the_first_load_is_not_tried_again() -> None:

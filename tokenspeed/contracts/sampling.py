@@ -26,6 +26,26 @@ MIN_TEMPERATURE = 0.01
 MAX_LOGIT_BIAS = 100.0
 """Biases are clamped to plus and minus this."""
 _INT31, _INT64 = 2**31 - 1, 2**64 - 1
+_FAR = 1e6
+"""Beyond it, or below its inverse, nothing changes any more, until float32 overflows and no token can be chosen."""
+REALS: dict[str, tuple[float, float]] = {
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (1 / _FAR, _FAR),
+    "temperature": (0.0, _FAR),
+    "min_p": (0.0, 1.0),
+}
+"""Least and most of numbers. top_p is not here: it is above 0 and at most 1."""
+INTEGERS: dict[str, tuple[int, int]] = {
+    "n": (1, MAX_N),
+    "top_k": (-1, _INT31),
+    "min_tokens": (0, _INT31),
+    "max_tokens": (1, _INT31),
+    "seed": (-(2**63), _INT64),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+}
+"""Least and most of integers."""
 _HINTS = {
     "best_of": "use n, and choose among outputs by their cumulative_logprob",
     "use_beam_search": "beam search is not supported",
@@ -47,11 +67,11 @@ class RequestOutputKind(Enum):
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     """How to choose the tokens of one request, when to stop, and what to show of them.
 
-    n: samples. presence_penalty, frequency_penalty in [-2, 2], over the output; repetition_penalty above 0, over prompt
-    and output. temperature: 0 is greedy; between 0 and 0.01 counts as 0.01. top_k: 0 or -1 keeps all. top_p in (0, 1].
-    min_p in [0, 1], relative to the most likely token. seed: None or -1 draws one per request. logit_bias: by token id,
-    clamped to [-100, 100]. allowed_token_ids: nothing else is sampled; banned_token_ids are not. bad_words: texts, or
-    sequences of ids, that are not completed.
+    n: samples. presence_penalty, frequency_penalty in [-2, 2], over the output; repetition_penalty in [1e-6, 1e6], over
+    prompt and output. temperature: 0 is greedy; between 0 and 0.01 counts as 0.01; at most 1e6. top_k: 0 or -1 keeps
+    all. top_p in (0, 1]. min_p in [0, 1], relative to the most likely token. seed: None or -1 draws one per request.
+    logit_bias: by token id, clamped to [-100, 100]. allowed_token_ids: nothing else is sampled; banned_token_ids are
+    not. bad_words: texts, or sequences of ids, that are not completed.
 
     stop: one or more texts that end a sample, left out of its text unless include_stop_str_in_output. stop_token_ids:
     ids that do. min_tokens: neither these nor eos before that many tokens; max_tokens: None for the context's end.
@@ -128,36 +148,19 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         }
 
     def _check_numbers(self) -> None:
-        for name, low, high in (
-            ("presence_penalty", -2.0, 2.0),
-            ("frequency_penalty", -2.0, 2.0),
-            ("temperature", 0.0, math.inf),
-            ("min_p", 0.0, 1.0),
-        ):
+        for name, (low, high) in REALS.items():
             value = _finite(name, getattr(self, name))
-            rule = f"in [{low:g}, {high:g}]" if high < math.inf else f"at least {low:g}"
+            rule = f"in [{low:g}, {high:g}]" if high < _FAR else f"at least {low:g} and at most {high:g}"
             _check(low <= value <= high, name, value, rule)
-        _check(
-            _finite("repetition_penalty", self.repetition_penalty) > 0,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "above 0",
-        )
         _check(0 < _finite("top_p", self.top_p) <= 1, "top_p", self.top_p, "in (0, 1]")
 
     def _check_lengths(self) -> None:
-        _check_int("n", self.n, 1, MAX_N)
-        _check_int("top_k", self.top_k, -1, _INT31)
-        _check_int("min_tokens", self.min_tokens, 0, _INT31)
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, _INT31)
-            if self.min_tokens > self.max_tokens:
-                raise ParameterError(f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}")
-        if self.seed is not None:
-            _check_int("seed", self.seed, -(2**63), _INT64)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
+        for name, (low, high) in INTEGERS.items():
+            value = getattr(self, name)
+            if value is not None or name in ("n", "top_k", "min_tokens"):
+                _check_int(name, value, low, high)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ParameterError(f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}")
 
     def _check_flags(self) -> None:
         for name in (

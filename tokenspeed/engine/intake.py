@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenspeed.config.source import ModelFormat, ModelSource
 from tokenspeed.contracts.errors import ModelNotFoundError, ParameterError, PromptError
 from tokenspeed.contracts.request import Request
-from tokenspeed.contracts.sampling import SamplingParams, resolve_bad_words
+from tokenspeed.contracts.sampling import SamplingParams, resolve_bad_words, to_row
 from tokenspeed.engine.messages import EngineInfo
 from tokenspeed.formats.gguf import open_gguf
 from tokenspeed.tokenizer.base import Tokenizer
@@ -48,13 +48,16 @@ class Intake:
         self, request_id: str, prompt: str | list[int], params: SamplingParams, priority: int, cache_salt: str
     ) -> Request:
         """Raises PromptError on a prompt that is empty, too long, or outside the vocabulary, and on text for a model
-        without a tokenizer; ParameterError on token ids outside the vocabulary."""
+        without a tokenizer; ParameterError on token ids outside the vocabulary, on bad words that are text where there
+        is no tokenizer, and where no token is left to choose."""
         ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._check_prompt(ids)
         self._check_ids(params)
         tokenizer = self._tokenizer
         if tokenizer is not None and params.bad_words:
             params = resolve_bad_words(params, lambda text: tokenizer.encode(text, add_special_tokens=False))
+        if params.bad_words or params.allowed_token_ids is not None:
+            to_row(params, 0, self._eos)  # what it refuses would be the end of the engine
         seed = params.seed if params.seed is not None else next(self._seeds)
         return Request(
             request_id=request_id,

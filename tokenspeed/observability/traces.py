@@ -16,13 +16,15 @@ Value = str | int | float | Sequence[str]
 
 @dataclass(frozen=True)
 class Span:
-    """Something that has happened. Times: nanoseconds since 1970."""
+    """Something that has happened. Times: nanoseconds since 1970. remote: the headers traceparent and tracestate of
+    whoever caused it, by name, as they came; empty for none."""
 
     name: str
     start_ns: int
     end_ns: int
     attributes: Mapping[str, Value] = field(default_factory=dict)
     children: Sequence[Span] = ()
+    remote: Mapping[str, str] = field(default_factory=dict)
 
 
 class Tracer(Protocol):
@@ -32,14 +34,23 @@ class Tracer(Protocol):
 
 
 class Exporter:
-    """Hands spans to a tracer. child_of: the context in which a span's children begin; kind: of the outermost."""
+    """Hands spans to a tracer. child_of: the context in which a span's children begin; kind: of the outermost;
+    context_of: the context that headers name, where they name one."""
 
-    def __init__(self, tracer: Tracer, child_of: Callable[[Any], Any], kind: Any) -> None:
+    def __init__(
+        self,
+        tracer: Tracer,
+        child_of: Callable[[Any], Any],
+        kind: Any,
+        context_of: Callable[[Mapping[str, str]], Any],
+    ) -> None:
         self._tracer, self._child_of, self._kind = tracer, child_of, kind
+        self._context_of = context_of
 
     def __call__(self, span: Span) -> None:
         """Queue a span with its children; a thread of the library sends them."""
-        self._hand_over(span, None, {"kind": self._kind})
+        context = self._context_of(span.remote) if span.remote else None
+        self._hand_over(span, context, {"kind": self._kind})
 
     def _hand_over(self, span: Span, context: Any, settings: dict[str, Any]) -> None:
         times = {"start_time": span.start_ns, "attributes": dict(span.attributes)}
@@ -60,9 +71,15 @@ def open_exporter(endpoint: str) -> Exporter:
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
     except ImportError:
         raise ConfigError(f"--otlp-traces-endpoint needs the packages {' and '.join(PACKAGES)}") from None
     named = {} if "OTEL_SERVICE_NAME" in os.environ else {"service.name": "tokenspeed"}
     provider = TracerProvider(resource=Resource.create(named))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint, timeout=_EXPORT_TIMEOUT_S)))
-    return Exporter(provider.get_tracer("tokenspeed"), trace.set_span_in_context, trace.SpanKind.SERVER)
+    return Exporter(
+        provider.get_tracer("tokenspeed"),
+        trace.set_span_in_context,
+        trace.SpanKind.SERVER,
+        TraceContextTextMapPropagator().extract,
+    )

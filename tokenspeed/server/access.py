@@ -36,7 +36,8 @@ class Tls:
 class Access:
     """By default everybody who reaches the port, over plain HTTP, but no web page of another origin.
 
-    metrics_need_key: /metrics needs one of the keys too; /health and /version never do. cors_origins: "*" is any.
+    metrics_need_key: /metrics needs one of the keys too; /health, /version and /openapi.json never do. cors_origins:
+    "*" is any.
     """
 
     keys: ApiKeys = field(default_factory=ApiKeys)
@@ -60,17 +61,22 @@ class Access:
         """Of the server's addresses."""
         return "http" if self.tls is None else "https"
 
+    @property
+    def open_paths(self) -> frozenset[str]:
+        """Those that need no key, besides those of /admin."""
+        return OPEN_PATHS if self.metrics_need_key else OPEN_PATHS | {METRICS_PATH}
+
     def guard(self, app: FastAPI) -> None:
         """Put the checks before the routes of `app`."""
         if self.keys:
-            open_paths = OPEN_PATHS if self.metrics_need_key else OPEN_PATHS | {METRICS_PATH}
-            app.add_middleware(KeyCheck, keys=self.keys, open_paths=open_paths)
+            app.add_middleware(KeyCheck, keys=self.keys, open_paths=self.open_paths)
         if self.cors_origins:  # the last one added comes first: a preflight brings no key
             app.add_middleware(
                 CORSMiddleware,
                 allow_origins=list(self.cors_origins),
                 allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type"],
+                allow_headers=["Authorization", "Content-Type", "traceparent", "tracestate", "x-request-id"],
+                expose_headers=["x-request-id"],
             )
 
     def tls_options(self) -> dict[str, Any]:

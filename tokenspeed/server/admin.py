@@ -11,11 +11,11 @@ from typing import Annotated, TypeVar
 
 import msgspec
 from fastapi import APIRouter, Depends, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from tokenspeed.config.serving import Limits
 from tokenspeed.contracts.errors import DeviceError, EngineBusyError, MemoryLimitError
-from tokenspeed.server.errors import ApiError
+from tokenspeed.server.errors import ApiError, struct_response
 from tokenspeed.server.limits import read_body
 from tokenspeed.server.profile import write_trace
 from tokenspeed.server.state import ServerState
@@ -26,12 +26,14 @@ MAX_WAIT_S = 600.0
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "origin")
 """Headers of requests that come through a proxy or from a page in a browser of this machine."""
 Wait = Annotated[float, msgspec.Meta(ge=0, le=MAX_WAIT_S)]
+Level = Annotated[int, msgspec.Meta(extra_json_schema={"enum": [1]})]
+"""The engine refuses others, and says why."""
 
 
 class SleepBody(msgspec.Struct, forbid_unknown_fields=True):
     """timeout_s: how long requests under way may go on."""
 
-    level: int = 1
+    level: Level = 1
     timeout_s: Wait = 30.0
 
 
@@ -46,6 +48,27 @@ class NoBody(msgspec.Struct, forbid_unknown_fields=True):
     """Nothing may be asked for."""
 
 
+class AdminState(msgspec.Struct, kw_only=True):
+    """What the server and its engine do. stats: the engine's figures."""
+
+    ok: bool
+    reason: str
+    models: list[str]
+    paused: bool
+    asleep: bool
+    engine_restarts: int
+    stats: dict[str, float]
+    aborted: int | msgspec.UnsetType = msgspec.UNSET
+    """After a call of sleep: requests that it ended."""
+
+
+class ProfileFile(msgspec.Struct, kw_only=True):
+    """path: of a Chrome trace, on the server's machine. steps: how many it holds."""
+
+    path: str
+    steps: int
+
+
 def admin_routes(state: ServerState) -> APIRouter:
     """Each answers with what GET /admin/state says afterwards, but for profile: that names its file."""
 
@@ -56,37 +79,39 @@ def admin_routes(state: ServerState) -> APIRouter:
 
     @router.get("/state")
     async def show() -> Response:
-        return JSONResponse(admin_state(state))
+        return struct_response(admin_state(state))
 
     @router.post("/pause")
     async def pause(request: Request) -> Response:
         await _body(request, state.limits, NoBody)
         state.ready().pause()
-        return JSONResponse(admin_state(state))
+        return struct_response(admin_state(state))
 
     @router.post("/resume")
     async def resume(request: Request) -> Response:
         await _body(request, state.limits, NoBody)
         state.ready().resume()
-        return JSONResponse(admin_state(state))
+        return struct_response(admin_state(state))
 
     @router.post("/reset_prefix_cache")
     async def reset_prefix_cache(request: Request) -> Response:
         await _body(request, state.limits, NoBody)
         await _changed(state.ready().reset_prefix_cache())
-        return JSONResponse(admin_state(state))
+        return struct_response(admin_state(state))
 
     @router.post("/sleep")
     async def sleep(request: Request) -> Response:
         body = await _body(request, state.limits, SleepBody)
         aborted = await _changed(state.ready().sleep(body.level, body.timeout_s))
-        return JSONResponse(admin_state(state) | {"aborted": aborted})
+        told = admin_state(state)
+        told.aborted = aborted
+        return struct_response(told)
 
     @router.post("/wake")
     async def wake(request: Request) -> Response:
         await _body(request, state.limits, NoBody)
         await _changed(state.ready().wake_up())
-        return JSONResponse(admin_state(state))
+        return struct_response(admin_state(state))
 
     @router.post("/profile")
     async def profile(request: Request) -> Response:
@@ -96,7 +121,7 @@ def admin_routes(state: ServerState) -> APIRouter:
         body = await _body(request, state.limits, ProfileBody)
         spans = await _changed(state.ready().profile(body.steps, body.timeout_s))
         path = await asyncio.to_thread(write_trace, folder, spans)
-        return JSONResponse({"path": str(path), "steps": sum(span.name == "collect" for span in spans)})
+        return struct_response(ProfileFile(path=str(path), steps=sum(span.name == "collect" for span in spans)))
 
     return router
 
@@ -113,19 +138,19 @@ def check_admin(request: Request, key: str | None) -> None:
         raise ApiError(403, "without --admin-key, /admin answers to this machine alone", code="forbidden")
 
 
-def admin_state(state: ServerState) -> dict[str, object]:
-    """What the server and its engine do, with the engine's figures."""
+def admin_state(state: ServerState) -> AdminState:
+    """What the server and its engine do now."""
     ok, reason = state.health()
     engine = state.engine if state.outage is None else None
-    return {
-        "ok": ok,
-        "reason": reason,
-        "models": list(state.names),
-        "paused": engine is not None and engine.is_paused(),
-        "asleep": engine is not None and engine.is_sleeping(),
-        "engine_restarts": state.metrics.engine_restarts,
-        "stats": dict(engine.stats()) if engine is not None else {},
-    }
+    return AdminState(
+        ok=ok,
+        reason=reason,
+        models=list(state.names),
+        paused=engine is not None and engine.is_paused(),
+        asleep=engine is not None and engine.is_sleeping(),
+        engine_restarts=state.metrics.engine_restarts,
+        stats=dict(engine.stats()) if engine is not None else {},
+    )
 
 
 async def _changed(change: Awaitable[T]) -> T:

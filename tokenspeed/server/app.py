@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import msgspec
 from fastapi import APIRouter, FastAPI, Request
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from tokenspeed import __version__
 from tokenspeed.config.serving import Limits
 from tokenspeed.contracts.errors import TokenSpeedError
 from tokenspeed.server.admin import admin_routes
-from tokenspeed.server.client import NoteClient
-from tokenspeed.server.errors import ApiError, on_bug, on_engine_error, on_http_error
+from tokenspeed.server.client import NoteCaller
+from tokenspeed.server.errors import ApiError, on_bug, on_engine_error, on_http_error, struct_response
 from tokenspeed.server.limits import read_body
 from tokenspeed.server.openai.chat import chat
 from tokenspeed.server.openai.completions import complete
 from tokenspeed.server.openai.responses import Model, ModelList
 from tokenspeed.server.openai.tokenize import detokenize, tokenize
+from tokenspeed.server.openapi import openapi
+from tokenspeed.server.reports import HealthReport, Version
 from tokenspeed.server.state import ServerState
 
 
@@ -30,11 +34,11 @@ def create_app(state: ServerState) -> FastAPI:
     app.include_router(tokenizer_routes(state))
     app.include_router(operator_routes(state))
     app.include_router(admin_routes(state))
-    app.add_middleware(NoteClient)
     app.add_exception_handler(TokenSpeedError, on_engine_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(Exception, on_bug)
     state.access.guard(app)
+    app.add_middleware(NoteCaller)  # the last one added comes first: refusals are named, too
     return app
 
 
@@ -57,7 +61,7 @@ def openai_routes(state: ServerState) -> APIRouter:
             Model(id=name, created=state.created, root=info.model, max_model_len=info.max_model_len)
             for name in state.names
         ]
-        return Response(msgspec.json.encode(ModelList(data=listed)), media_type="application/json")
+        return struct_response(ModelList(data=listed))
 
     return router
 
@@ -80,11 +84,13 @@ def tokenizer_routes(state: ServerState) -> APIRouter:
 def operator_routes(state: ServerState) -> APIRouter:
     """What an operator and a load balancer ask."""
     router = APIRouter()
+    document = cache(lambda: msgspec.json.encode(openapi(state)))
 
     @router.get("/health")
     async def health() -> Response:
         ok, reason = state.health()
-        return JSONResponse({"status": "ok" if ok else "unavailable", "reason": reason}, 200 if ok else 503)
+        report = HealthReport(status="ok" if ok else "unavailable", reason=reason)
+        return struct_response(report, 200 if ok else 503)
 
     @router.get("/metrics")
     async def metrics() -> Response:
@@ -92,7 +98,11 @@ def operator_routes(state: ServerState) -> APIRouter:
 
     @router.get("/version")
     async def version() -> Response:
-        return JSONResponse({"version": __version__})
+        return struct_response(Version(version=__version__))
+
+    @router.get("/openapi.json")
+    async def schema() -> Response:
+        return Response(document(), media_type="application/json")
 
     return router
 

@@ -17,9 +17,10 @@ from tokenspeed.contracts.errors import (
     ParameterError,
     TokenSpeedError,
 )
+from tokenspeed.server.client import REQUEST_ID, caller_of_request
 
 logger = logging.getLogger("tokenspeed.server")
-_FIRST_WORD = re.compile(r"[a-z][a-z0-9_]*(?= )")
+_FIRST_WORD = re.compile(r"[a-z][a-z0-9_]*(?=:? )")
 
 
 class ApiError(TokenSpeedError):
@@ -65,13 +66,14 @@ def api_error(error: Exception) -> ApiError:
 
 
 _KINDS = {429: "rate_limit_error"}
-_HEADERS = {
+HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
     408: {"Connection": "close"},  # the rest of the body is still to come
     413: {"Connection": "close"},
     429: {"Retry-After": "1"},
     503: {"Retry-After": "5"},
 }
+"""Of error responses, by status."""
 MOST_QUOTED = 2000
 """Characters of a message, which may quote what was sent."""
 _PLAIN_NAMES = frozenset({"n", "seed", "stop", "temperature", "logprobs"})
@@ -88,8 +90,13 @@ def encode_error(error: ApiError) -> bytes:
 
 def error_response(error: ApiError) -> Response:
     """A response of the error's own status; 429 and 503 say when to try again."""
-    headers = _HEADERS.get(error.status, {})
+    headers = HEADERS.get(error.status, {})
     return Response(encode_error(error), error.status, headers, "application/json")
+
+
+def struct_response(body: msgspec.Struct, status: int = 200) -> Response:
+    """A struct as JSON."""
+    return Response(msgspec.json.encode(body), status, media_type="application/json")
 
 
 async def on_engine_error(request: Request, error: Exception) -> Response:
@@ -107,5 +114,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
-    """Exception handler for everything else; the framework logs the traceback."""
-    return error_response(api_error(error))
+    """Exception handler for everything else; the framework logs the traceback. It stands before all middleware."""
+    response = error_response(api_error(error))
+    response.headers[REQUEST_ID.decode()] = caller_of_request.get().request_id
+    return response

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.output import RequestOutput
-from tokenspeed.server.client import client_of_request
+from tokenspeed.server.client import caller_of_request
 from tokenspeed.server.engine import Engine, Stream
 from tokenspeed.server.errors import ApiError
 from tokenspeed.server.limits import Admission
@@ -43,9 +43,9 @@ class Generation:
         self._engine, self._params = engine, params
         self._prompts = prompts
         self._request_id, self._priority, self._cache_salt = request_id, priority, cache_salt
-        client = client_of_request.get()
+        caller = caller_of_request.get()
         self._meters = [
-            RequestMeter(metrics, arrival, RequestSummary(f"{request_id}-{number}", prompt, params.n, client))
+            RequestMeter(metrics, arrival, RequestSummary(f"{request_id}-{number}", prompt, params.n, caller))
             for number, prompt in enumerate(prompts)
         ]
         self._streams: list[Stream] = []

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.server.errors import ApiError, error_response
 
-OPEN_PATHS = frozenset({"/health", "/version"})
+OPEN_PATHS = frozenset({"/health", "/openapi.json", "/version"})
 METRICS_PATH = "/metrics"
 ADMIN_PREFIX = "/admin/"
 """Has a guard and a key of its own."""

@@ -70,14 +70,16 @@ def summary_fields(summary: RequestSummary) -> dict[str, Any]:
         "tpot_ms": summary.tpot_s,
         "total_ms": summary.total_s,
     }
+    caller = summary.caller
     return {
-        "request_id": summary.request_id,
+        "request_id": caller.request_id or summary.request_id,
+        **({"response_id": summary.request_id} if caller.request_id else {}),
         "prompt_tokens": len(summary.prompt_token_ids),
         "cached_tokens": summary.cached_tokens,
         "output_tokens": summary.output_tokens,
         **{name: round(1e3 * value, 3) for name, value in times.items() if value is not None},
         "finish_reason": ",".join(summary.finish_reasons),
-        **({"client": summary.client} if summary.client else {}),
+        **({"client": caller.client} if caller.client else {}),
     }
 
 

@@ -25,6 +25,8 @@ class Outage:
     """Monotonic seconds of the next start; None where it is under way, or there will be none."""
     final: bool = False
     """Nothing more is tried."""
+    limit_s: float | None = None
+    """What the load under way may take."""
 
     def text(self, loading: str) -> str:
         """What /health says. loading: how far a load under way is."""
@@ -33,7 +35,8 @@ class Outage:
         if self.final:
             return f"{self.reason}; {self.step}"
         if self.due is None:
-            return f"{self.reason}; {self.step}: {loading}"
+            limit = "" if self.limit_s is None else f" (it may take {self.limit_s:.0f} s)"
+            return f"{self.reason}; {self.step}: {loading}{limit}"
         return f"{self.reason}; {self.step}, starting in {max(0.0, self.due - time.monotonic()):.1f} s"
 
 

@@ -26,11 +26,12 @@ class RequestSpans:
 
 
 def request_span(summary: RequestSummary, end_ns: int, model: str) -> Span:
-    """The span of a request that ended at `end_ns`, with those of the phases that it came to."""
+    """The span of a request that ended at `end_ns`, with those of the phases that it came to. It belongs to the
+    trace that the request named."""
     start_ns = end_ns - _ns(summary.total_s)
     attributes = _attributes(summary, model)
     name = f"{attributes['gen_ai.operation.name']} {model}"
-    return Span(name, start_ns, end_ns, attributes, _phases(summary, start_ns, end_ns))
+    return Span(name, start_ns, end_ns, attributes, _phases(summary, start_ns, end_ns), summary.caller.trace)
 
 
 def _phases(summary: RequestSummary, start_ns: int, end_ns: int) -> list[Span]:

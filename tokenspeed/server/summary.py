@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tokenspeed.server.client import NOBODY, Caller
+
 
 @dataclass
 class RequestSummary:
@@ -12,8 +14,7 @@ class RequestSummary:
     request_id: str
     prompt_token_ids: list[int] = field(repr=False)
     samples: int
-    client: str
-    """A hash of the client's address, empty where there is none."""
+    caller: Caller = NOBODY
     cached_tokens: int = 0
     output_tokens: int = 0
     queue_s: float | None = None

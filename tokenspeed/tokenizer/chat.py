@@ -49,6 +49,7 @@ class ChatTemplate:
 
     def render(
         self,
+        /,  # a variable may have any name
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Set
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -17,7 +19,7 @@ from tokenspeed.server.openai.fields import (
     WITHOUT_EFFECT,
 )
 
-Request = TypeVar("Request")
+Request = TypeVar("Request", bound=msgspec.Struct)
 Generating = TypeVar("Generating", bound="GenerationRequest")
 _PLACE = re.compile(r"(?P<problem>.*) - at (`key` in )?`\$\.?(?P<path>.*)`", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(\w+)`")
@@ -56,7 +58,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
-    priority: int | None = None
+    priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     cache_salt: str | None = None
     return_token_ids: bool | None = None
     prompt_logprobs: int | None = None
@@ -121,26 +123,45 @@ class ChatRequest(GenerationRequest, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-_completion = msgspec.json.Decoder(CompletionRequest)
-_chat = msgspec.json.Decoder(ChatRequest)
-_tokenize = msgspec.json.Decoder(TokenizeRequest)
-_detokenize = msgspec.json.Decoder(DetokenizeRequest)
+@dataclass(frozen=True)
+class Form(Generic[Request]):
+    """The body of one endpoint. honoured: a struct of the fields that count. without_effect: names of those that are
+    passed over. neutral: those that are not supported, with the values, besides null, that ask for nothing."""
+
+    honoured: type[Request]
+    without_effect: Set[str] = frozenset()
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def known(self) -> Set[str]:
+        """Names that are not refused whatever their value."""
+        return self.without_effect | set(self.honoured.__struct_fields__)
+
+    @cached_property
+    def decoder(self) -> msgspec.json.Decoder[Request]:
+        """Of the fields that count."""
+        return msgspec.json.Decoder(self.honoured)
+
+
+COMPLETION = Form(CompletionRequest, WITHOUT_EFFECT, NEUTRAL)
+CHAT = Form(ChatRequest, CHAT_WITHOUT_EFFECT, CHAT_NEUTRAL)
+TOKENIZE = Form(TokenizeRequest, neutral=TOKENIZE_NEUTRAL)
+DETOKENIZE = Form(DetokenizeRequest)
 
 
 def decode_completion(body: bytes) -> CompletionRequest:
     """Raises ApiError naming every field that is unknown, or the one that has a wrong type."""
-    request = _decode(body, _completion, CompletionRequest.__struct_fields__, WITHOUT_EFFECT, NEUTRAL)
-    return _checked(request)
+    return _checked(_decode(body, COMPLETION))
 
 
 def decode_chat(body: bytes) -> ChatRequest:
     """Raises ApiError naming every field that is unknown, or the one that has a wrong type."""
-    return _checked(_decode(body, _chat, ChatRequest.__struct_fields__, CHAT_WITHOUT_EFFECT, CHAT_NEUTRAL))
+    return _checked(_decode(body, CHAT))
 
 
 def decode_tokenize(body: bytes) -> TokenizeRequest:
     """Raises ApiError naming every field that is unknown, the one that has a wrong type, or the contradiction."""
-    request = _decode(body, _tokenize, TokenizeRequest.__struct_fields__, frozenset(), TOKENIZE_NEUTRAL)
+    request = _decode(body, TOKENIZE)
     if (request.prompt is None) == (request.messages is None):
         raise ApiError(400, "give either prompt or messages", "prompt")
     if request.messages is None:
@@ -152,7 +173,7 @@ def decode_tokenize(body: bytes) -> TokenizeRequest:
 
 def decode_detokenize(body: bytes) -> DetokenizeRequest:
     """Raises ApiError naming every field that is unknown, or the one that has a wrong type."""
-    return _decode(body, _detokenize, DetokenizeRequest.__struct_fields__, frozenset(), {})
+    return _decode(body, DETOKENIZE)
 
 
 def _checked(request: Generating) -> Generating:
@@ -163,34 +184,35 @@ def _checked(request: Generating) -> Generating:
     return request
 
 
-def _decode(
-    body: bytes,
-    decoder: msgspec.json.Decoder[Request],
-    honoured: tuple[str, ...],
-    without_effect: Set[str],
-    neutral: Mapping[str, tuple[Any, ...]],
-) -> Request:
+def _decode(body: bytes, form: Form[Request]) -> Request:
     try:
         body.decode()  # fields that are passed over are never looked into
-        given = _fields.decode(body)
-        _refuse(given, set(honoured) | without_effect, neutral)
-        request = decoder.decode(body)
+        _refuse(_fields.decode(body), form)
+        return form.decoder.decode(body)
     except msgspec.ValidationError as error:
         raise _type_error(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
-    return request
 
 
-def _refuse(given: Mapping[str, msgspec.Raw], known: Set[str], neutral: Mapping[str, tuple[Any, ...]]) -> None:
-    unknown = sorted(set(given) - known - set(neutral))
+def _refuse(given: Mapping[str, msgspec.Raw], form: Form[Any]) -> None:
+    unknown = sorted(set(given) - form.known - set(form.neutral))
     if unknown:
         raise ApiError(400, f"unknown field: {', '.join(unknown)}", unknown[0], "unknown_parameter")
-    for name, asks_nothing in neutral.items():
-        if name in given and msgspec.json.decode(given[name]) not in (None, *asks_nothing):
+    for name, values in form.neutral.items():
+        if name in given and not _asks_nothing(given[name], values):
             raise ApiError(400, f"{name} is not supported", name, "unsupported_parameter")
+
+
+def _asks_nothing(given: msgspec.Raw, values: tuple[Any, ...]) -> bool:
+    try:
+        value = msgspec.json.decode(given)
+    except msgspec.ValidationError:  # a number that is too long
+        return False
+    # true equals 1 in Python, and in no other language
+    return value is None or any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in values)
 
 
 def _type_error(text: str) -> ApiError:
