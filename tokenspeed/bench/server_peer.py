@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -88,7 +88,8 @@ class Side:
         return found.total_tok_s
 
     async def _drive(self, concurrency: int) -> Report:
-        client, shape = Client(Endpoint.parse(self.server.url)), self.shape
+        endpoint, shape = Endpoint.parse(self.server.url), self.shape
+        client = Client(replace(endpoint, headers=("Connection: close",)))  # llama-server ends them unannounced
         lengths = Lengths(shape.input_len, shape.input_len), Lengths(shape.output_len, shape.output_len)
         try:
             model = await first_model(client)

@@ -18,6 +18,8 @@ REQUEST_S = 180.0
 """A request that takes longer has failed."""
 REFERENCE_S = 20.0
 """Seconds between two requests whose answer is known."""
+RETRY_S = 1.0
+"""A client that was refused because too many wait comes again after this time, as the answer says."""
 _STATUS = re.compile(r"HTTP (\d+):")
 
 
@@ -55,6 +57,8 @@ class Clients:
     async def _ask_on(self, end: float) -> None:
         while monotonic() < end:
             await self._perform(self._traffic.next())
+            if self.outcomes[-1].label == "429":
+                await asyncio.sleep(RETRY_S)
 
     async def _bursts(self, end: float) -> None:
         while (rest := end - monotonic()) > 0:

@@ -63,17 +63,12 @@ class Watcher:
     async def left(self) -> dict[str, float]:
         """What is held when all clients have gone and the prefixes are forgotten, by name; waits some seconds for it
         to become nothing."""
-        for _ in range(_TRIES):
-            stats = await self._stats()
-            held = {name: stats.get(name, 0.0) for name in ("num_running", "num_waiting", "pages_held")}
-            if not any(held.values()):
-                break
-            await asyncio.sleep(_TRY_S)
+        held = await self._held_at_last(("num_running", "num_waiting", "pages_held"))
         try:
             await self._client.post(self._client.endpoint.request("POST", "/admin/reset_prefix_cache", b"{}"))
         except RequestFailed as error:
             return held | {f"prefixes cannot be forgotten: {error}": 1.0}
-        return held | {"pages_cached": (await self._stats()).get("pages_cached", 0.0)}
+        return held | await self._held_at_last(("pages_cached",))
 
     def num_files(self) -> int:
         """Open files of the serving process."""
@@ -82,6 +77,15 @@ class Watcher:
     def close(self) -> None:
         """Close its connection."""
         self._client.close()
+
+    async def _held_at_last(self, names: tuple[str, ...]) -> dict[str, float]:
+        for _ in range(_TRIES):
+            stats = await self._stats()
+            held = {name: stats.get(name, 0.0) for name in names}
+            if not any(held.values()):
+                break
+            await asyncio.sleep(_TRY_S)
+        return held
 
     async def _stats(self) -> dict[str, float]:
         state: Any = msgspec.json.decode(await self._client.get("/admin/state"))
