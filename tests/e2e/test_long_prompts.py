@@ -146,7 +146,7 @@ def test_one_token_at_a_time_without_the_cache(demo_path: Path, prompts: Prompts
     check(run(make_llm(demo_path, 1, 4, False), [prompts.base()]), prompts.oracle)
 
 
-@pytest.mark.parametrize("chunk, page, caching", [(7, 4, True), (7, 16, True), (512, 4, True), (512, 16, False)])
+@pytest.mark.parametrize("chunk, page, caching", [(512, 4, True), (512, 16, False)])
 def test_alone(demo_path: Path, prompts: Prompts, chunk: int, page: int, caching: bool) -> None:
     check_alone(make_llm(demo_path, chunk, page, caching), prompts, caching, page)
 
@@ -157,7 +157,16 @@ def mixed_batch(prompts: Prompts) -> list[list[int]]:
     return [ids for i in range(4) for ids in (long[i], *short[3 * i : 3 * i + 3])]
 
 
-@pytest.mark.parametrize("chunk, page, caching", [(512, 16, True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [4, 16])
+def test_alone_in_small_chunks(demo_path: Path, prompts: Prompts, page: int) -> None:
+    check_alone(make_llm(demo_path, 7, page, True), prompts, True, page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("page", [4, 16])
+@pytest.mark.parametrize("chunk", [7, 512])
 def test_batch_of_16(demo_path: Path, prompts: Prompts, chunk: int, page: int, caching: bool) -> None:
     llm, batch = make_llm(demo_path, chunk, page, caching), mixed_batch(prompts)
     assert len(batch) == 16
@@ -171,16 +180,6 @@ def test_batch_of_16(demo_path: Path, prompts: Prompts, chunk: int, page: int, c
     assert [out.num_cached_tokens for out in again] == [
         (len(ids) - 1) // page * page if caching else 0 for ids in batch[:3]
     ]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize("page", [4, 16])
-@pytest.mark.parametrize("chunk", [7, 512])
-def test_batch_of_16_in_every_combination(
-    demo_path: Path, prompts: Prompts, chunk: int, page: int, caching: bool
-) -> None:
-    test_batch_of_16(demo_path, prompts, chunk, page, caching)
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ async def complete(state: ServerState, body: bytes) -> Response:
         return event(head)
 
     def push(write: Write) -> None:
-        if choices.shows_samples and not request.return_token_ids:
+        if choices.shows_samples and not request.return_token_ids and request.logprobs is None:
             make = TextEvents(example)
             generation.push(lambda text: write(make(text)), count.add_tokens)
 
