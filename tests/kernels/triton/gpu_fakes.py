@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ class FakeGraph:
 
 @dataclass
 class FakeLink:
-    """Marks resolve in order, and only when asked: nothing may look at a result before that."""
+    """Runs everything at once."""
 
     graphs: list[FakeGraph] = field(default_factory=list)
     waits: int = 0
@@ -60,6 +61,68 @@ class FakeLink:
             self.waits += 1
 
         return wait
+
+    def idle(self) -> bool:
+        return True
+
+
+@dataclass
+class LateGraph:
+    link: LateLink
+    work: Callable[[], None]
+
+    def replay(self) -> None:
+        self.link.queue.append(self.work)
+        self.link.most = max(self.link.most, len(self.link.queue))
+
+
+@dataclass
+class LateLink(FakeLink):
+    """Runs a captured step as late as it can: when the host has looked for a result in vain, or when a step is eager.
+
+    Nothing that the host writes after a launch may matter to it, but for what the device is told to read then.
+    """
+
+    queue: deque[Callable[[], None]] = field(default_factory=deque)
+    most: int = 0
+    """Steps that were under way at once."""
+
+    def capture(self, work: Callable[[], None]) -> Any:
+        return LateGraph(self, work)
+
+    def mark(self) -> Callable[[], None]:
+        return self.drain
+
+    def idle(self) -> bool:
+        self._run_one()
+        return not self.queue
+
+    def drain(self) -> None:
+        while self.queue:
+            self._run_one()
+
+    def _run_one(self) -> None:
+        if self.queue:
+            self.running = True
+            try:
+                self.queue.popleft()()
+            finally:
+                self.running = False
+
+    running: bool = False
+
+
+class LateSteps(TritonSteps):
+    """The kernels around the forward pass; those of an eager step come after all that was launched before."""
+
+    def __init__(self, kernels: TritonSteps, link: LateLink) -> None:
+        self._inner, self._link = kernels, link
+        self.items = kernels.items  # type: ignore[method-assign]
+
+    def prepare(self, *args: Any, **options: Any) -> Any:
+        if not self._link.running:
+            self._link.drain()
+        return self._inner.prepare(*args, **options)
 
 
 def open_fake_gpu(monkeypatch: pytest.MonkeyPatch, model: Path, link: FakeLink, **settings: Any) -> LLM:

@@ -13,11 +13,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tokenspeed.kernels.triton import edits, logprobs, sample, step
+from tokenspeed.kernels.triton import edits, logprobs, mailbox, sample, step
 
 FLOATS = {"peaks_in", "peaks_out", "edited", "candidate_values", "sums", "logprobs", "top_logprobs"}
 SIZES = {"stride", "num_slots", "vocab", "num_peaks", "mask_words", "pool_stride", "parts", "top"}
-STEP_SIZES = {"header_size", "state_size", "bucket", "max_rows", "pool_length", "rows"}
+STEP_SIZES = {"header_size", "head_size", "state_size", "results_stride", "bucket", "max_rows", "pool_length", "rows"}
 
 
 def cases(pdl: bool) -> list[tuple[Any, dict[str, Any]]]:
@@ -31,9 +31,9 @@ def cases(pdl: bool) -> list[tuple[Any, dict[str, Any]]]:
         (edits._edit_listed, {"POOL": True, **edit}),
         (logprobs._summaries, {"P": 2048, "PEAKS": 64, "PDL": pdl}),
         (logprobs._logprobs, {"P": 2048, "PEAKS": 64, "TOP": 32, "PDL": pdl}),
-        (step._scatter, {"BLOCK": 1024, "PDL": pdl}),
+        (mailbox._fetch, {"SLOTS": 4, "WORDS": 512, "BLOCK": 1024, "PDL": pdl}),
         (step._expand, {"ROWS": 128, "BLOCK": 64, "PDL": pdl}),
-        (step._finish, {"ROWS": 128, "COUNTS": True, "PDL": pdl}),
+        (step._finish, {"SLOTS": 4, "ROWS": 128, "COUNTS": True, "PDL": pdl}),
         (step._count, {"BLOCK": 1024}),
     ]
 
@@ -47,6 +47,8 @@ def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget, dtype: s
             signature[name] = "constexpr"
         elif name in SIZES | STEP_SIZES:
             signature[name] = "i32"
+        elif name == "results":
+            signature[name] = "*i64"
         else:
             signature[name] = "*fp32" if name in FLOATS else f"*{dtype}" if name == "logits" else "*i32"
     source = ASTSource(kernel, signature, constants)

@@ -63,16 +63,21 @@ def test_tokens_are_those_of_the_reference(tiny: Path, open_gpu: Callable[..., O
 
 
 def test_two_steps_are_under_way(open_gpu: Callable[..., Opened]) -> None:
-    gpu, link = open_gpu()
+    gpu, _ = open_gpu()
     launched: list[int] = []
+    waits: list[int] = []
     executor: Any = gpu.core.executor
-    launch = executor.launch
+    launch, wait = executor.launch, executor._ring.wait
 
     def counted(plan: Any) -> Any:
-        launched.append(link.waits)
+        launched.append(len(waits))
         return launch(plan)
 
-    executor.launch = counted
+    def counted_wait(number: int, rows: int) -> list[int]:
+        waits.append(number)
+        return wait(number, rows)
+
+    executor.launch, executor._ring.wait = counted, counted_wait
     gpu.generate(prompt_token_ids=[[1, 2, 3]], sampling_params=SamplingParams(temperature=0, max_tokens=8))
     # Step i is launched when at most i - 1 steps have been waited for.
     assert len(launched) >= 8
@@ -98,9 +103,4 @@ def test_captures_are_bounded_per_step_and_start_eagerly(open_gpu: Callable[...,
     assert link.graphs == []  # every bucket ran once
     gpu.generate(prompt_token_ids=[[1, 2, 3]], sampling_params=greedy, use_tqdm=False)
     executor: Any = gpu.core.executor
-    assert sorted(executor.graphs.captured(), key=str) == [
-        ("forward", 1, False),
-        ("forward", 4, True),
-        ("sample", 1, False, False),
-        ("sample", 4, True, False),
-    ]
+    assert sorted(executor.graphs.captured()) == [(1, False, False), (4, True, False)]

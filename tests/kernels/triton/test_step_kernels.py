@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from tests.seeds import SEED
+from tokenspeed.kernels.triton.mailbox import Mailbox, header_words, write_header
 from tokenspeed.kernels.triton.sampling_state import PENALIZED, SEEN_IN_PROMPT, Field, SamplingState
-from tokenspeed.kernels.triton.step import SlotLengths, count_tokens, finish, prepare, step_header
+from tokenspeed.kernels.triton.step import SlotLengths, count_tokens, finish, prepare
 
 VOCAB, LENGTH, SLOTS = 50, 90, 7
+MOST_ROWS, WORDS, RING = SLOTS + 2, 200, 4
 NOTHING = np.zeros(0, dtype=np.int32)
 
 
@@ -36,10 +38,38 @@ class Device:
         return SamplingState.over(self.flat[2 * SLOTS :], SLOTS)
 
 
-def header(rows: list[tuple[int, int, int, int]], pairs: dict[int, int] | None = None) -> torch.Tensor:
-    pairs = pairs or {}
-    indices, values = np.array(list(pairs), dtype=np.int32), np.array(list(pairs.values()), dtype=np.int32)
-    return torch.from_numpy(step_header(rows, indices, values, 200))
+@dataclass
+class Post:
+    """The host's side of a mailbox whose next step has `number`; what lies in slots of no concern is random."""
+
+    rng: random.Random
+    number: int = 1
+    words: int = WORDS
+    mailbox: Mailbox = field(init=False)
+
+    def __post_init__(self) -> None:
+        headers = torch.tensor([self.rng.randrange(1, 99) for _ in range(RING * self.words)], dtype=torch.int32)
+        results = torch.full((RING, MOST_ROWS), self.number, dtype=torch.int64)
+        self.mailbox = Mailbox.over(headers.view(RING, self.words), results, torch.device("cpu"))
+        self.mailbox.turn.fill_(self.number - 1)
+
+    def write(self, rows: list[tuple[int, int, int, int]], pairs: dict[int, int] | None = None) -> Mailbox:
+        pairs = pairs or {}
+        indices, values = np.array(list(pairs), dtype=np.int32), np.array(list(pairs.values()), dtype=np.int32)
+        write_header(self.mailbox.headers[self.number % RING].numpy(), rows, indices, values)
+        return self.mailbox
+
+    def answer(self, rows: int) -> list[int]:
+        """The tokens of the step written last, from words that must have its number; other slots stay as they were."""
+        before = self.mailbox.results.clone()
+        before[self.number % RING, :rows] = self.mailbox.results[self.number % RING, :rows]
+        assert torch.equal(before, self.mailbox.results)
+        pairs = self.mailbox.results.view(torch.int32).view(RING, MOST_ROWS, 2)[self.number % RING, :rows]
+        number = (self.number + 2**31) % 2**32 - 2**31
+        assert pairs[:, 1].tolist() == [number] * rows
+        self.number += 1
+        assert self.mailbox.turn.tolist() == [number]
+        return pairs[:, 0].tolist()
 
 
 def with_tokens(rng: random.Random) -> tuple[Device, list[list[int]]]:
@@ -50,10 +80,11 @@ def with_tokens(rng: random.Random) -> tuple[Device, list[list[int]]]:
     return device, tokens
 
 
-@pytest.mark.parametrize("seed", [SEED, SEED + 1])
-def test_steps_that_follow_each_other(seed: int) -> None:
+@pytest.mark.parametrize("seed, first_number", [(SEED, 1), (SEED + 1, 2**31 - 2)], ids=["first", "numbers wrap"])
+def test_steps_that_follow_each_other(seed: int, first_number: int) -> None:
     """Random rows each step; lengths and new parameters come in as pairs of the first."""
     rng = random.Random(seed)
+    post = Post(rng, first_number)
     device, tokens = with_tokens(rng)
     computed = [rng.randrange(len(known)) for known in tokens]
     pairs = {slot: computed[slot] for slot in range(SLOTS)} | {SLOTS + slot: len(tokens[slot]) for slot in range(SLOTS)}
@@ -65,7 +96,7 @@ def test_steps_that_follow_each_other(seed: int) -> None:
             rows.append((slot, most, offset, computed[slot] + rng.choice((0, 3, 99))))
             offset += most
         bucket, max_rows = offset + rng.randrange(70), SLOTS + rng.randrange(3)
-        inputs = prepare(header(rows, pairs), device.flat, device.lengths, bucket, max_rows)
+        inputs = prepare(post.write(rows, pairs), device.flat, device.lengths, bucket, max_rows)
         pairs = {}
         drawn = torch.tensor([rng.randrange(VOCAB) for _ in range(max_rows)], dtype=torch.int32)
         expected_tokens, positions, slots = [0] * bucket, [0] * bucket, [-1] * bucket
@@ -83,14 +114,14 @@ def test_steps_that_follow_each_other(seed: int) -> None:
             computed[slot] += count
             if ends:
                 known.append(int(drawn[number]))
-            result.append([known[-1] if ends else -1, count])
+            result.append(known[-1] if ends else -1)
         assert inputs.tokens.tolist() == expected_tokens
         assert inputs.positions.tolist() == positions
         assert inputs.slots.tolist() == slots
         assert inputs.sample_rows[len(rows) :].tolist() == [-1] * (max_rows - len(rows))
         assert inputs.row_slots.tolist() == chosen + [-1] * (max_rows - len(rows))
-        found = finish(drawn, inputs, device.lengths, device.state)
-        assert found.tolist() == result + [[-1, 0]] * (max_rows - len(rows))
+        finish(drawn, inputs, device.lengths, device.state, post.mailbox)
+        assert post.answer(max_rows) == result + [-1] * (max_rows - len(rows))
         assert device.lengths.num_computed.tolist() == computed
         assert device.lengths.num_tokens.tolist() == [len(known) for known in tokens]
         assert [device.pool[slot, : len(known)].tolist() for slot, known in enumerate(tokens)] == tokens
@@ -104,9 +135,10 @@ def test_pairs_land_where_they_say_and_nowhere_else() -> None:
     device = Device(beyond[:size])
     indices = rng.sample(range(size), 3000)
     values = [rng.randrange(-(2**31), 2**31) for _ in indices]
-    text = step_header([], np.array([*indices, size, -1]), np.array([*values, 7, 7]), 2 + 2 * 3002)
+    post = Post(rng, words=header_words(0, 3002))
+    mailbox = post.write([], dict(zip([*indices, size, -1], [*values, 7, 7], strict=True)))
     pool = device.pool.clone()
-    inputs = prepare(torch.from_numpy(text), device.flat, device.lengths, 3, 2)
+    inputs = prepare(mailbox, device.flat, device.lengths, 3, 2)
     expected = torch.zeros(size, dtype=torch.int32)
     expected[indices] = torch.tensor(values, dtype=torch.int32)
     assert torch.equal(device.flat, expected)
@@ -117,7 +149,7 @@ def test_pairs_land_where_they_say_and_nowhere_else() -> None:
 
 def test_a_header_that_is_too_small_is_refused() -> None:
     with pytest.raises(ValueError, match="2 rows and 0 pairs need a header of 10, it has 9"):
-        step_header([(0, 1, 0, 1)] * 2, NOTHING, NOTHING, 9)
+        write_header(np.zeros(9, np.int32), [(0, 1, 0, 1)] * 2, NOTHING, NOTHING)
 
 
 @pytest.mark.parametrize("seed", [SEED])
@@ -136,9 +168,10 @@ def test_tokens_are_counted_anew_and_as_they_come(seed: int) -> None:
         torch.tensor(counted, dtype=torch.int32), torch.tensor(prompts, dtype=torch.int32), device.lengths, state.counts
     )
     rows = [(slot, 1, number, 99) for number, slot in enumerate([5, 2, 0])]
-    inputs = prepare(header(rows), device.flat, device.lengths, 3, 3)
+    post = Post(rng)
+    inputs = prepare(post.write(rows), device.flat, device.lengths, 3, 3)
     drawn = torch.tensor([tokens[2][0], tokens[2][0], 4], dtype=torch.int32)
-    finish(drawn, inputs, device.lengths, state)
+    finish(drawn, inputs, device.lengths, state, post.mailbox)
     for slot, prompt in zip(counted, prompts, strict=True):
         more = [tokens[2][0]] if slot == 2 else []
         sampled = Counter(tokens[slot][prompt:] + more)

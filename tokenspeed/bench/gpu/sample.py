@@ -20,9 +20,10 @@ from tokenspeed.bench.gpu.graph_timing import Case, Launch, run_table
 from tokenspeed.contracts.step import SamplingRow
 from tokenspeed.kernels.triton.launch import small_step
 from tokenspeed.kernels.triton.logprobs import token_logprobs
+from tokenspeed.kernels.triton.mailbox import Mailbox, header_words, write_header
 from tokenspeed.kernels.triton.sample import Tiles, sample, tiles_for
 from tokenspeed.kernels.triton.sampling_state import SEEN_IN_PROMPT, SamplingState, is_edited, slot_entries
-from tokenspeed.kernels.triton.step import SlotLengths, finish, prepare, step_header
+from tokenspeed.kernels.triton.step import SlotLengths, finish, prepare
 from tokenspeed.runner import sampler
 from tokenspeed.runner.edits import SampledRow
 
@@ -88,17 +89,26 @@ def _launch(rows: int, kind: str, spread: str, tiles: Tiles, pdl: bool) -> Launc
 
 
 def around(rows: int, device: str = "cuda") -> Launch:
-    """`prepare` and `finish` of a decode step whose sequences stay where they are."""
+    """`prepare` and `finish` of a decode step whose sequences stay where they are, with a mailbox of one slot."""
     flat = torch.zeros(2 * rows + SamplingState.size(rows), dtype=torch.int32, device=device)
     lengths = SlotLengths(flat[:rows], flat[rows : 2 * rows], flat.new_zeros(rows, 4096))
     pairs = np.arange(2 * rows, dtype=np.int32)
     values = np.repeat(np.array([1023, 1024], dtype=np.int32), rows)
     entries = [(slot, 1, slot, 4096) for slot in range(rows)]
-    header = torch.from_numpy(step_header(entries, pairs, values, 16384)).to(device)
+    header = torch.zeros((1, header_words(rows, len(pairs))), dtype=torch.int32)
+    write_header(header[0].numpy(), entries, pairs, values)
+    shared = (header, torch.zeros((1, rows), dtype=torch.int64))
+    headers, results = shared if device == "cpu" else (each.pin_memory() for each in shared)
+    mailbox = Mailbox.over(headers, results, torch.device(device))
     state = SamplingState.over(flat[2 * rows :], rows)
     drawn = torch.zeros(rows, dtype=torch.int32, device=device)
     pdl = small_step(drawn)
-    return lambda i: finish(drawn, prepare(header, flat, lengths, rows, rows, pdl=pdl), lengths, state, pdl=pdl)
+
+    def launch(i: int) -> None:
+        inputs = prepare(mailbox, flat, lengths, rows, rows, pdl=pdl)
+        finish(drawn, inputs, lengths, state, mailbox, pdl=pdl)
+
+    return launch
 
 
 def candidates(usual: Tiles) -> Iterator[Tiles]:

@@ -63,10 +63,9 @@ class StampedSteps(TritonSteps):
         self._ring.stamp(FIRST)
         return self._inner.prepare(*args, **options)
 
-    def finish(self, *args: Any, **options: Any) -> torch.Tensor:
-        found = self._inner.finish(*args, **options)
+    def finish(self, *args: Any, **options: Any) -> None:
+        self._inner.finish(*args, **options)
         self._ring.stamp(LAST)
-        return found
 
     def items(self, *args: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return self._inner.items(*args)

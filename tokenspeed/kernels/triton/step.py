@@ -1,31 +1,24 @@
-"""The first and the last kernels of a step: from the host's small delta to inputs on the device, and from tokens to the
-state of the next step.
-
-The header is one int32 buffer that the host copies to the device before each step: the number of rows; per row its
-slot, the most tokens it may feed, the offset of its first one in the step, and how many positions have pages; then the
-number of pairs, and (index, value) pairs to write into the flat state tensor, no index twice. Offsets ascend, and a row
-has the places up to the next row's offset, or as many as it really feeds: the rest are padding.
+"""The first and the last kernels of a step: from the host's header (see `mailbox`) to inputs on the device, and from
+tokens to the state of the next step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenspeed.kernels.triton.launch import launch_options
+from tokenspeed.kernels.triton.mailbox import HEAD, ROW_FIELDS, Mailbox, answer, fetch
 from tokenspeed.kernels.triton.sampling_state import PENALIZED, SEEN_IN_PROMPT, Field, SamplingState
 
 _PENALIZED, _SEEN_IN_PROMPT = tl.constexpr(PENALIZED), tl.constexpr(SEEN_IN_PROMPT)
-_ROW_FIELDS = tl.constexpr(4)
+_HEAD, _ROW_FIELDS = tl.constexpr(HEAD), tl.constexpr(ROW_FIELDS)
 _FAR = tl.constexpr(2**31 - 1)
 
-SCATTER_BLOCK, SCATTER_PROGRAMS = 1024, 32
 EXPAND_BLOCK = 64
 """Tokens of one program of the expansion."""
 COUNT_BLOCK = 1024
@@ -63,49 +56,22 @@ class StepInputs:
     sample_positions: torch.Tensor
 
 
-def step_header(
-    rows: Sequence[tuple[int, int, int, int]], indices: np.ndarray, values: np.ndarray, size: int
-) -> np.ndarray:
-    """The header of a step, int32 [size], from (slot, most tokens, offset, positions with pages) rows and the pairs.
-
-    Raises ValueError where it does not fit into `size`.
-    """
-    header = np.zeros(size, dtype=np.int32)
-    write_header(header, rows, indices, values)
-    return header
-
-
-def write_header(
-    header: np.ndarray, rows: Sequence[tuple[int, int, int, int]], indices: np.ndarray, values: np.ndarray
-) -> int:
-    """The same into int32 words that are there already; how many of them are used. Raises ValueError likewise."""
-    first, needed = 1 + 4 * len(rows), 2 + 4 * len(rows) + 2 * len(indices)
-    if needed > len(header):
-        raise ValueError(f"{len(rows)} rows and {len(indices)} pairs need a header of {needed}, it has {len(header)}")
-    header[0], header[first] = len(rows), len(indices)
-    header[1:first] = np.array(rows, dtype=np.int32).reshape(-1)
-    header[first + 1 : needed : 2], header[first + 2 : needed : 2] = indices, values
-    return needed
-
-
 def prepare(
-    header: torch.Tensor, state: torch.Tensor, lengths: SlotLengths, tokens: int, rows: int, pdl: bool = False
+    mailbox: Mailbox, state: torch.Tensor, lengths: SlotLengths, tokens: int, rows: int, pdl: bool = False
 ) -> StepInputs:
-    """Write the header's pairs into the flat int32 `state`, of which `lengths` may hold views, then expand its rows
-    into inputs of a bucket of `tokens` tokens and `rows` rows. A row feeds what is known and not computed, its most
-    tokens at most, and nothing without a page."""
+    """Begin the next step: write its header's pairs into the flat int32 `state`, of which `lengths` may hold views,
+    then expand its rows into inputs of a bucket of `tokens` tokens and `rows` rows. A row feeds what is known and not
+    computed, its most tokens at most, and nothing without a page."""
 
     def new(size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.int32, device=header.device)
+        return torch.empty(size, dtype=torch.int32, device=state.device)
 
     inputs = StepInputs(*(new(size) for size in [tokens] * 3 + [rows] * 7))
     options = launch_options(pdl)
-    programs = min(SCATTER_PROGRAMS, triton.cdiv(header.numel() // 2, SCATTER_BLOCK))
-    _scatter[(programs,)](
-        header, state, header.numel(), state.numel(), BLOCK=SCATTER_BLOCK, PDL=pdl, num_warps=4, **options
-    )
+    fetch(mailbox, state, rows, pdl)
     _expand[(triton.cdiv(tokens, EXPAND_BLOCK) + 1,)](
-        header,
+        mailbox.rows,
+        mailbox.turn,
         lengths.num_computed,
         lengths.num_tokens,
         lengths.pool,
@@ -132,13 +98,16 @@ def prepare(
 
 
 def finish(
-    drawn: torch.Tensor, inputs: StepInputs, lengths: SlotLengths, state: SamplingState, pdl: bool = False
-) -> torch.Tensor:
+    drawn: torch.Tensor,
+    inputs: StepInputs,
+    lengths: SlotLengths,
+    state: SamplingState,
+    mailbox: Mailbox,
+    pdl: bool = False,
+) -> None:
     """Take in a step's tokens int32 [rows]: append each to its slot's known tokens, count it where its slot has
-    penalties, and move the lengths on. Returns int32 [rows, 2]: the token, -1 for a row that drew none, and how many
-    tokens the row has fed."""
+    penalties, move the lengths on, and answer the host: per row the token, -1 where it drew none."""
     rows = drawn.shape[0]
-    result = torch.empty((rows, 2), dtype=torch.int32, device=drawn.device)
     counts = state.counts
     _finish[(1,)](
         drawn,
@@ -153,15 +122,17 @@ def finish(
         state.params[Field.FLAGS],
         counts if counts is not None else drawn,
         counts.shape[1] if counts is not None else 0,
-        result,
+        mailbox.results,
+        mailbox.results.stride(0),
+        mailbox.turn,
         rows,
+        SLOTS=mailbox.results.shape[0],
         ROWS=triton.next_power_of_2(rows),
         COUNTS=counts is not None,
         PDL=pdl,
         num_warps=4,
         **launch_options(pdl),
     )
-    return result
 
 
 def count_tokens(slots: torch.Tensor, prompts: torch.Tensor, lengths: SlotLengths, counts: torch.Tensor) -> None:
@@ -183,32 +154,11 @@ def count_tokens(slots: torch.Tensor, prompts: torch.Tensor, lengths: SlotLength
 
 
 @triton.jit
-def _scatter(
-    header: tl.tensor,
-    state: tl.tensor,
-    header_size: tl.tensor,
-    state_size: tl.tensor,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    first = 1 + _ROW_FIELDS * tl.load(header)
-    pairs = tl.minimum(tl.load(header + first), (header_size - first - 1) // 2)
-    for start in range(tl.program_id(0) * BLOCK, pairs, tl.num_programs(0) * BLOCK):
-        pair = start + tl.arange(0, BLOCK)
-        index = tl.load(header + first + 1 + 2 * pair, mask=pair < pairs, other=-1)
-        value = tl.load(header + first + 2 + 2 * pair, mask=pair < pairs, other=0)
-        tl.store(state + index, value, mask=(index >= 0) & (index < state_size))
-
-
-@triton.jit
 def _fed(
     header: tl.tensor, row: tl.tensor, valid: tl.tensor, num_computed: tl.tensor, num_tokens: tl.tensor
 ) -> tl.tuple:
     """Of rows: slot, offset, first position, number of tokens fed, and whether they reach the end of what is known."""
-    entry = header + 1 + _ROW_FIELDS * row
+    entry = header + _HEAD + _ROW_FIELDS * row
     slot = tl.load(entry, mask=valid, other=-1)
     live = slot >= 0
     most, reserved = tl.load(entry + 1, mask=live, other=0), tl.load(entry + 3, mask=live, other=0)
@@ -221,6 +171,7 @@ def _fed(
 @triton.jit
 def _expand(
     header: tl.tensor,
+    turn: tl.tensor,
     num_computed: tl.tensor,
     num_tokens: tl.tensor,
     pool: tl.tensor,
@@ -247,6 +198,7 @@ def _expand(
     num_rows = tl.minimum(tl.load(header), max_rows)
     row = tl.arange(0, ROWS)
     if tl.program_id(0) == tl.num_programs(0) - 1:
+        tl.store(turn, tl.load(turn) + 1)  # no other program of this kernel looks at it
         slot, offset, start, count, ends = _fed(header, row, row < num_rows, num_computed, num_tokens)
         inside = row < max_rows
         tl.store(row_slots + row, slot, mask=inside)
@@ -258,7 +210,7 @@ def _expand(
         tl.store(sample_positions + row, tl.where(ends, start + count, 0), mask=inside)
     else:  # names of their own: the branches' shapes differ
         token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        offsets = tl.load(header + 3 + _ROW_FIELDS * row, mask=row < num_rows, other=_FAR)
+        offsets = tl.load(header + _HEAD + 2 + _ROW_FIELDS * row, mask=row < num_rows, other=_FAR)
         before = tl.sum((offsets[None, :] <= token[:, None]).to(tl.int32), 1)
         its_slot, its_offset, its_start, its_count, _ = _fed(header, before - 1, before > 0, num_computed, num_tokens)
         place = token - its_offset
@@ -285,8 +237,11 @@ def _finish(
     flags: tl.tensor,
     counts: tl.tensor,
     vocab: tl.tensor,
-    result: tl.tensor,
+    results: tl.tensor,
+    results_stride: tl.tensor,
+    turn: tl.tensor,
     rows: tl.tensor,
+    SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
     COUNTS: tl.constexpr,
     PDL: tl.constexpr,
@@ -310,8 +265,7 @@ def _finish(
         counted = draws & ((tl.load(flags + slot, mask=live, other=0) & _PENALIZED) != 0)
         at = counts + slot.to(tl.int64) * vocab + token
         tl.store(at, tl.load(at, mask=counted, other=0) + 1, mask=counted)
-    tl.store(result + 2 * row, token, mask=inside)
-    tl.store(result + 2 * row + 1, count, mask=inside)
+    answer(results, results_stride, turn, row, token, inside, SLOTS)
 
 
 @triton.jit

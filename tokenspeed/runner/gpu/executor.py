@@ -1,4 +1,5 @@
-"""Runs step plans on a GPU without waiting: a header goes in, a captured step runs, tokens come back later.
+"""Runs step plans on a GPU without waiting: the host writes a header, a captured step reads it, runs and writes tokens
+where the host looks for them. Of a decoding step nothing but its graph is given to the device.
 
 Sampled tokens are fed back on the device, so the next step is launched before they are known here. Rows that ask for
 log-probabilities, for more than a slot of the sampler holds, or for logits processors make their step wait and go the
@@ -10,14 +11,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from tokenspeed.contracts.step import NewSequence, ResultRow, StepDelta, StepPlan, StepResult
 from tokenspeed.kernels.triton.sampling_state import excess, is_edited
-from tokenspeed.kernels.triton.step import write_header
+from tokenspeed.kernels.triton.step import StepInputs
 from tokenspeed.program.plan import bucket_of
 from tokenspeed.runner.arena import Arena
 from tokenspeed.runner.edits import has_penalties
@@ -26,6 +27,7 @@ from tokenspeed.runner.gpu.graphs import Device, Graphs
 from tokenspeed.runner.gpu.host import Changes, HostSlots, LaunchedRow
 from tokenspeed.runner.gpu.invariant_jobs import run_invariant_jobs
 from tokenspeed.runner.gpu.link import TritonSteps
+from tokenspeed.runner.gpu.ring import SharedMemory, StepRing
 from tokenspeed.runner.gpu.state import DeviceState, StateShape
 from tokenspeed.runner.gpu.view import GpuView
 from tokenspeed.runner.inputs import wanted_rows
@@ -35,41 +37,33 @@ from tokenspeed.runner.processors import LogitsProcessors
 DEPTH = 2
 """Steps under way: one runs while the host prepares the next."""
 PAIRS = 1024
-"""Words of state that one header changes; more take further headers."""
+"""Words of state that a header changes; what is more goes ahead by a copy."""
 Entries = tuple[np.ndarray, np.ndarray]
 
 
-class Link(Protocol):
-    """What the device offers beyond torch: recording, pinned memory, and marks to wait for."""
+class Link(SharedMemory, Protocol):
+    """What the device offers beyond torch: recording, shared memory, and marks to wait for."""
 
     @property
     def recorder(self) -> Device: ...
 
-    def pinned(self, *shape: int) -> torch.Tensor:
-        """Host memory, int32, that copies run from and to beside the host."""
-        ...
-
-    def mark(self) -> Callable[[], None]:
-        """A point in the work given so far; calling it waits until that is done."""
-        ...
-
 
 @dataclass
 class Launched:
-    """The handle of a step: its rows, where its tokens will lie, and how to wait for them."""
+    """The handle of a step: its number in the ring where its tokens will be, and its rows."""
 
     step_id: int
     rows: list[LaunchedRow]
-    tokens: torch.Tensor
-    wait: Callable[[], None]
+    ring: StepRing
+    number: int
     found: StepResult | None = None
 
     def result(self) -> StepResult:
-        """The tokens, when the device is done with them. Steps are asked in the order of their launch."""
+        """The tokens, when the device is done with them. Steps are asked in the order of their launch. Raises
+        DeviceError."""
         if self.found is None:
-            self.wait()
             rows = []
-            for row, (token, _) in zip(self.rows, self.tokens[: len(self.rows)].tolist(), strict=True):
+            for row, token in zip(self.rows, self.ring.wait(self.number, len(self.rows)), strict=True):
                 if row.samples:
                     row.slot.append(token)
                 rows.append(ResultRow(row.number, row.start + row.count, [token] if row.samples else []))
@@ -101,18 +95,18 @@ class GpuExecutor:
         self._slots = HostSlots(groups, shape.page_size)
         self.processors = LogitsProcessors()
         self._max_rows = max_num_seqs
-        words = 2 + 4 * max_num_seqs + 2 * PAIRS
-        self._header = torch.zeros(words, dtype=torch.int32, device=self.device)
-        self._staging = [(link.pinned(words), link.pinned(max_num_seqs, 2)) for _ in range(DEPTH + 1)]
-        self._turn = 0
-        self._steps: dict[tuple[int, bool], _Step] = {}
+        self._ring = StepRing(link, max_num_seqs, PAIRS, self.device)
         self.graphs = Graphs(link.recorder, graphs)
         self._pending: deque[Launched] = deque(maxlen=DEPTH + 1)
 
     def launch(self, plan: StepPlan) -> Launched:
         """Start the step."""
-        with torch.inference_mode():
-            return self._launch(plan)
+        try:
+            with torch.inference_mode():
+                return self._launch(plan)
+        except BaseException:
+            self._ring.lose()
+            raise
 
     @torch.inference_mode()
     def repeatable(self, plan: StepPlan) -> Callable[[], None]:
@@ -124,12 +118,11 @@ class GpuExecutor:
         launched = self.launch(plan)
         launched.result()
         kind = _Kind.of(launched.rows)
-        reserved = torch.tensor([row.num_reserved for row in plan.rows], dtype=torch.int32)
-        self._header[4 : 4 + 4 * len(reserved) : 4].copy_(reserved)
+        self._ring.repeat([row.num_reserved for row in plan.rows])
 
         def run() -> None:
-            self.graphs.replay(kind.forward)
-            self.graphs.replay(kind.sample)
+            self.graphs.replay(kind)
+            self._ring.skip()
 
         return run
 
@@ -138,7 +131,6 @@ class GpuExecutor:
         anew."""
         self._kernels = wrap(self._kernels)
         self.graphs.forget()
-        self._steps.clear()
 
     def sleep(self) -> None:
         """Give back the memory of the pages; captured steps stay, as addresses do."""
@@ -160,44 +152,34 @@ class GpuExecutor:
             self._arena.copy(copies.pages)
         changes = self._slots.apply(plan)
         rows = self._slots.launch(plan.rows)
-        header, results = self._staging[self._turn]
-        self._turn = (self._turn + 1) % len(self._staging)
-        self._upload(header, changes, rows)
+        launched = Launched(plan.step_id, rows, self._ring, self._upload(changes, rows))
         if any(_needs_logits(row) for row in rows):
-            launched = self._step_by_logits(plan.step_id, rows)
+            self._step_by_logits(launched)
         else:
-            launched = self._step(plan.step_id, rows, results)
+            kind = _Kind.of(rows)
+            self.graphs.run(kind, lambda: self._step(kind))
         self._pending.append(launched)
         return launched
 
-    def _step(self, step_id: int, rows: list[LaunchedRow], results: torch.Tensor) -> Launched:
-        kind = _Kind.of(rows)
-        bucket, mixed, edits = kind
-        step = self._steps.setdefault((bucket, mixed), _Step(bucket, min(bucket, self._max_rows), mixed))
-        self.graphs.run(kind.forward, lambda: self._forward(step))
-        self.graphs.run(kind.sample, lambda: self._sample(step, edits))
-        results[: step.rows].copy_(step.result[edits], non_blocking=True)
-        return Launched(step_id, rows, results, self._link.mark())
-
-    def _prepare(self, step: _Step) -> GpuView:
-        step.inputs = self._kernels.prepare(self._header, self.state.flat, self.state.lengths, step.tokens, step.rows)
-        return self._view(step)
-
-    def _forward(self, step: _Step) -> None:
-        step.logits = self.backend.forward(self._prepare(step))
-
-    def _sample(self, step: _Step, edits: bool) -> None:
+    def _step(self, kind: _Kind) -> None:
+        """All of a step, from its header to its tokens, on whatever the ring's next slot holds."""
         sampling, lengths = self.state.sampling, self.state.lengths
-        drawn = self._kernels.sample(step.logits, step.inputs, sampling, lengths.pool, edits)
-        step.result[edits] = self._kernels.finish(drawn, step.inputs, lengths, sampling)
+        inputs, view = self._prepare(kind.bucket, kind.mixed)
+        logits = self.backend.forward(view)
+        drawn = self._kernels.sample(logits, inputs, sampling, lengths.pool, kind.edits)
+        self._kernels.finish(drawn, inputs, lengths, sampling, self._ring.mailbox)
 
-    def _step_by_logits(self, step_id: int, rows: list[LaunchedRow]) -> Launched:
+    def _prepare(self, tokens: int, mixed: bool) -> tuple[StepInputs, GpuView]:
+        rows, mailbox = min(tokens, self._max_rows), self._ring.mailbox
+        inputs = self._kernels.prepare(mailbox, self.state.flat, self.state.lengths, tokens, rows)
+        return inputs, self._view(inputs, mixed)
+
+    def _step_by_logits(self, launched: Launched) -> None:
         """Wait until all tokens are known, then forward, score and sample as the reference does."""
-        for launched in self._pending:
-            launched.result()
-        bucket = bucket_of(sum(row.count for row in rows))
-        step = _Step(bucket, min(bucket, self._max_rows), mixed=True)
-        view = self._prepare(step)
+        for before in self._pending:
+            before.result()
+        rows = launched.rows
+        inputs, view = self._prepare(bucket_of(sum(row.count for row in rows)), mixed=True)
         wanted = torch.tensor(wanted_rows(rows), dtype=torch.int32, device=self.device)
         values = self.backend.body(view)
         results = [ResultRow(row.number, row.start + row.count, [], [], []) for row in rows]
@@ -206,11 +188,12 @@ class GpuExecutor:
         for first in range(0, len(jobs), at_once):
             part = slice(first, first + at_once)
             self._run_jobs(self.backend.head(view.asking(wanted[part]), dict(values)), jobs[part])
-        drawn = torch.zeros(step.rows, dtype=torch.int32)
+        drawn = torch.zeros(len(inputs.row_slots), dtype=torch.int32)
         for at, result in enumerate(results):
             drawn[at] = result.token_ids[0] if result.token_ids else -1
-        self._kernels.finish(drawn.to(self.device), step.inputs, self.state.lengths, self.state.sampling)
-        return Launched(step_id, rows, drawn, lambda: None, StepResult(step_id, results))
+        lengths, sampling = self.state.lengths, self.state.sampling
+        self._kernels.finish(drawn.to(self.device), inputs, lengths, sampling, self._ring.mailbox)
+        launched.found = StepResult(launched.step_id, results)
 
     def _run_jobs(self, logits: torch.Tensor, jobs: list[Job]) -> None:
         if self.backend.batch_invariant:
@@ -219,9 +202,9 @@ class GpuExecutor:
         else:
             run_jobs(logits.float(), jobs, self.processors)
 
-    def _view(self, step: _Step) -> GpuView:
-        shape, inputs = self._arena.shape, step.inputs
-        items, decode_rows = self._kernels.items(inputs, self._header, self._arena, step.mixed)
+    def _view(self, inputs: StepInputs, mixed: bool) -> GpuView:
+        shape = self._arena.shape
+        items, decode_rows = self._kernels.items(inputs, self._ring.mailbox.rows, self._arena, mixed)
         return GpuView(
             tokens=inputs.tokens,
             positions=inputs.positions,
@@ -237,26 +220,25 @@ class GpuExecutor:
             decode_rows=decode_rows,
         )
 
-    def _upload(self, header: torch.Tensor, changes: Changes, rows: Sequence[LaunchedRow]) -> None:
-        """Send what changed and the rows. What finds no place in one header goes ahead in others without rows."""
+    def _upload(self, changes: Changes, rows: Sequence[LaunchedRow]) -> int:
+        """Tell what changed and the rows; what finds no place in a header goes ahead of it. The step's number."""
         for new in changes.new:
             ids = torch.tensor(new.token_ids, dtype=torch.int32)
             self.state.lengths.pool[new.slot, : len(ids)].copy_(ids)
         entries = [self.state.table_entries(*table) for table in changes.tables]
         entries += [self.state.sequence_entries(new) for new in changes.new]
         indices, values = _joined(entries)
-        while len(indices) > PAIRS:
-            self._send(torch.zeros_like(header), [], indices[:PAIRS], values[:PAIRS])
-            self._kernels.prepare(self._header, self.state.flat, self.state.lengths, 1, 1)
-            indices, values = indices[PAIRS:], values[PAIRS:]
-        self._send(header, rows, indices, values)
+        if len(indices) > PAIRS:
+            self._write(indices[PAIRS:], values[PAIRS:])
         if any(has_penalties(new.sampling) for new in changes.new):
             self._count(changes.new)
-
-    def _send(self, header: torch.Tensor, rows: Sequence[LaunchedRow], indices: np.ndarray, values: np.ndarray) -> None:
         fed = [(row.number, row.count, row.offset, row.start + row.count) for row in rows]
-        end = write_header(header.numpy(), fed, indices, values)
-        self._header[:end].copy_(header[:end], non_blocking=True)
+        return self._ring.post(fed, indices[:PAIRS], values[:PAIRS])
+
+    def _write(self, indices: np.ndarray, values: np.ndarray) -> None:
+        """Change words of the state by copies."""
+        at, new = (torch.from_numpy(each).to(self.device) for each in (indices.astype(np.int64), values))
+        self.state.flat.index_copy_(0, at, new)
 
     def _count(self, sequences: list[NewSequence]) -> None:
         """Count the tokens of sequences with penalties, once their lengths are on the device."""
@@ -264,7 +246,6 @@ class GpuExecutor:
         if self.state.sampling.counts is None:
             self.state.sampling = self.state.sampling.with_counts(self.backend.vocab_size)
             self.graphs.forget()  # captured steps do not know the counts
-            self._steps.clear()
         counts = self.state.sampling.counts
         assert counts is not None
         slots, prompts, known = (
@@ -287,27 +268,6 @@ class _Kind(NamedTuple):
         """The kind of a step of these rows."""
         edits = any(is_edited(row.slot.sampling) for row in rows)
         return _Kind(bucket_of(sum(row.count for row in rows)), any(row.count > 1 for row in rows), edits)
-
-    @property
-    def forward(self) -> object:
-        """The forward pass's graph."""
-        return ("forward", self.bucket, self.mixed)
-
-    @property
-    def sample(self) -> object:
-        """The sampling's graph."""
-        return ("sample", *self)
-
-
-class _Step:
-    """Tensors of a bucket: those of its captured step, or of the last eager one. mixed: some rows feed more than one
-    token."""
-
-    def __init__(self, tokens: int, rows: int, mixed: bool) -> None:
-        self.tokens, self.rows, self.mixed = tokens, rows, mixed
-        self.inputs: Any = None
-        self.logits = torch.empty(0)
-        self.result: dict[bool, torch.Tensor] = {}
 
 
 def _joined(entries: list[Entries]) -> Entries:

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
-CAPTURES_PER_STEP = 2
-"""A forward pass and its sampling: captures cost tens of milliseconds, and others wait for their tokens."""
+CAPTURES_PER_STEP = 1
+"""Captures cost tens of milliseconds, and others wait for their tokens."""
 RUNS_BEFORE_CAPTURE = 1
 """Eager runs of a bucket first: they compile its kernels and set up its libraries, which a capture must not do."""
 

@@ -78,8 +78,9 @@ def _step(
 
 
 def later_bytes(limits: StepLimits, vocab_size: int, itemsize: int) -> int:
-    """Bytes that graphs of all buckets keep, which share the rest: each its logits [rows, vocabulary], for mixed steps
-    and for decoding ones; and the counts of requests with penalties. itemsize: bytes of a logit."""
+    """Bytes kept free for graphs captured later, which share one pool: as if those of all buckets had logits [rows,
+    vocabulary] of their own, for mixed steps and for decoding ones; and the counts of requests with penalties.
+    itemsize: bytes of a logit."""
     mixed = [min(bucket, limits.rows) for bucket in BUCKETS if bucket <= bucket_of(limits.most_tokens)]
     decoding = [min(bucket, limits.rows) for bucket in BUCKETS if bucket <= bucket_of(limits.rows)]
     counts = 4 * limits.rows

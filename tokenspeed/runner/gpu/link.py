@@ -24,7 +24,7 @@ class CudaLink:
         self.recorder = CudaDevice()
 
     def pinned(self, *shape: int) -> torch.Tensor:
-        """Page-locked zeros, int32."""
+        """Page-locked zeros, int32, which kernels reach by their own address (unified addressing)."""
         return torch.zeros(shape, dtype=torch.int32).pin_memory()
 
     def mark(self) -> Callable[[], None]:
@@ -32,6 +32,10 @@ class CudaLink:
         event = torch.cuda.Event()
         event.record()
         return event.synchronize
+
+    def idle(self) -> bool:
+        """Whether the stream has done all its work; raises what went wrong there."""
+        return torch.cuda.current_stream().query()
 
 
 class TritonSteps:
