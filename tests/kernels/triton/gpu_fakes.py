@@ -56,6 +56,9 @@ class FakeLink:
     def pinned(self, *size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int32)
 
+    def staged(self, data: torch.Tensor) -> torch.Tensor:
+        return data.clone()
+
     def mark(self) -> Callable[[], None]:
         def wait() -> None:
             self.waits += 1

@@ -122,9 +122,10 @@ def test_words_of_another_step_are_no_answer() -> None:
         words[:] = torch.tensor([7, stale])
         with pytest.raises(DeviceError, match="no work left and step 1 has no result"):
             posts.wait(number, 2)
-    words[1] = torch.tensor([7, number])
-    with pytest.raises(DeviceError, match="step 1 has no result"):
-        posts.wait(number, 2)  # the first row's word is still another step's
+    for fresh in (0, 1):
+        words[fresh], words[1 - fresh] = torch.tensor([7, number]), torch.tensor([7, number - SLOTS])
+        with pytest.raises(DeviceError, match="step 1 has no result"):
+            posts.wait(number, 2)
     words[0] = torch.tensor([-1, number])
     assert posts.wait(number, 2) == [-1, 7]
     assert posts.wait(number, 0) == []
@@ -235,7 +236,7 @@ def test_steps_that_nobody_waited_for_are_overtaken_safely(tiny: Path, late: Lat
     wanted = tokens(LLM(str(tiny), **SETTINGS), greedy)
     assert tokens(gpu, greedy) == wanted  # captured from here on
     for count in range(1, 4):
-        stream = gpu.stream({"prompt_token_ids": PROMPTS[2]}, greedy[0])
+        stream: Any = gpu.stream({"prompt_token_ids": PROMPTS[2]}, greedy[0])
         for _ in range(count):
             next(stream)
         stream.close()
@@ -250,9 +251,12 @@ class Calls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.blocking: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(str(func))
+        if func is torch.ops.aten.copy_.default and not (len(args) > 2 and args[2]):
+            self.blocking.append(str(args[0].shape))
         return func(*args, **(kwargs or {}))
 
 
@@ -275,3 +279,30 @@ def test_a_decoding_step_gives_the_device_its_graph_and_nothing_else(late: Late)
     assert len(steps) > 8
     assert {grants for grants, _ in steps} == {True, False}
     assert all(names == [] for _, names in steps), steps
+
+
+@pytest.mark.parametrize("pairs", [1024, 40], ids=["in the header", "beyond it"])
+def test_sequences_enter_without_waiting(tiny: Path, monkeypatch: pytest.MonkeyPatch, pairs: int) -> None:
+    """A copy that blocks waits for all steps before it. What a header cannot hold is copied ahead of it."""
+    monkeypatch.setattr("tokenspeed.runner.gpu.executor.PAIRS", pairs)
+    link = LateLink()
+    gpu = open_fake_gpu(monkeypatch, tiny, link)
+    executor: Any = gpu.core.executor
+    executor.wrap_kernels(lambda kernels: LateSteps(kernels, link))
+    upload, entered, blocking = executor._upload, [], []
+    ahead: list[str] = []
+
+    def noted(changes: Any, rows: Any) -> int:
+        with Calls() as calls:
+            number: int = upload(changes, rows)
+        entered.append(len(changes.new))
+        blocking.extend(calls.blocking)
+        ahead.extend(name for name in calls.names if "index_copy" in name)
+        return number
+
+    executor._upload = noted
+    params = [SamplingParams(max_tokens=6, ignore_eos=True, temperature=0.8, seed=seed) for seed in (3, 4, 5)]
+    assert tokens(gpu, params) == tokens(LLM(str(tiny), **SETTINGS), params)
+    assert max(entered) > 1
+    assert blocking == []
+    assert bool(ahead) == (pairs == 40)

@@ -47,6 +47,10 @@ class Link(SharedMemory, Protocol):
     @property
     def recorder(self) -> Device: ...
 
+    def staged(self, data: torch.Tensor) -> torch.Tensor:
+        """The same data on the host, from where a copy to the device runs beside the host."""
+        ...
+
 
 @dataclass
 class Launched:
@@ -223,8 +227,8 @@ class GpuExecutor:
     def _upload(self, changes: Changes, rows: Sequence[LaunchedRow]) -> int:
         """Tell what changed and the rows; what finds no place in a header goes ahead of it. The step's number."""
         for new in changes.new:
-            ids = torch.tensor(new.token_ids, dtype=torch.int32)
-            self.state.lengths.pool[new.slot, : len(ids)].copy_(ids)
+            ids = self._link.staged(torch.tensor(new.token_ids, dtype=torch.int32))
+            self.state.lengths.pool[new.slot, : len(ids)].copy_(ids, non_blocking=True)
         entries = [self.state.table_entries(*table) for table in changes.tables]
         entries += [self.state.sequence_entries(new) for new in changes.new]
         indices, values = _joined(entries)
@@ -236,8 +240,9 @@ class GpuExecutor:
         return self._ring.post(fed, indices[:PAIRS], values[:PAIRS])
 
     def _write(self, indices: np.ndarray, values: np.ndarray) -> None:
-        """Change words of the state by copies."""
-        at, new = (torch.from_numpy(each).to(self.device) for each in (indices.astype(np.int64), values))
+        """Change words of the state by copies, without waiting."""
+        pair = (self._link.staged(torch.from_numpy(each)) for each in (indices.astype(np.int64), values))
+        at, new = (each.to(self.device, non_blocking=True) for each in pair)
         self.state.flat.index_copy_(0, at, new)
 
     def _count(self, sequences: list[NewSequence]) -> None:

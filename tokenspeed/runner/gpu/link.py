@@ -27,6 +27,10 @@ class CudaLink:
         """Page-locked zeros, int32, which kernels reach by their own address (unified addressing)."""
         return torch.zeros(shape, dtype=torch.int32).pin_memory()
 
+    def staged(self, data: torch.Tensor) -> torch.Tensor:
+        """A page-locked copy; torch keeps its memory until the copies that were begun from it are done."""
+        return data.pin_memory()
+
     def mark(self) -> Callable[[], None]:
         """An event after all work given so far."""
         event = torch.cuda.Event()
