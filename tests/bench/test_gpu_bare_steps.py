@@ -13,12 +13,13 @@ from tests.kernels.triton import interpreter  # noqa: F401
 from tests.kernels.triton.gpu_fakes import SETTINGS, FakeLink, open_fake_gpu
 from tests.seeds import SEED
 from tests.tiny_llama import write_tiny
-from tokenspeed.bench.gpu import bare, idle, profile, stamps
+from tokenspeed.bench.gpu import bare, idle, profile, stamps, timeline
 from tokenspeed.bench.gpu.setup import greedy
 from tokenspeed.bench.gpu.waterfall import Launch
 from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.contracts.step import StepDelta, StepPlan
 from tokenspeed.engine.llm import LLM
+from tokenspeed.engine.trace import Span
 
 PROMPTS = [[1, 5, 9], [1, *range(3, 20)], [7, 7]]
 
@@ -157,6 +158,43 @@ def test_the_gap_is_from_a_steps_last_stamp_to_the_nexts_first(gpu: LLM, monkeyp
     assert {round((b - a) * 1e3) for a, b in itertools.pairwise(gaps)} == {64}
     assert bare.executor_of(gpu)._kernels is kernels
     assert tokens(gpu) == before
+
+
+def test_every_step_of_a_run_is_told_with_its_phases(gpu: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tokens(gpu)
+    monkeypatch.setattr(stamps, "stamp_kernel", FakeStamps())
+    steps = timeline.timeline(gpu, 3, 5, 4)
+    assert [step.tokens for step in steps] == [15, 3, 3, 3]  # 16 tokens a step: no prompt is cut
+    # The clock goes on by one unit of 32 ns more at every stamp.
+    ticks = [round(each * 1e3) for step in steps for each in (step.gap, step.device)][1:]
+    assert {b - a for a, b in itertools.pairwise(ticks)} == {32}
+    assert all(min(step.host) > 0 for step in steps)
+    assert gpu.core.trace is None
+    assert tokens(gpu) == before
+
+
+def test_steps_and_phases_are_put_together() -> None:
+    """Two steps; the host's clock is 5 s ahead of the device's, and the second result is noticed at once."""
+    starts, ends = [1_000_000, 3_007_000], [3_000_000, 5_000_000]
+    spans = [
+        Span("schedule", 5.0001, 0.00002, 7, 40),
+        Span("launch", 5.0005, 0.0001, 7, 40),
+        Span("launch", 5.0028, 0.0002, 9, 3),
+        Span("collect", 5.0006, 0.00245, 7, 40),
+        Span("update", 5.00305, 0.00001, 7, 40),
+        Span("collect", 5.0031, 0.0019, 9, 3),
+    ]
+    first, second = timeline.joined(starts, ends, spans)
+    assert (first.tokens, first.device, first.gap) == (40, 2000.0, 0.0)
+    assert first.host == pytest.approx((20.0, 100.0, 2450.0, 10.0))
+    assert [first.ahead, second.ahead] == pytest.approx([400.0, 7.0])
+    assert (second.tokens, second.device, second.gap) == (3, 1993.0, 7.0)
+    assert second.host == pytest.approx((0.0, 200.0, 1900.0, 0.0))
+    told = timeline.text([first, second])
+    assert "1 steps of 40 tokens: median 2000.0 us, 0.0 us before each" in told
+    assert "in all 3.99 ms in steps, 0.007 ms between; gaps over 50 us: []" in told
+    with pytest.raises(RuntimeError, match="1 steps have stamps, 2 were launched"):
+        timeline.joined(starts[:1], ends[:1], spans)
 
 
 def test_gaps_that_are_too_few_are_refused() -> None:

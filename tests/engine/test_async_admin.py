@@ -155,7 +155,7 @@ def test_a_profile_has_every_phase_of_every_step() -> None:
             assert engine.health() == (True, "running") or engine.health() == (True, "idle")
             await read(engine.submit([1, 2, 3], deltas(30)))
             spans = await profiling
-            for name in ("schedule", "launch", "collect", "send"):
+            for name in ("schedule", "launch", "collect", "update", "send"):
                 steps = [span.step_id for span in spans if span.name == name]
                 assert steps[:7] == list(range(7)), name
             assert sum(span.name == "collect" for span in spans) == 7

@@ -87,6 +87,11 @@ def _add_models(commands: Any) -> None:
     mixed.add_argument("--other-caps", type=_positive, nargs="*", default=[2048, 8192], metavar="N", help="alone, too")
     idle = _measuring(commands, "idle", _idle, "time between two decode steps, stamped by the device")
     _add_model(idle)
+    idle.add_argument(
+        "--batch", type=_positive, metavar="N", help="print each step of so many sequences, and publish nothing"
+    )
+    idle.add_argument("--context", type=_positive, default=1024, metavar="N", help="of each prompt, with --batch")
+    idle.add_argument("--tokens", type=_several, default=129, metavar="N", help="drawn by each, with --batch")
 
 
 def _measuring(commands: Any, name: str, run: Command, text: str) -> argparse.ArgumentParser:
@@ -176,8 +181,19 @@ def _idle(options: argparse.Namespace) -> int:
     from tokenspeed.bench.gpu.idle import LENGTH, publish_idle
 
     setup = _setup(options)
+    if options.batch is not None:
+        return _timeline(setup, options)
     llm = setup.open(1, LENGTH)
     publish_idle(llm, setup, _publisher(options))
+    llm.close()
+    return 0
+
+
+def _timeline(setup: Setup, options: argparse.Namespace) -> int:
+    from tokenspeed.bench.gpu.timeline import text, timeline
+
+    llm = setup.open(options.batch, options.context + options.tokens)
+    print(text(timeline(llm, options.batch, options.context, options.tokens)))
     llm.close()
     return 0
 

@@ -148,6 +148,7 @@ class StepLoop:
                 return []
             oldest, began = self._in_flight[0], time.perf_counter()
             result = oldest.handle.result()
+            collected = time.perf_counter()
         except BaseException:
             self._drop_all()
             raise
@@ -157,7 +158,8 @@ class StepLoop:
         updates = self.scheduler.update(result)
         self._device_waits = not self._in_flight and self.scheduler.has_work
         if self.trace is not None:
-            self.trace.add("collect", began, time.perf_counter(), oldest.plan.step_id, oldest.record.num_tokens)
+            self.trace.add("collect", began, collected, oldest.plan.step_id, oldest.record.num_tokens)
+            self.trace.add("update", collected, time.perf_counter(), oldest.plan.step_id, oldest.record.num_tokens)
         return updates
 
     @property

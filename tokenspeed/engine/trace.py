@@ -6,7 +6,8 @@ import msgspec
 
 
 class Span(msgspec.Struct, array_like=True, frozen=True):
-    """One phase of a step: "schedule", "launch", "collect" or "send". start: seconds of a clock of the engine's own."""
+    """One phase of a step: "schedule", "launch", "collect" (a wait), "update" or "send". start: seconds
+    of a clock of the engine's own."""
 
     name: str
     start: float

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import statistics
 
-from tokenspeed.bench.gpu.bare import executor_of
 from tokenspeed.bench.gpu.publish import Publisher
 from tokenspeed.bench.gpu.setup import Setup, greedy, random_prompts
-from tokenspeed.bench.gpu.stamps import Ring, StampedSteps, clock_ns, gaps_us
+from tokenspeed.bench.gpu.stamps import clock_ns, gaps_us, stamped
 from tokenspeed.engine.llm import LLM
-from tokenspeed.runner.gpu.link import TritonSteps
 
 STEPS = 1000
 PROMPT = 64
@@ -28,22 +26,11 @@ def publish_idle(llm: LLM, setup: Setup, publisher: Publisher, steps: int = STEP
 
 def measure(llm: LLM, steps: int = STEPS) -> tuple[list[float], float]:
     """Gaps in us, and the clock's resolution in ns. Steps are captured with stamps, and without them again after."""
-    executor = executor_of(llm)
-    ring = Ring(executor.device)
-    plain: list[TritonSteps] = []
-
-    def stamped(kernels: TritonSteps) -> TritonSteps:
-        plain.append(kernels)
-        return StampedSteps(kernels, ring)
-
-    executor.wrap_kernels(stamped)
-    try:
+    with stamped(llm) as ring:
         _run(llm, WARMING_TOKENS)
         ring.clear()
         _run(llm, steps + 4)
         starts, ends = ring.read()
-    finally:
-        executor.wrap_kernels(lambda kernels: plain[0])
     return gaps_us(starts, ends, steps), float(clock_ns(starts, ends))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import gcd
 from typing import Any
 
@@ -11,6 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
+from tokenspeed.bench.gpu.bare import executor_of
+from tokenspeed.engine.llm import LLM
 from tokenspeed.kernels.triton.step import StepInputs
 from tokenspeed.runner.gpu.link import TritonSteps
 
@@ -69,6 +72,25 @@ class StampedSteps(TritonSteps):
 
     def items(self, *args: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return self._inner.items(*args)
+
+
+@contextmanager
+def stamped(llm: LLM) -> Iterator[Ring]:
+    """Inside, the engine's steps are stamped; they are captured anew, and once more after. The engine has to be idle.
+    Raises UnsupportedError where it has no graphs."""
+    executor = executor_of(llm)
+    ring = Ring(executor.device)
+    plain: list[TritonSteps] = []
+
+    def wrap(kernels: TritonSteps) -> TritonSteps:
+        plain.append(kernels)
+        return StampedSteps(kernels, ring)
+
+    executor.wrap_kernels(wrap)
+    try:
+        yield ring
+    finally:
+        executor.wrap_kernels(lambda kernels: plain[0])
 
 
 def gaps_us(starts: Sequence[int], ends: Sequence[int], steps: int) -> list[float]:
