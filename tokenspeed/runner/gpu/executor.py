@@ -110,6 +110,7 @@ class GpuExecutor:
                 return self._launch(plan)
         except BaseException:
             self._ring.lose()
+            self._pending.clear()  # nobody may build on what was under way
             raise
 
     @torch.inference_mode()
