@@ -99,6 +99,8 @@ def test_limits_that_cannot_be_used(flags: tuple[str, ...], complaint: str, caps
         ({"max_n": 2}, {"n": 2}, {"n": 3}, "n"),
         ({"max_stop": 2}, {"stop": ["a", "b"]}, {"stop": ["a", "b", "c"]}, "stop"),
         ({"max_stop": 0}, {"stop": []}, {"stop": "a"}, "stop"),
+        ({"max_stop": 2}, {"bad_words": ["a", "b"]}, {"bad_words": ["a", "b", "c"]}, "bad_words"),
+        ({"max_stop_len": 3}, {"bad_words": ["äöü"]}, {"bad_words": ["a", "äöüß"]}, "bad_words"),
         ({"max_stop_len": 3}, {"stop": "äöü"}, {"stop": ["a", "äöüß"]}, "stop"),
         ({"max_logprobs": 2}, {"prompt_logprobs": 2}, {"prompt_logprobs": 3}, "prompt_logprobs"),
     ],
