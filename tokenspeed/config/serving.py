@@ -127,6 +127,8 @@ class OperationsConfig:
         key = self.admin_key
         if key is not None and not (key.strip() and key.isascii() and key.isprintable()):
             raise ConfigError("--admin-key must be of printable ASCII characters and not empty")
+        if key is not None and key != key.strip():
+            raise ConfigError("--admin-key must have no space around it")
         if self.log_prompts and not self.enable_log_requests:
             raise ConfigError(
                 "--log-prompts contradicts --no-enable-log-requests: prompts are in the lines of requests"
