@@ -20,7 +20,7 @@ from tokenspeed.server import run as server_run
 def change(name: str, value: float) -> None:
     """Set a bound."""
     if name == "first_delay_s":
-        server_run.RestartPolicy = partial(outage.RestartPolicy, first_delay_s=value)  # type: ignore[assignment, misc]
+        server_run.RestartPolicy = partial(outage.RestartPolicy, first_delay_s=value)  # type: ignore[assignment, attr-defined]
         return
     if name != "send_buffer":
         assert hasattr(connection, name), name
