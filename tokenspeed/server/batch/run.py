@@ -105,7 +105,7 @@ class Batch:
         finally:
             for task in (*workers, unwell):  # one that fails leaves the others running
                 task.cancel()
-            await asyncio.gather(*workers, unwell, return_exceptions=True)
+            await asyncio.gather(work, *workers, unwell, return_exceptions=True)
 
     async def _work(self, feed: LineFeed) -> None:
         while (line := await feed.next()) is not None:
