@@ -12,18 +12,24 @@ INSTALL_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard token
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15
 CROSS_PACKAGES := g++-aarch64-linux-gnu qemu-user
 
-.PHONY: demo test test-full cross-tools bench-cpu lint format clean
+.PHONY: demo test test-full curl cross-tools bench-cpu lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/tokenspeed generate --temperature 0 --max-tokens 64 "$(PROMPT)"
 
-test: lint
+test: lint curl
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-full: lint cross-tools
+test-full: lint curl cross-tools
 	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
+
+# The documentation's curl lines are run.
+curl:
+	@command -v curl >/dev/null || \
+	  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends curl; } || \
+	  { echo "make test needs curl and could not install it" >&2; exit 1; }
 
 # The NEON kernels are built by a cross compiler and run in an emulator.
 cross-tools:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,20 @@ def test_the_command(bench: Ran, tmp_path: Path) -> None:
         assert status == 0
         assert json.loads(out)["goodput"]["share"] == 1.0
     assert {r.id for r in read(record)} >= {"serve.bench.ttft.p50", "serve.bench.itl.p99", "serve.bench.output.tok_s"}
+
+
+@pytest.mark.parametrize("given", [["--api-key", "sk-secret"], ["--api-key=sk-secret"]])
+def test_a_record_does_not_hold_the_key(
+    bench: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str]
+) -> None:
+    record = tmp_path / "figures.json"
+    with running(Stub(0.001, 0.001)) as url:
+        asked = ["--base-url", url, *given, "--concurrency", "1", "--num-requests", "3", "--record", str(record)]
+        monkeypatch.setattr(sys, "argv", ["tokenspeed", "bench", "serve", *asked])
+        assert bench(*asked)[0] == 0
+    assert "secret" not in record.read_text()
+    (command,) = {made.command for made in read(record)}
+    assert command.startswith(f"tokenspeed bench serve --base-url {url} --concurrency 1 --num-requests 3 --record ")
 
 
 def test_the_command_fails_when_requests_do(bench: Ran, tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def test_times_are_those_of_the_server(url: str, stub: Stub, api: str, mode: str
         assert len(request.gaps) == TOKENS - 1
         assert FIRST_S <= request.ttft < request.e2e
         assert request.tpot is not None
-        assert request.tpot >= GAP_S * 0.9
+        # Not at least the server's own: who reads the first token late has less time for the others.
+        assert request.tpot == pytest.approx((request.e2e - request.ttft) / (TOKENS - 1))
         assert request.e2e == pytest.approx(request.ttft + sum(request.gaps))
         assert request.e2e >= FIRST_S + GAP_S * (TOKENS - 1) * 0.9
     # The quickest of six is not far off, even on a busy machine.

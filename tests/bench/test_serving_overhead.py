@@ -13,9 +13,9 @@ from tokenspeed.bench.serving_overhead import Shape, run_load, serving
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving_overhead, "ONE", Shape(1, 1.0, 8))
-    monkeypatch.setattr(serving_overhead, "ONE_SLOWLY", Shape(1, 2.0, 8))
-    monkeypatch.setattr(serving_overhead, "MANY", Shape(5, 1.0, 8))
+    monkeypatch.setattr(serving_overhead, "ONE", Shape(1, 1.0, 40))
+    monkeypatch.setattr(serving_overhead, "ONE_SLOWLY", Shape(1, 2.0, 20))
+    monkeypatch.setattr(serving_overhead, "MANY", Shape(5, 1.0, 40))
     monkeypatch.setattr(serving_overhead, "FIRST_TOKENS", 2)
 
 

@@ -129,8 +129,11 @@ def test_whatever_is_written_is_read(tmp_path: Path, seed: int) -> None:
         ("heat: [99", "not YAML"),
         ("heat: 99\n\tlight: on", "not YAML"),
         ("dish: !!python/object/apply:os.system [ls]", "not YAML: could not determine a constructor"),
-        ("dish: *a", "not YAML: found undefined alias"),
-        ("dish: 2026-99-99", "not YAML"),
+        ("dish: *a", "not YAML: found undefined alias (line 1, column 7)"),
+        ("heat: 99\ndish: a: b", "not YAML: mapping values are not allowed here (line 2, column 8)"),
+        ("dish: 2026-99-99", "line 1: not YAML: the value is not of its kind"),
+        ("heat: 99\ndish: !!timestamp a", "line 2: not YAML: the value is not of its kind"),
+        ("light: !!bool a", "line 1: not YAML: the value is not of its kind"),
         (b"dish: \xff", "not UTF-8 text (byte 6)"),
         ("dish: a\0b", "not YAML"),
         ("heat: " + "[" * 5000, "nested too deeply"),
@@ -169,6 +172,34 @@ def test_secrets_are_not_shown(tmp_path: Path, text: str) -> None:
     assert SECRET not in str(caught.value)
     assert "123454321" not in str(caught.value)
     assert SECRET not in repr(Oven(key=SECRET))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "{}: 1",
+        '"{}',
+        "'{}",
+        "[{}",
+        "{{a: {}",
+        '"\\q {}',
+        "@{}",
+        "*{}",
+        "!{} a",
+        "!{}!a b",
+        "!!int {}",
+        "!!float {}",
+        "!!bool {}",
+        "!!timestamp {}",
+        "!!binary {}ä",
+        "{}\x01",
+        "a\n{}",
+    ],
+)
+def test_what_is_no_yaml_is_not_quoted(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, f"heat: 99\nkey: {value.format(SECRET)}")
+    assert "not-to-be-shown" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

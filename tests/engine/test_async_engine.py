@@ -17,6 +17,7 @@ from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import EngineClosedError, MemoryLimitError, ParameterError, PromptError
 from tokenspeed.contracts.sampling import RequestOutputKind, SamplingParams
 from tokenspeed.engine.async_engine import AsyncEngine
+from tokenspeed.tokenizer.detokenizer import IncrementalDetokenizer
 
 __all__ = ["importable"]
 FOREVER = 10**6
@@ -227,6 +228,32 @@ def test_stop_strings_across_steps_end_samples_in_the_engine(tmp_path: Path, inc
             await until(lambda: engine.stats().get("aborts") == 2)
             assert engine.stats()["running"] == 0
             assert engine.health().reason == "idle"
+
+    run(main())
+
+
+def test_text_that_cannot_be_made_costs_one_request_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug of a tokenizer ends the request it befalls with that bug, and the others of the same step go on."""
+    cursed, push = 256 + 20, IncrementalDetokenizer.push
+
+    def push_or_fail(self: IncrementalDetokenizer, ids: list[int]) -> str:
+        if ids in ([cursed], []):
+            raise ZeroDivisionError("no such text")
+        return push(self, ids)
+
+    monkeypatch.setattr(IncrementalDetokenizer, "push", push_or_fail)
+
+    async def main() -> None:
+        config = EngineConfig(model=str(write_byte_tokenizer(tmp_path)))
+        async with fake_engine(step_s=0.001, config=config) as engine:
+            doomed = engine.submit([70, 71, cursed], deltas(FOREVER))
+            others = [asyncio.create_task(read(engine.submit([number, 72], deltas(60)))) for number in (60, 61, 62)]
+            with pytest.raises(ZeroDivisionError, match="no such text"):
+                await read(doomed)
+            assert [completion.finish_reason for completion in doomed.output.outputs] == [None]
+            assert await asyncio.gather(*others) == [said([number, 72], 0, 60) for number in (60, 61, 62)]
+            await until(lambda: engine.health().reason == "idle")
+            assert engine.stats()["aborts"] == 1
 
     run(main())
 

@@ -7,6 +7,8 @@ import contextlib
 import os
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -135,6 +137,19 @@ def test_an_engine_whose_other_end_is_gone_is_told_to_stop() -> None:
     engine.send(Loading(0, 1))
     assert engine.receive(wait=True) == [Stop()]
     engine.close()
+
+
+def test_what_the_engine_starts_does_not_hold_the_connection() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.set_inheritable(True)
+    engine = EngineChannel(theirs.detach())
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False) as child:
+        engine.close()
+        ours.settimeout(20)
+        assert ours.recv(1) == b""
+        assert child.poll() is None
+        child.communicate(b"\n")
+    ours.close()
 
 
 def test_what_the_engine_said_before_its_end_is_read() -> None:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.engine.null_core import NullCore
+from tests.engine.null_core import null_core
 from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import EngineBusyError
 from tokenspeed.contracts.request import Request
@@ -35,7 +35,7 @@ def request(name: str, max_tokens: int, n: int = 1) -> Request:
 
 
 def test_requests_are_told_when_they_are_first_fed(clock: list[float]) -> None:
-    core = NullCore(EngineConfig(max_num_seqs=1))
+    core = null_core(EngineConfig(max_num_seqs=1))
     for name in ("a", "b", "c", "d"):
         core.add(request(name, 2))
     core.abort("b")
@@ -51,7 +51,7 @@ def test_requests_are_told_when_they_are_first_fed(clock: list[float]) -> None:
 
 
 def test_a_request_of_several_samples_is_told_once(clock: list[float]) -> None:
-    core = NullCore(EngineConfig())
+    core = null_core(EngineConfig())
     core.add(request("a", 3, n=4))
     names = []
     while core.has_work:
@@ -61,7 +61,7 @@ def test_a_request_of_several_samples_is_told_once(clock: list[float]) -> None:
 
 
 def test_the_device_is_idle_only_between_steps_of_work_left(clock: list[float]) -> None:
-    core = NullCore(EngineConfig())
+    core = null_core(EngineConfig())
     core.add(request("a", 3))
     core.step()
     assert core.idle_s == 0
@@ -81,13 +81,13 @@ def test_the_device_is_idle_only_between_steps_of_work_left(clock: list[float]) 
 
 
 def test_where_the_host_cannot_see_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    core = NullCore(EngineConfig())
+    core = null_core(EngineConfig())
     monkeypatch.setattr(core.executor, "max_in_flight", 2)
     assert core.idle_s is None
 
 
 def test_prefixes_are_not_forgotten_while_they_are_used() -> None:
-    core = NullCore(EngineConfig())
+    core = null_core(EngineConfig())
     core.add(request("a", 3))
     with pytest.raises(EngineBusyError, match=r"1 requests are under way.*before the prefix cache is reset"):
         core.forget_prefixes()

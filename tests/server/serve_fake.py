@@ -1,22 +1,27 @@
 """`tokenspeed serve` whose engine process is tests/engine/fake_core.py: MODE STEP_SECONDS [NAME=VALUE ...] [FLAGS].
 
 MODE real leaves the engine as it is. NAME is a bound of server/connection.py, or send_buffer: bytes that the system
-keeps for a client. Ends with status 70 if the serving process has imported torch.
+keeps for a client, or first_delay_s: seconds before the first restart. Ends with status 70 if the serving process has
+imported torch.
 """
 
 from __future__ import annotations
 
 import socket
 import sys
+from functools import partial
 
 from tokenspeed.cli.main import main
 from tokenspeed.engine import process
-from tokenspeed.server import connection
+from tokenspeed.server import connection, outage
 from tokenspeed.server import run as server_run
 
 
 def change(name: str, value: float) -> None:
     """Set a bound."""
+    if name == "first_delay_s":
+        server_run.RestartPolicy = partial(outage.RestartPolicy, first_delay_s=value)  # type: ignore[assignment, attr-defined]
+        return
     if name != "send_buffer":
         assert hasattr(connection, name), name
         setattr(connection, name, value)

@@ -61,7 +61,14 @@ def test_without_a_key_nobody_else_may(request_: Request) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "10.0.0.1"])
 def test_with_a_key_only_the_key_counts(host: str) -> None:
     check_admin(request_from(host, authorization="Bearer k", x_forwarded_for="9.9.9.9"), "k")
-    for wrong in ({}, {"authorization": "Bearer K"}, {"authorization": "Bearer "}, {"authorization": "Basic k"}):
+    check_admin(request_from(host, authorization="bearer  k"), "k")
+    for wrong in (
+        {},
+        {"authorization": "Bearer K"},
+        {"authorization": "Bearer "},
+        {"authorization": "Basic k"},
+        {"authorization": "k"},
+    ):
         with pytest.raises(ApiError, match="admin key") as caught:
             check_admin(request_from(host, **wrong), "k")
         assert caught.value.status == 401

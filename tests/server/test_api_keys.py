@@ -17,6 +17,7 @@ import pytest
 from tests.server.conftest import Serve
 from tests.server.server_process import GUARD_S, started
 from tokenspeed.cli.main import main
+from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.server.access import Access
 from tokenspeed.server.keys import ApiKeys
 
@@ -47,6 +48,21 @@ def test_keys_of_flags_and_of_a_file(serve: Serve, tmp_path: Path) -> None:
         assert served.client.get("/v1/models", headers=header(wrong)).status_code == 401, wrong
     for odd in (b"Bearer", b"Bearer" + keys[0].encode(), f"Basic {keys[0]}".encode(), keys[0].encode()):
         assert served.client.get("/v1/models", headers={b"authorization": odd}).status_code == 401
+
+
+@pytest.mark.parametrize("end", ["à", "Å", "é", "\u2003x", "\U0001f511", "a b"])
+def test_whatever_a_key_ends_with(serve: Serve, end: str) -> None:
+    """Bytes of a character in UTF-8 may look like spaces of Latin-1."""
+    served = serve(access=Access(ApiKeys.load([f"sk-1{end}"], None)))
+    assert served.client.get("/v1/models", headers=header(f"sk-1{end}")).status_code == 200
+    assert served.client.get("/v1/models", headers=header("sk-1")).status_code == 401
+
+
+@pytest.mark.parametrize("key", ["sk-1\n", " sk-1", "sk-1\t", "sk\r1", "sk\x7f1"])
+def test_keys_that_no_request_could_bring(key: str) -> None:
+    with pytest.raises(ConfigError, match="--api-key must have no space or line end around it") as caught:
+        ApiKeys.load(["sk-0", key], None)
+    assert "sk" not in str(caught.value)
 
 
 def test_a_refusal_has_openais_shape(serve: Serve) -> None:

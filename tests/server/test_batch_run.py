@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import io
 import json
 import random
 from collections.abc import Awaitable, Callable
@@ -224,6 +227,55 @@ def test_an_engine_that_fails_ends_the_batch_and_answers_nothing_wrongly(tmp_pat
     tally, results = batch(tmp_path, lines if how != "refuses" else [*lines[:10], *lines[11:]])
     assert tally.kept == len(early)
     assert len(by_id(results)) == len(results) == 20 - (how == "refuses")
+
+
+@pytest.mark.parametrize("room", [0, 1, 40, 1500])
+def test_after_a_result_that_does_not_fit_none_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """The disk takes `room` bytes, refuses one write, and then has room again."""
+    path, full = tmp_path / "out.jsonl", False
+
+    class Disk(io.FileIO):
+        def write(self, data: Any) -> int:
+            nonlocal room, full
+            if room == 0 and not full:
+                full = True
+                raise OSError(errno.ENOSPC, "No space left on device")
+            taken = super().write(data if full else data[:room])
+            room -= 0 if full else taken
+            return taken
+
+    monkeypatch.setattr(io, "FileIO", Disk)
+    lines = [line(str(number), prompt="x" * (1 + number), max_tokens=4) for number in range(20)]
+    with pytest.raises(ConfigError, match="No space left"):
+        batch(tmp_path, lines, in_flight=7)
+    assert full
+    written = path.read_bytes().split(b"\n")
+    whole = [json.loads(text)["custom_id"] for text in written[:-1]]
+    tally, results = batch(tmp_path, lines, in_flight=7)
+    assert (tally.kept, tally.answered) == (len(whole), 20 - len(whole))
+    assert sorted(by_id(results)) == sorted(str(number) for number in range(20))
+
+
+def test_a_line_that_fails_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[str] = []
+
+    async def embed(state: ServerState, body: bytes) -> Response:
+        if b"bad" in body:
+            raise EngineDeadError("gone")
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            ends.append("cancelled while the engine " + ("was closed" if engine.closed else "lived"))
+            raise
+        raise AssertionError
+
+    monkeypatch.setitem(ENDPOINTS, "/v1/embeddings", embed)
+    engine = FakeEngine()
+    with pytest.raises(EngineDeadError, match="gone"):
+        batch(tmp_path, [line(text, "/v1/embeddings", input=text) for text in ("good", "well", "bad")], engine)
+    assert ends == ["cancelled while the engine lived"] * 2
 
 
 def test_a_start_that_fails(tmp_path: Path) -> None:

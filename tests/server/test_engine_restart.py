@@ -24,7 +24,7 @@ def until_logged(server: ServerProcess, text: str) -> None:
 
 
 def test_killed_in_the_middle_of_streams() -> None:
-    with fake("ok", 0.005) as server:
+    with fake("ok", 0.005, "first_delay_s=3") as server:
         server.wait_until_ready()
         (engine,) = server.children()
         with streaming(server, 4000) as one, streaming(server, 4000) as other:

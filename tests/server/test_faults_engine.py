@@ -87,7 +87,7 @@ def check_ends(clients: dict[str, socket.socket], code: str, text: str) -> None:
 
 @either
 def test_killed_under_load(start: Start, tmp_path: Path) -> None:
-    with start(tmp_path) as server:
+    with start(tmp_path, "first_delay_s=3") as server:
         proof = Proof(server)
         (engine,) = server.children()
         with working(server) as clients:

@@ -224,6 +224,42 @@ def test_garbage_behind_a_request_does_not_get_into_its_answer(proven: ServerPro
         assert got.count(b"HTTP/1.1") == 1
 
 
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+
+
+@pytest.mark.parametrize("name", [b"Upgrade", b"upgrade", b"UPGRADE"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_offer_of_another_protocol_is_passed_over(proven: ServerProcess, name: bytes, parts: int) -> None:
+    """As Java's HTTP client makes it with every request."""
+    asked = completion(prompt=[5, 9]).replace(b"\r\n", b"\r\n" + OFFER.replace(b"Upgrade:", name + b":"), 1)
+    middle = asked.index(b"\r\n\r\n") + 4
+    with open_connection(proven) as client:
+        for _ in range(2):
+            for part in [asked] if parts == 1 else [asked[:middle], asked[middle:]]:
+                client.sendall(part)
+                time.sleep(0.05 * (parts - 1))
+            got = read(client, lambda got: b"fallback_ops" in got and got.endswith(b"}}"))
+            assert tokens_of([json.loads(got.partition(b"\r\n\r\n")[2])]) == [5, 9, 5, 9]
+
+
+def test_a_body_is_never_taken_for_the_next_request(proven: ServerProcess) -> None:
+    inner = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+    top = head("/v1/completions", JSON, f"Content-Length: {len(inner)}").replace(b"\r\n", b"\r\n" + OFFER, 1)
+    for cut in (top.index(b"Upgrade: ") + 3, top.index(b"Upgrade: "), len(top)):
+        with open_connection(proven) as client:
+            with suppress(OSError):  # refused
+                for part in (top[:cut], top[cut:], inner):
+                    client.sendall(part)
+                    time.sleep(0.05)
+            got = read(client, lambda got: b'"error"' in got and got.endswith(b"}}"))
+            with suppress(OSError):
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                got += read(client)
+        assert got.startswith(b"HTTP/1.1 400 ")
+        assert got.count(b"HTTP/1.1") == 1 + (b'"status"' in got)
+        assert b'"version"' not in got
+
+
 def test_who_leaves_with_a_request_behind_the_one_under_way(serve: Serve) -> None:
     """Both go: the one under way must hear of it though the other came last."""
     served = serve(FakeEngine(held_after=HELD))

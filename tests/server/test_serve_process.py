@@ -74,7 +74,7 @@ def test_idle_running_and_drained() -> None:
         server.wait_until_ready()
         assert server.get("/health").json() == {"status": "ok", "reason": "idle"}
         (engine,) = server.children()
-        with streaming(server, 60) as events:
+        with streaming(server, 300) as events:
             assert server.get("/health").json() == {"status": "ok", "reason": "running"}
             server.process.send_signal(signal.SIGTERM)
             *parts, done = events
@@ -198,6 +198,7 @@ def test_a_model_that_is_not_there_ends_the_start() -> None:
             "--otlp-traces-endpoint needs the packages opentelemetry-sdk",
         ),
         (("--admin-key", ""), "--admin-key must be of printable ASCII characters and not empty"),
+        (("--admin-key", "k "), "--admin-key must have no space around it"),
         (("--admin-key", "schlüssel"), "--admin-key must be of printable ASCII"),
         (("--profile-dir", "/dev/null/traces"), "--profile-dir /dev/null/traces: Not a directory"),
         (("--max-engine-restarts", "-1"), "--max-engine-restarts must be at least 0, got -1"),

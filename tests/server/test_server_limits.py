@@ -99,6 +99,8 @@ def test_limits_that_cannot_be_used(flags: tuple[str, ...], complaint: str, caps
         ({"max_n": 2}, {"n": 2}, {"n": 3}, "n"),
         ({"max_stop": 2}, {"stop": ["a", "b"]}, {"stop": ["a", "b", "c"]}, "stop"),
         ({"max_stop": 0}, {"stop": []}, {"stop": "a"}, "stop"),
+        ({"max_stop": 2}, {"bad_words": ["a", "b"]}, {"bad_words": ["a", "b", "c"]}, "bad_words"),
+        ({"max_stop_len": 3}, {"bad_words": ["äöü"]}, {"bad_words": ["a", "äöüß"]}, "bad_words"),
         ({"max_stop_len": 3}, {"stop": "äöü"}, {"stop": ["a", "äöüß"]}, "stop"),
         ({"max_logprobs": 2}, {"prompt_logprobs": 2}, {"prompt_logprobs": 3}, "prompt_logprobs"),
     ],
@@ -257,20 +259,21 @@ def test_requests_that_have_output_do_not_wait(serve: Serve) -> None:
 )
 @pytest.mark.parametrize("stream, held", [(False, HELD), (True, 0)])
 def test_a_request_that_takes_too_long(serve: Serve, path: str, fields: Any, stream: bool, held: int) -> None:
-    served = serve(FakeEngine(held_after=held), chat_template="plain", request_timeout=0.1)
+    served = serve(FakeEngine(held_after=held), chat_template="plain", request_timeout=0.5)
     response = served.client.post(path, json=fields | {"n": 2, "stream": stream})
     assert response.status_code == 504
     error = error_of(response)
     assert (error["type"], error["code"]) == ("server_error", "timeout")
-    assert "0.1 s" in error["message"]
+    assert "0.5 s" in error["message"]
     assert served.do(lambda: served.engine.running) == []
     assert len(served.engine.aborted) == 1
     served.engine.held_after = None
+    served.state.limits = served.state.admission.limits = Limits()
     assert served.client.post("/v1/completions", json={"prompt": "ab"}).status_code == 200
 
 
 def test_a_stream_that_takes_too_long_ends_with_an_error(serve: Serve) -> None:
-    served = serve(FakeEngine(held_after=HELD), request_timeout=0.1)
+    served = serve(FakeEngine(held_after=HELD), request_timeout=2.0)  # the first tokens must come in time
     response = served.client.post("/v1/completions", json={"prompt": "x" * 20, "max_tokens": 30, "stream": True})
     assert response.status_code == 200
     lines = [line for line in response.text.splitlines() if line]

@@ -16,6 +16,7 @@ from tokenspeed.cache.keys import root_key
 from tokenspeed.cache.manager import CacheManager
 from tokenspeed.config.demo import DEMO_NAME, demo_model_path
 from tokenspeed.config.engine import EngineConfig
+from tokenspeed.contracts.executor import Executor
 from tokenspeed.contracts.step import StepPlan, StepResult
 from tokenspeed.engine.core import StepLoop
 from tokenspeed.engine.loop import Progress, run
@@ -61,11 +62,11 @@ class PacedExecutor(NullExecutor):
 class NullCore(StepLoop):
     """Implements `engine.loop.Core`."""
 
-    def __init__(self, config: EngineConfig, step_s: float) -> None:
+    def __init__(self, config: EngineConfig, executor: Executor) -> None:
         size = config.block_size
         cache = CacheManager(NUM_PAGES, size, root_key("", "", size))
         limits = SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens, MAX_MODEL_LEN)
-        super().__init__(Scheduler(limits, cache), PacedExecutor(step_s))
+        super().__init__(Scheduler(limits, cache), executor)
 
     def stats(self) -> dict[str, float]:
         return msgspec.structs.asdict(self.scheduler.stats())
@@ -83,7 +84,7 @@ def build(config: EngineConfig, progress: Progress) -> tuple[NullCore, EngineInf
         num_pages=NUM_PAGES,
         block_size=config.block_size,
     )
-    return NullCore(config, float(sys.argv[1]) / 1e3), info
+    return NullCore(config, PacedExecutor(float(sys.argv[1]) / 1e3)), info
 
 
 if __name__ == "__main__":

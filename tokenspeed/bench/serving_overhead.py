@@ -83,13 +83,13 @@ class Load:
     @property
     def figures(self) -> dict[str, float]:
         """Microseconds of processor and events per token, tokens per second, and the 99th percentile of the
-        milliseconds between two events."""
+        milliseconds between two events (0 where all came at once)."""
         began, ended = min(stream.first for stream in self.streams), max(stream.last for stream in self.streams)
         gaps = sorted(chain.from_iterable(stream.gaps for stream in self.streams))
         return {
             "cpu_us": self.cpu_s / self.tokens * 1e6,
             "tokens_per_s": self.tokens / (ended - began),
-            "itl_p99_ms": gaps[len(gaps) * 99 // 100] * 1e3,
+            "itl_p99_ms": gaps[len(gaps) * 99 // 100] * 1e3 if gaps else 0.0,
             "events_per_token": sum(stream.events for stream in self.streams) / self.tokens,
         }
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tokenspeed.cli import bench_flags
@@ -92,10 +93,16 @@ def run(options: argparse.Namespace) -> None:
     found = report(measured, limits)
     _show(found, options.json)
     if options.record:
-        made = records(found, measured, options.record_id, surroundings(f"tokenspeed {shlex.join(sys.argv[1:])}"))
+        made = records(found, measured, options.record_id, surroundings(_command(sys.argv[1:])))
         write(options.record, made)
     if found.errors:
         raise TokenSpeedError(f"{found.requests - found.completed} of {found.requests} requests failed")
+
+
+def _command(given: Sequence[str]) -> str:
+    """What a record says of the command: without the key, which is nobody's who reads it."""
+    kept = [each for before, each in zip(["", *given], given, strict=False) if "--api-key" not in (before, each)]
+    return shlex.join(["tokenspeed", *(each for each in kept if not each.startswith("--api-key="))])
 
 
 def _show(found: Report, path: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from tokenspeed.config.settings import Setting
 from tokenspeed.contracts.errors import ConfigError
 
 MAX_BYTES = 2**20
+_NAME = re.compile(r"\b(alias|anchor|tag|tag handle) ['\"].*", re.DOTALL)
+"""In what a YAML parser says, the names that it quotes."""
 
 
 def read_config_file(path: str, known: Iterable[Setting]) -> dict[str, Any]:
@@ -65,8 +68,10 @@ def _pairs(path: str, text: str) -> Iterator[tuple[str, str, Any]]:
             yield where, key.value, loader.construct_object(value, deep=True)
     except ConfigError:
         raise
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, a number of too many digits
-        raise ConfigError(f"--config {path}: not YAML: {_one_line(error)}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: not YAML: {_without_text(error)}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # a day 99, !!int of a word
+        raise ConfigError(f"{where}: not YAML: the value is not of its kind") from None
     except RecursionError:
         raise ConfigError(f"--config {path}: nested too deeply") from None
 
@@ -96,5 +101,11 @@ def _quote(each: Setting, value: object) -> str:
     return ": put it in quotes" if each.kind is str and not each.about.choices and is_bare else ""
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _without_text(error: Exception) -> str:
+    """What is wrong and where, without any of the file's own text, which may be a secret."""
+    import yaml
+
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return "it holds characters that may not be there"
+    said = [_NAME.sub(r"\1", text) for text in (error.context, error.problem) if text]
+    return f"{', '.join(said)} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"

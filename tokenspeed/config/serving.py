@@ -73,8 +73,8 @@ class Limits:
     max_body_bytes: int = setting(32 * 2**20, "most bytes of a request's body", least=1)
     max_choices: int = setting(1024, "most choices of one request: prompts times n", least=1)
     max_n: int = setting(128, "most samples of one prompt (n)", least=1, most=MAX_N)
-    max_stop: int = setting(64, "most stop strings of one request", least=0)
-    max_stop_len: int = setting(1024, "most characters of a stop string", least=1)
+    max_stop: int = setting(64, "most stop strings, and most bad words, of one request", least=0)
+    max_stop_len: int = setting(1024, "most characters of a stop string or a bad word", least=1)
     max_logprobs: int = setting(
         20, "most alternatives per token (logprobs, prompt_logprobs)", least=0, most=MAX_LOGPROBS
     )
@@ -127,6 +127,8 @@ class OperationsConfig:
         key = self.admin_key
         if key is not None and not (key.strip() and key.isascii() and key.isprintable()):
             raise ConfigError("--admin-key must be of printable ASCII characters and not empty")
+        if key is not None and key != key.strip():
+            raise ConfigError("--admin-key must have no space around it")
         if self.log_prompts and not self.enable_log_requests:
             raise ConfigError(
                 "--log-prompts contradicts --no-enable-log-requests: prompts are in the lines of requests"

@@ -416,7 +416,8 @@ class AsyncEngine:
         try:
             stopped = outbox.take(update)
         except Exception as error:  # one request's text must not cost the others theirs
-            self._abort(update.request_id)
+            self._forget(update.request_id)
+            self._send(Abort(update.request_id))
             outbox.fail(error)
             return
         if stopped:

@@ -37,6 +37,7 @@ class EngineChannel:
         """fd: of the end that the process inherited; it is this channel's from now on."""
         self._socket = socket.socket(fileno=fd)
         self._socket.setblocking(False)
+        self._socket.set_inheritable(False)  # or what the engine starts would hold the connection open after its end
         self._frames = _Frames(msgspec.msgpack.Decoder(ToEngine))
         self._unsent = _Unsent(self._socket)
         self._inbox: deque[ToEngine] = deque()
@@ -62,7 +63,7 @@ class EngineChannel:
         return [inbox.popleft() for _ in range(min(len(inbox), MAX_INBOX))]
 
     def close(self) -> None:
-        """Deliver what was sent, for two seconds at most, and close."""
+        """Deliver what was sent, as long as some of it goes within two seconds, and close."""
         while self._unsent and self._unsent.wait(_CLOSE_S):
             pass
         self._socket.close()

@@ -211,11 +211,6 @@ class OutputBuilder:
             whole.num_cached_tokens,
         )
 
-    def abort(self) -> None:
-        """End the output where it is."""
-        request_id, num_cached = self.output.request_id, self.output.num_cached_tokens
-        self.update(SequenceUpdate(request_id=request_id, finish_reason="abort", num_cached_tokens=num_cached))
-
     def _alternatives(self, found: TokenLogprobs) -> TokenAlternatives:
         entries = {found.token_id: self._logprob(found.token_id, found.logprob, found.rank)}
         for rank, (token, logprob) in enumerate(zip(found.top_ids, found.top_logprobs, strict=True), start=1):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import ipaddress
 from collections.abc import Awaitable
 from typing import Annotated, TypeVar
@@ -16,6 +14,7 @@ from starlette.responses import Response
 from tokenspeed.config.serving import Limits
 from tokenspeed.contracts.errors import DeviceError, EngineBusyError, MemoryLimitError
 from tokenspeed.server.errors import ApiError, struct_response
+from tokenspeed.server.keys import ApiKeys, bearer, digest_of
 from tokenspeed.server.limits import read_body
 from tokenspeed.server.profile import write_trace
 from tokenspeed.server.state import ServerState
@@ -129,8 +128,7 @@ def admin_routes(state: ServerState) -> APIRouter:
 def check_admin(request: Request, key: str | None) -> None:
     """Raise ApiError: 401 for a wrong or missing key; without a key, 403 for who is not on this machine."""
     if key is not None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(_digest(given), _digest(key)):
+        if not ApiKeys([digest_of(key.encode())]).accept(bearer(request.scope)):
             raise ApiError(401, "wrong or missing admin key: send Authorization: Bearer KEY", code="invalid_api_key")
         return
     forwarded = [name for name in _FORWARDED if name in request.headers]
@@ -169,10 +167,6 @@ async def _body(request: Request, limits: Limits, kind: type[T]) -> T:
         return msgspec.json.decode(await read_body(request, limits) or b"{}", type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(400, f"{request.url.path}: {error}") from None
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
 
 def _is_loopback(host: str) -> bool:

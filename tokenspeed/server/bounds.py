@@ -40,7 +40,7 @@ def _sampling(limits: Limits) -> dict[str, Schema]:
         "stop": length | _items({"type": "string"} | length) | {"maxItems": limits.max_stop},
         "stop_token_ids": _items(_ID),
         "allowed_token_ids": _items(_ID) | {"minItems": 1},
-        "bad_words": _items(_TEXT),
+        "bad_words": _items({"type": "string"} | length) | {"maxItems": limits.max_stop},
         "logit_bias": {"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}},
         "cache_salt": {"minLength": 1},
     }

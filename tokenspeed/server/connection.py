@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http
 import logging
+import re
 import socket
 import sys
 from typing import Any
@@ -24,6 +25,8 @@ STALLED_S = 120.0
 """How long a client may take nothing of what waits for it."""
 MAX_PIPELINED = 32
 """Requests that may wait behind the one under way; a connection that brings more ends with their answers."""
+_UPGRADE = re.compile(rb"(?<=\n)upgrade(?=:)", re.IGNORECASE)
+_NO_UPGRADE = b"ignored"
 _SILENT_S, _PROBE_S, _PROBES = 60, 15, 4
 """A connection without traffic is probed after this long, so often; then its client is gone."""
 
@@ -32,8 +35,9 @@ class Connection(HttpToolsProtocol):
     """One connection and its requests, one after the other.
 
     Differs from its base in this: a client that is slow to ask, never ends its headers or takes nothing is cut; one
-    that leaves is noticed by all its requests, also while another one waits behind them; and what is not HTTP does not
-    get into the answer to what was.
+    that leaves is noticed by all its requests, also while another one waits behind them; what is not HTTP does not get
+    into the answer to what was; and an offer of another protocol (Java's clients make one with every request) costs a
+    request nothing, where the parser would take its body for that protocol, or for the next request.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -41,7 +45,7 @@ class Connection(HttpToolsProtocol):
         self._cycles: list[RequestResponseCycle] = []
         """Requests that have not been answered, in order."""
         self._head_bytes = 0
-        self._in_head = False
+        self._in_head = self._in_body = False
         self._deaf = False
         """What comes is dropped: the connection ends with the answers that are due."""
         self._head_timer: asyncio.TimerHandle | None = None
@@ -61,7 +65,7 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._head_bytes += len(data)
         if not self._deaf:
-            super().data_received(data)
+            super().data_received(data if self._in_body else _without_upgrade(data))
         if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             if self._deaf:
                 self.transport.abort()
@@ -76,7 +80,9 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Called by the parser, for which an exception here is one more thing that is not HTTP."""
-        self._in_head = False
+        self._in_head, self._in_body = False, True
+        if self.parser.should_upgrade():
+            raise ValueError("an offer of another protocol that came in pieces")
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError(f"more than {MAX_PIPELINED} requests wait")
         super().on_headers_complete()
@@ -92,7 +98,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
-        self._head_bytes = 0
+        self._head_bytes, self._in_body = 0, False
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -164,6 +170,12 @@ class Connection(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         self._head_timer = self._stall_timer = None
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """What a request begins with, its Upgrade header under a name that says nothing; as long as before."""
+    top, blank, rest = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(_NO_UPGRADE, top) + blank + rest if _UPGRADE.search(top) else data
 
 
 def notice_vanished(listening: socket.socket) -> None:

@@ -18,6 +18,7 @@ OPEN_PATHS = frozenset({"/health", "/openapi.json", "/version"})
 METRICS_PATH = "/metrics"
 ADMIN_PREFIX = "/admin/"
 """Has a guard and a key of its own."""
+_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 
 
@@ -30,11 +31,14 @@ class ApiKeys:
     @classmethod
     def load(cls, keys: Iterable[str], path: str | None) -> ApiKeys:
         """From keys, and a file that holds one SHA-256 digest in hex a line; blank lines and those after # count for
-        nothing. Raises ConfigError for an empty key and for a file that cannot be used, and names no key."""
+        nothing. Raises ConfigError for a key that no request could bring and for a file that cannot be used, and names
+        no key."""
         given = [key.encode("utf-8", "surrogateescape") for key in keys]
         if not all(key.strip() for key in given):
             raise ConfigError("--api-key must not be empty")
-        digests = [_digest(key) for key in given]
+        if any(key != key.strip() or _CONTROL.search(key) for key in given):
+            raise ConfigError("--api-key must have no space or line end around it, and no control character in it")
+        digests = [digest_of(key) for key in given]
         return cls([*digests, *(_read(Path(path)) if path is not None else ())])
 
     def __bool__(self) -> bool:
@@ -42,7 +46,7 @@ class ApiKeys:
 
     def accept(self, key: bytes) -> bool:
         """Whether this is one of the keys, in a time that does not depend on it."""
-        given, found = _digest(key), False
+        given, found = digest_of(key), False
         for digest in self._digests:
             found |= hmac.compare_digest(given, digest)
         return found
@@ -74,10 +78,11 @@ def route_path(scope: Scope) -> str:
 def bearer(scope: Scope) -> bytes:
     """The key that a request brings; empty for none."""
     scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-    return key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+    return key.strip(" \t").encode("latin-1") if scheme.lower() == "bearer" else b""
 
 
-def _digest(key: bytes) -> bytes:
+def digest_of(key: bytes) -> bytes:
+    """What is kept of a key."""
     return hashlib.sha256(key).digest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 
 from starlette.requests import Request
@@ -69,14 +70,18 @@ def check_params(stop: str | list[str] | None, params: SamplingParams, limits: L
     ):
         if asked > most:
             raise ApiError(400, f"{name} must be at most {most} on this server, got {asked}", name)
-    texts = [stop] if isinstance(stop, str) else stop or []
+    _check_texts("stop", [stop] if isinstance(stop, str) else stop or [], limits)
+    _check_texts("bad_words", [word for word in params.bad_words if isinstance(word, str)], limits)
+
+
+def _check_texts(name: str, texts: Sequence[str], limits: Limits) -> None:
     if len(texts) > limits.max_stop:
-        text = f"stop must hold at most {limits.max_stop} texts on this server, got {len(texts)}"
-        raise ApiError(400, text, "stop")
+        text = f"{name} must hold at most {limits.max_stop} texts on this server, got {len(texts)}"
+        raise ApiError(400, text, name)
     longest = max(map(len, texts), default=0)
     if longest > limits.max_stop_len:
-        text = f"stop: a text may have {limits.max_stop_len} characters at most on this server, got {longest}"
-        raise ApiError(400, text, "stop")
+        text = f"{name}: a text may have {limits.max_stop_len} characters at most on this server, got {longest}"
+        raise ApiError(400, text, name)
 
 
 def check_choices(num_prompts: int, n: int, limits: Limits) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.kernels.triton.triton_versions import INSTALLED, VERSIONS, child_environment
 
 HERE = Path(__file__).resolve().parent
 SHARED = {"cuda:80": 163, "cuda:90": 227, "cuda:100": 227, "hip:gfx942": 64, "hip:gfx950": 160}
@@ -18,11 +19,9 @@ FAST = {"cuda:80": "mma.sync", "cuda:90": "wgmma", "cuda:100": "tcgen05", "hip:g
 """What a prefill in bf16 multiplies with."""
 
 
-def compiled(target: str, *cases: str) -> dict[str, Any]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(HERE.parents[2]), "TRITON_DEFAULT_FP_FUSION": "1"}
+def compiled(target: str, *cases: str, version: str = INSTALLED) -> dict[str, Any]:
     command = [sys.executable, str(HERE / "compile_attention.py"), target, "--", *cases]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=child_environment(version), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["kernels"]
     assert all(facts["shared"] <= SHARED[target] * 1024 for facts in found.values()), found
@@ -44,9 +43,10 @@ def test_kernels_compile_for_hopper():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("target", SHARED)
-def test_every_variant_compiles_for_every_target(target):
-    has = compiled(target)
+def test_every_variant_compiles_for_every_target(target, version):
+    has = compiled(target, version=version)
     pdl = {"griddepcontrol.wait", "griddepcontrol.launch"}
     assert all(("pdl" in name) == (pdl <= set(words)) for name, words in has.items())
     half = [words for name, words in has.items() if name.endswith(("_prefill", "_attend")) and "float32" not in name]

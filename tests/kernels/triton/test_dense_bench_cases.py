@@ -23,7 +23,7 @@ def test_every_candidate_covers_whole_gate_and_up_pairs_and_tiles_of_its_shape()
         for item in (1, 2):
             tiles = [tile for rows in (1, 2, 4) for tile in gemv_candidates(rows, item)]
             assert all(tile.block_n % 2 == 0 for tile in tiles)
-            for rows in (16, 32, 64):
+            for rows in (16, 32, 64, 128):
                 candidates = skinny_candidates(rows, shape.n, shape.k, item)
                 assert len(set(candidates)) == len(candidates)
                 assert all(tile.split_k * tile.block_k <= shape.k for tile in candidates)

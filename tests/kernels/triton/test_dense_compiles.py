@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 
 import pytest
 
+from tests.kernels.triton.triton_versions import INSTALLED, ROOT, VERSIONS, child_environment
+
 PRODUCTS = {"skinny_kernel", "product_kernel"}
 """What multiplies on tensor cores."""
-ROOT = Path(__file__).resolve().parents[3]
 
 
-def compiled(target: str, which: str, cache: Path) -> list[dict[str, Any]]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": str(ROOT)}
+def compiled(target: str, which: str, cache: Path, version: str = INSTALLED) -> list[dict[str, Any]]:
+    environment = child_environment(version) | {"TRITON_CACHE_DIR": str(cache)}
     command = [sys.executable, "-m", "tests.kernels.triton.dense_launches", target, which]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -44,9 +43,10 @@ def test_one_of_each_for_hopper(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"])
-def test_every_path_for_every_target(target: str, tmp_path: Path) -> None:
-    kernels = compiled(target, "product", tmp_path)
+def test_every_path_for_every_target(target: str, version: str, tmp_path: Path) -> None:
+    kernels = compiled(target, "product", tmp_path, version)
     assert len(kernels) > 50
     waits = sum(kernel["griddepcontrol.wait"] for kernel in kernels)
     assert waits == (len(kernels) if target in ("sm_90", "sm_100") else 0)

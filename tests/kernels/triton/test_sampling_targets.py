@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +10,17 @@ from typing import Any
 
 import pytest
 
+from tests.kernels.triton.triton_versions import INSTALLED, VERSIONS, child_environment
+
 SCRIPT = Path(__file__).with_name("sampling_targets.py")
 KERNELS = 10
 
 
-def compiled(*arguments: str) -> list[dict[str, Any]]:
+def compiled(*arguments: str, version: str = INSTALLED) -> list[dict[str, Any]]:
     """What a process whose kernels are not interpreted says of each kernel and target."""
-    root = str(SCRIPT.parents[3])
-    surroundings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
-        env={**surroundings, "PYTHONPATH": root},
+        env=child_environment(version),
         capture_output=True,
         text=True,
         check=False,
@@ -45,8 +44,10 @@ def test_kernels_compile_for_hopper_and_launch_dependently() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_kernels_compile_for_every_target(dtype: str) -> None:
-    found = compiled("sm_80", "sm_90", "sm_100", "gfx942", "gfx950", "--dtype", dtype)
+@pytest.mark.parametrize(
+    "dtype, version", [("fp32", INSTALLED), ("fp16", INSTALLED), *(("bf16", version) for version in VERSIONS)]
+)
+def test_kernels_compile_for_every_target(dtype: str, version: str) -> None:
+    found = compiled("sm_80", "sm_90", "sm_100", "gfx942", "gfx950", "--dtype", dtype, version=version)
     check(found)
     assert len(found) == 5 * KERNELS

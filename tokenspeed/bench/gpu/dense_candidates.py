@@ -43,10 +43,12 @@ def skinny_candidates(rows: int, n: int, k: int, item: int) -> list[SkinnyTile]:
 
 
 def _wide_candidates(n: int, k: int, item: int) -> list[SkinnyTile]:
-    """A tile of W and one of x lie in shared memory per stage, and sums fill the registers."""
+    """A tile of W and one of x lie in shared memory per stage, and sums fill the registers. Each program reads all of
+    x from the second-level cache: the more rows of W it has, the less that is beside W."""
     tiles = []
-    for block_n, warps in ((64, 4), (128, 8)):
+    for block_n, warps in ((64, 4), (128, 8), (256, 8)):
         splits = [s for s in (1, 2, 4, 8) if 96 <= -(-n // block_n) * s <= 600 and k // s >= 512] or [1]
+        shapes = _WIDE if block_n < 256 else _WIDE[:1]  # more does not fit
         for split in splits:
-            tiles += [SkinnyTile(block_n, width // item, split, warps, stages) for width, stages in _WIDE]
+            tiles += [SkinnyTile(block_n, width // item, split, warps, stages) for width, stages in shapes]
     return [replace(tile, prefetch=256 // item) for tile in tiles]

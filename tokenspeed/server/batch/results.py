@@ -99,10 +99,18 @@ class Results:
         self._write, self.close = write, close
         self.finished: set[bytes] = set()
         self.num_failed = 0
+        self._failure: Exception | None = None
 
     def add(self, made: BatchResult) -> None:
-        """Raises ConfigError where it cannot be written, BrokenPipeError where nobody reads it."""
-        self._write(msgspec.json.encode(made) + b"\n")
+        """Raises ConfigError where it cannot be written, BrokenPipeError where nobody reads it; from then on always: a
+        line behind a part of another one would be lost with it."""
+        if self._failure is None:
+            try:
+                self._write(msgspec.json.encode(made) + b"\n")
+            except Exception as error:
+                self._failure = error
+        if self._failure is not None:
+            raise self._failure
 
     def take_in(self, line: Line, path: str) -> None:
         """Count a line of an earlier run as finished. Raises ConfigError for what is none."""

@@ -92,7 +92,8 @@ class Batch:
 
     async def run(self, engine: Engine, feed: LineFeed, in_flight: int) -> None:
         """Answer all lines, `in_flight` at a time. Raises as `run` does."""
-        work = asyncio.gather(*(self._work(feed) for _ in range(in_flight)))
+        workers = [asyncio.ensure_future(self._work(feed)) for _ in range(in_flight)]
+        work = asyncio.gather(*workers)
         unwell = asyncio.ensure_future(engine.unwell())
         try:
             either: set[asyncio.Future[Any]] = {work, unwell}
@@ -102,9 +103,9 @@ class Batch:
                 raise EngineDeadError(unwell.result())
             work.result()
         finally:
-            work.cancel()
-            unwell.cancel()
-            await asyncio.gather(work, unwell, return_exceptions=True)
+            for task in (*workers, unwell):  # one that fails leaves the others running
+                task.cancel()
+            await asyncio.gather(work, *workers, unwell, return_exceptions=True)
 
     async def _work(self, feed: LineFeed) -> None:
         while (line := await feed.next()) is not None:
