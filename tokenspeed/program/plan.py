@@ -10,7 +10,7 @@ from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.ops.definitions import OPS
 from tokenspeed.program.program import Program, Record
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 
 
 def bucket_of(tokens: int) -> int:
