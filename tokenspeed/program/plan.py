@@ -11,11 +11,12 @@ from tokenspeed.ops.definitions import OPS
 from tokenspeed.program.program import Program, Record
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
+BEYOND = 256
 
 
 def bucket_of(tokens: int) -> int:
-    """The smallest bucket that holds `tokens`; beyond the last, the count itself."""
-    return next((bucket for bucket in BUCKETS if bucket >= tokens), tokens)
+    """The smallest bucket that holds `tokens`; beyond the last, the next multiple of BEYOND."""
+    return next((bucket for bucket in BUCKETS if bucket >= tokens), -(-tokens // BEYOND) * BEYOND)
 
 
 @dataclass(frozen=True, eq=False)

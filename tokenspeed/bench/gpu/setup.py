@@ -15,9 +15,9 @@ from tokenspeed.contracts.request import Request
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
 
-STEP_TOKENS = 16384
-"""Tokens fed per step, where a measurement does not say otherwise: each step that reads prompts beside decoding rows
-leaves them so many fewer, and many small steps would end with one more."""
+STEP_TOKENS = 16384 + 256
+"""Tokens fed per step, where a measurement does not say otherwise: sixteen prompts of 1024, and room for the rows that
+decode beside them, which would otherwise put off the last of 128 prompts to a step of its own."""
 SAMPLED: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "top_k": 50}
 
 

@@ -103,6 +103,10 @@ SKINNY: dict[Key, SkinnyTile] = {
     (32, 28672, 4096, 2): SkinnyTile(block_n=64, block_k=128, split_k=1, warps=4, stages=4, prefetch=256, pdl=True),
     (32, 128256, 2048, 2): SkinnyTile(block_n=128, block_k=64, split_k=1, warps=8, stages=4, prefetch=256, pdl=True),
     (32, 128256, 4096, 2): SkinnyTile(block_n=128, block_k=64, split_k=1, warps=8, stages=4, prefetch=256, pdl=True),
+    (128, 4096, 4096, 1): SkinnyTile(block_n=64, block_k=128, split_k=2, warps=4, stages=6, prefetch=256, pdl=True),
+    (128, 4096, 14336, 1): SkinnyTile(block_n=64, block_k=128, split_k=2, warps=4, stages=6, prefetch=256, pdl=True),
+    (128, 6144, 4096, 1): SkinnyTile(block_n=64, block_k=128, split_k=1, warps=4, stages=6, prefetch=256, pdl=True),
+    (128, 28672, 4096, 1): SkinnyTile(block_n=256, block_k=128, split_k=1, warps=8, stages=4, prefetch=256, pdl=True),
 }
 """Measured on one H200 with triton 3.6.0: the projections of Llama 3.2 1B and 3.1 8B, in bf16 and fp8."""
 
