@@ -129,7 +129,21 @@ def elements(program: Program, value: int, tokens: int) -> int:
     return total
 
 
-@pytest.mark.parametrize("count, expected", [(1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (520, 768), (8192, 8192), (9000, 12288), (16385, 16640), (20000, 20224)])
+@pytest.mark.parametrize(
+    "count, expected",
+    [
+        (1, 1),
+        (2, 2),
+        (3, 4),
+        (16, 16),
+        (17, 32),
+        (520, 768),
+        (8192, 8192),
+        (9000, 12288),
+        (16385, 16640),
+        (20000, 20224),
+    ],
+)
 def test_buckets(count: int, expected: int) -> None:
     assert bucket_of(count) == expected
     assert list(BUCKETS) == sorted(BUCKETS)

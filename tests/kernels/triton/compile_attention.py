@@ -64,7 +64,8 @@ def query(tokens: int, heads: Heads, dtype: torch.dtype) -> torch.Tensor:
 
 def decode(hip: bool, heads: Heads, tokens: int, dtype: torch.dtype, kv_dtype: torch.dtype, pdl: bool) -> None:
     tile = decode_tile(tokens, heads.kv_heads, heads.head_dim, max(dtype.itemsize, kv_dtype.itemsize), hip)
-    decode_attention.decode_attention(query(tokens, heads, dtype), paged(tokens, heads, kv_dtype), heads, tile, pdl=pdl)
+    q, layer = query(tokens, heads, dtype), paged(tokens, heads, kv_dtype)
+    decode_attention.decode_attention(q, layer, heads, tile, early=pdl, pdl=pdl)
 
 
 def prefill(hip: bool, heads: Heads, dtype: torch.dtype, kv_dtype: torch.dtype, sinks: bool = False) -> None:

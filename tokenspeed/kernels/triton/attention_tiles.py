@@ -37,21 +37,26 @@ MAX_GROUP = 64
 """Query heads of one key head."""
 
 DECODE: dict[int, DecodeTile] = {
-    1: DecodeTile(64, 64, 1, 4, 5),
-    2: DecodeTile(32, 64, 1, 4, 5),
-    4: DecodeTile(32, 64, 1, 4, 5),
-    8: DecodeTile(16, 64, 2, 4, 5),
-    16: DecodeTile(16, 64, 4, 4, 5),
-    32: DecodeTile(8, 64, 4, 4, 5),
-    64: DecodeTile(8, 64, 8, 4, 5),
-    128: DecodeTile(8, 64, 16, 4, 5),
+    1: DecodeTile(64, 64, 1, 4, 2),
+    2: DecodeTile(32, 64, 1, 4, 2),
+    4: DecodeTile(32, 64, 1, 4, 2),
+    8: DecodeTile(16, 64, 2, 4, 2),
+    16: DecodeTile(16, 64, 5, 4, 2),
+    32: DecodeTile(8, 64, 9, 4, 2),
+    64: DecodeTile(8, 64, 18, 4, 2),
+    128: DecodeTile(8, 64, 18, 4, 3),
 }
-"""By the most sequences of the bucket, for 8 key heads of 256 bytes or less; fewer key heads take more splits.
+"""By the most sequences of the bucket, for 8 key heads of 256 bytes; fewer key heads take more splits. 8B, 1088 tokens,
+8 / 16 / 32 / 64 / 128 sequences: 16.3 / 27.0 / 43.4 / 78.9 / 145 us.
 
-Page ids share the stages: with n of them, (n - 1) // 2 blocks of keys are under way."""
-MANY_SEQUENCES, FEW_STAGES = 8, 3
-"""From so many sequences on, blocks of 16 KiB have fewer stages, which lets more programs run (8B, 1024 tokens,
-8 / 32 / 128 sequences: 15.2 / 42.2 / 138 us, and 18.6 / 44.8 / 141 with five)."""
+Page ids share the stages: with n of them, (n - 1) // 2 blocks of keys are under way. Few let more programs run."""
+NARROW: dict[int, DecodeTile] = DECODE | {
+    16: DecodeTile(16, 64, 3, 4, 2),
+    32: DecodeTile(8, 64, 6, 4, 2),
+    64: DecodeTile(8, 64, 6, 4, 2),
+    128: DecodeTile(8, 64, 9, 4, 2),
+}
+"""The same for heads of up to 128 bytes. 1B: 11.3 / 17.1 / 27.0 / 47.3 / 88 us."""
 
 PREFILL: dict[tuple[int, int], PrefillTile] = {
     (64, 2): PrefillTile(128, 64, 4, 3),
@@ -72,11 +77,10 @@ def pad(n: int) -> int:
 def decode_tile(sequences: int, kv_heads: int, head_dim: int, itemsize: int, hip: bool = HIP) -> DecodeTile:
     """Tile for a bucket of so many decoding sequences; itemsize: bytes of the wider of compute and KV dtype."""
     bucket = next((most for most in DECODE if most >= sequences), max(DECODE))
-    tile = DECODE[bucket]
+    tile = (NARROW if pad(head_dim) * itemsize <= 128 else DECODE)[bucket]
     shrink = max(1, pad(head_dim) * itemsize // 256)
     splits = min(MAX_SPLITS, max(1, tile.splits * 8 // kv_heads))
-    many = bucket >= MANY_SEQUENCES and pad(head_dim) * itemsize >= 256
-    keys, stages = max(16, tile.keys // shrink), HIP_STAGES if hip else FEW_STAGES if many else tile.stages
+    keys, stages = max(16, tile.keys // shrink), min(tile.stages, HIP_STAGES) if hip else tile.stages
     return tile._replace(splits=splits, keys=keys, min_blocks=tile.min_blocks * shrink, stages=stages)
 
 

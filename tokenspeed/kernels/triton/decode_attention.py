@@ -14,7 +14,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenspeed.kernels.triton.attention_tiles import DecodeTile, pad
 from tokenspeed.kernels.triton.launch import launch_options
-from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer, finish, sweep
+from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer, entries, finish, sweep
+from tokenspeed.kernels.triton.prefetch import LINE, prefetch_rows
 
 BY_BUCKET = ("num_tokens", "splits", "min_blocks", "window")
 """Not compiled in, so that the buckets share a kernel."""
@@ -50,6 +51,18 @@ def _part(item, head, heads, split, splits, ROWS: tl.constexpr):
     return ((item * heads + head).to(tl.int64) * splits + split) * ROWS
 
 
+@triton.jit
+def _ask(pages, keys, first, end, kv_page, kv_which, kv_entry, KEYS: tl.constexpr, PAGE: tl.constexpr,
+         DIM: tl.constexpr) -> None:  # fmt: skip
+    """Have a block of keys and values brought into the second-level cache, those that are still to be written too."""
+    item: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
+    if DIM & (DIM - 1) == 0 and DIM * item >= LINE:
+        n = first * KEYS + tl.arange(0, KEYS)
+        offsets = entries(pages, n, n < end, kv_page, kv_entry, PAGE)
+        prefetch_rows(keys + offsets, 0, item, DIM)
+        prefetch_rows(keys + kv_which + offsets, 0, item, DIM)
+
+
 @triton.jit(do_not_specialize=BY_BUCKET)
 def _decode(q, kv, table, positions, slots, rows, out, partial, tops, totals, sinks,
             num_tokens, min_blocks, window, q_row, table_slot, kv_page, kv_which, kv_entry, kv_head, scale,
@@ -70,7 +83,11 @@ def _decode(q, kv, table, positions, slots, rows, out, partial, tops, totals, si
     slot, position, begin, end, blocks, used = _span(
         positions, slots, window, num_tokens, tl.num_programs(1), min_blocks, start, token, own, KEYS
     )
+    pages = table + slot.to(tl.int64) * table_slot
     if PDL and EARLY:
+        if split < used:
+            block = begin // KEYS + split * blocks // used
+            _ask(pages, kv + head * kv_head, block, end, kv_page, kv_which, kv_entry, KEYS, PAGE, DIM)
         gdc_wait()
     if PDL:
         gdc_launch_dependents()
@@ -96,7 +113,7 @@ def _decode(q, kv, table, positions, slots, rows, out, partial, tops, totals, si
     first = begin // KEYS
     acc, top, total = sweep(
         acc, top, total, queries, position, lowest, begin, end, first + split * blocks // used,
-        first + (split + 1) * blocks // used, table + slot.to(tl.int64) * table_slot, kv + head * kv_head, scale,
+        first + (split + 1) * blocks // used, pages, kv + head * kv_head, scale,
         kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE, KEYS, True,
     )  # fmt: skip
     if used == 1:
@@ -168,7 +185,7 @@ def decode_attention(
     sequence, padding last), or those that begin at the tokens of `rows` (int32 [n], -1 for none).
     sinks: float32 [heads], logits that join the softmax's denominator.
     early: positions, slots and block tables were written by a kernel that had ended before this one could start, so
-    they are read before the wait of dependent launch.
+    they are read before the wait of dependent launch, and keys asked for.
     Writes into `out` where given, then only the rows listed. Returns [T, heads * head_dim]; zeros for padding.
     """
     if out is None:

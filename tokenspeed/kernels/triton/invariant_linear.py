@@ -17,7 +17,8 @@ from tokenspeed.kernels.triton import norm as row_kernels
 from tokenspeed.kernels.triton.gemv import weight_rows
 from tokenspeed.kernels.triton.launch import dependent_launch, options
 from tokenspeed.kernels.triton.operands import Matrix, Prologue, Rows, check_matrix, matrix_parts, scale_block_of
-from tokenspeed.kernels.triton.skinny import add_parts_kernel, prefetch_weights, store_columns, tile_pair
+from tokenspeed.kernels.triton.prefetch import prefetch_rows
+from tokenspeed.kernels.triton.skinny import add_parts_kernel, store_columns, tile_pair
 from tokenspeed.kernels.triton.tiles import SkinnyTile
 from tokenspeed.quantization.fp8 import Fp8Weight
 
@@ -86,7 +87,7 @@ def product_kernel(x, x_scale, weight, scale, bias, y, parts, x_stride, w_stride
     split = tl.program_id(1)
     if PDL:
         if PREFETCH > 0:
-            prefetch_weights(w_at, split * SPAN, weight.dtype.element_ty.primitive_bitwidth // 8, PREFETCH)
+            prefetch_rows(w_at, split * SPAN, weight.dtype.element_ty.primitive_bitwidth // 8, PREFETCH)
         gdc_wait()
         gdc_launch_dependents()
 

@@ -11,25 +11,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenspeed.kernels.triton.gemv import weight_rows
+from tokenspeed.kernels.triton.prefetch import prefetch_rows
 from tokenspeed.kernels.triton.rows import gated
-
-LINE = tl.constexpr(128)
-"""Bytes of a cache line."""
-
-
-@triton.jit
-def prefetch_weights(rows: tl.tensor, first: tl.tensor, ITEM: tl.constexpr, COLUMNS: tl.constexpr) -> None:
-    """Ask for COLUMNS columns of some rows of W to be brought into the second-level cache."""
-    lines = tl.arange(0, COLUMNS * ITEM // LINE) * (LINE // ITEM)
-    pointers = rows[:, None] + first + lines[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -121,7 +104,7 @@ def skinny_kernel(
     first = split * SPAN
     if PDL:
         if PREFETCH > 0:
-            prefetch_weights(w_at, first, weight.dtype.element_ty.primitive_bitwidth // 8, PREFETCH)
+            prefetch_rows(w_at, first, weight.dtype.element_ty.primitive_bitwidth // 8, PREFETCH)
         gdc_wait()
         gdc_launch_dependents()
 
