@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.program.tools import random_step
+from tests.program.random_programs import random_step
 from tokenspeed.ops.reference import REFERENCE, StepView
 from tokenspeed.ops.rope import Rope, llama3_rope
 

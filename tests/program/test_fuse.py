@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.program.tools import random_step, random_weights, run
+from tests.program.random_programs import random_step, random_weights, run
 from tokenspeed.models.dense import DenseConfig, dense_weights
 from tokenspeed.models.gemma3 import wire as gemma3_wire
 from tokenspeed.models.llama import wire as llama_wire

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import pytest
 import torch
 
+from tests.program.random_programs import random_step, random_weights
 from tests.program.test_fuse import CONFIG, build
-from tests.program.tools import random_step, random_weights
 from tests.seeds import SEED
 from tokenspeed.kernels import ref
 from tokenspeed.kernels.registry import Registry, Situation

@@ -52,12 +52,12 @@ def _part(item, head, heads, split, splits, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _ask(pages, keys, first, end, kv_page, kv_which, kv_entry, KEYS: tl.constexpr, PAGE: tl.constexpr,
-         DIM: tl.constexpr) -> None:  # fmt: skip
-    """Have a block of keys and values brought into the second-level cache, those that are still to be written too."""
+def _ask(pages, keys, begin, end, blocks, split, used, kv_page, kv_which, kv_entry, KEYS: tl.constexpr,
+         PAGE: tl.constexpr, DIM: tl.constexpr) -> None:  # fmt: skip
+    """Have a split's first block brought into the second-level cache, with keys that are still to be written."""
     item: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
-    if DIM & (DIM - 1) == 0 and DIM * item >= LINE:
-        n = first * KEYS + tl.arange(0, KEYS)
+    if DIM & (DIM - 1) == 0 and DIM * item >= LINE and split < used:
+        n = (begin // KEYS + split * blocks // used) * KEYS + tl.arange(0, KEYS)
         offsets = entries(pages, n, n < end, kv_page, kv_entry, PAGE)
         prefetch_rows(keys + offsets, 0, item, DIM)
         prefetch_rows(keys + kv_which + offsets, 0, item, DIM)
@@ -85,9 +85,7 @@ def _decode(q, kv, table, positions, slots, rows, out, partial, tops, totals, si
     )
     pages = table + slot.to(tl.int64) * table_slot
     if PDL and EARLY:
-        if split < used:
-            block = begin // KEYS + split * blocks // used
-            _ask(pages, kv + head * kv_head, block, end, kv_page, kv_which, kv_entry, KEYS, PAGE, DIM)
+        _ask(pages, kv + head * kv_head, begin, end, blocks, split, used, kv_page, kv_which, kv_entry, KEYS, PAGE, DIM)
         gdc_wait()
     if PDL:
         gdc_launch_dependents()
