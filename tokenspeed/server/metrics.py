@@ -177,9 +177,12 @@ class RequestMeter:
     """Times of one request's samples. `arrival`: seconds of the clock that `observe` is given. `summary` is filled in
     as they come."""
 
+    __slots__ = ("_arrival", "_lone", "_metrics", "_samples", "_summary")
+
     def __init__(self, metrics: ServerMetrics, arrival: float, summary: RequestSummary) -> None:
         self._metrics, self._arrival, self._summary = metrics, arrival, summary
         self._samples: dict[int, _Sample] = {}
+        self._lone = _Sample()
 
     def observe(self, output: RequestOutput, now: float) -> None:
         """Take in what came of the request at `now`."""
@@ -191,11 +194,16 @@ class RequestMeter:
 
     def observe_more(self, num_tokens: int, now: float) -> None:
         """Take in tokens of a lone sample that has begun and goes on."""
-        metrics, sample = self._metrics, self._samples[0]
+        metrics, sample = self._metrics, self._lone
         metrics.itl.observe(now - sample.last)
         metrics.generation_tokens += num_tokens
         sample.tokens += num_tokens
         sample.last = now
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all samples, so far."""
+        return sum(sample.tokens for sample in self._samples.values())
 
     def end(self, reason: str, now: float) -> None:
         """The request ends at `now`; those of its samples that had not finished did so for this reason."""
@@ -203,7 +211,7 @@ class RequestMeter:
         left = summary.samples - sum(sample.ended for sample in samples)
         self._metrics.finished[reason] += left
         summary.finish_reasons += [reason] * left
-        summary.output_tokens = sum(sample.tokens for sample in samples)
+        summary.output_tokens = self.num_tokens
         summary.total_s = now - self._arrival
         firsts = [sample.first for sample in samples if sample.tokens]
         if firsts:
@@ -217,7 +225,7 @@ class RequestMeter:
         metrics, tokens = self._metrics, len(completion.token_ids)
         sample = self._samples.get(completion.index)
         if sample is None:
-            self._samples[completion.index] = sample = _Sample()
+            self._samples[completion.index] = self._lone = sample = _Sample()
         if tokens and sample.tokens == 0:
             sample.first = now
             metrics.ttft.observe(now - self._arrival)
