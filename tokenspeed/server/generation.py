@@ -113,7 +113,7 @@ class Generation:
         """From now on hand text that needs no more than to be written to `write`, past `outputs`; nothing where there
         are several samples."""
         if len(self._streams) == 1 and self._params.n == 1:
-            self._streams[0].push_to(_Metered(write, self._meters[0]).take)
+            self._streams[0].push_to(self._meters[0].metered(write))
 
     def _aborted(self) -> ApiError:
         if self._expired:
@@ -139,22 +139,6 @@ class Generation:
     def _abort(self) -> None:
         for stream in self._streams:
             stream.abort()
-
-
-class _Metered:
-    """Writes text and counts its tokens."""
-
-    __slots__ = ("_meter", "_write")
-
-    def __init__(self, write: WriteText, meter: RequestMeter) -> None:
-        self._write, self._meter = write, meter
-
-    def take(self, text: str, num_tokens: int) -> bool:
-        """Implements `PlainSink`."""
-        if not self._write(text):
-            return False
-        self._meter.observe_more(num_tokens, perf_counter())
-        return True
 
 
 async def _only(stream: Stream) -> AsyncIterator[tuple[int, RequestOutput]]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from tokenspeed.engine.output import CompletionOutput, RequestOutput
+from tokenspeed.engine.stream import PlainSink
 from tokenspeed.observability.metrics import STEP_BOUNDS, Histogram
 from tokenspeed.server.summary import RequestSummary
 
@@ -174,15 +176,12 @@ class _Families(Collector):
 
 
 class RequestMeter:
-    """Times of one request's samples. `arrival`: seconds of the clock that `observe` is given. `summary` is filled in
-    as they come."""
-
-    __slots__ = ("_arrival", "_lone", "_metrics", "_samples", "_summary")
+    """Times of one request's samples. `arrival`: seconds of perf_counter, as those that `observe` is given. `summary`
+    is filled in as they come."""
 
     def __init__(self, metrics: ServerMetrics, arrival: float, summary: RequestSummary) -> None:
         self._metrics, self._arrival, self._summary = metrics, arrival, summary
         self._samples: dict[int, _Sample] = {}
-        self._lone = _Sample()
 
     def observe(self, output: RequestOutput, now: float) -> None:
         """Take in what came of the request at `now`."""
@@ -192,13 +191,9 @@ class RequestMeter:
             self._observe(output, completion, now)
         self._summary.cached_tokens, self._summary.queue_s = output.num_cached_tokens, output.metrics.queue_s
 
-    def observe_more(self, num_tokens: int, now: float) -> None:
-        """Take in tokens of a lone sample that has begun and goes on."""
-        metrics, sample = self._metrics, self._lone
-        metrics.itl.observe(now - sample.last)
-        metrics.generation_tokens += num_tokens
-        sample.tokens += num_tokens
-        sample.last = now
+    def metered(self, write: Callable[[str], bool]) -> PlainSink:
+        """Writes the text of a lone sample that has begun, and takes in its tokens."""
+        return _Metered(write, self._metrics, self._samples[0]).take
 
     @property
     def num_tokens(self) -> int:
@@ -225,7 +220,7 @@ class RequestMeter:
         metrics, tokens = self._metrics, len(completion.token_ids)
         sample = self._samples.get(completion.index)
         if sample is None:
-            self._samples[completion.index] = self._lone = sample = _Sample()
+            self._samples[completion.index] = sample = _Sample()
         if tokens and sample.tokens == 0:
             sample.first = now
             metrics.ttft.observe(now - self._arrival)
@@ -254,6 +249,24 @@ class RequestMeter:
         metrics.prefill.observe(prefill_s)
         metrics.decode.observe(decode_s)
         metrics.inference.observe(prefill_s + decode_s)
+
+
+class _Metered:
+    __slots__ = ("_metrics", "_sample", "_write")
+
+    def __init__(self, write: Callable[[str], bool], metrics: ServerMetrics, sample: _Sample) -> None:
+        self._write, self._metrics, self._sample = write, metrics, sample
+
+    def take(self, text: str, num_tokens: int) -> bool:
+        """Implements `PlainSink`."""
+        if not self._write(text):
+            return False
+        metrics, sample, now = self._metrics, self._sample, perf_counter()
+        metrics.itl.observe(now - sample.last)
+        metrics.generation_tokens += num_tokens
+        sample.tokens += num_tokens
+        sample.last = now
+        return True
 
 
 @dataclass(slots=True)
