@@ -6,6 +6,7 @@ import random
 import socket
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 from tests.seeds import SEED
 from tests.server.conftest import Serve
 from tests.server.fault_tools import completion, connect, done, read
+from tests.server.test_api_keys import make_certificate
+from tokenspeed.server.access import Access, Tls
 from tokenspeed.server.direct import WriteText, direct_writer, offer_direct_writer
 
 BEFORE, AFTER = b'data: {"text":', b"}\n\n"
@@ -141,16 +144,28 @@ def test_all_text_comes_to_a_reader_that_begins_late(serve: Serve) -> None:
     with closing(connect(served.url, 4096)) as client:
         client.sendall(asked)
         served.wait(lambda: served.engine.requests and not served.engine.running)
-        events = events_of(read(client, done))
+        events = events_of(unchunked(read(client, done)))
     assert "".join(choice["text"] for event in events for choice in event["choices"]) == "ABC" * (TOKENS // 3)
     assert len(events) < TOKENS
 
 
-def events_of(response: bytes) -> list[Any]:
-    """Of a chunked response, [DONE] left out."""
+def test_over_tls(serve: Serve, tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path)
+    served = serve(access=Access(tls=Tls(str(certificate), str(key))))
+    asked = {"prompt": list(b"abc" * (TOKENS // 3)), "max_tokens": TOKENS, "stream": True}
+    events = events_of(served.client.post("/v1/completions", json=asked).content)
+    assert "".join(choice["text"] for event in events for choice in event["choices"]) == "ABC" * (TOKENS // 3)
+
+
+def unchunked(response: bytes) -> bytes:
     body, rest = bytearray(), response.partition(b"\r\n\r\n")[2]
     while rest:
         size, _, rest = rest.partition(b"\r\n")
         body += rest[: int(size, 16)]
         rest = rest[int(size, 16) + 2 :]
+    return bytes(body)
+
+
+def events_of(body: bytes) -> list[Any]:
+    """[DONE] left out."""
     return [msgspec.json.decode(line[6:]) for line in body.splitlines() if line.startswith(b"data: {")]
