@@ -105,10 +105,16 @@ def demo_server(demo_path: Path) -> Iterator[ServerProcess]:
 
 def _start(engine: FakeEngine, state: ServerState) -> tuple[Served, Callable[[], None]]:
     listening = listen("127.0.0.1", 0)
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    url = f"{state.access.scheme}://127.0.0.1:{listening.getsockname()[1]}"
     http = HttpServer(
         uvicorn.Config(
-            create_app(state), http=Connection, ws="none", lifespan="off", log_config=None, log_level="critical"
+            create_app(state),
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="critical",
+            **state.access.tls_options(),
         )
     )
     started: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = []

@@ -13,6 +13,7 @@ import pytest
 from tests.seeds import SEED
 from tests.server.fake_engine import FakeEngine, byte_tokenizer
 from tokenspeed.server.app import create_app
+from tokenspeed.server.direct import WriteText
 from tokenspeed.server.engine import Engine, Progress
 from tokenspeed.server.state import ServerState
 
@@ -35,13 +36,16 @@ async def response(path: str, fields: dict[str, Any], refuses: random.Random | N
     sent: list[bytes] = []
     direct, never, turns = 0, asyncio.Event(), random.Random(SEED)
 
-    def write(data: bytes) -> bool:
-        nonlocal direct
-        if refuses is not None and refuses.random() < 0.3:
-            return False
-        direct += 1
-        sent.append(data)
-        return True
+    def writer(before: bytes, after: bytes) -> WriteText:
+        def write(text: str) -> bool:
+            nonlocal direct
+            if refuses is not None and refuses.random() < 0.3:
+                return False
+            direct += 1
+            sent.append(before + msgspec.json.encode(text) + after)
+            return True
+
+        return write
 
     asked = False
 
@@ -70,7 +74,7 @@ async def response(path: str, fields: dict[str, Any], refuses: random.Random | N
         "client": ("127.0.0.1", 9),
         "server": ("127.0.0.1", 8),
         "asgi": {"version": "3.0"},
-        "extensions": {} if refuses is None else {"tokenspeed.write": {"call": write}},
+        "extensions": {} if refuses is None else {"tokenspeed.write": {"call": writer}},
     }
     await create_app(state)(scope, receive, send)
     return _VARIES.sub(b"", b"".join(sent)), direct, state.metrics.render()

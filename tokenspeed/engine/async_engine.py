@@ -358,9 +358,27 @@ class AsyncEngine:
         self._channel.send(message)
 
     def _receive(self, message: FromEngine) -> None:
-        if isinstance(message, Step):
-            self._take_step(message)
-        elif isinstance(message, Refused):
+        if not isinstance(message, Step):
+            self._take_answer(message)
+            return
+        self._idle_after = message.idle_after
+        if message.num_steps != self._num_steps:
+            self._progressed, self._num_steps = time.monotonic(), message.num_steps
+        if message.stats is not None:
+            self._stats, self._step_times = message.stats, message.step_times
+        for wire_id, seconds in message.started:
+            self._note_queue(wire_id, seconds)
+        outboxes = self._outboxes
+        for update in message.updates:
+            outbox = outboxes.get(update.request_id)  # None: aborted meanwhile
+            try:
+                if outbox is not None and not outbox.push(update):
+                    self._deliver(outbox, update)
+            except Exception as error:  # one request's text must not cost the others theirs
+                self._fail(update.request_id, error)
+
+    def _take_answer(self, message: Loading | Ready | Refused | Changed | Profiled | Failed) -> None:
+        if isinstance(message, Refused):
             outbox = self._forget(message.request_id)
             if outbox is not None:
                 outbox.fail(message.error.rebuild())
@@ -383,17 +401,6 @@ class AsyncEngine:
             else:
                 self._ready.set_exception(message.error.rebuild())
 
-    def _take_step(self, step: Step) -> None:
-        self._idle_after = step.idle_after
-        if step.num_steps != self._num_steps:
-            self._progressed, self._num_steps = time.monotonic(), step.num_steps
-        if step.stats is not None:
-            self._stats, self._step_times = step.stats, step.step_times
-        for wire_id, seconds in step.started:
-            self._note_queue(wire_id, seconds)
-        for update in step.updates:
-            self._deliver(update)
-
     def _note_queue(self, wire_id: str, seconds: float) -> None:
         if wire_id in self._outboxes:
             metrics = self._outboxes[wire_id].output.metrics
@@ -409,21 +416,17 @@ class AsyncEngine:
         else:
             waiting.set_exception(change.error.rebuild())
 
-    def _deliver(self, update: SequenceUpdate) -> None:
-        outbox = self._outboxes.get(update.request_id)
-        if outbox is None:
-            return  # aborted meanwhile
-        try:
-            stopped = outbox.take(update)
-        except Exception as error:  # one request's text must not cost the others theirs
-            self._forget(update.request_id)
-            self._send(Abort(update.request_id))
-            outbox.fail(error)
-            return
-        if stopped:
+    def _deliver(self, outbox: Outbox, update: SequenceUpdate) -> None:
+        if outbox.take(update):
             self._send(Abort(update.request_id, update.index))
         if outbox.finished:
             self._forget(update.request_id)
+
+    def _fail(self, wire_id: str, error: Exception) -> None:
+        outbox = self._forget(wire_id)
+        if outbox is not None:
+            self._send(Abort(wire_id))
+            outbox.fail(error)
 
     def _abort(self, wire_id: str) -> None:
         outbox = self._forget(wire_id)

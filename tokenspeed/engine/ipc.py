@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import select
 import socket
+import struct
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -25,6 +26,7 @@ MAX_UNREAD = 16 << 20
 _READ = 256 << 10
 _KERNEL_BUFFER = 1 << 20
 _HEADER = 4
+_length_at = struct.Struct("<I").unpack_from
 _CLOSE_S = 2.0
 _encoder = msgspec.msgpack.Encoder()
 Message = TypeVar("Message")
@@ -114,7 +116,7 @@ class ServingChannel:
 
     def drain(self) -> None:
         """Hand out every message that has come."""
-        while self._read():
+        while self._socket.fileno() >= 0 and self._read():
             pass
 
     def close(self) -> None:
@@ -124,8 +126,6 @@ class ServingChannel:
 
     def _read(self) -> bool:
         """Hand out what one read gives; whether there may be more."""
-        if self._socket.fileno() < 0:
-            return False
         try:
             messages = self._frames.read(self._socket)
         except BlockingIOError:
@@ -154,35 +154,30 @@ class _Frames(Generic[Message]):
     """Cuts what is read into messages."""
 
     def __init__(self, decoder: msgspec.msgpack.Decoder[Message]) -> None:
-        self._decoder = decoder
+        self._decode = decoder.decode
         self._chunk = memoryview(bytearray(_READ))
         self._kept = bytearray()
 
     def read(self, source: socket.socket) -> list[Message]:
         """Messages completed by one read. Raises BlockingIOError where there is nothing, EOFError at the end."""
-        count = source.recv_into(self._chunk)
+        data = self._chunk
+        count = source.recv_into(data)
         if count == 0:
             raise EOFError
-        data: memoryview = self._chunk[:count]
         if self._kept:
-            self._kept += data
-            if len(self._kept) < _HEADER or len(self._kept) < _end(memoryview(self._kept), 0):
+            self._kept += data[:count]
+            count = len(self._kept)
+            if count < _HEADER or count < _HEADER + _length_at(self._kept)[0]:
                 return []
             data, self._kept = memoryview(self._kept), bytearray()
-        return self._cut(data)
-
-    def _cut(self, data: memoryview) -> list[Message]:
-        messages, at, size = [], 0, len(data)
-        while size - at >= _HEADER and (end := _end(data, at)) <= size:
-            messages.append(self._decoder.decode(data[at + _HEADER : end]))
+        messages: list[Message] = []
+        at = 0
+        while count - at >= _HEADER and (end := at + _HEADER + _length_at(data, at)[0]) <= count:
+            messages.append(self._decode(data[at + _HEADER : end]))
             at = end
-        if at < size:
-            self._kept += data[at:]
+        if at < count:
+            self._kept += data[at:count]
         return messages
-
-
-def _end(data: memoryview, at: int) -> int:
-    return at + _HEADER + int.from_bytes(data[at : at + _HEADER], "little")
 
 
 class _Unsent:

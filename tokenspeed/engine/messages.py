@@ -128,7 +128,7 @@ class Ready(msgspec.Struct, tag="ready", array_like=True):
     info: EngineInfo
 
 
-class Step(msgspec.Struct, tag="step", array_like=True):
+class Step(msgspec.Struct, tag="step", array_like=True, gc=False):
     """What one step brought for all sequences, and at times the counters of the engine.
 
     num_steps: finished since the start; it stands still where the engine turns round without getting anywhere.

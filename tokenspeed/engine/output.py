@@ -25,7 +25,7 @@ class Logprob:
 TokenAlternatives = dict[int, Logprob]
 
 
-@dataclass
+@dataclass(slots=True)
 class CompletionOutput:
     """One completion. `logprobs`: per token, itself and its alternatives by id. `stop_reason`: the stop string or stop
     id that ended it; None for eos."""
@@ -113,7 +113,7 @@ class OutputBuilder:
             raise ParameterError("stop needs a tokenizer, and this model has none: use stop_token_ids")
         self._kind = params.output_kind
         self._tokenizer = tokenizer
-        self._samples = [_Sample(index, request, tokenizer) for index in range(params.n)]
+        self._samples = [Sample(index, request, tokenizer) for index in range(params.n)]
         self._num_running = params.n
         self._num_prompt_logprobs_shown = 0
         self.output = RequestOutput(
@@ -148,16 +148,13 @@ class OutputBuilder:
                 output.metrics.num_tokens = max(len(each.completion.token_ids) for each in self._samples)
         return Progress(self._shown(sample, text, update.new_token_ids[:count], logprobs), text, stopped)
 
-    def take_plain(self, update: SequenceUpdate) -> str | None:
-        """Take in an update that brings nothing but tokens to a sample that has begun and goes on, and give their text;
-        None, and nothing taken, for any other."""
-        if update.finish_reason is not None or update.logprobs or update.prompt_logprobs:
-            return None
-        return self._samples[update.index].take_plain(update.new_token_ids)
+    def plain_sample(self) -> Sample | None:
+        """The one sample, where its updates may bring nothing but text: for `Sample.take_plain`."""
+        return self._samples[0] if len(self._samples) == 1 and self._samples[0].plain else None
 
-    def delta(self, index: int, text: str, token_ids: list[int]) -> RequestOutput:
+    def delta(self, text: str, token_ids: list[int]) -> RequestOutput:
         """What `take_plain` has taken, as an output."""
-        return self._new(CompletionOutput(index, [text], token_ids), None)
+        return self._new(CompletionOutput(0, [text], token_ids), None)
 
     def abort_updates(self) -> list[SequenceUpdate]:
         """What ends every sample that still runs, where it is."""
@@ -174,7 +171,7 @@ class OutputBuilder:
         ]
 
     def _shown(
-        self, sample: _Sample, text: str, token_ids: list[int], logprobs: list[TokenAlternatives]
+        self, sample: Sample, text: str, token_ids: list[int], logprobs: list[TokenAlternatives]
     ) -> RequestOutput | None:
         whole, completion = self.output, sample.completion
         if self._kind is RequestOutputKind.FINAL_ONLY:
@@ -221,8 +218,10 @@ class OutputBuilder:
         return Logprob(logprob, rank, self._tokenizer.token_text(token) if self._tokenizer else "")
 
 
-class _Sample:
+class Sample:
     """One of a request's samples: its completion, and the end of its text that may not be shown yet."""
+
+    __slots__ = ("_detokenizer", "_held", "_matcher", "_min_tokens", "_show_stop_token", "completion", "plain")
 
     def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None) -> None:
         params = request.params
@@ -238,15 +237,18 @@ class _Sample:
         self._show_stop_token = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._held = ""
+        self.plain = self._detokenizer is not None and self._matcher is None and params.logprobs is None
+        """Whether `take_plain` may be asked."""
 
-    def take_plain(self, ids: list[int]) -> str | None:
-        """Add tokens and give their text; None, and nothing added, where that is not all there is to it."""
-        completion, detokenizer = self.completion, self._detokenizer
-        if not (ids and completion.token_ids) or detokenizer is None or self._matcher is not None:
+    def take_plain(self, update: SequenceUpdate) -> str | None:
+        """Take in an update that brings nothing but tokens to a sample that has begun and goes on, and give their text;
+        None, and nothing taken, for any other."""
+        ids, completion = update.new_token_ids, self.completion
+        if not ids or update.finish_reason is not None or update.logprobs or update.prompt_logprobs:
             return None
-        if completion.finish_reason is not None or completion.logprobs is not None:
+        if not completion.token_ids or completion.finish_reason is not None or self._detokenizer is None:
             return None
-        text = detokenizer.push(ids)
+        text = self._detokenizer.push(ids)
         completion.token_ids += ids
         completion.pieces.append(text)
         return text

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.contracts.sampling import RequestOutputKind
-from tokenspeed.engine.output import CompletionOutput, OutputBuilder, RequestOutput
+from tokenspeed.engine.output import CompletionOutput, OutputBuilder, RequestOutput, Sample
 from tokenspeed.tokenizer.base import Tokenizer
 
 PlainSink = Callable[[str, int], bool]
@@ -19,9 +19,7 @@ class Outbox:
     """What the engine has given for a request and its reader has not taken: one output at most, into which later ones
     are merged."""
 
-    sink: PlainSink | None = None
-    """Where plain text goes while the reader waits for it: without waking the reader, which costs as much as all the
-    rest of a token's way."""
+    __slots__ = ("_builder", "_error", "_merges", "_plain", "_reader", "_sink", "_waiting")
 
     def __init__(self, request: Request, shown_id: str, prompt: str | None, tokenizer: Tokenizer | None) -> None:
         """shown_id: the id that outputs bear, where the engine knows the request by another one."""
@@ -31,6 +29,9 @@ class Outbox:
         self._waiting: RequestOutput | None = None
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
+        self._sink: PlainSink | None = None
+        self._plain: Sample | None = None
+        """What gives the sink its text."""
 
     @property
     def output(self) -> RequestOutput:
@@ -42,15 +43,27 @@ class Outbox:
         """Whether nothing more will come."""
         return self._error is not None or self._builder.output.finished
 
+    def push_to(self, sink: PlainSink) -> None:
+        """See `RequestStream.push_to`."""
+        self._sink, self._plain = sink, self._builder.plain_sample()
+
+    def push(self, update: SequenceUpdate) -> bool:
+        """Take in plain text while the reader waits, and hand it to the sink: without waking the reader, which costs as
+        much as all the rest of a token's way. False, and nothing taken, where that is not all there is to it."""
+        sample, sink = self._plain, self._sink
+        if sample is None or sink is None or self._reader is None or self._waiting is not None:
+            return False
+        text = sample.take_plain(update)
+        if text is None:
+            return False
+        if not sink(text, len(update.new_token_ids)):
+            self._hand_over(self._builder.delta(text, update.new_token_ids))
+        return True
+
     def take(self, update: SequenceUpdate) -> bool:
         """Take in an update. Returns whether a stop string ended the sample, which the engine has to be told."""
-        sink = self.sink
-        if sink is not None and self._reader is not None and self._waiting is None:
-            text = self._builder.take_plain(update)
-            if text is not None:
-                if not sink(text, len(update.new_token_ids)):
-                    self._hand_over(self._builder.delta(update.index, text, update.new_token_ids))
-                return False
+        if self.push(update):
+            return False
         progress = self._builder.update(update)
         if progress.shown is not None:
             self._hand_over(progress.shown)
@@ -110,9 +123,9 @@ class RequestStream:
 
     def push_to(self, sink: PlainSink) -> None:
         """From now on hand plain text to `sink` while the reader waits, and the reader everything else: the first and
-        the last of each sample, what has log-probabilities, and what `sink` does not take. For outputs in delta
-        form."""
-        self._outbox.sink = sink
+        the last of a sample, what has log-probabilities, what `sink` does not take, and all there is where there are
+        several samples. For outputs in delta form."""
+        self._outbox.push_to(sink)
 
     async def __anext__(self) -> RequestOutput:
         """Raises the error that ended the request: what the engine refused, EngineDeadError, EngineClosedError."""

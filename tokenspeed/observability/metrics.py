@@ -13,6 +13,8 @@ STEP_BOUNDS = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.0
 class Histogram:
     """Counts by upper bound, in seconds. A value on a bound belongs to it, as Prometheus has it."""
 
+    __slots__ = ("_counts", "bounds", "total")
+
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(bounds)
         self.total = 0.0

@@ -12,7 +12,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from tokenspeed.server.direct import offer_direct_write
+from tokenspeed.server.direct import offer_direct_writer
 from tokenspeed.server.errors import ApiError, encode_error
 
 logger = logging.getLogger("tokenspeed.server")
@@ -86,7 +86,7 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError(f"more than {MAX_PIPELINED} requests wait")
         super().on_headers_complete()
-        offer_direct_write(self.cycle)
+        offer_direct_writer(self.cycle)
         self._cycles = [*self._unanswered(), self.cycle]
         if self.pipeline:
             self.flow.resume_reading()  # or nobody would see the client leave

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
+from time import perf_counter
 from types import TracebackType
 from typing import TypeVar
 
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.output import RequestOutput
 from tokenspeed.server.client import caller_of_request
+from tokenspeed.server.direct import WriteText
 from tokenspeed.server.engine import Engine, Stream
 from tokenspeed.server.errors import ApiError
 from tokenspeed.server.limits import Admission
@@ -39,7 +40,7 @@ class Generation:
         priority: int = 0,
         cache_salt: str = "",
     ) -> None:
-        arrival = time.perf_counter()
+        arrival = perf_counter()
         self._engine, self._params = engine, params
         self._prompts = prompts
         self._request_id, self._priority, self._cache_salt = request_id, priority, cache_salt
@@ -82,7 +83,7 @@ class Generation:
     ) -> None:
         self._leave()
         failed = kind is not None and issubclass(kind, Exception)
-        now = time.perf_counter()
+        now = perf_counter()
         for meter in self._meters:
             meter.end("error" if failed else "abort", now)
 
@@ -96,28 +97,23 @@ class Generation:
         `contracts.errors`, or ApiError where its time or a shutdown aborted it."""
         numbered = _only(self._streams[0]) if len(self._streams) == 1 else _merge(self._streams)
         async for number, output in numbered:
-            self._meters[number].observe(output, time.perf_counter())
+            self._meters[number].observe(output, perf_counter())
             if number in self._unanswered:
                 self._answer(number)
             if any(completion.finish_reason == "abort" for completion in output.outputs):
                 raise self._aborted()
             yield number, output
 
-    def push(self, write: Callable[[str], bool], count: Callable[[int], None]) -> None:
-        """From now on hand text that needs no more than to be written to `write`, which says whether it could, and its
-        number of tokens to `count`, past `outputs`. Where there are several samples, nothing."""
-        if len(self._streams) > 1 or self._params.n > 1:
-            return
-        meter = self._meters[0]
+    @property
+    def num_tokens(self) -> int:
+        """What all its samples have given so far."""
+        return sum(meter.num_tokens for meter in self._meters)
 
-        def take(text: str, num_tokens: int) -> bool:
-            if not write(text):
-                return False
-            meter.observe_more(num_tokens, time.perf_counter())
-            count(num_tokens)
-            return True
-
-        self._streams[0].push_to(take)
+    def push(self, write: WriteText) -> None:
+        """From now on hand text that needs no more than to be written to `write`, past `outputs`; nothing where there
+        are several samples."""
+        if len(self._streams) == 1 and self._params.n == 1:
+            self._streams[0].push_to(self._meters[0].metered(write))
 
     def _aborted(self) -> ApiError:
         if self._expired:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from tokenspeed.engine.output import CompletionOutput, RequestOutput
+from tokenspeed.engine.stream import PlainSink
 from tokenspeed.observability.metrics import STEP_BOUNDS, Histogram
 from tokenspeed.server.summary import RequestSummary
 
@@ -174,8 +176,8 @@ class _Families(Collector):
 
 
 class RequestMeter:
-    """Times of one request's samples. `arrival`: seconds of the clock that `observe` is given. `summary` is filled in
-    as they come."""
+    """Times of one request's samples. `arrival`: seconds of perf_counter, as those that `observe` is given. `summary`
+    is filled in as they come."""
 
     def __init__(self, metrics: ServerMetrics, arrival: float, summary: RequestSummary) -> None:
         self._metrics, self._arrival, self._summary = metrics, arrival, summary
@@ -189,13 +191,14 @@ class RequestMeter:
             self._observe(output, completion, now)
         self._summary.cached_tokens, self._summary.queue_s = output.num_cached_tokens, output.metrics.queue_s
 
-    def observe_more(self, num_tokens: int, now: float) -> None:
-        """Take in tokens of a lone sample that has begun and goes on."""
-        metrics, sample = self._metrics, self._samples[0]
-        metrics.itl.observe(now - sample.last)
-        metrics.generation_tokens += num_tokens
-        sample.tokens += num_tokens
-        sample.last = now
+    def metered(self, write: Callable[[str], bool]) -> PlainSink:
+        """Writes the text of a lone sample that has begun, and takes in its tokens."""
+        return _Metered(write, self._metrics, self._samples[0]).take
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all samples, so far."""
+        return sum(sample.tokens for sample in self._samples.values())
 
     def end(self, reason: str, now: float) -> None:
         """The request ends at `now`; those of its samples that had not finished did so for this reason."""
@@ -203,7 +206,7 @@ class RequestMeter:
         left = summary.samples - sum(sample.ended for sample in samples)
         self._metrics.finished[reason] += left
         summary.finish_reasons += [reason] * left
-        summary.output_tokens = sum(sample.tokens for sample in samples)
+        summary.output_tokens = self.num_tokens
         summary.total_s = now - self._arrival
         firsts = [sample.first for sample in samples if sample.tokens]
         if firsts:
@@ -246,6 +249,24 @@ class RequestMeter:
         metrics.prefill.observe(prefill_s)
         metrics.decode.observe(decode_s)
         metrics.inference.observe(prefill_s + decode_s)
+
+
+class _Metered:
+    __slots__ = ("_metrics", "_sample", "_write")
+
+    def __init__(self, write: Callable[[str], bool], metrics: ServerMetrics, sample: _Sample) -> None:
+        self._write, self._metrics, self._sample = write, metrics, sample
+
+    def take(self, text: str, num_tokens: int) -> bool:
+        """Implements `PlainSink`."""
+        if not self._write(text):
+            return False
+        metrics, sample, now = self._metrics, self._sample, perf_counter()
+        metrics.itl.observe(now - sample.last)
+        metrics.generation_tokens += num_tokens
+        sample.tokens += num_tokens
+        sample.last = now
+        return True
 
 
 @dataclass(slots=True)

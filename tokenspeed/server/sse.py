@@ -13,7 +13,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tokenspeed.server.direct import Write, direct_write
+from tokenspeed.server.direct import TextWriter, WriteText, direct_writer
 from tokenspeed.server.errors import api_error, encode_error
 
 logger = logging.getLogger("tokenspeed.server")
@@ -31,30 +31,25 @@ def event(data: Any) -> bytes:
     return b"data: " + _encode(data) + b"\n\n"
 
 
-class TextEvents:
-    """Makes events that differ in nothing but a text, by putting it where an example has another."""
-
-    def __init__(self, example: Callable[[str], bytes]) -> None:
-        """example: the event of a text, which it holds once."""
-        mark = secrets.token_hex()
-        self._before, self._after = example(mark).split(_encode(mark))
-
-    def __call__(self, text: str) -> bytes:
-        return self._before + _encode(text) + self._after
+def text_writer(writer: TextWriter, example: Callable[[str], bytes]) -> WriteText:
+    """Writes events that differ in nothing but a text. example: the event of a text, which it holds once."""
+    mark = secrets.token_hex()
+    before, after = example(mark).split(_encode(mark))
+    return writer(before, after)
 
 
 class WhileConnected(Response):
-    """Runs `work(send, write)`, and cancels it when the client goes away. write: see `direct_write`.
+    """Runs `work(send, writer)`, and cancels it when the client goes away. writer: see `direct_writer`.
 
     What `work` raises before it has sent anything becomes an error response of the application's handlers.
     """
 
-    def __init__(self, work: Callable[[Send, Write | None], Awaitable[None]]) -> None:
+    def __init__(self, work: Callable[[Send, TextWriter | None], Awaitable[None]]) -> None:
         super().__init__()
         self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.ensure_future(self._work(send, direct_write(scope)))
+        work = asyncio.ensure_future(self._work(send, direct_writer(scope)))
         client = asyncio.ensure_future(_disconnect(receive))
         try:
             await asyncio.wait({work, client}, return_when=asyncio.FIRST_COMPLETED)
@@ -67,7 +62,7 @@ class WhileConnected(Response):
 def json_reply(body: Awaitable[Any]) -> WhileConnected:
     """Await a body, then send it."""
 
-    async def work(send: Send, _write: Write | None) -> None:
+    async def work(send: Send, _writer: TextWriter | None) -> None:
         encoded = _encode(await body)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(encoded)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -76,7 +71,7 @@ def json_reply(body: Awaitable[Any]) -> WhileConnected:
     return WhileConnected(work)
 
 
-def event_reply(events: AsyncGenerator[bytes, None], push: Callable[[Write], None]) -> WhileConnected:
+def event_reply(events: AsyncGenerator[bytes, None], push: Callable[[TextWriter], None]) -> WhileConnected:
     """Send events as they come, each in one write, then [DONE].
 
     The status line waits for the first event: a request that fails before it gets the status of its error. What fails
@@ -84,13 +79,13 @@ def event_reply(events: AsyncGenerator[bytes, None], push: Callable[[Write], Non
     `events`, where there is one.
     """
 
-    async def work(send: Send, write: Write | None) -> None:
+    async def work(send: Send, writer: TextWriter | None) -> None:
         async with contextlib.aclosing(events):
             first = await anext(events)
             await send({"type": "http.response.start", "status": 200, "headers": _EVENT_HEADERS})
             await send({"type": "http.response.body", "body": first, "more_body": True})
-            if write is not None:
-                push(write)
+            if writer is not None:
+                push(writer)
             try:
                 async for encoded in events:
                     await send({"type": "http.response.body", "body": encoded, "more_body": True})

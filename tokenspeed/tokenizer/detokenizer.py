@@ -81,6 +81,8 @@ class IncrementalDetokenizer:
     SentencePiece's dummy prefix put there.
     """
 
+    __slots__ = ("_bytes", "_partial", "_skip", "_strip", "_texts")
+
     def __init__(
         self,
         token_bytes: TokenBytes,

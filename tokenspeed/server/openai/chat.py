@@ -10,7 +10,7 @@ from msgspec import UNSET
 from starlette.responses import Response
 
 from tokenspeed.engine.output import CompletionOutput
-from tokenspeed.server.direct import Write
+from tokenspeed.server.direct import TextWriter
 from tokenspeed.server.engine import Info
 from tokenspeed.server.generation import Generation
 from tokenspeed.server.limits import check_params
@@ -28,7 +28,7 @@ from tokenspeed.server.openai.responses import (
     ChatMessage,
 )
 from tokenspeed.server.openai.sampling import chat_params
-from tokenspeed.server.sse import TextEvents, event, event_reply, json_reply
+from tokenspeed.server.sse import event, event_reply, json_reply, text_writer
 from tokenspeed.server.state import ServerState
 
 
@@ -54,8 +54,8 @@ async def chat(state: ServerState, body: bytes) -> Response:
     )
     if not request.stream:
         return json_reply(reply.whole(generation))
-    count = UsageCount(generation.num_prompts)
-    return event_reply(reply.events(generation, count), lambda write: reply.push(generation, count, write))
+    count = UsageCount(generation)
+    return event_reply(reply.events(generation, count), lambda writer: reply.push(generation, writer))
 
 
 class _Reply:
@@ -100,11 +100,10 @@ class _Reply:
             head.choices, head.usage, head.timings = [], count.usage(), count.timings(self._info)
             yield event(head)
 
-    def push(self, generation: Generation, count: UsageCount, write: Write) -> None:
+    def push(self, generation: Generation, writer: TextWriter) -> None:
         """Send the events of plain text past `events`, once that has sent one."""
         if not self._with_ids:
-            make = TextEvents(self._example)
-            generation.push(lambda text: write(make(text)), count.add_tokens)
+            generation.push(text_writer(writer, self._example))
 
     def _example(self, text: str) -> bytes:
         head = self._head()

@@ -10,7 +10,7 @@ from msgspec import UNSET
 from starlette.responses import Response
 
 from tokenspeed.engine.output import CompletionOutput, TokenAlternatives
-from tokenspeed.server.direct import Write
+from tokenspeed.server.direct import TextWriter
 from tokenspeed.server.engine import Info
 from tokenspeed.server.generation import Generation
 from tokenspeed.server.limits import check_params
@@ -20,7 +20,7 @@ from tokenspeed.server.openai.prompts import check_length, completion_prompts
 from tokenspeed.server.openai.requests import CompletionRequest, decode_completion
 from tokenspeed.server.openai.responses import Completion, CompletionChoice
 from tokenspeed.server.openai.sampling import completion_params
-from tokenspeed.server.sse import TextEvents, event, event_reply, json_reply
+from tokenspeed.server.sse import event, event_reply, json_reply, text_writer
 from tokenspeed.server.state import ServerState
 from tokenspeed.tokenizer.base import Tokenizer
 
@@ -52,16 +52,15 @@ async def complete(state: ServerState, body: bytes) -> Response:
     )
     if not request.stream:
         return json_reply(_whole(head, generation, choices, engine.info))
-    count = UsageCount(len(prompts))
+    count = UsageCount(generation)
 
     def example(text: str) -> bytes:
         head.choices = [choices.make(0, CompletionOutput(0, [text]), ())]
         return event(head)
 
-    def push(write: Write) -> None:
+    def push(writer: TextWriter) -> None:
         if choices.shows_samples and not request.return_token_ids and request.logprobs is None:
-            make = TextEvents(example)
-            generation.push(lambda text: write(make(text)), count.add_tokens)
+            generation.push(text_writer(writer, example))
 
     return event_reply(_events(request, head, generation, choices, engine.info, count), push)
 

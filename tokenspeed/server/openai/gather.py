@@ -13,20 +13,15 @@ from tokenspeed.server.openai.timings import response_timings
 class UsageCount:
     """Tokens of all prompts of a request and of all their samples."""
 
-    def __init__(self, num_prompts: int) -> None:
+    def __init__(self, generation: Generation) -> None:
         self._prompts: dict[int, tuple[int, int, RequestMetrics]] = {}
-        self._completion = 0
-        self._num_running = num_prompts
+        self._generation = generation
+        self._num_running = generation.num_prompts
 
     def add(self, number: int, output: RequestOutput) -> None:
         """Take in an output of prompt `number`."""
         self._prompts[number] = len(output.prompt_token_ids), output.num_cached_tokens, output.metrics
-        self._completion += sum(len(completion.token_ids) for completion in output.outputs)
         self._num_running -= output.finished
-
-    def add_tokens(self, num_tokens: int) -> None:
-        """Take in tokens that came past the outputs."""
-        self._completion += num_tokens
 
     @property
     def complete(self) -> bool:
@@ -40,7 +35,7 @@ class UsageCount:
     def usage(self, *, samples_shown: bool = True) -> Usage:
         """The sums."""
         prompt = sum(tokens for tokens, _, _ in self._prompts.values())
-        completion = self._completion if samples_shown else 0
+        completion = self._generation.num_tokens if samples_shown else 0
         cached = CachedTokens(sum(cached for _, cached, _ in self._prompts.values()))
         return Usage(
             prompt_tokens=prompt,
@@ -53,7 +48,7 @@ class UsageCount:
 async def gather(generation: Generation) -> tuple[list[RequestOutput], UsageCount]:
     """Wait for all of a generation: one whole output per prompt, its samples in order."""
     whole: dict[int, RequestOutput] = {}
-    count = UsageCount(generation.num_prompts)
+    count = UsageCount(generation)
     with generation:
         async for number, output in generation.outputs():
             count.add(number, output)
