@@ -15,13 +15,13 @@ from tests.engine.test_llm_sampling import write_gguf
 from tests.tiny_llama import CONFIG
 
 
-def refused(ran: Ran, *words: str, status: int = 1) -> None:
+def unsaid(ran: Ran, *words: str, status: int = 1) -> list[str]:
+    """Of the words, those that the one line of a refusal lacks."""
     assert ran.status == status
     assert ran.out == ""
     (line,) = ran.err.splitlines()
     assert line.startswith("tokenspeed: error: ")
-    for word in words:
-        assert word in line
+    return [word for word in words if word not in line]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def refused(ran: Ran, *words: str, status: int = 1) -> None:
     ],
 )
 def test_wrong_usage(cli: Cli, arguments: list[str], words: list[str]) -> None:
-    refused(cli(*arguments), *words, "--help", status=2)
+    assert unsaid(cli(*arguments), *words, "--help", status=2) == []
 
 
 @pytest.mark.parametrize(
@@ -76,15 +76,15 @@ def test_generate_refuses(cli: Cli, arguments: list[str], words: list[str]) -> N
         if torch.cuda.is_available():
             arguments = ["--device", "cpu", "--dtype", "float16", "x"]
             words = ["--dtype float16"]
-    refused(cli("generate", *arguments), *words)
+    assert unsaid(cli("generate", *arguments), *words) == []
 
 
 def test_prompts_that_are_not_utf8(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes("schön".encode("latin-1"))
-    refused(cli("generate", "--file", str(tmp_path / "latin")), "latin", "not UTF-8", "byte 3")
-    refused(cli("generate", stdin=b"ab\xff"), "stdin", "not UTF-8", "byte 2")
-    refused(cli("generate", stdin=b"\n"), "the prompt is empty")
-    refused(cli("generate", "--max-model-len", "64", "a\udcffb"), "not valid Unicode")
+    assert unsaid(cli("generate", "--file", str(tmp_path / "latin")), "latin", "not UTF-8", "byte 3") == []
+    assert unsaid(cli("generate", stdin=b"ab\xff"), "stdin", "not UTF-8", "byte 2") == []
+    assert unsaid(cli("generate", stdin=b"\n"), "the prompt is empty") == []
+    assert unsaid(cli("generate", "--max-model-len", "64", "a\udcffb"), "not valid Unicode") == []
 
 
 def test_a_damaged_demo_model(cli: Cli, demo_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_damaged_demo_model(cli: Cli, demo_path: Path) -> None:
     with link.open("wb") as file:
         file.truncate(demo_path.stat().st_size)
     ran = cli("generate", "x")
-    refused(ran, "sha256", "a5fd3b62", "delete it")
+    assert unsaid(ran, "sha256", "a5fd3b62", "delete it") == []
 
 
 @pytest.fixture
@@ -124,11 +124,11 @@ def test_broken_models(
         (model / name).unlink()
     else:
         (model / name).write_bytes(content)
-    refused(cli(*command, str(model)), *words)
+    assert unsaid(cli(*command, str(model)), *words) == []
 
 
 def test_a_checkpoint_without_its_tensors(cli: Cli, model: Path) -> None:
-    refused(cli("generate", "--model", str(model), "x"), "lacks 21 tensors", "model.embed_tokens.weight")
+    assert unsaid(cli("generate", "--model", str(model), "x"), "lacks 21 tensors", "model.embed_tokens.weight") == []
 
 
 def test_broken_gguf(cli: Cli, tmp_path: Path) -> None:
@@ -143,12 +143,12 @@ def test_broken_gguf(cli: Cli, tmp_path: Path) -> None:
         (whole.replace(b"blk.1.ffn_up", b"blk.1.ffn_xx"), ["blk.1.ffn_up.weight", "blk.1.ffn_xx.weight"]),
     ):
         file.write_bytes(damaged)
-        refused(cli("generate", "--model", str(file), "x"), *words)
+        assert unsaid(cli("generate", "--model", str(file), "x"), *words) == []
 
 
 def test_a_model_without_a_tokenizer(cli: Cli, tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", 0)
-    refused(cli("generate", "--model", str(tmp_path / "tiny.gguf"), "x"), "no tokenizer")
+    assert unsaid(cli("generate", "--model", str(tmp_path / "tiny.gguf"), "x"), "no tokenizer") == []
 
 
 @pytest.mark.parametrize(
@@ -173,4 +173,4 @@ def test_in_a_process_of_its_own(
 
 def test_an_unmeasured_machine(cli: Cli) -> None:
     (Path(os.environ["XDG_CACHE_HOME"]) / "tokenspeed" / "ceilings.json").unlink()
-    refused(cli("sol"), "doctor --measure", "--gpu")
+    assert unsaid(cli("sol"), "doctor --measure", "--gpu") == []

@@ -143,7 +143,9 @@ def test_one_token_at_a_time_with_the_cache(demo_path: Path, prompts: Prompts) -
 
 @pytest.mark.slow
 def test_one_token_at_a_time_without_the_cache(demo_path: Path, prompts: Prompts) -> None:
-    check(run(make_llm(demo_path, 1, 4, False), [prompts.base()]), prompts.oracle)
+    outputs = run(make_llm(demo_path, 1, 4, False), [prompts.base()])
+    check(outputs, prompts.oracle)
+    assert outputs[0].num_cached_tokens == 0
 
 
 @pytest.mark.parametrize("chunk, page, caching", [(512, 4, True), (512, 16, False)])
