@@ -68,15 +68,13 @@ def test_llama_layers_become_the_usual_shapes() -> None:
         "embed",
         "norm_linear",
         "split",
-        "rope_write",
-        "attention",
+        "rope_attention",
         "linear",
         "join_norm_linear_act",
         "linear",
         "join_norm_linear",
         "split",
-        "rope_write",
-        "attention",
+        "rope_attention",
         "linear",
         "join_norm_linear_act",
         "linear",
@@ -89,9 +87,9 @@ def test_llama_layers_become_the_usual_shapes() -> None:
 @pytest.mark.parametrize(
     ("family", "expected"),
     [
-        ("qwen3", {"qk_norm_rope_write": 2, "join_norm_linear_act": 2, "join_norm_linear": 1}),
-        ("qwen2", {"rope_write": 2, "join_norm_linear_act": 2, "join_norm_linear": 1}),
-        ("gemma3", {"qk_norm_rope_write": 2, "branch_join_norm_linear_act": 2, "branch_join_norm_linear": 1}),
+        ("qwen3", {"qk_norm_rope_attention": 2, "join_norm_linear_act": 2, "join_norm_linear": 1}),
+        ("qwen2", {"rope_attention": 2, "join_norm_linear_act": 2, "join_norm_linear": 1}),
+        ("gemma3", {"qk_norm_rope_attention": 2, "branch_join_norm_linear_act": 2, "branch_join_norm_linear": 1}),
     ],
 )
 def test_families_vary_the_match_without_saying_so(family: str, expected: dict[str, int]) -> None:
@@ -180,6 +178,26 @@ def test_a_reader_between_the_parts_of_a_group_stops_it() -> None:
     y = g.linear(g.norm(x, "n", eps=1e-6), "w")
     program = fuse(g.program(logits=y, other=other))
     assert ops(program) == ["embed", "add", "linear", "norm_linear"]
+
+
+def test_attention_with_its_rotation_has_its_own_attributes() -> None:
+    found = [each for each in fuse(build("qwen3")).records if each.op == "qk_norm_rope_attention"]
+    for group in found:
+        write, attention = group.parts
+        assert [write.op, attention.op] == ["qk_norm_rope_write", "attention"]
+        assert group.attrs == attention.attrs
+        assert len(group.inputs) == 3
+        assert group.outputs == attention.outputs
+    assert len(found) == 2
+
+
+def test_a_second_reader_of_the_turned_queries_keeps_attention_apart() -> None:
+    g = Recorder({"embed": (37, 24)})
+    q, k, v = g.split(g.embed(g.tokens, "embed"), 8, 8, 8)
+    q, k = g.rope(q, k, ROPE, head_dim=8)
+    out = g.attention(q, k, v, 0, head_dim=8, scale=1.0, window=0)
+    assert ops(fuse(g.program(out=out)))[-1] == "rope_attention"
+    assert ops(fuse(g.program(out=out, queries=q)))[-2:] == ["rope_write", "attention"]
 
 
 def test_group_borders_are_what_others_read() -> None:

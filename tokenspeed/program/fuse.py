@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 from tokenspeed.program.program import Program, Record
 
@@ -107,7 +108,18 @@ def rope_write(window: Window, record: Record) -> Record | None:
     return window.group("rope_write", rope, record)
 
 
-PATTERNS: tuple[Pattern, ...] = (join_norm, norm_linear, linear_act, rope_write)
+def rope_attention(window: Window, record: Record) -> Record | None:
+    """[per-head norms +] rope + KV page write, and the attention that alone reads them; with its attributes."""
+    if record.op != "attention":
+        return None
+    writes = [window.only(v, "rope_write", "qk_norm_rope_write") for v in record.inputs]
+    if writes[0] is None or any(write is not writes[0] for write in writes):
+        return None
+    group = window.group(writes[0].op.replace("write", "attention"), writes[0], record)
+    return group and replace(group, attrs=record.attrs)
+
+
+PATTERNS: tuple[Pattern, ...] = (join_norm, norm_linear, linear_act, rope_write, rope_attention)
 
 
 def fuse(program: Program) -> Program:

@@ -60,7 +60,9 @@ def why_not(model: LoadedModel, kv_dtype: torch.dtype) -> list[str]:
 def _unplanned(model: LoadedModel, record: Record, registry: Registry, situation: Situation) -> list[str]:
     if registry.choose(record.op, model.program.operands(record), situation) is not None:
         return []
-    return [op for part in record.parts for op in _unplanned(model, part, registry, situation)] or [record.op]
+    if not record.parts:
+        return [record.op]
+    return [op for part in record.parts for op in _unplanned(model, part, registry, situation)]
 
 
 class CpuBackend:

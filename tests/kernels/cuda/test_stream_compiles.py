@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.kernels.cuda.nvrtc import compile_
 from tokenspeed.contracts.errors import DeviceError
 from tokenspeed.kernels.cuda import program, registration
 from tokenspeed.kernels.cuda.stream import SHARED, Variant, stream, variant
@@ -21,21 +21,6 @@ PROLOGUES = {
     "join": Prologue(NORM, torch.ones(1)),
     "branch norm": Prologue(NORM, torch.ones(1), NORM),
 }
-
-
-def compile_(found: Variant, architecture: str) -> tuple[str, str]:
-    """The compiler's log with the resources used, and the PTX."""
-    nvrtc = import_module("cuda.bindings.nvrtc")
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v"]
-    options += [f"-D{name}={int(value)}" for name, value in found.defines().items()]
-    _, made = nvrtc.nvrtcCreateProgram((program.SOURCES / "stream.cu").read_bytes(), b"stream.cu", 0, [], [])
-    (status,) = nvrtc.nvrtcCompileProgram(made, len(options), [option.encode() for option in options])
-    log = b" " * nvrtc.nvrtcGetProgramLogSize(made)[1]
-    nvrtc.nvrtcGetProgramLog(made, log)
-    assert not status.value, log.decode()
-    ptx = b" " * nvrtc.nvrtcGetPTXSize(made)[1]
-    nvrtc.nvrtcGetPTX(made, ptx)
-    return log.decode(), ptx.decode()
 
 
 def check(found: Variant, compiled: tuple[str, str]) -> None:
@@ -64,7 +49,7 @@ def test_hopper(columns: int, prologue: str, act: str, item: int) -> None:
         assert found is None
         return
     assert found is not None
-    check(found, compile_(found, "sm_90a"))
+    check(found, compile_("stream", found.defines(), "sm_90a"))
 
 
 @pytest.mark.slow
@@ -76,7 +61,7 @@ def test_hopper(columns: int, prologue: str, act: str, item: int) -> None:
 def test_every_variant(columns: int, prologue: str, act: str, item: int, architecture: str) -> None:
     found = variant(columns, item, act, PROLOGUES[prologue], bias=True)
     if found is not None:
-        check(found, compile_(found, architecture))
+        check(found, compile_("stream", found.defines(), architecture))
 
 
 @pytest.mark.parametrize("item", [1, 2])

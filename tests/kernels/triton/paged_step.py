@@ -27,6 +27,7 @@ class DeviceStep:
     head_dim: int
     items: torch.Tensor | None = None
     decode_rows: torch.Tensor | None = None
+    alike: bool = False
     places: tuple[tuple[int, int], ...] = ((0, 0), (GROUP, LAYER))
 
 

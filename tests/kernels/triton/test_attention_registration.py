@@ -19,7 +19,7 @@ from tokenspeed.layers.attention import Attention, attention_block
 from tokenspeed.ops.reference import REFERENCE, StepView
 from tokenspeed.ops.rope import Rope
 from tokenspeed.program.fuse import fuse
-from tokenspeed.program.program import Program
+from tokenspeed.program.program import Program, Record
 from tokenspeed.program.recorder import Recorder
 
 HEADS = Heads(4, 2, 64, 0.125, 0)
@@ -33,6 +33,12 @@ def program(heads: Heads, normed: bool) -> Program:
     g = Recorder(shapes)
     spec = Attention(d, Rope(1e4, d), heads.scale, heads.window, 1e-6)
     return fuse(g.program(out=attention_block(g, g.embed(g.tokens, "table"), g.weights(), LAYER, spec)))
+
+
+def attention_of(fused: Program) -> tuple[Record, Record]:
+    """The write and the attention of a program's one group of both."""
+    write, attend = next(record.parts for record in fused.records if record.op.endswith("rope_attention"))
+    return write, attend
 
 
 def reference_view(case: PagedCase) -> StepView:
@@ -70,7 +76,7 @@ def test_chosen_kernels_give_what_the_parts_give(monkeypatch, seed, normed, toke
     fused, registry, view = program(HEADS, normed), Registry(), reference_view(case)
     register(registry)
     sizes = [HEADS.heads * 64, HEADS.kv_heads * 64, HEADS.kv_heads * 64]
-    write, attend = (next(r for r in fused.records if r.op.endswith(op)) for op in ("rope_write", "attention"))
+    write, attend = attention_of(fused)
     values = dict(zip(write.inputs, case.random(4, sum(sizes)).split(sizes, dim=-1), strict=True))
     expected = dict(values)
     weights = {name: 1 + 0.3 * case.random(64) for name in write.weights}
@@ -102,16 +108,16 @@ def test_chosen_kernels_give_what_the_parts_give(monkeypatch, seed, normed, toke
 def test_nothing_is_offered_beyond_the_limits(heads, situation):
     registry, fused = Registry(), program(heads, False)
     register(registry)
-    attend = next(record for record in fused.records if record.op == "attention")
+    _, attend = attention_of(fused)
     assert registry.choose("attention", fused.operands(attend), situation) is None
     usual = replace(situation, device="cuda", dtype="bfloat16")
-    attend = next(record for record in program(HEADS, False).records if record.op == "attention")
+    _, attend = attention_of(program(HEADS, False))
     assert registry.choose("attention", program(HEADS, False).operands(attend), usual) is not None
 
 
 def test_without_work_items_every_token_is_a_sequence_of_its_own():
     case = PagedCase([(0, 2, 0)], HEADS, 16, SEED)
-    attend = next(record for record in program(HEADS, False).records if record.op == "attention")
+    _, attend = attention_of(program(HEADS, False))
     (found,) = run_prefill(case.step, attend, [case.q], [])
     (wanted,) = run_decode(case.step, attend, [case.q], [])
     assert found.abs().sum() > 0

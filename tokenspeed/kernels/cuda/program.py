@@ -73,30 +73,47 @@ def _compile(nvrtc: Any, name: str, source: str, options: Sequence[str]) -> byte
 
 
 class Kernel:
-    """One function on the current device. shared: bytes of dynamic shared memory it is launched with."""
+    """One function on the current device. shared: bytes of dynamic shared memory it is launched with. cluster: programs
+    along the first axis that run side by side and reach each other's shared memory (more than 8: not on every GPU)."""
 
-    def __init__(self, cubin: bytes, function: str, threads: int, shared: int) -> None:
+    def __init__(self, cubin: bytes, function: str, threads: int, shared: int, cluster: int = 1) -> None:
         self._driver = driver = import_module("cuda.bindings.driver")
         status, self._module = driver.cuModuleLoadData(cubin)
         _check(status, "cuModuleLoadData")
         status, self._function = driver.cuModuleGetFunction(self._module, function.encode())
         _check(status, "cuModuleGetFunction")
-        dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check(driver.cuFuncSetAttribute(self._function, dynamic, shared)[0], "cuFuncSetAttribute")
+        names = driver.CUfunction_attribute
+        self._set(names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+        # All kernels want the same division of a processor's memory: to divide it anew it must run empty.
+        self._set(names.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
         self._config = config = driver.CUlaunchConfig()
-        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        config.blockDimY = config.blockDimZ = 1
         config.blockDimX, config.sharedMemBytes = threads, shared
         ahead = driver.CUlaunchAttribute()
         ahead.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         ahead.value.programmaticStreamSerializationAllowed = 1
-        config.attrs, config.numAttrs = [ahead], 1
+        attributes = [ahead]
+        if cluster > 1:
+            self._set(names.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
+            attributes.append(_cluster_attribute(driver, cluster))
+        config.attrs, config.numAttrs = attributes, len(attributes)
 
-    def launch(self, programs: int, arguments: Sequence[Argument]) -> None:
+    def _set(self, attribute: Any, value: int) -> None:
+        _check(self._driver.cuFuncSetAttribute(self._function, attribute, value)[0], "cuFuncSetAttribute")
+
+    def launch(self, grid: tuple[int, int, int], arguments: Sequence[Argument]) -> None:
         """Launch ahead of the kernel in front (programmatic dependent launch), in torch's current stream."""
-        self._config.gridDimX = programs
+        self._config.gridDimX, self._config.gridDimY, self._config.gridDimZ = grid
         self._config.hStream = torch.cuda.current_stream().cuda_stream
         values, types = zip(*arguments, strict=True)
         _check(self._driver.cuLaunchKernelEx(self._config, self._function, (values, types), 0)[0], "cuLaunchKernelEx")
+
+
+def _cluster_attribute(driver: Any, programs: int) -> Any:
+    made = driver.CUlaunchAttribute()
+    made.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    made.value.clusterDim.x, made.value.clusterDim.y, made.value.clusterDim.z = programs, 1, 1
+    return made
 
 
 def pointer(tensor: torch.Tensor | None) -> Argument:

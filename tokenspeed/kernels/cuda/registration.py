@@ -6,22 +6,28 @@ from functools import cache, partial
 
 import torch
 
+from tokenspeed.kernels.cuda.attend import MOST_TOKENS, attend, fits
 from tokenspeed.kernels.cuda.program import compiler_found
 from tokenspeed.kernels.cuda.stream import stream
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.kernels.triton import dense
+from tokenspeed.kernels.triton.attention_registration import Inputs, Tensors, rotation_of, run_attention, run_rope_write
 from tokenspeed.kernels.triton.linear import project
 from tokenspeed.kernels.triton.operands import Matrix, Prologue
+from tokenspeed.kernels.triton.paged import heads_of, paged_layer
+from tokenspeed.kernels.triton.view import PagedView, RecordView
 from tokenspeed.ops.definitions import Operands
 
 PRIORITY = 20
 
 
 def register(registry: Registry) -> None:
-    """Add the projections of one row of bf16."""
+    """Add the projections of one row of bf16, and the attention of decoding tokens."""
     run = partial(dense.run_projection, project=stream_or_project)
     for op in ("linear", *dense.FUSED):
         registry.add(Implementation(f"cuda.{op}", op, "cuda", run, _takes, PRIORITY))
+    for op in ("rope_attention", "qk_norm_rope_attention"):
+        registry.add(Implementation("cuda.attend", op, "cuda", run_attend, _takes_attend, PRIORITY))
 
 
 def stream_or_project(
@@ -31,8 +37,33 @@ def stream_or_project(
     return stream(x, weight, bias, act, prologue) or project(x, weight, bias, act, prologue)
 
 
+def run_attend(view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs) -> Tensors:
+    """rope_attention and qk_norm_rope_attention: inputs q, k, v; weights those of the write, then of the attention. By
+    the Triton kernels in steps that one kernel does not suit, and for pages that it does not take."""
+    q, k, v = inputs
+    rope, norms, layer = rotation_of(record, weights)
+    rest = weights[2 if norms else 0 :]
+    if view.alike:
+        sinks = rest[0] if rest else None
+        out = attend(q, k, v, paged_layer(view, layer), rope, heads_of(record.attrs), norms, sinks)
+        if out is not None:
+            return (out,)
+    rotated, _ = run_rope_write(view, record, inputs, weights)
+    return run_attention(view, record, (rotated,), rest)
+
+
+def _takes_attend(operands: Operands, situation: Situation) -> bool:
+    attrs = operands.attrs
+    fitting = situation.tokens <= MOST_TOKENS and fits(attrs["heads"], attrs["kv_heads"], attrs["head_dim"])
+    return fitting and _on_device(situation)
+
+
 def _takes(operands: Operands, situation: Situation) -> bool:
-    return situation.device == "cuda" and situation.dtype == "bfloat16" and situation.tokens == 1 and usable()
+    return situation.tokens == 1 and _on_device(situation)
+
+
+def _on_device(situation: Situation) -> bool:
+    return situation.device == "cuda" and situation.dtype == "bfloat16" and usable()
 
 
 @cache

@@ -99,8 +99,9 @@ def stream(
     y = torch.empty(1, n, dtype=x.dtype, device=x.device)
     joined = None if branch is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     device = torch.cuda.current_device() if x.device.index is None else x.device.index
+    units = -(-n // (UNIT if act == "none" else UNIT // 2))
     kernel(found, device).launch(
-        min(-(-n // (UNIT if act == "none" else UNIT // 2)), PROGRAMS_PER_SM * _processors(device)),
+        (min(units, PROGRAMS_PER_SM * _processors(device)), 1, 1),
         [
             pointer(x),
             pointer(branch),

@@ -18,6 +18,7 @@ from tokenspeed.kernels.triton.prefill_attention import prefill_attention
 from tokenspeed.kernels.triton.rope_write import HeadNorm, rope_write
 from tokenspeed.kernels.triton.view import PagedView, RecordView
 from tokenspeed.ops.definitions import Operands
+from tokenspeed.ops.rope import Rope
 
 Tensors = tuple[torch.Tensor, ...]
 Inputs = Sequence[torch.Tensor]
@@ -47,6 +48,12 @@ def run_prefill(view: PagedView, record: RecordView, inputs: Inputs, weights: In
     return (out,)
 
 
+def run_attention(view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs) -> Tensors:
+    """attention of a bucket of any size."""
+    run = run_decode if inputs[0].shape[0] <= MOST_DECODE_TOKENS else run_prefill
+    return run(view, record, inputs, weights)
+
+
 def _sinks(weights: Inputs) -> torch.Tensor | None:
     return weights[0] if weights else None
 
@@ -73,15 +80,20 @@ def run_rope_write(
 ) -> Tensors:
     """rope_write and qk_norm_rope_write: inputs q, k, v; weights none, or the norms of q and of k. pdl: whether the
     kernel is launched ahead; by default in small steps."""
+    q, k, v = inputs
+    rope, norms, layer = rotation_of(record, weights)
+    paged = paged_layer(view, layer)
+    rotated = rope_write(q, k, v, paged, rope, norms, pdl=small_step(q) if pdl is None else pdl)
+    return rotated, paged.kv
+
+
+def rotation_of(record: RecordView, weights: Inputs) -> tuple[Rope, tuple[HeadNorm, HeadNorm] | None, int]:
+    """How a record that writes keys turns them, the norms that come before, and the layer."""
     parts = list(record.plain())
     rope = next(part.attrs["rope"] for part in parts if part.op == "rope")
     layer = next(part.attrs["layer"] for part in parts if part.op == "kv_write")
     eps = [part.attrs["eps"] for part in parts if part.op == "norm"]
-    norms = (HeadNorm(weights[0], eps[0]), HeadNorm(weights[1], eps[1])) if eps else None
-    q, k, v = inputs
-    paged = paged_layer(view, layer)
-    rotated = rope_write(q, k, v, paged, rope, norms, pdl=small_step(q) if pdl is None else pdl)
-    return rotated, paged.kv
+    return rope, (HeadNorm(weights[0], eps[0]), HeadNorm(weights[1], eps[1])) if eps else None, layer
 
 
 def _takes(operands: Operands, situation: Situation) -> bool:

@@ -72,6 +72,8 @@ def _decode(q, kv, table, positions, slots, rows, out, partial, tops, totals, si
     head = tl.program_id(0)
     split = tl.program_id(1)
     item = tl.program_id(2)
+    if PDL:
+        gdc_launch_dependents()
     if PDL and not EARLY:
         gdc_wait()
     r = tl.arange(0, ROWS)
@@ -87,8 +89,6 @@ def _decode(q, kv, table, positions, slots, rows, out, partial, tops, totals, si
     if PDL and EARLY:
         _ask(pages, kv + head * kv_head, begin, end, blocks, split, used, kv_page, kv_which, kv_entry, KEYS, PAGE, DIM)
         gdc_wait()
-    if PDL:
-        gdc_launch_dependents()
 
     d = tl.arange(0, DIM_PAD)
     wide = d < DIM
@@ -135,6 +135,8 @@ def _combine(positions, slots, rows, out, partial, tops, totals, sinks, num_toke
     row = tl.program_id(0)
     head = tl.program_id(1)
     item = tl.program_id(2)
+    if PDL:
+        gdc_launch_dependents()
     if PDL and not EARLY:
         gdc_wait()
     t = tl.arange(0, ROWS) // GROUP_PAD
@@ -143,8 +145,6 @@ def _combine(positions, slots, rows, out, partial, tops, totals, sinks, num_toke
     _, _, _, _, _, used = _span(positions, slots, window, num_tokens, splits, min_blocks, start, start + t, own, KEYS)
     if PDL and EARLY:
         gdc_wait()
-    if PDL:
-        gdc_launch_dependents()
     token = start + row // GROUP
     if (used <= 1) | (token >= num_tokens):
         return

@@ -1,9 +1,10 @@
 """How kernels are launched: compile options, and programmatic dependent launch where the device has it.
 
 A kernel launched so may start before the one in front of it has ended. It must call `gdc_wait` before it reads what an
-earlier kernel wrote and before it writes anything; what it reads before the wait may only be constant (weights). Every
-program must wait, also one that has nothing to do: the next kernel takes this one's end as a sign that all before it
-has ended.
+earlier kernel wrote and before it writes anything; what it reads before the wait may only be constant (weights), or
+older than every kernel that can still run: inputs of a step, once a kernel between has let others start only after its
+own wait (`embed`, `rope_write`), and keys of earlier steps. Every program must wait, also one that has nothing to do:
+the next kernel takes this one's end as a sign that all before it has ended.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ class PagedView(Protocol):
     items: int32 [n, 4], the prefill kernel's work list (`work_items`); needed above 64 tokens.
     decode_rows: int32 [n], tokens that the decode kernel takes in a step with items, -1 for none; None where all
         tokens are in items.
+    alike: whether every row feeds one token, of sequences of much the same length, none of them very long.
     """
 
     @property
@@ -52,3 +53,5 @@ class PagedView(Protocol):
     def items(self) -> torch.Tensor | None: ...
     @property
     def decode_rows(self) -> torch.Tensor | None: ...
+    @property
+    def alike(self) -> bool: ...

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from tokenspeed.contracts.step import NewSequence, ResultRow, StepDelta, StepPlan, StepResult
+from tokenspeed.kernels.cuda.attend import alike
 from tokenspeed.kernels.triton.sampling_state import excess, is_edited
 from tokenspeed.kernels.triton.step import StepInputs
 from tokenspeed.program.plan import bucket_of
@@ -169,15 +170,15 @@ class GpuExecutor:
     def _step(self, kind: _Kind) -> None:
         """All of a step, from its header to its tokens, on whatever the ring's next slot holds."""
         sampling, lengths = self.state.sampling, self.state.lengths
-        inputs, view = self._prepare(kind.bucket, kind.mixed)
+        inputs, view = self._prepare(kind.bucket, kind.mixed, kind.alike)
         logits = self.backend.forward(view)
         drawn = self._kernels.sample(logits, inputs, sampling, lengths.pool, kind.edits)
         self._kernels.finish(drawn, inputs, lengths, sampling, self._ring.mailbox)
 
-    def _prepare(self, tokens: int, mixed: bool) -> tuple[StepInputs, GpuView]:
+    def _prepare(self, tokens: int, mixed: bool, alike: bool = False) -> tuple[StepInputs, GpuView]:
         rows, mailbox = min(tokens, self._max_rows), self._ring.mailbox
         inputs = self._kernels.prepare(mailbox, self.state.flat, self.state.lengths, tokens, rows)
-        return inputs, self._view(inputs, mixed)
+        return inputs, self._view(inputs, mixed, alike)
 
     def _step_by_logits(self, launched: Launched) -> None:
         """Wait until all tokens are known, then forward, score and sample as the reference does."""
@@ -207,7 +208,7 @@ class GpuExecutor:
         else:
             run_jobs(logits.float(), jobs, self.processors)
 
-    def _view(self, inputs: StepInputs, mixed: bool) -> GpuView:
+    def _view(self, inputs: StepInputs, mixed: bool, alike: bool) -> GpuView:
         shape = self._arena.shape
         items, decode_rows = self._kernels.items(inputs, self._ring.mailbox.rows, self._arena, mixed)
         return GpuView(
@@ -223,6 +224,7 @@ class GpuExecutor:
             head_dim=shape.head_dim,
             items=items,
             decode_rows=decode_rows,
+            alike=alike,
         )
 
     def _upload(self, changes: Changes, rows: Sequence[LaunchedRow]) -> int:
@@ -263,17 +265,22 @@ class GpuExecutor:
 
 
 class _Kind(NamedTuple):
-    """What tells captured steps apart. mixed: some rows feed more than one token. edits: some edit their logits."""
+    """What tells captured steps apart. mixed: some rows feed more than one token. alike: none does, and the sequences
+    are of much the same length, none of them very long. edits: some edit their logits."""
 
     bucket: int
     mixed: bool
+    alike: bool
     edits: bool
 
     @staticmethod
     def of(rows: Sequence[LaunchedRow]) -> _Kind:
         """The kind of a step of these rows."""
+        mixed = any(row.count > 1 for row in rows)
         edits = any(is_edited(row.slot.sampling) for row in rows)
-        return _Kind(bucket_of(sum(row.count for row in rows)), any(row.count > 1 for row in rows), edits)
+        return _Kind(
+            bucket_of(sum(row.count for row in rows)), mixed, not mixed and alike([row.start for row in rows]), edits
+        )
 
 
 def _joined(entries: list[Entries]) -> Entries:

@@ -1,0 +1,320 @@
+// Attention of tokens over their pages, each the only one of its sequence, with what comes before: [norms of queries and
+// keys,] their rotation, and the write of keys and values.
+//
+// A cluster of SPLITS programs shares the keys of one token and key head. Each warp takes tiles of 16 keys through a ring of its own,
+// which it fills as soon as the program starts, before the kernel in front has ended (programmatic dependent launch): keys
+// of earlier tokens, positions and block tables are older than that kernel. Both products are those of tensor
+// cores, with a row for each query head. Then the programs of a cluster send each other parts of their sums.
+//
+// Compiled with -D: DIM (64, 128), GROUP query heads of a key head (1 to 8), HALF of the columns that turn, PAGE
+// (a multiple of 16), SPLITS, WARPS, STAGES, SHARED bytes, and 0/1: NORMED, SINKS.
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+constexpr int THREADS = 32 * WARPS;
+constexpr int KEYS = 16;
+constexpr int ROW_BYTES = 2 * DIM;
+constexpr int CHUNKS = ROW_BYTES / 16;
+constexpr int STEPS = DIM / 32;
+constexpr int COLUMNS = DIM / 8;
+constexpr int QUERY_PITCH = DIM + 32;
+constexpr int VALUES = GROUP * DIM / SPLITS;
+constexpr float NONE = -1e38f;
+static_assert(DIM % 64 == 0 && 32 % CHUNKS == 0 && GROUP <= 8 && PAGE % KEYS == 0 && GROUP * DIM % SPLITS == 0, "unfit sizes");
+
+struct Tile {
+  u8 keys[KEYS][ROW_BYTES];
+  u8 values[KEYS][ROW_BYTES];
+};
+
+struct Shared {
+  union {
+    Tile ring[WARPS][STAGES];
+    float sums[WARPS][GROUP][DIM];
+  };
+  Tile own;
+  u16 queries[8][QUERY_PITCH];
+  float cosines[HALF], sines[HALF];
+  float tops[WARPS][GROUP], totals[WARPS][GROUP];
+  float all_tops[SPLITS][GROUP], all_totals[SPLITS][GROUP], all_sums[SPLITS][VALUES];
+};
+static_assert(sizeof(Shared) == SHARED, "the launch must know the size");
+
+__device__ float widen(u32 bits) { return __uint_as_float(bits << 16); }
+__device__ u16 narrow(float v) {
+  u16 r;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
+  return r;
+}
+__device__ float rounded(float v) { return widen(narrow(v)); }
+__device__ float exp2_fast(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+__device__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
+__device__ void store_remote(const void* here, int rank, float v) {
+  asm volatile(
+      "{ .reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.shared::cluster.f32 [there], %2; }" ::"r"(shared_address(here)), "r"(rank), "f"(v) : "memory");
+}
+
+// Where a row's chunk of 16 bytes lies, so that threads which read at once touch different banks: four chunks of a row of
+// keys and of the next; one chunk of eight rows of values.
+__device__ int key_chunk(int row, int chunk) { return (chunk ^ (row & 1) << 2) * 16; }
+__device__ int value_chunk(int row, int chunk) { return (chunk ^ (row & 7)) * 16; }
+
+// One row of bf16, [normed,] turned by the token's position and rounded, by one warp: column c to to[at(c)].
+struct Turn {
+  const float* norm;
+  const float* cosines;
+  const float* sines;
+  float eps;
+
+  __device__ void row(const u16* from, u16 (&out)[DIM / 32]) const {
+    int lane = threadIdx.x % 32;
+    float x[DIM / 32], y[DIM / 32], squares = 0;
+    for (int i = 0; i < DIM / 32; ++i) {
+      int column = lane + 32 * i, partner = column < HALF ? column + HALF : column < 2 * HALF ? column - HALF : column;
+      x[i] = widen(from[column]);
+      y[i] = widen(from[partner]);
+      squares += x[i] * x[i];
+    }
+    if (NORMED) {
+      for (int o = 16; o; o /= 2) squares += __shfl_xor_sync(~0u, squares, o);
+      float factor = rsqrtf(squares / DIM + eps);
+      for (int i = 0; i < DIM / 32; ++i) {
+        int column = lane + 32 * i, partner = column < HALF ? column + HALF : column < 2 * HALF ? column - HALF : column;
+        x[i] = rounded(x[i] * factor * norm[column]);
+        y[i] = rounded(y[i] * factor * norm[partner]);
+      }
+    }
+    for (int i = 0; i < DIM / 32; ++i) {
+      int column = lane + 32 * i;
+      float turned = x[i];
+      if (column < 2 * HALF) {
+        float c = cosines[column % HALF], s = sines[column % HALF];
+        turned = x[i] * c + y[i] * (column < HALF ? -s : s);
+      }
+      out[i] = narrow(turned);
+    }
+  }
+};
+
+// sums += the product of 8 rows (of 16; the others are zero) of 16 columns with 16 rows of 8 columns.
+__device__ void multiply(float* sums, u32 a0, u32 a1, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) : "r"(a0), "r"(0), "r"(a1), "r"(b0), "r"(b1));
+}
+
+__device__ u32 pair(float low, float high) {
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+// What a warp has seen. Thread 4 h + t holds head h's highest score, in units of log 2, its share of the sum of weights,
+// and columns 8 c + 2 t and the next of the sum of values.
+struct Seen {
+  float top = NONE, total = 0, sums[COLUMNS][4] = {};
+
+  __device__ void absorb(const Tile& tile, const uint4 (&queries)[STEPS], int first, int begin, int end, float scale) {
+    int lane = threadIdx.x % 32, group = lane / 4, part = lane % 4;
+    float scores[2][4] = {}, others[2][4] = {};
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step)
+      for (int i = 0; i < 2; ++i) {
+        uint4 k = *reinterpret_cast<const uint4*>(tile.keys[8 * i + group] + key_chunk(group, 4 * step + part));
+        multiply(scores[i], queries[step].x, queries[step].y, k.x, k.y);
+        multiply(others[i], queries[step].z, queries[step].w, k.z, k.w);
+      }
+    float score[4], highest = top;
+    for (int i = 0; i < 4; ++i) {
+      int key = first + i / 2 * 8 + 2 * part + i % 2;
+      score[i] = key >= begin && key < end ? (scores[i / 2][i % 2] + others[i / 2][i % 2]) * scale : NONE;
+      highest = fmaxf(highest, score[i]);
+    }
+    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+    if (__any_sync(~0u, highest > top)) {
+      float shrink = exp2_fast(top - highest);
+      top = highest;
+      total *= shrink;
+#pragma unroll
+      for (int c = 0; c < COLUMNS; ++c)
+        for (int i = 0; i < 2; ++i) sums[c][i] *= shrink;
+    }
+    for (int i = 0; i < 4; ++i) {
+      score[i] = exp2_fast(score[i] - top);
+      total += score[i];
+    }
+    u32 low = pair(score[0], score[1]), high = pair(score[2], score[3]);
+    int row = lane % 16;
+    const u8* values = tile.values[row];
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c += 2) {
+      u32 v[4];
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                   : "r"(shared_address(values + value_chunk(row, c + lane / 16))) : "memory");
+      multiply(sums[c], low, high, v[0], v[1]);
+      multiply(sums[c + 1], low, high, v[2], v[3]);
+    }
+  }
+
+  // Into shared memory.
+  __device__ void leave(float (*to)[DIM], float* tops, float* totals) {
+    int h = threadIdx.x % 32 / 4, part = threadIdx.x % 4;
+    total += __shfl_xor_sync(~0u, total, 1);
+    total += __shfl_xor_sync(~0u, total, 2);
+    if (h >= GROUP) return;
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c)
+      *reinterpret_cast<float2*>(&to[h][8 * c + 2 * part]) = make_float2(sums[c][0], sums[c][1]);
+    if (part == 0) {
+      tops[h] = top;
+      totals[h] = total;
+    }
+  }
+};
+
+// A warp's way through its tiles: what it asks for next.
+struct Stream {
+  const u16* head;
+  const int* pages;
+  long long kv_page, kv_which, kv_entry;
+  int tile, last, begin, end, page;
+
+  __device__ void turn_to(int next) {
+    tile = next;
+    if (tile < last) page = pages[tile * KEYS / PAGE];
+  }
+
+  __device__ void request(Tile& to) {
+    if (tile < last) {
+      int row = threadIdx.x % 32 / CHUNKS, chunk = threadIdx.x % CHUNKS, first = tile * KEYS;
+      const u16* from = head + page * kv_page + (first % PAGE + row) * kv_entry + chunk * 8;
+      bool whole = first >= begin && first + KEYS <= end;
+#pragma unroll
+      for (int i = 0; i < KEYS; i += 32 / CHUNKS, row += 32 / CHUNKS, from += 32 / CHUNKS * kv_entry) {
+        int bytes = whole || (first + row >= begin && first + row < end) ? 16 : 0;
+        copy(to.keys[row] + key_chunk(row, chunk), from, bytes);
+        copy(to.values[row] + value_chunk(row, chunk), from + kv_which, bytes);
+      }
+      turn_to(tile + WARPS);
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+
+  // Zeros where `bytes` is 0.
+  __device__ static void copy(u8* to, const u16* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
+    const u16* q, const u16* k, const u16* v, const float* q_norm, const float* k_norm, const float* frequency,
+    const int* positions, const int* slots, const int* table, u16* kv, u16* out, const float* sinks, long long q_row,
+    long long k_row, long long v_row, long long table_slot, long long kv_page, long long kv_which, long long kv_entry,
+    long long kv_head, int window, float scale, float q_eps, float k_eps) {
+  extern __shared__ __align__(128) u8 memory[];
+  Shared& s = *reinterpret_cast<Shared*>(memory);
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;");
+  int rank = blockIdx.x, head = blockIdx.y, token = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int position = positions[token], slot = slots[token];
+  bool alive = slot >= 0;
+  int begin = window > 0 ? max(position - window + 1, 0) : 0, tiles = (position + KEYS - 1) / KEYS - begin / KEYS;
+  tiles = alive && position > begin ? tiles : 0;
+  int first = begin / KEYS + rank * tiles / SPLITS, last = begin / KEYS + (rank + 1) * tiles / SPLITS;
+  const int* pages = table + slot * table_slot;
+  Stream stream{kv + head * kv_head, pages, kv_page, kv_which, kv_entry, 0, last, begin, position, 0};
+  stream.turn_to(first + warp);
+  for (int i = 0; i < STAGES; ++i) stream.request(s.ring[warp][i]);
+  for (int i = threadIdx.x; i < HALF; i += THREADS) {
+    float angle = position * frequency[i];
+    s.cosines[i] = cosf(angle);
+    s.sines[i] = sinf(angle);
+  }
+  for (int i = threadIdx.x; i < (int)sizeof(Tile) / 4; i += THREADS) reinterpret_cast<u32*>(&s.own)[i] = 0;
+  __syncthreads();
+
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  bool writes = rank == SPLITS - 1 && alive;
+  u16* entry = alive ? kv + pages[position / PAGE] * kv_page + position % PAGE * kv_entry + head * kv_head : kv;
+  for (int row = warp; row < GROUP + writes; row += WARPS) {
+    bool is_key = row == GROUP;
+    Turn turn{is_key ? k_norm : q_norm, s.cosines, s.sines, is_key ? k_eps : q_eps};
+    u16 turned[DIM / 32];
+    turn.row(is_key ? k + token * k_row + head * DIM : q + token * q_row + (head * GROUP + row) * DIM, turned);
+    for (int i = 0; i < DIM / 32; ++i) {
+      int column = lane + 32 * i;
+      if (is_key) {
+        u16 value = v[token * v_row + head * DIM + column];
+        entry[column] = turned[i];
+        entry[kv_which + column] = value;
+        reinterpret_cast<u16*>(s.own.keys[0])[column] = turned[i];
+        reinterpret_cast<u16*>(s.own.values[0])[column] = value;
+      } else {
+        s.queries[row][column] = turned[i];
+      }
+    }
+  }
+  __syncthreads();
+  uint4 queries[STEPS];
+  for (int step = 0; step < STEPS; ++step)
+    queries[step] = lane / 4 < GROUP ? *reinterpret_cast<const uint4*>(&s.queries[lane / 4][32 * step + lane % 4 * 8])
+                                     : make_uint4(0, 0, 0, 0);
+  Seen seen;
+  int at = 0;
+  for (int tile = first + warp; tile < last; tile += WARPS) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+    __syncwarp();
+    seen.absorb(s.ring[warp][at], queries, tile * KEYS, begin, position, scale);
+    __syncwarp();
+    stream.request(s.ring[warp][at]);
+    if (++at == STAGES) at = 0;
+  }
+  if (writes && warp == WARPS - 1) seen.absorb(s.own, queries, position, position, position + 1, scale);
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncthreads();
+  seen.leave(s.sums[warp], s.tops[warp], s.totals[warp]);
+  __syncthreads();
+
+  // The program's sums, each to the program that adds those of its columns.
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) {
+    int h = i / DIM;
+    float top = NONE, sum = 0;
+    for (int w = 0; w < WARPS; ++w) top = fmaxf(top, s.tops[w][h]);
+    for (int w = 0; w < WARPS && top > NONE; ++w) sum += s.sums[w][h][i % DIM] * exp2_fast(s.tops[w][h] - top);
+    store_remote(&s.all_sums[rank][i % VALUES], i / VALUES, sum);
+  }
+  for (int i = threadIdx.x; i < GROUP * SPLITS; i += THREADS) {
+    int h = i % GROUP;
+    float top = NONE, total = 0;
+    for (int w = 0; w < WARPS; ++w) top = fmaxf(top, s.tops[w][h]);
+    for (int w = 0; w < WARPS && top > NONE; ++w) total += s.totals[w][h] * exp2_fast(s.tops[w][h] - top);
+    store_remote(&s.all_tops[rank][h], i / GROUP, top);
+    store_remote(&s.all_totals[rank][h], i / GROUP, total);
+  }
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  for (int i = threadIdx.x; i < VALUES; i += THREADS) {
+    int column = rank * VALUES + i, h = column / DIM;
+    float top = SINKS ? sinks[head * GROUP + h] * 1.4426950408889634f : NONE, total = SINKS ? 1.0f : 0.0f, sum = 0;
+    for (int r = 0; r < SPLITS; ++r) top = fmaxf(top, s.all_tops[r][h]);
+    if (SINKS) total = exp2_fast(sinks[head * GROUP + h] * 1.4426950408889634f - top);
+    for (int r = 0; r < SPLITS && top > NONE; ++r) {
+      float weight = exp2_fast(s.all_tops[r][h] - top);
+      total += s.all_totals[r][h] * weight;
+      sum += s.all_sums[r][i] * weight;
+    }
+    out[(token * gridDim.y + head) * GROUP * DIM + column] = narrow(alive && total > 0 ? sum / total : 0.0f);
+  }
+}

@@ -1,0 +1,133 @@
+"""Rotation, KV write and attention of a few decoding tokens in one kernel (`attend.cu`)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import torch
+
+from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer
+from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer
+from tokenspeed.kernels.triton.rope_write import HeadNorm, device_frequencies
+from tokenspeed.ops.rope import Rope
+
+WARPS, KEYS = 4, 16
+"""Of a program; of a warp's tile."""
+SPLITS = {2: 8, 4: 4, 16: 2, 256: 1}
+"""Programs that share the keys of one token and key head, by the most tokens. 8B, 1100 tokens of context, 1 / 2 / 4 /
+8 / 16 / 32 / 64 / 128 sequences: 5.5 / 8.2 / 9.5 / 13.4 / 20.7 / 39.4 / 76.3 / 144 us with rotation and write, where
+the three Triton kernels take 10.3 / 13.9 / 15.0 / 19.2 / 29.0 / 46.3 / 83.8 / 153. With 16, at one sequence, every
+processor has a program, and the projections behind it take longer."""
+MOST_TOKENS = max(SPLITS)
+RING, NARROW_RING = 96 << 10, 64 << 10
+"""Bytes of keys and values that a program may have under way; with heads of 64."""
+HEAD_DIMS, MOST_GROUP, FEWEST_KEY_HEADS = (64, 128), 8, 4
+"""What the kernel takes; with fewer key heads its programs are too few for the memory."""
+FAR = 4096
+"""Tokens before one sequence's beyond which the Triton kernels' more programs are faster; those of several together."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a kernel is compiled for: names of the definitions of `attend.cu`, in lower case."""
+
+    dim: int
+    group: int
+    half: int
+    page: int
+    splits: int
+    warps: int
+    stages: int
+    normed: int
+    sinks: int
+
+    @property
+    def shared(self) -> int:
+        """Bytes of `attend.cu`'s Shared."""
+        tile = 2 * KEYS * 2 * self.dim
+        ring = self.warps * max(self.stages * tile, 4 * self.group * self.dim)
+        turned = 8 * 2 * (self.dim + 32) + 2 * 4 * self.half
+        merged = 4 * self.group * (2 * self.warps + 2 * self.splits + self.dim)
+        return ring + tile + turned + merged
+
+    def defines(self) -> dict[str, int]:
+        """For the compiler."""
+        return {name.upper(): value for name, value in asdict(self).items()} | {"SHARED": self.shared}
+
+
+def variant(tokens: int, heads: Heads, rope: Rope, page: int, normed: bool, sinks: bool) -> Variant:
+    """The variant for so many tokens, such heads and pages."""
+    splits = next(splits for most, splits in SPLITS.items() if tokens <= most)
+    dim = heads.head_dim
+    stages = (RING if dim > 64 else NARROW_RING) // (WARPS * 2 * KEYS * 2 * dim)
+    return Variant(dim, heads.group, rope.dim // 2, page, splits, WARPS, stages, int(normed), int(sinks))
+
+
+def fits(heads: int, kv_heads: int, head_dim: int) -> bool:
+    """Whether the kernel takes an attention of this shape."""
+    return head_dim in HEAD_DIMS and heads <= MOST_GROUP * kv_heads and kv_heads >= FEWEST_KEY_HEADS
+
+
+def alike(lengths: Sequence[int]) -> bool:
+    """Whether sequences of so many tokens suit the kernel, whose splits do not follow their lengths: none is long for
+    the number of programs, or among the others."""
+    longest, rows = max(lengths, default=0), len(lengths)
+    return longest <= FAR * rows and longest * rows <= 512 * rows + 2 * sum(lengths)
+
+
+@cache
+def kernel(found: Variant, device: int) -> Kernel:
+    """Compiled and loaded."""
+    cubin = compiled("attend", found.defines(), architecture(device))
+    return Kernel(cubin, "attend", 32 * found.warps, found.shared, found.splits)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    paged: PagedLayer,
+    rope: Rope,
+    heads: Heads,
+    norms: tuple[HeadNorm, HeadNorm] | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """`rope_write` and `decode_attention` of tokens of different sequences; None for pages that it does not take.
+
+    q [T, heads * head_dim], k and v [T, kv_heads * head_dim], bf16, rows may have gaps. Positions, slots, block tables
+    and the keys of earlier tokens are read before the wait of dependent launch: kernels in front must not write them.
+    """
+    tokens, page = q.shape[0], paged.kv.shape[2]
+    if paged.kv.dtype != torch.bfloat16 or page % KEYS:
+        return None
+    out = torch.empty((tokens, heads.heads * heads.head_dim), dtype=q.dtype, device=q.device)
+    found = variant(tokens, heads, rope, page, norms is not None, sinks is not None)
+    device = torch.cuda.current_device() if q.device.index is None else q.device.index
+    strides = (q.stride(0), k.stride(0), v.stride(0), paged.table.stride(0), *paged.kv.stride()[:4])
+    q_norm, k_norm = norms or (None, None)
+    kernel(found, device).launch(
+        (found.splits, heads.kv_heads, tokens),
+        [
+            pointer(q),
+            pointer(k),
+            pointer(v),
+            pointer(q_norm.weight if q_norm else None),
+            pointer(k_norm.weight if k_norm else None),
+            pointer(device_frequencies(rope, q.device)),
+            pointer(paged.positions),
+            pointer(paged.slots),
+            pointer(paged.table),
+            pointer(paged.kv),
+            pointer(out),
+            pointer(sinks),
+            *((stride, ctypes.c_longlong) for stride in strides),
+            (heads.window, ctypes.c_int),
+            (heads.scale * LOG2E.value, ctypes.c_float),
+            (q_norm.eps if q_norm else 0.0, ctypes.c_float),
+            (k_norm.eps if k_norm else 0.0, ctypes.c_float),
+        ],
+    )
+    return out
