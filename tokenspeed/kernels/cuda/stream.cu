@@ -60,20 +60,19 @@ struct Shared {
   u8 ring[WARPS][STAGES][STAGE];
   u16 x[K];
   float sums[2][WARPS][UNIT];
-  float partial[WARPS];
+  float partial[3][WARPS];
   u64 full[WARPS][STAGES];
 };
 
 static_assert(sizeof(Shared) == SHARED, "the launch must know the size");
 
-// Sum or maximum over all multiplying threads; every one gets it.
+// Sum or maximum over all threads; every one gets it. `partial` must not be in use.
 template <bool LARGEST>
 __device__ float across(float v, float* partial) {
   for (int o = 16; o; o /= 2) {
     float other = __shfl_xor_sync(~0u, v, o);
     v = LARGEST ? fmaxf(v, other) : v + other;
   }
-  __syncthreads();
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
   __syncthreads();
   v = partial[0];
@@ -107,34 +106,40 @@ __device__ void store_row(u16* to, const Row& row) {
   }
 }
 
-__device__ void norm_row(Row& row, const float* weight, float eps, float* partial) {
+// A norm's weights for the columns that a thread has; constant, so read before the wait.
+__device__ void load_weights(Row& to, const float* weight) {
+  for (int i = 0; i < VECTORS; ++i) {
+    int at = (i * THREADS + threadIdx.x) * 8;
+    for (int j = 0; j < 8; j += 4) {
+      float4 four = at < K ? *reinterpret_cast<const float4*>(weight + at + j) : make_float4(0, 0, 0, 0);
+      to.v[i][j] = four.x, to.v[i][j + 1] = four.y, to.v[i][j + 2] = four.z, to.v[i][j + 3] = four.w;
+    }
+  }
+}
+
+__device__ void norm_row(Row& row, const Row& weights, float eps, float* partial) {
   float squares = 0;
   for (int i = 0; i < VECTORS; ++i)
     for (int j = 0; j < 8; ++j) squares += row.v[i][j] * row.v[i][j];
   float factor = rsqrtf(across<false>(squares, partial) / K + eps);
-  for (int i = 0; i < VECTORS; ++i) {
-    int at = (i * THREADS + threadIdx.x) * 8;
-    if (at >= K) continue;
-    float4 low = *reinterpret_cast<const float4*>(weight + at), high = *reinterpret_cast<const float4*>(weight + at + 4);
-    float w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    for (int j = 0; j < 8; ++j) row.v[i][j] = rounded(row.v[i][j] * factor * w[j]);
-  }
+  for (int i = 0; i < VECTORS; ++i)
+    for (int j = 0; j < 8; ++j) row.v[i][j] = rounded(row.v[i][j] * factor * weights.v[i][j]);
 }
 
 // The row as the products take it, into shared memory; its scale where it becomes e4m3.
-__device__ float prepare(Shared& s, const u16* x, const u16* branch, const float* norm_weight, const float* branch_weight,
-                         u16* joined, float eps, float branch_eps) {
+__device__ float prepare(Shared& s, const u16* x, const u16* branch, const Row& norm, const Row& branch_norm, u16* joined,
+                         float eps, float branch_eps) {
   Row row;
   load_row(row, x);
   if (BRANCH) {
     Row other;
     load_row(other, branch);
-    if (BRANCH_NORM) norm_row(other, branch_weight, branch_eps, s.partial);
+    if (BRANCH_NORM) norm_row(other, branch_norm, branch_eps, s.partial[0]);
     for (int i = 0; i < VECTORS; ++i)
       for (int j = 0; j < 8; ++j) row.v[i][j] = rounded(row.v[i][j] + other.v[i][j]);
     if (blockIdx.x == 0) store_row(joined, row);
   }
-  if (NORM) norm_row(row, norm_weight, eps, s.partial);
+  if (NORM) norm_row(row, norm, eps, s.partial[1]);
   float scale = 1;
   if (ITEM == 2) {
     store_row(s.x, row);
@@ -142,7 +147,7 @@ __device__ float prepare(Shared& s, const u16* x, const u16* branch, const float
     float largest = 0;
     for (int i = 0; i < VECTORS; ++i)
       for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(row.v[i][j]));
-    scale = fmaxf(across<true>(largest, s.partial), 1e-12f) / 448.0f;
+    scale = fmaxf(across<true>(largest, s.partial[2]), 1e-12f) / 448.0f;
     float inverse = 1.0f / scale;
     for (int i = 0; i < VECTORS; ++i) {
       int at = (i * THREADS + threadIdx.x) * 8;
@@ -238,12 +243,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
   Stream stream{weight, w_stride, n, units, (int)blockIdx.x, 0, 0};
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(stream.policy));
   for (int i = 0; i < STAGES; ++i) stream.request(s.ring[warp][i], shared_address(&s.full[warp][i]));
+  Row norm, branch_norm;
+  if (NORM) load_weights(norm, norm_weight);
+  if (BRANCH_NORM) load_weights(branch_norm, branch_weight);
 
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  float x_scale = prepare(s, x, branch, norm_weight, branch_weight, joined, eps, branch_eps);
+  float x_scale = prepare(s, x, branch, norm, branch_norm, joined, eps, branch_eps);
   int group = lane / 4, part = lane % 4, at = 0, parity = 0, flip = 0;
   for (int unit = blockIdx.x; unit < units; unit += gridDim.x, flip ^= 1) {
-    float sums[2][4] = {};
+    float sums[4][4] = {};  // several, as one product waits for the one before it into the same
+    int row = weight_row(unit, lane % UNIT, n);
+    float row_scale = ITEM == 1 ? w_scale[row] : 1, row_bias = BIAS ? rounded(bias[row]) : 0;
     for (int segment = 0; segment < SEGMENTS; ++segment) {
       u32 full = shared_address(&s.full[warp][at]);
       wait(full, parity);
@@ -251,7 +261,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
       const u16* columns = s.x + (warp * SLICE + segment * SEGMENT + part * 16) / ITEM;
 #pragma unroll
       for (int step = 0; step < STEPS; ++step)
-        multiply_vector(sums, columns + step * 64 / ITEM, group == 0, *reinterpret_cast<const uint4*>(weights + step * 64));
+        multiply_vector(sums + step % 2 * 2, columns + step * 64 / ITEM, group == 0,
+                        *reinterpret_cast<const uint4*>(weights + step * 64));
       __syncwarp();
       stream.request(s.ring[warp][at], full);
       if (++at == STAGES) {
@@ -260,16 +271,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
       }
     }
     if (group == 0) {
-      s.sums[flip][warp][2 * part] = sums[0][0] + sums[1][0];
-      s.sums[flip][warp][2 * part + 1] = sums[0][1] + sums[1][1];
+      for (int i = 0; i < 2; ++i)
+        s.sums[flip][warp][2 * part + i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
     }
     __syncthreads();
     if (threadIdx.x < 32) {
-      int row = weight_row(unit, lane % UNIT, n);
       float total = 0;
       for (int w = 0; w < WARPS; ++w) total += s.sums[flip][w][lane % UNIT];
-      if (ITEM == 1) total *= x_scale * w_scale[row];
-      if (BIAS) total += rounded(bias[row]);
+      if (ITEM == 1) total *= x_scale * row_scale;
+      if (BIAS) total += row_bias;
       if (ACT) {
         float up = __shfl_down_sync(~0u, total, 1);
         int column = unit * OUTPUTS + lane / 2;

@@ -43,7 +43,7 @@ class Variant:
     @property
     def shared(self) -> int:
         """Bytes of `stream.cu`'s Shared."""
-        return 2 * self.k + (2 * UNIT + 1) * 4 * self.warps + self.stages * self.warps * self.stage
+        return 2 * self.k + (2 * UNIT + 3) * 4 * self.warps + self.stages * self.warps * self.stage
 
     @property
     def stage(self) -> int:
