@@ -17,10 +17,12 @@ PEAK = 64
 _PEAK = tl.constexpr(PEAK)
 _MASS = tl.constexpr(2.0**42)
 _NO_TOKEN = tl.constexpr(2**31 - 1)
+_PROBES = tl.constexpr(16)
+"""Values that the number of peaks above is counted for at a time."""
 _FEW_PEAKS = tl.constexpr(16)
 """Up to this many are looked under one by one."""
-_PAIRS = tl.constexpr(16)
-"""Candidates that all others are compared with at a time."""
+_PAIRS = tl.constexpr(16384)
+"""Pairs of candidates that are compared at a time."""
 
 
 @triton.jit
@@ -50,21 +52,21 @@ def peaks_bound(peaks: tl.tensor, count: tl.tensor, best: tl.tensor) -> tl.tenso
     reached = tl.sum(finite.to(tl.int32), 0)
     low = tl.min(tl.where(finite, keys, _NO_TOKEN), 0).to(tl.int64)
     high = key_of(best).to(tl.int64) + 1
-    bound = value_of(low.to(tl.int32))
     if reached < count:
-        bound = float("-inf")
         high = low
     enough = count + count // 4 + 8
     while (high - low > 1) & (reached > enough):
-        middle = low + (high - low) // 2
-        above = tl.sum((finite & (keys >= middle.to(tl.int32))).to(tl.int32), 0)
-        if above >= count:
-            low = middle
-            reached = above
-            bound = value_of(middle.to(tl.int32))
-        else:
-            high = middle
-    return bound
+        step = tl.cdiv(high - low, _PROBES + 1)
+        probes = low + step * (1 + tl.arange(0, _PROBES))
+        at = tl.minimum(probes, high - 1).to(tl.int32)
+        above = tl.sum((finite[:, None] & (keys[:, None] >= at[None, :])).to(tl.int32), 0)
+        good = (above >= count) & (probes < high)
+        reached = tl.min(tl.where(good, above, reached), 0)
+        low, high = (
+            tl.max(tl.where(good, probes, low), 0),
+            tl.min(tl.where(good | (probes >= high), high, probes), 0),
+        )
+    return tl.where(reached < count, float("-inf"), value_of(low.to(tl.int32)))
 
 
 @triton.jit
@@ -117,8 +119,9 @@ def collect(
 def kth_largest(values: tl.tensor, values_in: tl.tensor, found: tl.tensor, k: tl.tensor) -> tl.tensor:
     """The k-th largest of `found` candidates, which `values` holds and `values_in` points to; -inf in fewer."""
     above = tl.zeros_like(values).to(tl.int32)
-    for first in range(0, found, _PAIRS):
-        other = first + tl.arange(0, _PAIRS)
+    others_at_once: tl.constexpr = _PAIRS // values.shape[0]
+    for first in range(0, found, others_at_once):
+        other = first + tl.arange(0, others_at_once)
         others = tl.load(values_in + other, mask=other < found, other=float("-inf"))
         reaches = (others[None, :] >= values[:, None]) & (other < found)[None, :]
         above += tl.sum(reaches.to(tl.int32), 1)
@@ -131,8 +134,9 @@ def mass_reached(
 ) -> tl.tensor:
     """For each candidate the mass of all candidates that are no smaller, int64."""
     reached = tl.zeros_like(values).to(tl.int64)
-    for first in range(0, found, _PAIRS):
-        other = first + tl.arange(0, _PAIRS)
+    others_at_once: tl.constexpr = _PAIRS // values.shape[0]
+    for first in range(0, found, others_at_once):
+        other = first + tl.arange(0, others_at_once)
         others = tl.load(values_in + other, mask=other < found, other=float("-inf"))
         mass = mass_of(others, best, floor)
         reached += tl.sum(tl.where(others[None, :] >= values[:, None], mass[None, :], 0), 1)

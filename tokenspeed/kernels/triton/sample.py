@@ -41,6 +41,8 @@ _SAMPLE_INDEX = tl.constexpr(Field.SAMPLE_INDEX.value)
 _PEAK = tl.constexpr(PEAK)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 _NO_TOKEN = tl.constexpr(2**31 - 1)
+_FEW = tl.constexpr(128)
+"""Candidates up to which a smaller comparison does: those of a usual top_k."""
 _TOP_P_HEAD = tl.constexpr(96)
 """How many peaks are looked under at first for the end of top_p without top_k; four times as many each time after."""
 
@@ -279,6 +281,7 @@ def _filtered(
         head = _TOP_P_HEAD
         if top_p < 1:
             total = row_mass(line, temperature, vocab, best, floor, BLOCK)
+    few: tl.constexpr = _FEW if CANDIDATES > _FEW else CANDIDATES
     token = _NO_TOKEN
     more = True
     while more:
@@ -287,7 +290,11 @@ def _filtered(
         found = collect(
             line, temperature, peaks, bound, vocab, places, candidate_ids, candidate_values, P, CANDIDATES, CHUNK
         )
-        if found <= CANDIDATES:
+        if found <= few:
+            token, floor = _from_candidates(
+                candidate_ids, candidate_values, found, best, floor, total, filters, key, few
+            )
+        elif found <= CANDIDATES:
             token, floor = _from_candidates(
                 candidate_ids, candidate_values, found, best, floor, total, filters, key, CANDIDATES
             )
