@@ -31,9 +31,14 @@ def dependent_launch(device: torch.device) -> bool:
     return _capability(index) >= (9, 0)
 
 
+def small(tokens: int, device: torch.device) -> bool:
+    """Whether kernels of a step of so many tokens are launched ahead: where the device can, for small ones."""
+    return tokens <= MOST_TOKENS and dependent_launch(device)
+
+
 def small_step(x: torch.Tensor) -> bool:
-    """Whether kernels over `x` [tokens, ...] are launched ahead: where the device can, for small steps."""
-    return x.shape[0] <= MOST_TOKENS and dependent_launch(x.device)
+    """The same of kernels over `x` [tokens, ...]."""
+    return small(x.shape[0], x.device)
 
 
 def launch_options(pdl: bool, **options: Any) -> dict[str, Any]:

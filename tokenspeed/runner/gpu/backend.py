@@ -126,6 +126,8 @@ def _at_select(steps: Sequence[Planned]) -> tuple[Sequence[Planned], Sequence[Pl
 def _select(
     view: GpuView, record: Record, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
+    if view.one_each and len(view.rows) == len(view.tokens):
+        return (inputs[0],)
     return (inputs[0].index_select(0, view.rows.clamp(min=0)),)
 
 

@@ -224,6 +224,7 @@ class GpuExecutor:
             head_dim=shape.head_dim,
             items=items,
             decode_rows=decode_rows,
+            one_each=not mixed,
             alike=alike,
         )
 

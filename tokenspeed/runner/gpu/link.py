@@ -9,6 +9,8 @@ import torch
 
 from tokenspeed.kernels.triton import attention_tiles, sample, step, work_items
 from tokenspeed.kernels.triton.invariant_attention import invariant_item_tokens
+from tokenspeed.kernels.triton.launch import small, small_step
+from tokenspeed.kernels.triton.mailbox import Mailbox
 from tokenspeed.kernels.triton.sampling_state import SamplingState
 from tokenspeed.runner.arena import Arena
 from tokenspeed.runner.gpu.graphs import CudaDevice
@@ -49,9 +51,24 @@ class TritonSteps:
     def __init__(self, heads: int, itemsize: int, batch_invariant: bool = False) -> None:
         self._heads, self._itemsize, self.batch_invariant = heads, itemsize, batch_invariant
 
-    prepare = staticmethod(step.prepare)
-    finish = staticmethod(step.finish)
     count_tokens = staticmethod(step.count_tokens)
+
+    def prepare(
+        self, mailbox: Mailbox, state: torch.Tensor, lengths: step.SlotLengths, tokens: int, rows: int
+    ) -> step.StepInputs:
+        """Begin the next step."""
+        return step.prepare(mailbox, state, lengths, tokens, rows, pdl=small(tokens, state.device))
+
+    def finish(
+        self,
+        drawn: torch.Tensor,
+        inputs: step.StepInputs,
+        lengths: step.SlotLengths,
+        state: SamplingState,
+        mailbox: Mailbox,
+    ) -> None:
+        """Take in a step's tokens and answer the host."""
+        step.finish(drawn, inputs, lengths, state, mailbox, pdl=small_step(drawn))
 
     def items(
         self, inputs: Any, header: torch.Tensor, arena: Arena, mixed: bool
@@ -77,4 +94,5 @@ class TritonSteps:
         logits: torch.Tensor, inputs: Any, state: SamplingState, pool: torch.Tensor, edits: bool
     ) -> torch.Tensor:
         """A token per row."""
-        return sample.sample(logits, inputs.sample_slots, inputs.sample_positions, state, edits=edits, pool=pool)
+        slots, positions, pdl = inputs.sample_slots, inputs.sample_positions, small_step(logits)
+        return sample.sample(logits, slots, positions, state, edits=edits, pool=pool, pdl=pdl)

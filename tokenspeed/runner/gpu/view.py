@@ -16,6 +16,7 @@ class GpuView:
     kv: the arena. places: per layer its page group and its index in it.
     items: int32 [N, 4], pieces of prompts: slot, first token in the step, tokens, first position; slot -1 for none.
     decode_rows: int32 [R], the only token of rows that feed one, in steps with items; -1 for none.
+    one_each: whether every row feeds one token at most, row i the i-th.
     alike: whether every row feeds one token, of sequences of much the same length, none of them very long.
     """
 
@@ -31,6 +32,7 @@ class GpuView:
     head_dim: int
     items: torch.Tensor | None = None
     decode_rows: torch.Tensor | None = None
+    one_each: bool = False
     alike: bool = False
 
     def asking(self, rows: torch.Tensor) -> GpuView:
