@@ -54,3 +54,9 @@ def test_shares_lie_between_0_and_1(value: float) -> None:
     with pytest.raises(ConfigError, match="--gpu-memory-utilization must be above 0 and at most 1"):
         EngineConfig(gpu_memory_utilization=value)
     assert EngineConfig(gpu_memory_utilization=1).gpu_memory_utilization == 1
+
+
+@pytest.mark.parametrize(("asked", "cpu", "cuda"), [(None, 512, 2048), (7, 7, 7)])
+def test_tokens_of_a_step(asked: int | None, cpu: int, cuda: int) -> None:
+    config = EngineConfig(max_num_batched_tokens=asked)
+    assert (config.step_tokens("cpu"), config.step_tokens("cuda")) == (cpu, cuda)

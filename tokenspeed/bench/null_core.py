@@ -65,7 +65,7 @@ class NullCore(StepLoop):
     def __init__(self, config: EngineConfig, executor: Executor) -> None:
         size = config.block_size
         cache = CacheManager(NUM_PAGES, size, root_key("", "", size))
-        limits = SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens, MAX_MODEL_LEN)
+        limits = SchedulerConfig(config.max_num_seqs, config.step_tokens("cpu"), MAX_MODEL_LEN)
         super().__init__(Scheduler(limits, cache), executor)
 
     def stats(self) -> dict[str, float]:

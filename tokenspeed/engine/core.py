@@ -290,7 +290,7 @@ class EngineCore(StepLoop):
         )
         limits = SchedulerConfig(
             config.max_num_seqs,
-            config.max_num_batched_tokens,
+            config.step_tokens(prepared.model.device.type),
             self.capacity.max_model_len,
             max_passes=prepared.backend.max_passes,
             target_itl_ms=config.target_itl_ms,

@@ -115,7 +115,7 @@ class Prepared:
         for it, unless the size of the cache was asked for. Raises MemoryLimitError."""
         if self.card is None or not isinstance(self.backend, GpuBackend) or self.config.kv_cache_memory_bytes:
             return self.room
-        limits = StepLimits(self.config.max_num_seqs, self.config.max_num_batched_tokens, max_model_len)
+        limits = StepLimits(self.config.max_num_seqs, self.config.step_tokens(self.model.device.type), max_model_len)
         later = later_bytes(limits, self.backend.vocab_size, self.model.dtype.itemsize)
         self.card.settle()
         executor = gpu_executor(self.backend, Arena(1, self.shape, self.model.device), limits.rows, limits.length)
