@@ -23,20 +23,20 @@ Argument = tuple[Any, Any]
 """A kernel's argument and its ctypes type."""
 
 
-def compiled(name: str, defines: Mapping[str, int], architecture: str) -> bytes:
+def compiled(name: str, defines: Mapping[str, int | str], architecture: str) -> bytes:
     """The cubin of NAME.cu, from disk where it has been made before. Raises DeviceError with the compiler's words."""
-    source = (SOURCES / f"{name}.cu").read_text()
+    source, headers = (SOURCES / f"{name}.cu").read_text(), shared_headers()
     nvrtc = import_module("cuda.bindings.nvrtc")
     options = [
         f"--gpu-architecture={architecture}",
         "--std=c++17",
         *(f"-D{key}={defines[key]}" for key in sorted(defines)),
     ]
-    key = hashlib.sha256(repr((source, options, nvrtc.nvrtcVersion())).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr((source, headers, options, nvrtc.nvrtcVersion())).encode()).hexdigest()[:32]
     kept = _cache_dir() / f"{name}-{key}.cubin"
     if kept.is_file():
         return kept.read_bytes()
-    cubin = _compile(nvrtc, name, source, options)
+    cubin = _compile(nvrtc, name, source, headers, options)
     kept.parent.mkdir(parents=True, exist_ok=True)
     partial = kept.with_suffix(f".{os.getpid()}")
     partial.write_bytes(cubin)
@@ -57,8 +57,14 @@ def _cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "tokenspeed" / "cuda"
 
 
-def _compile(nvrtc: Any, name: str, source: str, options: Sequence[str]) -> bytes:
-    status, program = nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], [])
+def shared_headers() -> dict[str, str]:
+    """Contents of what sources may include, by name."""
+    return {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cuh"))}
+
+
+def _compile(nvrtc: Any, name: str, source: str, headers: Mapping[str, str], options: Sequence[str]) -> bytes:
+    contents, names = [text.encode() for text in headers.values()], [name.encode() for name in headers]
+    status, program = nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), len(names), contents, names)
     _check(status, "nvrtcCreateProgram")
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if status.value:
@@ -103,10 +109,18 @@ class Kernel:
 
     def launch(self, grid: tuple[int, int, int], arguments: Sequence[Argument]) -> None:
         """Launch ahead of the kernel in front (programmatic dependent launch), in torch's current stream."""
+        values, types = zip(*arguments, strict=True)
+        self._launch(grid, (values, types))
+
+    def launch_struct(self, grid: tuple[int, int, int], argument: ctypes.Structure) -> None:
+        """The same of a kernel whose one argument is a structure."""
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+        self._launch(grid, ctypes.addressof(pointers))
+
+    def _launch(self, grid: tuple[int, int, int], parameters: Any) -> None:
         self._config.gridDimX, self._config.gridDimY, self._config.gridDimZ = grid
         self._config.hStream = torch.cuda.current_stream().cuda_stream
-        values, types = zip(*arguments, strict=True)
-        _check(self._driver.cuLaunchKernelEx(self._config, self._function, (values, types), 0)[0], "cuLaunchKernelEx")
+        _check(self._driver.cuLaunchKernelEx(self._config, self._function, parameters, 0)[0], "cuLaunchKernelEx")
 
 
 def _cluster_attribute(driver: Any, programs: int) -> Any:

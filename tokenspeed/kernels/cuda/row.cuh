@@ -1,0 +1,174 @@
+// One row of bf16 among the threads of a program: reading, norms, writing; and what streaming kernels share.
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+__device__ inline float widen(u32 bits) { return __uint_as_float(bits << 16); }
+__device__ inline u16 narrow(float v) {
+  u16 r;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
+  return r;
+}
+__device__ inline float rounded(float v) { return widen(narrow(v)); }
+__device__ inline u16 e4m3_pair(float low, float high) {
+  u16 r;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+  return r;
+}
+// Two e4m3 values as float16, which holds them exactly.
+__device__ inline u32 halves(u16 pair) {
+  u32 r;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(pair));
+  return r;
+}
+__device__ inline u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
+__device__ inline void wait_full(u32 barrier, u32 parity) {
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@!done bra again; }" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// Eight columns from (i Threads + thread) 8 on, for each i, of a row of so many; zeros beyond its end.
+template <int Columns, int Threads>
+struct Row {
+  static constexpr int VECTORS = (Columns / 8 + Threads - 1) / Threads;
+  float v[VECTORS][8];
+
+  __device__ static int at(int i) { return (i * Threads + threadIdx.x) * 8; }
+
+  // Past the first-level cache: another processor may have written it while this kernel ran.
+  __device__ void load(const u16* from) {
+    for (int i = 0; i < VECTORS; ++i) {
+      u32 words[4] = {};
+      if (at(i) < Columns)
+        asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(from + at(i)) : "memory");
+      for (int j = 0; j < 4; ++j) {
+        v[i][2 * j] = widen(words[j] & 0xffff);
+        v[i][2 * j + 1] = __uint_as_float(words[j] & 0xffff0000u);
+      }
+    }
+  }
+
+  // A norm's weights; constant, so read before a wait.
+  __device__ void load(const float* from) {
+    for (int i = 0; i < VECTORS; ++i)
+      for (int j = 0; j < 8; j += 4) {
+        float4 four = at(i) < Columns ? *reinterpret_cast<const float4*>(from + at(i) + j) : make_float4(0, 0, 0, 0);
+        v[i][j] = four.x, v[i][j + 1] = four.y, v[i][j + 2] = four.z, v[i][j + 3] = four.w;
+      }
+  }
+
+  __device__ void store(u16* to) const {
+    for (int i = 0; i < VECTORS; ++i) {
+      u32 words[4];
+      for (int j = 0; j < 4; ++j) words[j] = narrow(v[i][2 * j]) | u32(narrow(v[i][2 * j + 1])) << 16;
+      if (at(i) < Columns) *reinterpret_cast<uint4*>(to + at(i)) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+
+  // As e4m3 of a scale, held in float16.
+  __device__ void store_e4m3(u16* to, float scale) const {
+    float inverse = 1.0f / scale;
+    for (int i = 0; i < VECTORS; ++i) {
+      u32 words[4];
+      for (int j = 0; j < 4; ++j) words[j] = halves(e4m3_pair(v[i][2 * j] * inverse, v[i][2 * j + 1] * inverse));
+      if (at(i) < Columns) *reinterpret_cast<uint4*>(to + at(i)) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+
+  __device__ void add(const Row& other) {
+    for (int i = 0; i < VECTORS; ++i)
+      for (int j = 0; j < 8; ++j) v[i][j] = rounded(v[i][j] + other.v[i][j]);
+  }
+
+  __device__ float squares() const {
+    float sum = 0;
+    for (int i = 0; i < VECTORS; ++i)
+      for (int j = 0; j < 8; ++j) sum += v[i][j] * v[i][j];
+    return sum;
+  }
+
+  __device__ float largest() const {
+    float most = 0;
+    for (int i = 0; i < VECTORS; ++i)
+      for (int j = 0; j < 8; ++j) most = fmaxf(most, fabsf(v[i][j]));
+    return most;
+  }
+
+  __device__ void scale(float factor, const Row& weights) {
+    for (int i = 0; i < VECTORS; ++i)
+      for (int j = 0; j < 8; ++j) v[i][j] = rounded(v[i][j] * factor * weights.v[i][j]);
+  }
+};
+
+// Sum or maximum over all threads; every one gets it. `partial` must not be in use.
+template <bool Largest, int Warps>
+__device__ float across(float v, float* partial) {
+  for (int o = 16; o; o /= 2) {
+    float other = __shfl_xor_sync(~0u, v, o);
+    v = Largest ? fmaxf(v, other) : v + other;
+  }
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = partial[0];
+  for (int w = 1; w < Warps; ++w) v = Largest ? fmaxf(v, partial[w]) : v + partial[w];
+  return v;
+}
+
+template <int Act>
+__device__ float gated(float gate, float up) {
+  gate = rounded(gate);
+  float z = Act == 1 ? gate : 1.5957691216057308f * (gate + 0.044715f * gate * gate * gate);
+  return rounded(gate / (1.0f + __expf(-z))) * rounded(up);
+}
+
+// sums += 16 columns of x (the first of 16 rows; the others are zero) times those of 8 rows of W, of bf16 or float16.
+// Which columns a thread holds is of no matter as long as it is the same ones of x and of W.
+template <bool Half>
+__device__ void multiply_columns(float* sums, u32 x0, u32 x1, u32 w0, u32 w1) {
+  if (Half)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) : "r"(x0), "r"(0), "r"(x1), "r"(w0), "r"(w1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) : "r"(x0), "r"(0), "r"(x1), "r"(w0), "r"(w1));
+}
+
+// 16 bytes of each of 8 rows of W per thread of a group, and as many columns of x.
+template <int Item>
+__device__ void multiply_vector(float (*sums)[4], const u16* x, bool mine, uint4 w) {
+  const uint4* from = reinterpret_cast<const uint4*>(x);
+  uint4 a = make_uint4(0, 0, 0, 0), b = a;
+  if (mine) a = from[0];
+  if (Item == 2) {
+    multiply_columns<false>(sums[0], a.x, a.y, w.x, w.y);
+    multiply_columns<false>(sums[1], a.z, a.w, w.z, w.w);
+  } else {
+    if (mine) b = from[1];
+    multiply_columns<true>(sums[0], a.x, a.y, halves(w.x), halves(w.x >> 16));
+    multiply_columns<true>(sums[1], a.z, a.w, halves(w.y), halves(w.y >> 16));
+    multiply_columns<true>(sums[0], b.x, b.y, halves(w.z), halves(w.z >> 16));
+    multiply_columns<true>(sums[1], b.z, b.w, halves(w.w), halves(w.w >> 16));
+  }
+}
+
+__device__ inline u64 read_once_policy() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// Have `bytes` of global memory copied into shared memory; the barrier counts them.
+__device__ inline void copy_bulk(u32 to, const u8* from, int bytes, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
+}
+__device__ inline void expect_bytes(u32 barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
