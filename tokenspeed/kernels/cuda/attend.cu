@@ -9,10 +9,7 @@
 // Compiled with -D: DIM (64, 128), GROUP query heads of a key head (1 to 8), HALF of the columns that turn, PAGE
 // (a multiple of 16), SPLITS, WARPS, STAGES, SHARED bytes, and 0/1: NORMED, SINKS.
 
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
+#include "row.cuh"
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int KEYS = 16;
@@ -43,19 +40,11 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == SHARED, "the launch must know the size");
 
-__device__ float widen(u32 bits) { return __uint_as_float(bits << 16); }
-__device__ u16 narrow(float v) {
-  u16 r;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
-  return r;
-}
-__device__ float rounded(float v) { return widen(narrow(v)); }
 __device__ float exp2_fast(float v) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
   return r;
 }
-__device__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
 __device__ void store_remote(const void* here, int rank, float v) {
   asm volatile(
@@ -106,12 +95,6 @@ struct Turn {
   }
 };
 
-// sums += the product of 8 rows (of 16; the others are zero) of 16 columns with 16 rows of 8 columns.
-__device__ void multiply(float* sums, u32 a0, u32 a1, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) : "r"(a0), "r"(0), "r"(a1), "r"(b0), "r"(b1));
-}
-
 __device__ u32 pair(float low, float high) {
   u32 r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -130,8 +113,8 @@ struct Seen {
     for (int step = 0; step < STEPS; ++step)
       for (int i = 0; i < 2; ++i) {
         uint4 k = *reinterpret_cast<const uint4*>(tile.keys[8 * i + group] + key_chunk(group, 4 * step + part));
-        multiply(scores[i], queries[step].x, queries[step].y, k.x, k.y);
-        multiply(others[i], queries[step].z, queries[step].w, k.z, k.w);
+        multiply_columns<false>(scores[i], queries[step].x, queries[step].y, k.x, k.y);
+        multiply_columns<false>(others[i], queries[step].z, queries[step].w, k.z, k.w);
       }
     float score[4], highest = top;
     for (int i = 0; i < 4; ++i) {
@@ -162,8 +145,8 @@ struct Seen {
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                    : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                    : "r"(shared_address(values + value_chunk(row, c + lane / 16))) : "memory");
-      multiply(sums[c], low, high, v[0], v[1]);
-      multiply(sums[c + 1], low, high, v[2], v[3]);
+      multiply_columns<false>(sums[c], low, high, v[0], v[1]);
+      multiply_columns<false>(sums[c + 1], low, high, v[2], v[3]);
     }
   }
 

@@ -109,31 +109,6 @@ struct Place {
   }
 };
 
-// The input of projection I in shared memory; its scale where it becomes e4m3.
-template <int I>
-__device__ float prepare(Shared& s, const Operand& o, const Row<K[I], THREADS>& norm, const Row<K[I], THREADS>& branch_norm) {
-  Row<K[I], THREADS> row;
-  row.load(o.x);
-  if (JOIN[I]) {
-    Row<K[I], THREADS> branch;
-    branch.load(o.branch);
-    if (BRANCH_NORM)
-      branch.scale(rsqrtf(across<false, WARPS>(branch.squares(), s.partial[0]) / K[I] + o.branch_eps), branch_norm);
-    row.add(branch);
-    if (blockIdx.x == 0) row.store(o.joined);
-    row.scale(rsqrtf(across<false, WARPS>(row.squares(), s.partial[1]) / K[I] + o.eps), norm);
-  }
-  float scale = 1;
-  if (ITEM == 2) {
-    row.store(s.x);
-  } else {
-    scale = fmaxf(across<true, WARPS>(row.largest(), s.partial[2]), 1e-12f) / 448.0f;
-    row.store_e4m3(s.x, scale);
-  }
-  __syncthreads();
-  return scale;
-}
-
 template <int BYTES>
 __device__ void multiply_segment(float (*sums)[4][4], const u8* weights, const u16* x, bool mine) {
 #pragma unroll
@@ -179,7 +154,8 @@ __device__ void project(Shared& s, const Chain& chain, Stream& stream, Place& pl
   if (JOIN[I]) norm.load(o.norm);
   if (JOIN[I] && BRANCH_NORM) branch_norm.load(o.branch_norm);
   wait_for_input<I>(chain, all);
-  float x_scale = prepare<I>(s, o, norm, branch_norm);
+  float x_scale = prepare_row<ITEM, JOIN[I], JOIN[I], JOIN[I] && BRANCH_NORM>(s.x, s.partial, o.x, o.branch, norm, branch_norm,
+                                                                              o.joined, o.eps, o.branch_eps);
   for (int unit = blockIdx.x; unit < units; unit += gridDim.x, flip ^= 1) {
     float sums[UNIT / 8][4][4] = {};
     int row = weight_row(gates, unit, lane % UNIT, o.n);

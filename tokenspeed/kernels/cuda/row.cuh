@@ -120,6 +120,35 @@ __device__ float across(float v, float* partial) {
   return v;
 }
 
+// A row as products take it, into shared memory: [plus a branch, which may be normed first,] [normed,] bf16, or e4m3 held
+// in float16 for e4m3 weights. Its scale. The sum with the branch goes to `joined`, from one program.
+template <int Item, bool Norm, bool Branch, bool BranchNorm, int Columns, int Threads>
+__device__ float prepare_row(u16* to, float (*partial)[Threads / 32], const u16* x, const u16* branch,
+                             const Row<Columns, Threads>& norm, const Row<Columns, Threads>& branch_norm, u16* joined,
+                             float eps, float branch_eps) {
+  constexpr int warps = Threads / 32;
+  Row<Columns, Threads> row;
+  row.load(x);
+  if (Branch) {
+    Row<Columns, Threads> other;
+    other.load(branch);
+    if (BranchNorm)
+      other.scale(rsqrtf(across<false, warps>(other.squares(), partial[0]) / Columns + branch_eps), branch_norm);
+    row.add(other);
+    if (blockIdx.x == 0) row.store(joined);
+  }
+  if (Norm) row.scale(rsqrtf(across<false, warps>(row.squares(), partial[1]) / Columns + eps), norm);
+  float scale = 1;
+  if (Item == 2) {
+    row.store(to);
+  } else {
+    scale = fmaxf(across<true, warps>(row.largest(), partial[2]), 1e-12f) / 448.0f;
+    row.store_e4m3(to, scale);
+  }
+  __syncthreads();
+  return scale;
+}
+
 template <int Act>
 __device__ float gated(float gate, float up) {
   gate = rounded(gate);
@@ -127,8 +156,8 @@ __device__ float gated(float gate, float up) {
   return rounded(gate / (1.0f + __expf(-z))) * rounded(up);
 }
 
-// sums += 16 columns of x (the first of 16 rows; the others are zero) times those of 8 rows of W, of bf16 or float16.
-// Which columns a thread holds is of no matter as long as it is the same ones of x and of W.
+// sums += 16 columns of 8 rows of x (of 16; the others are zero) times those of 8 rows of W, of bf16 or float16. Which
+// columns a thread holds is of no matter as long as it is the same ones of x and of W.
 template <bool Half>
 __device__ void multiply_columns(float* sums, u32 x0, u32 x1, u32 w0, u32 w1) {
   if (Half)
