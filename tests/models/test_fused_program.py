@@ -9,12 +9,12 @@ from tests.parity_tools import CASES, Walker, load, random_prompt
 from tokenspeed.program.fuse import fuse
 
 # What the table must find in each family's layers; without these the comparison would compare a program with itself.
-PRE_NORM_OPS = {"join_norm_linear", "join_norm_linear_act"}
+PRE_NORM_OPS = {"layer_chain", "join_norm_linear_act"}
 FUSED_OPS = {
     "llama": PRE_NORM_OPS | {"rope_attention"},
     "qwen2": PRE_NORM_OPS | {"rope_attention"},
     "qwen3": PRE_NORM_OPS | {"qk_norm_rope_attention"},
-    "gemma3_text": {"branch_join_norm_linear", "branch_join_norm_linear_act", "qk_norm_rope_attention"},
+    "gemma3_text": {"layer_chain", "branch_join_norm_linear_act", "qk_norm_rope_attention"},
 }
 
 
