@@ -43,12 +43,12 @@ class StepView:
     angles: dict[tuple[Rope, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def rotation(self, rope: Rope, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of this step's positions, [T, 1, dim/2] each; computed once per step and rope."""
+        """cos and sin of this step's positions, scaled, [T, 1, dim/2] each; computed once per step and rope."""
         key = (rope, dtype)
         if key not in self.angles:
             frequency = frequencies(rope, self.positions.device)
             angle = self.positions.float()[:, None, None] * frequency
-            self.angles[key] = (angle.cos().to(dtype), angle.sin().to(dtype))
+            self.angles[key] = ((angle.cos() * rope.scale).to(dtype), (angle.sin() * rope.scale).to(dtype))
         return self.angles[key]
 
 

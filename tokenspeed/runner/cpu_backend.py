@@ -19,6 +19,7 @@ from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.kernels.cpu.registration import forced_isa, register
 from tokenspeed.kernels.registry import Registry, Situation
 from tokenspeed.ops.kv import kv_dtype_name
+from tokenspeed.ops.reference import frequencies
 from tokenspeed.ops.rope import Rope
 from tokenspeed.program.plan import Plan, plan
 from tokenspeed.program.program import Record
@@ -275,11 +276,8 @@ class CpuBackend:
 
     def _rope(self, rope: Rope) -> int:
         if rope not in self._ropes:
-            exponent = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
-            frequency = 1.0 / rope.theta**exponent
-            if rope.divisors:
-                frequency = frequency / torch.tensor(rope.divisors, dtype=torch.float32)
-            self._ropes[rope] = self._native.add_rope(frequency.numpy())
+            turns = frequencies(rope, torch.device("cpu"))
+            self._ropes[rope] = self._native.add_rope(turns.numpy(), rope.scale)
         return self._ropes[rope]
 
 

@@ -14,8 +14,8 @@ void Model::make_angles() {
     rows_of(step_.tokens, [&](int64_t t) {
       for (int32_t j = 0; j < rope.half; ++j) {
         const float angle = static_cast<float>(step_.position[t]) * rope.frequency[static_cast<size_t>(j)];
-        cosines_[i][static_cast<size_t>(t * rope.half + j)] = std::cos(angle);
-        sines_[i][static_cast<size_t>(t * rope.half + j)] = std::sin(angle);
+        cosines_[i][static_cast<size_t>(t * rope.half + j)] = rope.scale * std::cos(angle);
+        sines_[i][static_cast<size_t>(t * rope.half + j)] = rope.scale * std::sin(angle);
       }
     });
   }

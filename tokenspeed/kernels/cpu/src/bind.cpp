@@ -109,8 +109,8 @@ NB_MODULE(_walk, m) {
       .def("add_vector", [](ts::Model& model, const Array1<float>& values) {
         return model.add_vector({values.data(), values.data() + values.shape(0)});
       })
-      .def("add_rope", [](ts::Model& model, const Array1<float>& frequency) {
-        return model.add_rope({static_cast<int32_t>(frequency.shape(0)), {frequency.data(), frequency.data() + frequency.shape(0)}});
+      .def("add_rope", [](ts::Model& model, const Array1<float>& frequency, float scale) {
+        return model.add_rope({static_cast<int32_t>(frequency.shape(0)), {frequency.data(), frequency.data() + frequency.shape(0)}, scale});
       })
       .def("add_value", [](ts::Model& model, int32_t buffer, int64_t offset, int64_t width, int64_t stride) {
         return model.add_value({buffer, offset, width, stride});

@@ -69,6 +69,7 @@ struct Op {
 struct Rope {
   int32_t half;
   std::vector<float> frequency;
+  float scale = 1;  // of cosines and sines
 };
 
 struct Cache {  // the arena: [pages, layers per group, 2, page_size, kv_heads, entry]; the bytes from one to the next
