@@ -8,12 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from tests.parity_tools import CASES, interleave_heads, oracle_logits, random_prompt
+from tests.parity_cases import GGUF_CASES
+from tests.parity_tools import interleave_heads, oracle_logits, random_prompt
 from tokenspeed.weights.packed import unpermute_rope
 
 
 @pytest.mark.parametrize("fmt", ["gguf-F32", "gguf-Q8_0", "gguf-Q5_0"])
-@pytest.mark.parametrize("name", [name for name in CASES if name != "gemma3-implied"])
+@pytest.mark.parametrize("name", GGUF_CASES)
 def test_transformers_reads_the_same_values(tiny, name, fmt):
     checkpoint = tiny(name, fmt)
     read = load_gguf_checkpoint(str(checkpoint.path), return_tensors=True, model_to_load=checkpoint.oracle)["tensors"]

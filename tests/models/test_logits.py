@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.parity_cases import GGUF_CASES
 from tests.parity_tools import (
     CASES,
     FAMILY_CASES,
     PROMPT_LENGTHS,
+    VOCAB,
     Walker,
     load,
     make_safetensors,
@@ -24,8 +26,8 @@ SAFETENSORS = ("F32", "BF16", "F16", "F32-sharded")
 GGUF = ("gguf-F32", "gguf-F16", "gguf-BF16", "gguf-Q8_0", "gguf-Q4_0", "gguf-Q5_0")
 
 
-def assert_same_logits(checkpoint, lengths=PROMPT_LENGTHS, chunk=None, page_size=4):
-    model = load(checkpoint.path)
+def assert_same_logits(checkpoint, lengths=PROMPT_LENGTHS, chunk=None, page_size=4, opened=None):
+    model = load(checkpoint.path, length=opened)
     for length in lengths:
         prompt = random_prompt(length, checkpoint.case.seed + length)
         expected = oracle_logits(checkpoint.oracle, prompt)
@@ -44,7 +46,7 @@ def test_safetensors(tiny, name, fmt):
 
 
 @pytest.mark.parametrize("fmt", GGUF)
-@pytest.mark.parametrize("name", [name for name in CASES if name != "gemma3-implied"])
+@pytest.mark.parametrize("name", GGUF_CASES)
 def test_gguf(tiny, name, fmt):
     checkpoint = tiny(name, fmt)
     kinds = {info.dtype for info in open_gguf(checkpoint.path).tensors.values() if len(info.shape) == 2}
@@ -81,3 +83,23 @@ def test_attention_scale_apart_from_the_head_size(tmp_path):
     case = CASES["gemma3"]
     case = replace(case, settings=case.settings | {"query_pre_attn_scalar": 20})
     assert_same_logits(make_safetensors(case, "F32", tmp_path))
+
+
+@pytest.mark.parametrize("fmt", ["F32", "gguf-F32"])
+def test_longrope_of_an_engine_no_longer_than_the_original_context(tiny, fmt):
+    """transformers chooses by the length of a sequence, the engine by the most that a sequence may have."""
+    checkpoint = tiny("phi3-long", fmt)
+    assert_same_logits(checkpoint, (3, 16), opened=16)
+    for length, original in ((16, True), (17, False), (None, False)):
+        assert load(checkpoint.path, length=length).definition.config.stretched != original
+    with pytest.raises(AssertionError, match="not close"):
+        assert_same_logits(checkpoint, (16,), opened=17)
+
+
+@pytest.mark.parametrize("name", ["mistral", "phi3"])
+def test_the_oracle_has_a_window_in_every_layer(tiny, name):
+    """The first of 21 tokens is out of reach of the last, by two layers of 8."""
+    oracle = tiny(name, "F32").oracle
+    prompt = random_prompt(21, 7)
+    moved = oracle_logits(oracle, [(prompt[0] + 1) % VOCAB, *prompt[1:]])
+    assert torch.equal(oracle_logits(oracle, prompt)[-1], moved[-1])

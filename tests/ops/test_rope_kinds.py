@@ -62,8 +62,12 @@ def test_it_turns_as_transformers_does(name, head_dim, part, seed):
 @pytest.mark.parametrize("length", [ORIGINAL, ORIGINAL + 1])
 def test_longrope_has_two_lists(length, kind, change, seed):
     draw = random.Random(seed)
-    lists = {f"{name}_factor": [draw.uniform(1, most) for _ in range(12)] for name, most in (("short", 2), ("long", 40))}
-    scaling = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": ORIGINAL} | lists | change
+    lists = {
+        f"{name}_factor": [draw.uniform(1, most) for _ in range(12)] for name, most in (("short", 2), ("long", 40))
+    }
+    scaling = (
+        {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": ORIGINAL} | lists | change
+    )
     wanted, scale = oracle(scaling, 48, 0.5, length)
     given = scaling | {"rope_type": kind}
     ours = rope_from_hf(1e4, 24, given, CONTEXT, long=length > ORIGINAL)

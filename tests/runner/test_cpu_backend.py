@@ -14,7 +14,8 @@ from tests.kernels.tiers import TIERS_HERE
 from tests.seeds import SEED
 from tokenspeed.contracts.step import NewSequence, PageGrant, PlanRow, SamplingRow, StepDelta
 from tokenspeed.kernels.cpu.registration import ISA_VARIABLE
-from tokenspeed.models.dense import DenseConfig, Family, dense_weights
+from tokenspeed.models.dense import SANDWICH_NORMS, DenseConfig, Family
+from tokenspeed.models.dense_weights import dense_weights
 from tokenspeed.models.gemma3 import FAMILY as GEMMA3
 from tokenspeed.models.llama import FAMILY as LLAMA
 from tokenspeed.models.qwen2 import FAMILY as QWEN2
@@ -58,7 +59,7 @@ VARIANTS: dict[str, tuple[Family, dict[str, Any]]] = {
         GEMMA3,
         {
             "qk_norm": True,
-            "post_norms": True,
+            "norms": SANDWICH_NORMS,
             "act": "gelu_tanh",
             "tied": True,
             "embed_scale": 9.8,

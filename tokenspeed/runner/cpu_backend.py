@@ -283,7 +283,7 @@ class CpuBackend:
 
 def _screened_head(model: LoadedModel) -> str | None:
     """The name of the head's weight where it can be kept in planes."""
-    name = list(model.program.records[-1].plain())[-1].weights[0]
+    name = model.program.head
     formats = [segment.fmt for segment in model.packed[name].segments]
     return name if formats == ["Q8_0"] else None
 

@@ -122,7 +122,8 @@ def rope_write(
     options = launch_options(pdl, num_warps=min(4, max(1, group_pad * dim_pad // 512)))
     _rope_write[(tokens, kv_heads)](
         q, k, v, q_norm.weight, k_norm.weight, turns, paged.positions, paged.slots, paged.table, paged.kv, out,
-        rope.scale, q_norm.eps, k_norm.eps, q.stride(0), k.stride(0), v.stride(0), paged.table.stride(0), *paged.kv.stride()[:4],
+        rope.scale, q_norm.eps, k_norm.eps, q.stride(0), k.stride(0), v.stride(0), paged.table.stride(0),
+        *paged.kv.stride()[:4],
         GROUP=group, GROUP_PAD=group_pad, DIM=dim, DIM_PAD=dim_pad, HALF=rope.dim // 2, PAGE=paged.kv.shape[2],
         NORMED=norms is not None, FP8=paged.kv.dtype == torch.float8_e4m3fn, PDL=pdl, **options,
     )  # fmt: skip

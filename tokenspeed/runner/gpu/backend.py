@@ -104,7 +104,7 @@ class GpuBackend:
 
 
 def _fp8_names(model: LoadedModel) -> frozenset[str]:
-    head = list(model.program.records[-1].plain())[-1].weights[0]
+    head = model.program.head
     return frozenset(name for name, w in model.packed.items() if w.spec.kind == "linear" and name != head)
 
 
