@@ -73,27 +73,27 @@ def _heads(hidden: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, A
     return dict(zip(names, (hidden, heads, kv_heads, head_dim), strict=True))
 
 
-LONG_ROPE = {
+LONG_ROPE: dict[str, Any] = {
     "rope_parameters": _rope(
         1e4,
         "longrope",
         partial_rotary_factor=0.75,
-        short_factor=[1.0 + 0.1 * i for i in range(6)],
-        long_factor=[1.0 + i * i for i in range(6)],
+        short_factor=[1.0 + 0.1 * i for i in range(12)],
+        long_factor=[1.0 + i * i for i in range(12)],
         original_max_position_embeddings=16,
     ),
     "original_max_position_embeddings": 16,
 }
 """The prompts are longer than the original context."""
 YARN_ROPE = _rope(1e4, "yarn", factor=4.0, original_max_position_embeddings=32)
-BIASES = {"attention_bias": True, "mlp_bias": True}
-GRANITE = {
+BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
+GRANITE: dict[str, Any] = {
     "embedding_multiplier": 5.0,
     "residual_multiplier": 0.3,
     "attention_multiplier": 0.2,
     "logits_scaling": 0.7,
 }
-CAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.5}
+CAPS: dict[str, Any] = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.5}
 """Small enough to show."""
 
 
@@ -169,7 +169,7 @@ CASES: dict[str, Case] = {
             **_heads(96, 3, 1, 32),
         ),
         _case("phi3", "phi3", 27, rope_parameters=_rope(1e4), sliding_window=WINDOW, **_heads(96, 6, 2, 16)),
-        _case("phi3-long", "phi3", 28, tie_word_embeddings=True, **LONG_ROPE, **_heads(80, 5, 1, 16)),
+        _case("phi3-long", "phi3", 28, tie_word_embeddings=True, **LONG_ROPE, **_heads(96, 3, 1, 32)),
         _case("glm4", "glm4", 29, rope_parameters=_rope(1e4, partial_rotary_factor=0.5), **_heads(96, 6, 2, 16)),
         _case(
             "glm4-plain",

@@ -64,8 +64,8 @@ OLD_SPELLINGS: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.75,
         "rope_scaling": {
             "type": "yarn",
-            "short_factor": [1.0 + 0.1 * i for i in range(6)],
-            "long_factor": [1.0 + i * i for i in range(6)],
+            "short_factor": [1.0 + 0.1 * i for i in range(12)],
+            "long_factor": [1.0 + i * i for i in range(12)],
         },
     },
     "gemma2": {"rope_theta": 1e4},

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 
-from tests.parity_cases import GGUF_CASES
+from tests.parity_cases import GGUF_CASES, MORE_FAMILY_CASES
 from tests.parity_tools import (
     CASES,
     FAMILY_CASES,
@@ -36,8 +38,14 @@ def assert_same_logits(checkpoint, lengths=PROMPT_LENGTHS, chunk=None, page_size
         torch.testing.assert_close(logits, expected, atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("fmt", SAFETENSORS)
-@pytest.mark.parametrize("name", CASES)
+def of_cases(names: Iterable[str], formats: Iterable[str], fast: str) -> list[ParameterSet]:
+    """Every case and format; of the later families all formats but one are slow."""
+    early = {case.model_type for name, case in CASES.items() if name in FAMILY_CASES}
+    marks = {name: [] if CASES[name].model_type in early else [pytest.mark.slow] for name in names}
+    return [pytest.param(name, fmt, marks=[] if fmt == fast else marks[name]) for name in marks for fmt in formats]
+
+
+@pytest.mark.parametrize("name, fmt", of_cases(CASES, SAFETENSORS, "F32"))
 def test_safetensors(tiny, name, fmt):
     checkpoint = tiny(name, fmt)
     shards = len(list(checkpoint.path.glob("*.safetensors")))
@@ -45,8 +53,7 @@ def test_safetensors(tiny, name, fmt):
     assert_same_logits(checkpoint)
 
 
-@pytest.mark.parametrize("fmt", GGUF)
-@pytest.mark.parametrize("name", GGUF_CASES)
+@pytest.mark.parametrize("name, fmt", of_cases(GGUF_CASES, GGUF, "gguf-F32"))
 def test_gguf(tiny, name, fmt):
     checkpoint = tiny(name, fmt)
     kinds = {info.dtype for info in open_gguf(checkpoint.path).tensors.values() if len(info.shape) == 2}
@@ -54,7 +61,7 @@ def test_gguf(tiny, name, fmt):
     assert_same_logits(checkpoint)
 
 
-@pytest.mark.parametrize("name", FAMILY_CASES)
+@pytest.mark.parametrize("name", [*FAMILY_CASES, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE_FAMILY_CASES)])
 def test_gguf_of_mixed_k_quants(tiny, name):
     checkpoint = tiny(name, "gguf-K")
     tensors = open_gguf(checkpoint.path).tensors
@@ -73,7 +80,7 @@ def test_gguf_without_the_keys_that_gemma3_implies(tiny):
 
 @pytest.mark.parametrize("page_size", [4, 16])
 @pytest.mark.parametrize("chunk", [1, 3, 7])
-@pytest.mark.parametrize("name", FAMILY_CASES)
+@pytest.mark.parametrize("name", [*FAMILY_CASES, *MORE_FAMILY_CASES, "phi3-long", "ministral"])
 def test_chunks_and_pages(tiny, name, chunk, page_size):
     assert_same_logits(tiny(name, "F32"), (40,), chunk, page_size)
 

@@ -18,10 +18,12 @@ from tokenspeed.models.dense import SANDWICH_NORMS, DenseConfig, Family
 from tokenspeed.models.dense_weights import dense_weights
 from tokenspeed.models.gemma3 import FAMILY as GEMMA3
 from tokenspeed.models.llama import FAMILY as LLAMA
+from tokenspeed.models.olmo2 import FAMILY as OLMO2
+from tokenspeed.models.olmo2 import VARIANT as OLMO2_VARIANT
 from tokenspeed.models.qwen2 import FAMILY as QWEN2
 from tokenspeed.models.registry import Definition
 from tokenspeed.ops.kv import decode
-from tokenspeed.ops.rope import Rope
+from tokenspeed.ops.rope import Rope, no_rope
 from tokenspeed.program.fuse import fuse
 from tokenspeed.runner.arena import Arena, PageShape
 from tokenspeed.runner.backend import Backend
@@ -64,6 +66,28 @@ VARIANTS: dict[str, tuple[Family, dict[str, Any]]] = {
             "tied": True,
             "embed_scale": 9.8,
             "windows": (37, 0, 37),
+        },
+    ),
+    "gemma2": (
+        GEMMA3,
+        {
+            "norms": SANDWICH_NORMS,
+            "act": "gelu_tanh",
+            "tied": True,
+            "windows": (37, 0, 37),
+            "score_cap": 0.02,
+            "logit_cap": 0.3,
+        },
+    ),
+    "olmo2": (OLMO2, OLMO2_VARIANT),
+    "biases": (
+        LLAMA,
+        {
+            "qkv_bias": True,
+            "o_bias": True,
+            "mlp_bias": True,
+            "logits_divisor": 3.0,
+            "ropes": (Rope(1e4, 32, scale=1.4), no_rope(32), Rope(1e4, 12, scale=0.7)),
         },
     ),
 }

@@ -295,8 +295,10 @@ class GGUFConfig:
                 raise UnsupportedError(f"GGUF rope.scaling.{key} is not supported")
         factor, original = float(self.get("rope.scaling.factor")), self.integer("rope.scaling.original_context_length")
         scale = yarn_scale(factor) * float(self.get("rope.scaling.attn_factor", 1.0))
-        ends = (float(self.get(f"rope.scaling.yarn_beta_{name}", end)) for name, end in (("fast", 32.0), ("slow", 1.0)))
-        return yarn_rope(theta, dim, factor, original, scale, *ends)
+        fast, slow = (
+            float(self.get(f"rope.scaling.yarn_beta_{name}", end)) for name, end in (("fast", 32.0), ("slow", 1.0))
+        )
+        return yarn_rope(theta, dim, factor, original, scale, fast, slow)
 
 
 def gguf_config(meta: GGUFConfig, **variant: Any) -> DenseConfig:

@@ -142,9 +142,9 @@ def _stretched(kind: str, theta: float, dim: int, given: Mapping[str, Any], cont
     if kind == "longrope":
         factors = given["long_factor" if long else "short_factor"]
         return longrope(theta, dim, factors, longrope_scale(factor, original) if scale is None else float(scale))
-    weights = given.get("mscale"), given.get("mscale_all_dim")
-    if scale is None and all(weights):
-        scale = yarn_scale(factor, weights[0]) / yarn_scale(factor, weights[1])
+    above, below = given.get("mscale"), given.get("mscale_all_dim")
+    if scale is None and above and below:
+        scale = yarn_scale(factor, above) / yarn_scale(factor, below)
     fast, slow = float(given.get("beta_fast") or 32), float(given.get("beta_slow") or 1)
     return yarn_rope(theta, dim, factor, original, scale, fast, slow, bool(given.get("truncate", True)))
 

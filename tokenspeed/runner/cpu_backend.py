@@ -97,6 +97,7 @@ class CpuBackend:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self._ropes: dict[Rope, int] = {}
+        self._cap = next((record.attrs["cap"] for record in model.program.records if record.op == "softcap"), 0.0)
         self._screened = _screened_head(model) if lm_head == "screened" else None
         planes = {self._screened} if self._screened else set()
         handles = pack_weights(self._native, model.packed, planes, copy, _walk.LAYOUT_VERSION, progress)
@@ -146,6 +147,8 @@ class CpuBackend:
         self._native.body(*_step(fed))
 
     def decode(self, fed: Sequence[FedRow], asks: Sequence[SampledRow], most: int) -> list[list[int]]:
+        if self._needs_cap(asks):
+            return []
         ends = {token for ask in asks for token in ask.sampling.stop_ids}
         passes = self._native.decode(most, list(ends), [native_ask(ask) for ask in asks], *_step(fed))
         self._picks += len(asks) * len(passes)
@@ -157,6 +160,8 @@ class CpuBackend:
         return drawn
 
     def pick(self, rows: Sequence[int], asks: Sequence[SampledRow]) -> list[int] | None:
+        if self._needs_cap(asks):
+            return None
         self._picks += len(rows)
         found = self._native.pick(np.array(rows, np.int32), [native_ask(ask) for ask in asks])
         if not all(found):
@@ -167,7 +172,11 @@ class CpuBackend:
         self._rows_of_logits += len(rows)
         out = torch.empty(len(rows), self._model.definition.config.vocab_size)
         self._native.head(np.array(rows, dtype=np.int32), out.numpy())
-        return out
+        return self._cap * torch.tanh(out / self._cap) if self._cap else out
+
+    def _needs_cap(self, asks: Sequence[SampledRow]) -> bool:
+        """Whether a soft cap of the logits, which the native head leaves out, matters: it keeps their order."""
+        return self._cap > 0 and any(ask.sampling.temperature > 0 for ask in asks)
 
     def _make_plan(self) -> Plan:
         registry = Registry()
@@ -196,7 +205,7 @@ class CpuBackend:
         return handles
 
     def _add(self, record: Record) -> None:
-        if record.op == "split":
+        if record.op in ("split", "softcap"):
             return
         kinds = self._walk.Kind
         if record.op.endswith(("linear", "linear_act")):
@@ -270,7 +279,7 @@ class CpuBackend:
     def _attention(self, record: Record) -> Any:
         op = self._walk.Op(self._walk.Kind.Attention)
         op.x, op.out = self._values[record.inputs[0]], self._values[record.outputs[0]]
-        for name in ("layer", "heads", "kv_heads", "head_dim", "window", "scale"):
+        for name in ("layer", "heads", "kv_heads", "head_dim", "window", "scale", "softcap"):
             setattr(op, name, record.attrs[name])
         return op
 

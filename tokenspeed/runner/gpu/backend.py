@@ -45,6 +45,7 @@ class GpuBackend:
         self._registry = Registry()
         (register or _register_kernels)(self._registry)
         self._registry.add(Implementation("rows", "select", "gpu", _select, _always, priority=10, invariant=True))
+        self._registry.add(Implementation("softcap", "softcap", "gpu", _softcap, _always, priority=10, invariant=True))
         ref.register(self._registry)
         self._plans: dict[int, Plan] = {}
         if batch_invariant:
@@ -127,6 +128,13 @@ def _select(
     view: GpuView, record: Record, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
     return (inputs[0].index_select(0, view.rows.clamp(min=0)),)
+
+
+def _softcap(
+    view: GpuView, record: Record, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    cap = record.attrs["cap"]
+    return ((cap * torch.tanh(inputs[0].float() / cap)).to(inputs[0].dtype),)
 
 
 def _always(operands: Operands, situation: Situation) -> bool:

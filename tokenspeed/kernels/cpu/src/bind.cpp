@@ -76,7 +76,7 @@ NB_MODULE(_walk, m) {
       .def_rw("branch_eps", &ts::Op::branch_eps).def_rw("scale", &ts::Op::scale).def_rw("v", &ts::Op::v)
       .def_rw("rope", &ts::Op::rope).def_rw("layer", &ts::Op::layer).def_rw("heads", &ts::Op::heads)
       .def_rw("kv_heads", &ts::Op::kv_heads).def_rw("head_dim", &ts::Op::head_dim).def_rw("window", &ts::Op::window)
-      .def_rw("per_head", &ts::Op::per_head);
+      .def_rw("per_head", &ts::Op::per_head).def_rw("softcap", &ts::Op::softcap);
 
   nb::class_<ts::Ask>(m, "Ask")
       .def("__init__", [](ts::Ask* ask, float temperature, uint64_t seed, uint32_t sample, uint32_t position, int64_t top_k, double top_p,
