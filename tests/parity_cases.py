@@ -92,6 +92,7 @@ GRANITE: dict[str, Any] = {
     "residual_multiplier": 0.3,
     "attention_multiplier": 0.2,
     "logits_scaling": 0.7,
+    "rms_norm_eps": 1e-2,
 }
 CAPS: dict[str, Any] = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.5}
 """Small enough to show."""
