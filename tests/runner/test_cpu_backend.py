@@ -373,3 +373,20 @@ def test_passes_end_with_a_stop_id_and_before_what_is_not_a_number() -> None:
     fed = stepper.table.feed([PlanRow(slot, 9, len(each) + 8) for slot, each in enumerate(known)])
     assert last < 8
     assert stepper.backend.decode(fed, asks_of(known), 9) == passes[: last + 1]
+
+
+def test_capped_logits_are_drawn_from_by_the_sampler_unless_greedy() -> None:
+    """A cap keeps the order of logits, not their distances."""
+    model = make_model("gemma2", "Q8_0", logit_cap=3.0)
+    stepper, known = decoding(model, 2, [prompt(40), prompt(7, 5)])
+    fed = stepper.table.feed([PlanRow(slot, 4, len(each) + 3) for slot, each in enumerate(known)])
+    drawn = stepper.backend.decode(fed, asks_of(known), 4)
+    assert (drawn, stepper.backend.pick([0], asks_of(known)[1:])) == ([], None)
+    greedy = [SampledRow(GREEDY, each, 4, len(each)) for each in known]
+    passes = stepper.backend.decode(fed, greedy, 4)
+    other, known = decoding(model, 1, [prompt(40), prompt(7, 5)])
+    for tokens in passes:
+        assert other.step(dict.fromkeys(range(2), 1)).argmax(1).tolist() == tokens
+        for slot, token in enumerate(tokens):
+            other.table._slots[slot].append(token)
+    assert len(passes) == 4

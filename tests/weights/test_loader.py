@@ -115,7 +115,8 @@ def test_vectors_are_float32_with_transforms(seed):
     norm, first, second = torch.randn(7).bfloat16(), torch.randn(3).half(), torch.randn(5)
     checkpoint = Memory("safetensors", {"n": plain(norm), "p": plain(first), "q": plain(second)})
     made = load_weights(
-        checkpoint, table(vector("norm", Source("n", 7, "add_one")), vector("bias", Source("p", 3), Source("q", 5, factor=0.3)))
+        checkpoint,
+        table(vector("norm", Source("n", 7, "add_one")), vector("bias", Source("p", 3), Source("q", 5, factor=0.3))),
     )
     assert torch.equal(made["norm"].unpacked(torch.float32), norm.float() + 1)
     assert torch.equal(made["bias"].unpacked(torch.float32), torch.cat((first.float(), second * 0.3)))
