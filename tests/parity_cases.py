@@ -181,7 +181,7 @@ CASES: dict[str, Case] = {
             tie_word_embeddings=True,
             **_heads(96, 3, 1, 32),
         ),
-        _case("olmo2", "olmo2", 31, rope_parameters=_rope(5e5), **_heads(96, 6, 3, 16)),
+        _case("olmo2", "olmo2", 131, rope_parameters=_rope(5e5), **_heads(96, 6, 3, 16)),
         _case(
             "olmo2-bias",
             "olmo2",
