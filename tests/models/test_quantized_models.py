@@ -114,3 +114,8 @@ def test_prefix_keys_tell_quantised_models_apart(tiny) -> None:
         {"kv_cache_dtype": "fp8"},
     )
     assert len({LLM(str(path), **settings).core.cache._root for settings in changes}) == len(changes)
+
+
+def test_prefix_keys_tell_the_two_rotations_of_longrope_apart(tiny) -> None:
+    path = tiny("phi3-long", "BF16").path
+    assert len({LLM(str(path), max_model_len=length).core.cache._root for length in (16, 17, None)}) == 2
