@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from tests.parity_cases import CASES, CONTEXT, FAMILY_CASES, PROMPT_LENGTHS, VOCAB, Case
 from tokenspeed.config.engine import EngineConfig
 from tokenspeed.ops.reference import StepView
 from tokenspeed.program.program import Program
@@ -25,97 +26,26 @@ from tokenspeed.runner.layout import page_layout
 from tokenspeed.runner.model import LoadedModel, load_model
 from tokenspeed.runner.ref_backend import RefBackend
 
-VOCAB, CONTEXT, WINDOW = 199, 128, 8
-PROMPT_LENGTHS = (21, 40)
-"""Both past the window, neither a multiple of a page."""
-
+__all__ = ["CASES", "CONTEXT", "FAMILY_CASES", "PROMPT_LENGTHS", "VOCAB"]
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 K_FORMATS = ("Q4_K", "Q6_K")
-_ARCHS = {
+ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
     "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    "phi3": gguf.MODEL_ARCH.PHI3,
+    "glm4": gguf.MODEL_ARCH.GLM4,
+    "olmo2": gguf.MODEL_ARCH.OLMO2,
+    "smollm3": gguf.MODEL_ARCH.SMOLLM3,
+    "granite": gguf.MODEL_ARCH.GRANITE,
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model type of transformers and its settings. implied_keys: its GGUF leaves out what its architecture tells."""
-
-    name: str
-    model_type: str
-    seed: int
-    settings: dict[str, Any] = field(default_factory=dict)
-    implied_keys: bool = False
-
-    def with_k_widths(self) -> Case:
-        """The same family as wide as K-quants need, except for `down`, which is left to a fallback format."""
-        wide = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32}
-        return replace(self, settings=self.settings | wide | {"intermediate_size": 288})
-
-
-def _rope(theta: float, kind: str = "default", **scaling: Any) -> dict[str, Any]:
-    return {"rope_type": kind, "rope_theta": theta, **scaling}
-
-
-LLAMA3_ROPE = _rope(
-    5e4, "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
-)
-
-
-def _case(name: str, model_type: str, seed: int, implied_keys: bool = False, **settings: Any) -> Case:
-    common = {
-        "vocab_size": VOCAB,
-        "max_position_embeddings": CONTEXT,
-        "num_hidden_layers": 2,
-        "intermediate_size": 160,
-        "tie_word_embeddings": False,
-    }
-    return Case(name, model_type, seed, common | settings, implied_keys)
-
-
-def _gemma3(name: str, seed: int, full: dict[str, Any], implied_keys: bool = False, **settings: Any) -> Case:
-    layers, pattern = settings["num_hidden_layers"], 6 if implied_keys else 3
-    kinds = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
-    local = _rope(10000.0 if implied_keys else 500.0)
-    return _case(
-        name,
-        "gemma3_text",
-        seed,
-        implied_keys,
-        sliding_window=WINDOW,
-        layer_types=kinds,
-        rope_parameters={"sliding_attention": local, "full_attention": full},
-        query_pre_attn_scalar=settings["head_dim"],
-        **settings,
-    )
-
-
-def _heads(hidden: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, Any]:
-    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    return dict(zip(names, (hidden, heads, kv_heads, head_dim), strict=True))
-
-
-CASES: dict[str, Case] = {
-    case.name: case
-    for case in (
-        _case("llama", "llama", 11, rope_parameters=_rope(5e4), num_hidden_layers=3, **_heads(96, 6, 2, 16)),
-        _case(
-            "llama-llama3", "llama", 12, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True, **_heads(64, 4, 2, 32)
-        ),
-        _case("llama-linear", "llama", 13, rope_parameters=_rope(1e4, "linear", factor=4.0), **_heads(160, 5, 1, 32)),
-        _case("qwen2", "qwen2", 14, rope_parameters=_rope(1e5), **_heads(96, 6, 3, 16)),
-        _case("qwen2-tied", "qwen2", 15, rope_parameters=_rope(1e6), tie_word_embeddings=True, **_heads(96, 3, 1, 32)),
-        _case("qwen3", "qwen3", 16, rope_parameters=_rope(1e6), num_hidden_layers=3, **_heads(64, 6, 3, 32)),
-        _case("qwen3-tied", "qwen3", 17, rope_parameters=_rope(1e4), tie_word_embeddings=True, **_heads(64, 5, 1, 32)),
-        _gemma3("gemma3", 18, _rope(2e5), num_hidden_layers=4, tie_word_embeddings=True, **_heads(96, 6, 2, 32)),
-        _gemma3("gemma3-linear", 19, _rope(2e5, "linear", factor=8.0), num_hidden_layers=3, **_heads(96, 3, 1, 64)),
-        _gemma3("gemma3-implied", 20, _rope(1e6), True, num_hidden_layers=7, **_heads(32, 2, 1, 16)),
-    )
-}
-FAMILY_CASES = ("llama", "llama-llama3", "qwen2", "qwen3", "gemma3")
-"""One case per family, and the one with a tensor of rope divisors."""
+PLUS_ONE = ("gemma2", "gemma3_text")
+"""Families whose norms multiply by 1 + w."""
+INTERLEAVED = ("llama", "mistral", "smollm3", "granite")
+"""Families whose converter interleaves rows of Q and K heads."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +69,7 @@ def random_oracle(case: Case) -> PreTrainedModel:
                 scale = 0.4 if config.tie_word_embeddings and "embed_tokens" in name else 1.0
                 values.normal_(0, scale * values.shape[1] ** -0.5, generator=generator)
             elif name.endswith("norm.weight"):
-                centre = 0.0 if case.model_type == "gemma3_text" else 1.0
+                centre = 0.0 if case.model_type in PLUS_ONE else 1.0
                 values.uniform_(centre - 0.5, centre + 0.5, generator=generator)
             else:
                 values.normal_(0, 0.5, generator=generator)
@@ -177,10 +107,10 @@ def make_gguf(case: Case, fmt: str, path: Path, split_max_tensors: int = 0) -> T
     split_max_tensors: above 0, writes shards of so many tensors, and gives the first one's path.
     """
     oracle = random_oracle(case)
-    architecture = gguf.MODEL_ARCH_NAMES[_ARCHS[case.model_type]]
+    architecture = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[case.model_type]]
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split_max_tensors)
     _add_metadata(writer, case, oracle)
-    names = gguf.get_tensor_name_map(_ARCHS[case.model_type], case.settings["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(ARCHITECTURES[case.model_type], case.settings["num_hidden_layers"])
     rng = np.random.default_rng(case.seed)
     with torch.no_grad():
         for name, values in oracle.named_parameters():
@@ -228,11 +158,11 @@ def random_k_rows(fmt: str, like: Array, rng: np.random.Generator) -> Array:
 
 def _as_stored(case: Case, gguf_name: str, data: Array) -> Array:
     """What llama.cpp's converter does to values: Gemma's norms get their +1, Llama's Q and K rows are interleaved."""
-    if case.model_type == "gemma3_text" and data.ndim == 1:
+    if case.model_type in PLUS_ONE and data.ndim == 1:
         return data + np.float32(1)
-    heads = {"attn_q.weight": "num_attention_heads", "attn_k.weight": "num_key_value_heads"}
-    key = heads.get(gguf_name.split(".", 2)[-1])
-    if case.model_type == "llama" and key is not None:
+    heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+    key = heads.get(gguf_name.split(".", 2)[-1].rpartition(".")[0])
+    if case.model_type in INTERLEAVED and key is not None:
         return interleave_heads(data, case.settings[key])
     return data
 
@@ -260,19 +190,42 @@ def _add_metadata(writer: gguf.GGUFWriter, case: Case, oracle: PreTrainedModel) 
     writer.add_value_length(head_dim)
     rope = config["rope_parameters"]
     if case.model_type == "gemma3_text":
-        writer.add_sliding_window(config["sliding_window"])
         if not case.implied_keys:
             writer.add_sliding_window_pattern(3)
             writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
         rope = rope["full_attention"]
-    if case.model_type == "llama":
-        writer.add_rope_dimension_count(head_dim)
+    if case.model_type in ("gemma2", "gemma3_text", "phi3"):
+        writer.add_sliding_window(config["sliding_window"] or 0)
+    if case.model_type == "gemma2":
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    if case.model_type == "granite":
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
+    if case.model_type in (*INTERLEAVED, "phi3", "glm4"):
+        writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+    _add_rope(writer, rope, oracle, head_dim)
+
+
+def _add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], oracle: PreTrainedModel, head_dim: int) -> None:
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if rope["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", _llama3_divisors(oracle, head_dim))
+    if rope["rope_type"] == "longrope":
+        _, scale = ROPE_INIT_FUNCTIONS["longrope"](oracle.config, torch.device("cpu"))
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_attn_factors(scale)
+        for name in ("long", "short"):
+            writer.add_tensor(f"rope_factors_{name}.weight", np.array(rope[f"{name}_factor"], np.float32))
 
 
 def _llama3_divisors(oracle: PreTrainedModel, head_dim: int) -> Array:
@@ -283,9 +236,9 @@ def _llama3_divisors(oracle: PreTrainedModel, head_dim: int) -> Array:
     return (plain / scaled.double()).float().numpy()
 
 
-def load(path: Path, dtype: str = "float32") -> LoadedModel:
-    """The engine's own reading of a checkpoint."""
-    config = EngineConfig(model=str(path), device="cpu", dtype=dtype)
+def load(path: Path, dtype: str = "float32", length: int | None = None) -> LoadedModel:
+    """The engine's own reading of a checkpoint, for sequences of up to `length` tokens."""
+    config = EngineConfig(model=str(path), device="cpu", dtype=dtype, max_model_len=length)
     files = open_model(config)
     return load_model(files.definition, files.checkpoint, config)
 

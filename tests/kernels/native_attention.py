@@ -26,15 +26,21 @@ class Shape:
     first: int = 0
     window: int = 0
     kv: str = "BF16"
+    softcap: float = 0.0
 
     def __str__(self) -> str:
         pages = f"pages of {self.page_size} {self.kv}"
-        return f"{self.queries}x{self.group} of {self.head_dim} at {self.first}, window {self.window}, {pages}"
+        where = f"at {self.first}, window {self.window}, cap {self.softcap}"
+        return f"{self.queries}x{self.group} of {self.head_dim} {where}, {pages}"
 
 
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int, window: int, scale: float) -> np.ndarray:
+def attend(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int, window: int, scale: float, softcap: float = 0.0
+) -> np.ndarray:
     """Float64 [queries, group, dim] of q of that shape, k and v [keys, dim]; query i is at position first + i."""
     scores = np.einsum("qgd,kd->qgk", q.astype(float), k.astype(float)) * scale
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
     position, key = first + np.arange(len(q))[:, None], np.arange(len(k))[None]
     seen = (key <= position) & ((window == 0) | (key > position - window))
     scores = np.where(seen[:, None], scores, -np.inf)
@@ -57,7 +63,13 @@ def attention_case(shape: Shape, rng: np.random.Generator) -> Case:
     scale = 0.2 / np.sqrt(shape.head_dim)
     used = q[: (shape.queries - 1) * q_stride + shape.group * shape.head_dim]
     expected = attend(
-        heads.reshape(shape.queries, shape.group, -1), k, v, shape.first, shape.window, float(np.float32(scale))
+        heads.reshape(shape.queries, shape.group, -1),
+        k,
+        v,
+        shape.first,
+        shape.window,
+        float(np.float32(scale)),
+        shape.softcap,
     )
     live = max(0, shape.first - shape.window + 1) if shape.window else 0
     for position in (*range(live), *range(length, pages * shape.page_size)):  # NaN in every format
@@ -78,8 +90,9 @@ def attention_case(shape: Shape, rng: np.random.Generator) -> Case:
         "first_position": shape.first,
         "window": shape.window,
         "scale": scale,
+        "softcap": shape.softcap,
         "expected": expected,
-        "allowed": np.full(expected.shape, 1e-6 * float(np.abs(v).max())),
+        "allowed": np.full(expected.shape, (1e-6 + 1e-6 * shape.softcap) * float(np.abs(v).max())),
     }
 
 

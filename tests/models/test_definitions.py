@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from math import prod
 from typing import Any
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.parity_tools import CASES, CONTEXT, VOCAB, Walker, load, oracle_logits, random_prompt
+from tests.parity_cases import GGUF_CASES
+from tests.parity_tools import CASES, CONTEXT, INTERLEAVED, VOCAB, Walker, load, oracle_logits, random_prompt
 from tokenspeed import LLM, SamplingParams
 from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import FormatError, UnsupportedError
@@ -53,6 +54,22 @@ OLD_SPELLINGS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     },
     "gemma3-implied": {},
+    "llama-yarn": {
+        "rope_theta": 1e4,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    },
+    "glm4": {"rope_theta": 1e4},
+    "phi3-long": {
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {
+            "type": "yarn",
+            "short_factor": [1.0 + 0.1 * i for i in range(12)],
+            "long_factor": [1.0 + i * i for i in range(12)],
+        },
+    },
+    "gemma2": {"rope_theta": 1e4},
+    "smollm3": {"rope_theta": 5e4},
 }
 """What config.json held before transformers 5, in place of rope_parameters and layer_types."""
 
@@ -82,23 +99,29 @@ def test_shipped_config_means_what_transformers_takes_it_for(name):
 def test_old_spelling_of_a_config(tiny, name):
     checkpoint = tiny(name, "F32")
     config = json.loads((checkpoint.path / "config.json").read_text())
-    old = {key: value for key, value in config.items() if key not in ("rope_parameters", "layer_types")}
+    old = {
+        key: value for key, value in config.items() if key not in ("rope_parameters", "layer_types", "no_rope_layers")
+    }
     assert old != config
     assert define_from_hf(old | OLD_SPELLINGS[name]).config == define_from_hf(config).config
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "gemma3-implied"])
+@pytest.mark.parametrize("name", GGUF_CASES)
 def test_gguf_metadata_means_what_config_json_does(tiny, name):
-    """Only the flag for permuted rows and the rounding of the base and divisors may differ."""
+    """Only the flag for permuted rows and the rounding of numbers may differ."""
     ours = define(open_gguf(tiny(name, "gguf-F32").path)).config
     theirs = load(tiny(name, "F32").path).definition.config
-    assert ours.gguf_permuted == (ours.norm_plus_one is False and CASES[name].model_type == "llama")
-    for rope, other in zip(ours.ropes, theirs.ropes, strict=True):
-        assert (rope.theta, rope.dim) == (pytest.approx(other.theta), other.dim)
-        assert rope.divisors == pytest.approx(other.divisors, rel=1e-5)
-    rounded = {"gguf_permuted": False, "ropes": theirs.ropes, "norm_eps": theirs.norm_eps}
-    assert ours.norm_eps == pytest.approx(theirs.norm_eps)
-    assert replace(ours, **rounded) == theirs
+    assert ours.gguf_permuted == (CASES[name].model_type in INTERLEAVED)
+    for key in ("ropes", "long_ropes"):
+        for rope, other in zip(getattr(ours, key), getattr(theirs, key), strict=True):
+            assert rope.dim == other.dim
+            assert (rope.theta, rope.scale) == pytest.approx((other.theta, other.scale))
+            assert rope.divisors == pytest.approx(other.divisors, rel=1e-5)
+    floats = [field.name for field in fields(ours) if field.type == "float"]
+    rounded = {key: getattr(theirs, key) for key in ("ropes", "long_ropes", *floats)}
+    for key in floats:
+        assert getattr(ours, key) == pytest.approx(getattr(theirs, key)), key
+    assert replace(ours, gguf_permuted=False, **rounded) == theirs
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -142,16 +165,18 @@ def test_dummy_of_a_shipped_name_opens_without_files(name):
     assert files.definition.program().outputs.keys() == {"logits"}
 
 
+FAMILY_NAMES = tuple(name for name in CASES if "-" not in name)
 REFUSED: dict[str, list[dict[str, Any]]] = {
     "llama": [
-        {"attention_bias": True},
-        {"mlp_bias": True},
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 4.0}},
         {"quantization_config": {"quant_method": "awq"}},
         {"model_type": "mamba"},
     ],
     "qwen2": [{"use_sliding_window": True}],
     "qwen3": [{"attention_bias": True}, {"use_sliding_window": True}],
+    "mistral": [{"layer_types": ["full_attention", "sliding_attention"]}],
+    "smollm3": [{"use_sliding_window": True}],
+    "gemma2": [{"use_bidirectional_attention": True}, {"attention_bias": True}],
     "gemma3": [
         {"attn_logit_softcapping": 50.0},
         {"final_logit_softcapping": 30.0},
@@ -171,7 +196,7 @@ def test_a_variant_we_do_not_run_is_refused_by_name(tiny, name, change):
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_a_config_without_a_size_is_refused_by_name(tiny, name, key):
     config = json.loads((tiny(name, "F32").path / "config.json").read_text())
     del config[key]

@@ -10,11 +10,16 @@ from tokenspeed.program.fuse import fuse
 
 # What the table must find in each family's layers; without these the comparison would compare a program with itself.
 PRE_NORM_OPS = {"layer_chain", "join_norm_linear_act"}
+SANDWICH_OPS = {"layer_chain", "branch_join_norm_linear_act"}
 FUSED_OPS = {
     "llama": PRE_NORM_OPS | {"rope_attention"},
     "qwen2": PRE_NORM_OPS | {"rope_attention"},
     "qwen3": PRE_NORM_OPS | {"qk_norm_rope_attention"},
-    "gemma3_text": {"layer_chain", "branch_join_norm_linear_act", "qk_norm_rope_attention"},
+    "gemma3_text": SANDWICH_OPS | {"qk_norm_rope_attention"},
+    "gemma2": SANDWICH_OPS | {"rope_attention"},
+    "glm4": SANDWICH_OPS | {"rope_attention"},
+    "olmo2": {"linear_act", "rope_attention"},
+    **dict.fromkeys(("mistral", "ministral", "phi3", "smollm3", "granite"), PRE_NORM_OPS | {"rope_attention"}),
 }
 
 

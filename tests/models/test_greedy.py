@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import product
 from typing import Any
 
 import pytest
+from _pytest.mark.structures import ParameterSet
 
+from tests.parity_cases import MORE_FAMILY_CASES
 from tests.parity_tools import CONTEXT, FAMILY_CASES, Tiny, oracle_logits, random_prompt
 from tokenspeed import LLM, SamplingParams
 
-NEW_TOKENS = 16
+NEW_TOKENS = 32
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 MIN_MARGIN = 1e-4
 """Between the best and the second logit; a seed that leaves less says nothing about equal tokens."""
@@ -61,17 +65,30 @@ def assert_greedy(checkpoint: Tiny, prompt: list[int], new: list[int]) -> None:
     assert (best.values[:, 0] - best.values[:, 1]).min() > MIN_MARGIN, "choose another seed"
 
 
-@pytest.mark.parametrize("fmt", ["F32", "gguf-F32", "gguf-Q8_0", "gguf-Q4_0", "gguf-Q5_0", "gguf-K"])
-@pytest.mark.parametrize("name", FAMILY_CASES)
+FORMATS = ("F32", "gguf-F32", "gguf-Q8_0", "gguf-Q4_0", "gguf-Q5_0", "gguf-K")
+CUTS = tuple(product((1, 3, 64), (4, 16)))
+"""Most tokens of a step, and of a page."""
+
+
+def of_families(values: Iterable[Any], fast: Any) -> list[ParameterSet]:
+    """Every case and value; of the later families all values but one are slow."""
+    marks = {name: [pytest.mark.slow] for name in MORE_FAMILY_CASES}
+    return [
+        pytest.param(name, value, marks=[] if value == fast else marks.get(name, []))
+        for name in (*FAMILY_CASES, *MORE_FAMILY_CASES)
+        for value in values
+    ]
+
+
+@pytest.mark.parametrize("name, fmt", of_families(FORMATS, "F32"))
 def test_alone(expected, name, fmt):
     tokens = expected(name, fmt)
     assert len({token for new in tokens for token in new}) > len(tokens), "a model that repeats itself tests little"
 
 
-@pytest.mark.parametrize("page_size", [4, 16])
-@pytest.mark.parametrize("chunk", [1, 3, 64])
-@pytest.mark.parametrize("name", FAMILY_CASES)
-def test_batched_and_chunked(tiny, expected, name, chunk, page_size):
+@pytest.mark.parametrize("name, cut", of_families(CUTS, (3, 4)))
+def test_batched_and_chunked(tiny, expected, name, cut):
+    chunk, page_size = cut
     checkpoint = tiny(name, "F32")
     settings = {"max_num_batched_tokens": chunk, "block_size": page_size}
     llm = open_llm(checkpoint, enable_prefix_caching=False, **settings)
@@ -80,10 +97,9 @@ def test_batched_and_chunked(tiny, expected, name, chunk, page_size):
     assert cached == [0] * len(cached)
 
 
-@pytest.mark.parametrize("page_size", [4, 16])
-@pytest.mark.parametrize("chunk", [1, 3, 64])
-@pytest.mark.parametrize("name", FAMILY_CASES)
-def test_prefix_cache(tiny, expected, name, chunk, page_size):
+@pytest.mark.parametrize("name, cut", of_families(CUTS, (64, 16)))
+def test_prefix_cache(tiny, expected, name, cut):
+    chunk, page_size = cut
     checkpoint = tiny(name, "F32")
     prompts = prompts_of(checkpoint)
     llm = open_llm(checkpoint, max_num_batched_tokens=chunk, block_size=page_size)

@@ -46,7 +46,9 @@ def load(path: Path, backend: str, mode: str, **settings: Any) -> LLM:
 
 @pytest.mark.parametrize("backend", BOUNDS)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name, fmt", [("llama", "BF16"), ("gemma3", "F32"), ("qwen2", "gguf-F16")])
+@pytest.mark.parametrize(
+    "name, fmt", [("llama", "BF16"), ("llama", "gguf-F16"), ("gemma3", "F32"), ("qwen2", "gguf-F16"), ("glm4", "BF16")]
+)
 def test_logprobs_of_the_quantised_values(tiny, name: str, fmt: str, mode: str, backend: str) -> None:
     made = tiny(name, fmt)
     llm = load(made.path, backend, mode)
@@ -112,3 +114,8 @@ def test_prefix_keys_tell_quantised_models_apart(tiny) -> None:
         {"kv_cache_dtype": "fp8"},
     )
     assert len({LLM(str(path), **settings).core.cache._root for settings in changes}) == len(changes)
+
+
+def test_prefix_keys_tell_the_two_rotations_of_longrope_apart(tiny) -> None:
+    path = tiny("phi3-long", "BF16").path
+    assert len({LLM(str(path), max_model_len=length).core.cache._root for length in (16, 17, None)}) == 2

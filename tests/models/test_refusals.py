@@ -16,7 +16,8 @@ from tokenspeed.models import gemma3
 from tokenspeed.models.dense import GGUFConfig
 from tokenspeed.models.registry import define, define_from_hf
 
-FAMILY_NAMES = ("llama", "qwen2", "qwen3", "gemma3")
+FAMILY_NAMES = tuple(name for name in CASES if "-" not in name)
+GEMMAS = ("gemma2", "gemma3")
 
 
 def config_of(tiny, name: str) -> dict[str, Any]:
@@ -26,8 +27,8 @@ def config_of(tiny, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_another_activation(tiny, name):
     config = config_of(tiny, name)
-    key = "hidden_activation" if name == "gemma3" else "hidden_act"
-    assert config[key] == ("gelu_pytorch_tanh" if name == "gemma3" else "silu")
+    key = "hidden_activation" if name in GEMMAS else "hidden_act"
+    assert config[key] == ("gelu_pytorch_tanh" if name in GEMMAS else "silu")
     with pytest.raises(UnsupportedError, match="relu2"):
         define_from_hf(config | {key: "relu2"})
 
@@ -35,7 +36,11 @@ def test_another_activation(tiny, name):
 @pytest.mark.parametrize(
     "rope, word",
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, "dynamic"),
+        ({"rope_type": "proportional", "factor": 2.0}, "proportional"),
+        ({"rope_type": "dynamic"}, "factor"),
+        ({"rope_type": "longrope", "short_factor": [1.0] * 8}, "long_factor"),
+        ({"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0] * 7}, "7 factors for 8"),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1}, "original_max"),
         ({"rope_type": "linear"}, "factor"),
         ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}, "original_max"),
     ],
@@ -71,13 +76,40 @@ def test_gguf_values_per_layer(key):
         gemma3.from_gguf(GGUFConfig(metadata | {f"gemma3.{key}": [2, 2, 2]}, 199, tied=True))
 
 
-@pytest.mark.parametrize("kind", ["yarn", "longrope"])
-def test_gguf_rope_scaling(tmp_path, kind):
+@pytest.mark.parametrize(
+    "name, change, word",
+    [
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 2, 1]}, "no_rope_layers"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier"),
+        ("granite", {"logits_scaling": "2"}, "logits_scaling"),
+        ("glm4", {"rope_parameters": None, "partial_rotary_factor": 0.3, "head_dim": 10}, "3 columns"),
+        ("ministral", {"layer_types": ["full_attention"]}, "layer_types"),
+    ],
+)
+def test_values_that_make_no_sense(tiny, name, change, word):
+    with pytest.raises((FormatError, UnsupportedError), match=word):
+        define_from_hf(config_of(tiny, name) | change)
+
+
+@pytest.mark.parametrize(
+    "scaling, word",
+    [
+        ({"type": "longrope"}, "longrope"),
+        ({"type": "yarn"}, "rope.scaling.factor"),
+        ({"type": "yarn", "factor": 4.0}, "original_context_length"),
+        ({"type": "yarn", "factor": 4.0, "yarn_ext_factor": 0.5}, "yarn_ext_factor"),
+        ({"type": "yarn", "factor": 4.0, "yarn_log_multiplier": 0.1}, "yarn_log_multiplier"),
+    ],
+)
+def test_gguf_rope_scaling(tmp_path, scaling, word):
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in {"embedding_length": 64, "attention.head_count": 4, "block_count": 1}.items():
         writer.add_uint32(f"llama.{key}", value)
-    writer.add_string("llama.rope.scaling.type", kind)
+    for key, value in scaling.items():
+        add = writer.add_string if key == "type" else writer.add_float32
+        add(f"llama.rope.scaling.{key}", value)
     writer.add_uint32("llama.feed_forward_length", 64)
     writer.add_uint32("llama.context_length", 64)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
@@ -86,5 +118,5 @@ def test_gguf_rope_scaling(tmp_path, kind):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UnsupportedError, match=kind):
+    with pytest.raises((FormatError, UnsupportedError), match=word):
         define(open_gguf(path))

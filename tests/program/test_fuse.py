@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tests.program.random_programs import random_step, random_weights, run
-from tokenspeed.models.dense import DenseConfig, dense_weights
+from tokenspeed.models.dense import SANDWICH_NORMS, DenseConfig
+from tokenspeed.models.dense_weights import dense_weights
 from tokenspeed.models.gemma3 import wire as gemma3_wire
 from tokenspeed.models.llama import wire as llama_wire
 from tokenspeed.ops.rope import Rope
@@ -42,7 +43,7 @@ def build(family: str, adapters: dict[str, int] | None = None, capture: tuple[st
         "llama": ({}, llama_wire),
         "qwen3": ({"qk_norm": True}, llama_wire),
         "qwen2": ({"qkv_bias": True}, llama_wire),
-        "gemma3": ({"qk_norm": True, "post_norms": True, "act": "gelu_tanh", "tied": True}, gemma3_wire),
+        "gemma3": ({"qk_norm": True, "norms": SANDWICH_NORMS, "act": "gelu_tanh", "tied": True}, gemma3_wire),
     }
     variant, wire = variants[family]
     config = DenseConfig(**{**CONFIG.__dict__, **variant})

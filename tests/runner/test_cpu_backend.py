@@ -14,13 +14,16 @@ from tests.kernels.tiers import TIERS_HERE
 from tests.seeds import SEED
 from tokenspeed.contracts.step import NewSequence, PageGrant, PlanRow, SamplingRow, StepDelta
 from tokenspeed.kernels.cpu.registration import ISA_VARIABLE
-from tokenspeed.models.dense import DenseConfig, Family, dense_weights
+from tokenspeed.models.dense import SANDWICH_NORMS, DenseConfig, Family
+from tokenspeed.models.dense_weights import dense_weights
 from tokenspeed.models.gemma3 import FAMILY as GEMMA3
 from tokenspeed.models.llama import FAMILY as LLAMA
+from tokenspeed.models.olmo2 import FAMILY as OLMO2
+from tokenspeed.models.olmo2 import VARIANT as OLMO2_VARIANT
 from tokenspeed.models.qwen2 import FAMILY as QWEN2
 from tokenspeed.models.registry import Definition
 from tokenspeed.ops.kv import decode
-from tokenspeed.ops.rope import Rope
+from tokenspeed.ops.rope import Rope, no_rope
 from tokenspeed.program.fuse import fuse
 from tokenspeed.runner.arena import Arena, PageShape
 from tokenspeed.runner.backend import Backend
@@ -58,11 +61,33 @@ VARIANTS: dict[str, tuple[Family, dict[str, Any]]] = {
         GEMMA3,
         {
             "qk_norm": True,
-            "post_norms": True,
+            "norms": SANDWICH_NORMS,
             "act": "gelu_tanh",
             "tied": True,
             "embed_scale": 9.8,
             "windows": (37, 0, 37),
+        },
+    ),
+    "gemma2": (
+        GEMMA3,
+        {
+            "norms": SANDWICH_NORMS,
+            "act": "gelu_tanh",
+            "tied": True,
+            "windows": (37, 0, 37),
+            "score_cap": 0.02,
+            "logit_cap": 0.3,
+        },
+    ),
+    "olmo2": (OLMO2, OLMO2_VARIANT),
+    "biases": (
+        LLAMA,
+        {
+            "qkv_bias": True,
+            "o_bias": True,
+            "mlp_bias": True,
+            "logits_divisor": 3.0,
+            "ropes": (Rope(1e4, 32, scale=1.4), no_rope(32), Rope(1e4, 12, scale=0.7)),
         },
     ),
 }
@@ -348,3 +373,20 @@ def test_passes_end_with_a_stop_id_and_before_what_is_not_a_number() -> None:
     fed = stepper.table.feed([PlanRow(slot, 9, len(each) + 8) for slot, each in enumerate(known)])
     assert last < 8
     assert stepper.backend.decode(fed, asks_of(known), 9) == passes[: last + 1]
+
+
+def test_capped_logits_are_drawn_from_by_the_sampler_unless_greedy() -> None:
+    """A cap keeps the order of logits, not their distances."""
+    model = make_model("gemma2", "Q8_0", logit_cap=3.0)
+    stepper, known = decoding(model, 2, [prompt(40), prompt(7, 5)])
+    fed = stepper.table.feed([PlanRow(slot, 4, len(each) + 3) for slot, each in enumerate(known)])
+    drawn = stepper.backend.decode(fed, asks_of(known), 4)
+    assert (drawn, stepper.backend.pick([0], asks_of(known)[1:])) == ([], None)
+    greedy = [SampledRow(GREEDY, each, 4, len(each)) for each in known]
+    passes = stepper.backend.decode(fed, greedy, 4)
+    other, known = decoding(model, 1, [prompt(40), prompt(7, 5)])
+    for tokens in passes:
+        assert other.step(dict.fromkeys(range(2), 1)).argmax(1).tolist() == tokens
+        for slot, token in enumerate(tokens):
+            other.table._slots[slot].append(token)
+    assert len(passes) == 4

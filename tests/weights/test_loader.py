@@ -115,10 +115,11 @@ def test_vectors_are_float32_with_transforms(seed):
     norm, first, second = torch.randn(7).bfloat16(), torch.randn(3).half(), torch.randn(5)
     checkpoint = Memory("safetensors", {"n": plain(norm), "p": plain(first), "q": plain(second)})
     made = load_weights(
-        checkpoint, table(vector("norm", Source("n", 7, "add_one")), vector("bias", Source("p", 3), Source("q", 5)))
+        checkpoint,
+        table(vector("norm", Source("n", 7, "add_one")), vector("bias", Source("p", 3), Source("q", 5, factor=0.3))),
     )
     assert torch.equal(made["norm"].unpacked(torch.float32), norm.float() + 1)
-    assert torch.equal(made["bias"].unpacked(torch.float32), torch.cat((first.float(), second)))
+    assert torch.equal(made["bias"].unpacked(torch.float32), torch.cat((first.float(), second * 0.3)))
     assert made["norm"].formats == ("F32",)
     assert made["norm"].shape == (7,)
     assert torch.equal(made["norm"].unpacked(torch.bfloat16), (norm.float() + 1).bfloat16())
@@ -208,5 +209,6 @@ def test_tables_that_contradict_themselves():
         load_weights(arrays, table(WeightSpec("w", (3, 4), "linear", source, source)))
     with pytest.raises(ValueError, match="do not add up"):
         load_weights(arrays, table(WeightSpec("w", (2, 4), "linear", source, ())))
-    with pytest.raises(ValueError, match="add_one is for vectors"):
-        load_weights(arrays, table(linear("w", 4, Source("w", 2, "add_one"))))
+    for source in (Source("w", 2, "add_one"), Source("w", 2, factor=2.0)):
+        with pytest.raises(ValueError, match="are for vectors"):
+            load_weights(arrays, table(linear("w", 4, source)))

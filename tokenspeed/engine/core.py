@@ -405,6 +405,7 @@ def _executor(prepared: Prepared, capacity: Capacity, config: EngineConfig) -> P
 def _root(files: ModelFiles, prepared: Prepared, config: EngineConfig) -> bytes:
     weights = files.digest if config.quantization is None else f"{files.digest} {config.quantization}"
     weights += " batch-invariant" if config.batch_invariant else ""
+    weights += " long" if files.definition.config.stretched else ""
     return root_key(weights, f"{prepared.shape.dtype} {prepared.model.dtype}", config.block_size)
 
 

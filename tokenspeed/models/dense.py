@@ -1,17 +1,40 @@
-"""What the dense decoder families share: one config type, readers of config.json and GGUF metadata, and the weight
-table."""
+"""What the dense decoder families share: one config type, and readers of config.json and GGUF metadata."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from tokenspeed.contracts.errors import FormatError, UnsupportedError
 from tokenspeed.layers.attention import Attention
-from tokenspeed.ops.rope import Rope, linear_rope, rope_from_hf
+from tokenspeed.ops.rope import (
+    Rope,
+    linear_rope,
+    longrope,
+    original_context,
+    rope_from_hf,
+    rope_kind,
+    yarn_rope,
+    yarn_scale,
+)
 from tokenspeed.program.recorder import Recorder, Value
-from tokenspeed.weights.spec import Kind, Source, Transform, WeightSpec, WeightTable
+
+
+class NormNames(NamedTuple):
+    """What a checkpoint calls the norms of a layer: before and after attention, before and after the MLP; None where
+    the family has none."""
+
+    attn: str | None
+    attn_post: str | None
+    mlp: str | None
+    mlp_post: str | None
+
+
+PRE_NORMS = NormNames("input_layernorm", None, "post_attention_layernorm", None)
+SANDWICH_NORMS = NormNames(
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+)
 
 
 @dataclass(frozen=True)
@@ -34,11 +57,29 @@ class DenseConfig:
     act: str = "silu"
     embed_scale: float = 1.0
     qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
-    post_norms: bool = False
+    """A norm on each query and key head."""
+    qk_norm_whole: bool = False
+    """A norm on all query heads together, and one on all key heads."""
+    norms: NormNames = PRE_NORMS
     norm_plus_one: bool = False
+    logits_divisor: float = 1.0
+    score_cap: float = 0.0
+    """Attention scores x become score_cap * tanh(x / score_cap); 0 leaves them. logit_cap: the same of logits."""
+    logit_cap: float = 0.0
+    fused: tuple[str, ...] = ()
+    """Of qkv and gate_up, what a checkpoint holds as one tensor."""
+    interleaved: bool = False
+    """Pairs that turn lie side by side in Q and K rows of all its files."""
     gguf_permuted: bool = False
-    """Q and K rows of its GGUF files are interleaved within each head (llama-architecture files are)."""
+    """The same of its GGUF files alone (llama-architecture files are so)."""
+    long_ropes: tuple[Rope, ...] = ()
+    """LongRoPE: what `ropes` are in an engine for more than `short_context` tokens."""
+    short_context: int = 0
+    stretched: bool = False
+    """`ropes` are the long ones."""
 
     @property
     def q_size(self) -> int:
@@ -47,7 +88,25 @@ class DenseConfig:
 
     def attention(self, layer: int) -> Attention:
         """Attention of one layer."""
-        return Attention(self.head_dim, self.ropes[layer], self.attention_scale, self.windows[layer], self.norm_eps)
+        return Attention(
+            self.head_dim,
+            self.ropes[layer],
+            self.attention_scale,
+            self.windows[layer],
+            self.norm_eps,
+            self.qk_norm_whole,
+            self.score_cap,
+        )
+
+    def opened(self, length: int | None) -> DenseConfig:
+        """The config in an engine whose sequences may have `length` tokens, by default the whole context.
+
+        LongRoPE has two rotations and keys in the cache are rotated once, so one is chosen for all sequences: the long
+        one where a sequence may outgrow the original context. (transformers chooses by each sequence's length.)
+        """
+        if not self.long_ropes or (length or self.context) <= self.short_context:
+            return self
+        return replace(self, ropes=self.long_ropes, stretched=True)
 
     @property
     def kv_size(self) -> int:
@@ -69,8 +128,9 @@ class Family:
     wire: Callable[[Recorder, DenseConfig], Value]
 
 
-def hf_config(config: Mapping[str, Any], **variant: Any) -> DenseConfig:
-    """From config.json in the common names; `variant` sets what the family does differently."""
+def hf_config(config: Mapping[str, Any], theta: float = 10000.0, **variant: Any) -> DenseConfig:
+    """From config.json in the common names; `variant` sets what the family does differently. theta: base of the
+    rotation where the file names none."""
     hidden, heads, layers = (size(config, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     head_dim = variant.get("head_dim") or size(config, "head_dim", hidden // heads)
     if "act" not in variant:
@@ -85,20 +145,48 @@ def hf_config(config: Mapping[str, Any], **variant: Any) -> DenseConfig:
         "ff_size": size(config, "intermediate_size"),
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "context": size(config, "max_position_embeddings", 2048),
-        "ropes": variant.get("ropes") or (hf_rope(config, head_dim),) * layers,
         "windows": (0,) * layers,
         "attention_scale": head_dim**-0.5,
         "tied": config.get("tie_word_embeddings", False),
     }
+    if "ropes" not in variant:
+        fields |= _hf_ropes(config, theta, head_dim, layers)
     return DenseConfig(**fields | variant)
 
 
-def hf_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
-    """Rope of config.json, in the names of transformers 5 (rope_parameters) and before (rope_theta, rope_scaling)."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling")
-    theta = (scaling or {}).get("rope_theta") or config.get("rope_theta", 10000.0)
-    part = (scaling or {}).get("partial_rotary_factor") or config.get("partial_rotary_factor", 1.0)
-    return rope_from_hf(float(theta), int(head_dim * part), scaling)
+def _hf_ropes(config: Mapping[str, Any], theta: float, head_dim: int, layers: int) -> dict[str, Any]:
+    """Rotations of config.json, in the names of transformers 5 (rope_parameters) and before (rope_theta,
+    rope_scaling); the same in every layer."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    context = size(config, "max_position_embeddings", 2048)
+    base = float(given.get("rope_theta") or config.get("rope_theta") or theta)
+    part = given.get("partial_rotary_factor") or config.get("partial_rotary_factor", 1.0)
+    if config.get("original_max_position_embeddings"):
+        given = {**given, "original_max_position_embeddings": config["original_max_position_embeddings"]}
+    short = rope_from_hf(base, int(head_dim * part), given, context)
+    if rope_kind(given) != "longrope":
+        return {"ropes": (short,) * layers}
+    long = rope_from_hf(base, int(head_dim * part), given, context, long=True)
+    return {
+        "ropes": (short,) * layers,
+        "long_ropes": (long,) * layers,
+        "short_context": original_context(given, context),
+    }
+
+
+def hf_windows(config: Mapping[str, Any], kinds: Sequence[str]) -> tuple[int, ...]:
+    """The window of every layer from `layer_types`, or from `kinds` where config.json has none."""
+    kinds, layers = config.get("layer_types") or kinds, size(config, "num_hidden_layers")
+    if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        raise FormatError(f"layer_types must be {layers} of sliding_attention and full_attention, got {kinds}")
+    window = size(config, "sliding_window") if "sliding_attention" in kinds else 0
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def hf_biases(config: Mapping[str, Any]) -> dict[str, bool]:
+    """The biases that attention_bias and mlp_bias ask for."""
+    attention, mlp = (bool(config.get(key)) for key in ("attention_bias", "mlp_bias"))
+    return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": mlp}
 
 
 def need(config: Mapping[str, Any], key: str) -> Any:
@@ -122,14 +210,30 @@ def refuse_other(config: Mapping[str, Any], key: str, wanted: str) -> None:
         raise UnsupportedError(f"{key} {config[key]!r} is not supported (supported: {wanted})")
 
 
+def refuse_set(config: Mapping[str, Any], *keys: str) -> None:
+    """Raise UnsupportedError naming the first of `keys` that config.json sets."""
+    for key in keys:
+        if config.get(key):
+            raise UnsupportedError(f"{config.get('model_type')} with {key} is not supported")
+
+
+def positive(value: Any, name: str) -> float:
+    """A factor. Raises FormatError naming it where it is no number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise FormatError(f"{name} must be a number above 0, got {value!r}")
+    return float(value)
+
+
 @dataclass(frozen=True)
 class GGUFConfig:
-    """GGUF metadata of one architecture. rope_divisors: contents of the file's `rope_freqs.weight`, if it has one."""
+    """GGUF metadata of one architecture. tensors: names of those that the file has. rope_divisors: contents of
+    `rope_freqs.weight`, `rope_factors_short.weight` and `rope_factors_long.weight`, of those that it has."""
 
     metadata: Mapping[str, Any]
     vocab_size: int
     tied: bool
-    rope_divisors: tuple[float, ...] = ()
+    tensors: frozenset[str] = frozenset()
+    rope_divisors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def get(self, key: str, default: Any = None) -> Any:
         """Value of `<architecture>.<key>`; without a default a missing one is a FormatError."""
@@ -149,18 +253,52 @@ class GGUFConfig:
             raise FormatError(f"GGUF {key} must be an integer, got {value!r}")
         return value
 
+    def biases(self) -> dict[str, bool]:
+        """The biases that the first layer has."""
+        names = {"qkv_bias": "attn_q", "o_bias": "attn_output", "mlp_bias": "ffn_down"}
+        return {ours: f"blk.0.{name}.bias" in self.tensors for ours, name in names.items()}
+
+    def ropes(self, head_dim: int, layers: int) -> dict[str, Any]:
+        """Rotations, the same in every layer: fields of DenseConfig."""
+        if "rope_factors_long.weight" not in self.rope_divisors:
+            return {"ropes": (self.rope(head_dim),) * layers}
+        theta, dim = self._turns(head_dim)
+        scale = float(self.get("rope.scaling.attn_factor", 1.0))
+        short, long = (
+            longrope(theta, dim, self.rope_divisors.get(f"rope_factors_{name}.weight", ()), scale)
+            for name in ("short", "long")
+        )
+        original = self.integer("rope.scaling.original_context_length")
+        return {"ropes": (short,) * layers, "long_ropes": (long,) * layers, "short_context": original}
+
     def rope(self, head_dim: int) -> Rope:
         """Rope of every layer that has no other."""
-        theta, kind = float(self.get("rope.freq_base", 10000.0)), self.get("rope.scaling.type", "none")
-        dim = self.integer("rope.dimension_count", head_dim)
-        if kind not in ("none", "linear"):
-            raise UnsupportedError(f"GGUF rope.scaling.type {kind!r} is not supported (supported: none, linear)")
+        (theta, dim), kind = self._turns(head_dim), self.get("rope.scaling.type", "none")
+        if kind not in ("none", "linear", "yarn"):
+            raise UnsupportedError(f"GGUF rope.scaling.type {kind!r} is not supported (supported: none, linear, yarn)")
+        if kind == "yarn":
+            return self._yarn(theta, dim)
         factor = float(self.get("rope.scaling.factor")) if kind == "linear" else 1.0
-        if self.rope_divisors:
-            if len(self.rope_divisors) != dim // 2:
-                raise FormatError(f"rope_freqs.weight has {len(self.rope_divisors)} values instead of {dim // 2}")
-            return Rope(theta, dim, tuple(factor * divisor for divisor in self.rope_divisors))
+        divisors = self.rope_divisors.get("rope_freqs.weight")
+        if divisors is not None:
+            if len(divisors) != dim // 2:
+                raise FormatError(f"rope_freqs.weight has {len(divisors)} values instead of {dim // 2}")
+            return Rope(theta, dim, tuple(factor * divisor for divisor in divisors))
         return Rope(theta, dim) if kind == "none" else linear_rope(theta, dim, factor)
+
+    def _turns(self, head_dim: int) -> tuple[float, int]:
+        return float(self.get("rope.freq_base", 10000.0)), self.integer("rope.dimension_count", head_dim)
+
+    def _yarn(self, theta: float, dim: int) -> Rope:
+        for key in ("yarn_ext_factor", "yarn_attn_factor", "yarn_log_multiplier"):
+            if self.get(f"rope.scaling.{key}", 1.0) != 1.0:
+                raise UnsupportedError(f"GGUF rope.scaling.{key} is not supported")
+        factor, original = float(self.get("rope.scaling.factor")), self.integer("rope.scaling.original_context_length")
+        scale = yarn_scale(factor) * float(self.get("rope.scaling.attn_factor", 1.0))
+        fast, slow = (
+            float(self.get(f"rope.scaling.yarn_beta_{name}", end)) for name, end in (("fast", 32.0), ("slow", 1.0))
+        )
+        return yarn_rope(theta, dim, factor, original, scale, fast, slow)
 
 
 def gguf_config(meta: GGUFConfig, **variant: Any) -> DenseConfig:
@@ -177,88 +315,10 @@ def gguf_config(meta: GGUFConfig, **variant: Any) -> DenseConfig:
         "ff_size": meta.integer("feed_forward_length"),
         "norm_eps": float(meta.get("attention.layer_norm_rms_epsilon")),
         "context": meta.integer("context_length"),
-        "ropes": (meta.rope(head_dim),) * layers,
         "windows": (0,) * layers,
         "attention_scale": head_dim**-0.5,
         "tied": meta.tied,
     }
+    if "ropes" not in variant:
+        fields |= meta.ropes(head_dim, layers)
     return DenseConfig(**fields | variant)
-
-
-class _Table:
-    """Builds the weight table: a name of ours, the shape, and the names in both formats."""
-
-    def __init__(self, cfg: DenseConfig) -> None:
-        self.cfg = cfg
-        self.table = WeightTable(ignored=("rope_freqs.weight", "*.rotary_emb.inv_freq"))
-
-    def vector(self, name: str, hf: list[Source], gguf: list[Source]) -> None:
-        size = sum(source.rows for source in hf)
-        self.table.add(WeightSpec(name, (size,), "vector", tuple(hf), tuple(gguf)))
-
-    def norm(self, name: str, size: int, hf: str, gguf: str) -> None:
-        plus_one: Transform = "add_one" if self.cfg.norm_plus_one else "none"
-        self.vector(name, [Source(f"{hf}.weight", size, plus_one)], [Source(f"{gguf}.weight", size)])
-
-    def matrix(self, name: str, cols: int, hf: list[Source], gguf: list[Source], kind: Kind = "linear") -> None:
-        rows = sum(source.rows for source in hf)
-        self.table.add(WeightSpec(name, (rows, cols), kind, tuple(hf), tuple(gguf)))
-
-    def plain(self, name: str, rows: int, cols: int, hf: str, gguf: str, kind: Kind = "linear") -> None:
-        self.matrix(name, cols, [Source(f"{hf}.weight", rows)], [Source(f"{gguf}.weight", rows)], kind)
-
-
-def dense_weights(cfg: DenseConfig) -> WeightTable:
-    """Every weight of a dense decoder, with its names in both formats."""
-    t = _Table(cfg)
-    t.plain("embed", cfg.vocab_size, cfg.hidden_size, "model.embed_tokens", "token_embd", "embedding")
-    for i in range(cfg.num_layers):
-        _attention_weights(t, f"layers.{i}.", f"model.layers.{i}.", f"blk.{i}.")
-        _mlp_weights(t, f"layers.{i}.", f"model.layers.{i}.", f"blk.{i}.")
-    t.norm("final_norm", cfg.hidden_size, "model.norm", "output_norm")
-    if cfg.tied:
-        t.table.ignored += ("lm_head.weight",)
-    else:
-        t.plain("lm_head", cfg.vocab_size, cfg.hidden_size, "lm_head", "output")
-    return t.table
-
-
-def _attention_weights(t: _Table, ours: str, hf: str, gguf: str) -> None:
-    cfg = t.cfg
-    sizes = {"q": cfg.q_size, "k": cfg.kv_size, "v": cfg.kv_size}
-    heads = {"q": cfg.num_heads, "k": cfg.num_kv_heads} if cfg.gguf_permuted else {}
-
-    def sources(suffix: str) -> tuple[list[Source], list[Source]]:
-        names = [Source(f"{hf}self_attn.{p}_proj.{suffix}", size) for p, size in sizes.items()]
-        permuted = [
-            Source(f"{gguf}attn_{p}.{suffix}", size, "unpermute_rope" if p in heads else "none", heads.get(p, 0))
-            for p, size in sizes.items()
-        ]
-        return names, permuted
-
-    t.norm(ours + "attn_norm", cfg.hidden_size, hf + "input_layernorm", gguf + "attn_norm")
-    t.matrix(ours + "qkv", cfg.hidden_size, *sources("weight"))
-    if cfg.qkv_bias:
-        t.vector(ours + "qkv_bias", *sources("bias"))
-    if cfg.qk_norm:
-        for p in ("q", "k"):
-            t.norm(f"{ours}{p}_norm", cfg.head_dim, f"{hf}self_attn.{p}_norm", f"{gguf}attn_{p}_norm")
-    t.plain(ours + "o", cfg.hidden_size, cfg.q_size, hf + "self_attn.o_proj", gguf + "attn_output")
-    if cfg.post_norms:
-        t.norm(ours + "attn_post_norm", cfg.hidden_size, hf + "post_attention_layernorm", gguf + "post_attention_norm")
-
-
-def _mlp_weights(t: _Table, ours: str, hf: str, gguf: str) -> None:
-    cfg = t.cfg
-    before = "pre_feedforward_layernorm" if cfg.post_norms else "post_attention_layernorm"
-    t.norm(ours + "mlp_norm", cfg.hidden_size, hf + before, gguf + "ffn_norm")
-    gate_up = [Source(f"{hf}mlp.{p}_proj.weight", cfg.ff_size) for p in ("gate", "up")]
-    t.matrix(
-        ours + "gate_up",
-        cfg.hidden_size,
-        gate_up,
-        [Source(f"{gguf}ffn_{p}.weight", cfg.ff_size) for p in ("gate", "up")],
-    )
-    t.plain(ours + "down", cfg.hidden_size, cfg.ff_size, hf + "mlp.down_proj", gguf + "ffn_down")
-    if cfg.post_norms:
-        t.norm(ours + "mlp_post_norm", cfg.hidden_size, hf + "post_feedforward_layernorm", gguf + "post_ffw_norm")

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tokenspeed.contracts.errors import FormatError, UnsupportedError
 from tokenspeed.layers.attention import attention_block
 from tokenspeed.layers.decoder import decoder
 from tokenspeed.layers.mlp import gated_mlp
-from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig, gguf_config, hf_config, need, refuse_other, size
+from tokenspeed.models.dense import (
+    SANDWICH_NORMS,
+    DenseConfig,
+    Family,
+    GGUFConfig,
+    gguf_config,
+    hf_config,
+    hf_windows,
+    need,
+    refuse_other,
+    refuse_set,
+    size,
+)
 from tokenspeed.ops.rope import Rope, rope_from_hf
 from tokenspeed.program.recorder import Recorder, Scope, Value
 
@@ -25,7 +36,7 @@ def _variant(hidden: int, scale: float) -> dict[str, Any]:
         "act": "gelu_tanh",
         "embed_scale": hidden**0.5,
         "qk_norm": True,
-        "post_norms": True,
+        "norms": SANDWICH_NORMS,
         "norm_plus_one": True,
     }
 
@@ -33,15 +44,12 @@ def _variant(hidden: int, scale: float) -> dict[str, Any]:
 def from_hf(config: Mapping[str, Any]) -> DenseConfig:
     """From config.json of the text model, in the names of transformers 5 (rope_parameters per layer type) and
     before."""
-    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention", "attention_bias"):
-        if config.get(key):
-            raise UnsupportedError(f"gemma3 with {key} is not supported")
+    refuse_set(
+        config, "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention", "attention_bias"
+    )
     head_dim, layers = size(config, "head_dim", 256), size(config, "num_hidden_layers")
-    kinds = config.get("layer_types") or _kinds(layers, config.get("sliding_window_pattern") or PATTERN)
-    if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
-        raise FormatError(f"layer_types must be {layers} of sliding_attention and full_attention, got {kinds}")
+    windows = hf_windows(config, _kinds(layers, config.get("sliding_window_pattern") or PATTERN))
     refuse_other(config, "hidden_activation", "gelu_pytorch_tanh")
-    window = size(config, "sliding_window")
     ropes = config.get("rope_parameters") or {}
     if "full_attention" in ropes:
         full, local = (_typed_rope(ropes, kind, head_dim) for kind in ("full_attention", "sliding_attention"))
@@ -51,8 +59,8 @@ def from_hf(config: Mapping[str, Any]) -> DenseConfig:
     return hf_config(
         config,
         head_dim=head_dim,
-        ropes=tuple(local if kind == "sliding_attention" else full for kind in kinds),
-        windows=tuple(window if kind == "sliding_attention" else 0 for kind in kinds),
+        ropes=tuple(local if window else full for window in windows),
+        windows=windows,
         tied=config.get("tie_word_embeddings", True),
         **_variant(need(config, "hidden_size"), (config.get("query_pre_attn_scalar") or 256) ** -0.5),
     )
@@ -86,7 +94,7 @@ def _kinds(layers: int, pattern: int) -> list[str]:
 
 
 def wire(g: Recorder, cfg: DenseConfig) -> Value:
-    """Attention and MLP, each with a norm before it and one after it on the branch."""
+    """Attention and MLP, each with a norm before it and one after it on the branch. Also that of Gemma 2 and GLM-4."""
 
     def layer(x: Value, w: Scope, i: int) -> Value:
         attention = attention_block(g, g.norm(x, w.attn_norm, eps=cfg.norm_eps), w, i, cfg.attention(i))
@@ -94,7 +102,8 @@ def wire(g: Recorder, cfg: DenseConfig) -> Value:
         mlp = gated_mlp(g, g.norm(x, w.mlp_norm, eps=cfg.norm_eps), w, cfg.act)
         return g.add(x, g.norm(mlp, w.mlp_post_norm, eps=cfg.norm_eps))
 
-    return decoder(g, layer, num_layers=cfg.num_layers, eps=cfg.norm_eps, embed_scale=cfg.embed_scale)
+    frame = {"eps": cfg.norm_eps, "embed_scale": cfg.embed_scale, "logit_cap": cfg.logit_cap}
+    return decoder(g, layer, num_layers=cfg.num_layers, **frame)
 
 
 FAMILY = Family("gemma3", ("gemma3_text",), ("gemma3",), from_hf, from_gguf, wire)

@@ -5,24 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.layers.attention import attention_block
 from tokenspeed.layers.decoder import decoder
 from tokenspeed.layers.mlp import gated_mlp
-from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig, gguf_config, hf_config
+from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig, gguf_config, hf_biases, hf_config
 from tokenspeed.program.recorder import Recorder, Scope, Value
 
 
 def from_hf(config: Mapping[str, Any]) -> DenseConfig:
     """From config.json."""
-    if config.get("attention_bias") or config.get("mlp_bias"):
-        raise UnsupportedError("llama with attention_bias or mlp_bias is not supported")
-    return hf_config(config)
+    return hf_config(config, **hf_biases(config))
 
 
 def from_gguf(meta: GGUFConfig) -> DenseConfig:
     """From GGUF metadata; its converter interleaves the rows of each Q and K head."""
-    return gguf_config(meta, gguf_permuted=True)
+    return gguf_config(meta, gguf_permuted=True, **meta.biases())
 
 
 def wire(g: Recorder, cfg: DenseConfig) -> Value:

@@ -14,13 +14,18 @@ import numpy as np
 from tokenspeed.contracts.errors import FormatError, UnsupportedError
 from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.formats.gguf import GGUFFile
-from tokenspeed.models import gemma3, llama, qwen2, qwen3
-from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig, dense_weights
+from tokenspeed.models import gemma2, gemma3, glm4, granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3
+from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig
+from tokenspeed.models.dense_weights import dense_weights
 from tokenspeed.program.program import Program
 from tokenspeed.program.recorder import record
 from tokenspeed.weights.spec import WeightTable
 
-FAMILIES: tuple[Family, ...] = (gemma3.FAMILY, llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+FAMILIES: tuple[Family, ...] = tuple(
+    module.FAMILY for module in (gemma2, gemma3, glm4, granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3)
+)
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+"""Of GGUF files: divisors of angles."""
 
 
 @dataclass(frozen=True)
@@ -37,34 +42,36 @@ class Definition:
         return record(lambda g: self.family.wire(g, self.config), shapes, adapters, capture)
 
 
-def define_from_hf(config: Mapping[str, Any]) -> Definition:
-    """From the contents of config.json. Raises UnsupportedError on an unknown model_type, listing the known ones."""
+def define_from_hf(config: Mapping[str, Any], length: int | None = None) -> Definition:
+    """From the contents of config.json, for sequences of up to `length` tokens (`DenseConfig.opened`). Raises
+    UnsupportedError on an unknown model_type, listing the known ones."""
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "?")
         raise UnsupportedError(f"quantization_config {method!r} is not supported (supported: none)")
     kind = config.get("model_type")
     for family in FAMILIES:
         if kind in family.hf_types:
-            return _define(family, family.from_hf(config))
+            return _define(family, family.from_hf(config).opened(length))
     known = sorted(name for family in FAMILIES for name in family.hf_types)
     raise UnsupportedError(f"model_type {kind!r} is not supported (supported: {', '.join(known)})")
 
 
-def define_from_gguf(file: GGUFFile) -> Definition:
-    """From a GGUF file's metadata and tensor list. Raises UnsupportedError on an unknown architecture."""
+def define_from_gguf(file: GGUFFile, length: int | None = None) -> Definition:
+    """From a GGUF file's metadata and tensor list, `length` as above. Raises UnsupportedError on an unknown
+    architecture."""
     kind = file.metadata.get("general.architecture")
     for family in FAMILIES:
         if kind in family.gguf_types:
-            return _define(family, family.from_gguf(_gguf_view(file)))
+            return _define(family, family.from_gguf(_gguf_view(file)).opened(length))
     known = sorted(name for family in FAMILIES for name in family.gguf_types)
     raise UnsupportedError(f"GGUF architecture {kind!r} is not supported (supported: {', '.join(known)})")
 
 
-def define(checkpoint: Checkpoint) -> Definition:
-    """The definition that fits an open checkpoint."""
+def define(checkpoint: Checkpoint, length: int | None = None) -> Definition:
+    """The definition that fits an open checkpoint, `length` as above."""
     if isinstance(checkpoint, GGUFFile):
-        return define_from_gguf(checkpoint)
-    return define_from_hf(read_json(_directory(checkpoint.path) / "config.json"))
+        return define_from_gguf(checkpoint, length)
+    return define_from_hf(read_json(_directory(checkpoint.path) / "config.json"), length)
 
 
 def shipped_configs() -> dict[str, Any]:
@@ -99,9 +106,12 @@ def _gguf_view(file: GGUFFile) -> GGUFConfig:
     table = file.tensors.get("token_embd.weight")
     if table is None:
         raise FormatError(f"{file.path}: no tensor token_embd.weight")
-    divisors: tuple[float, ...] = ()
-    if "rope_freqs.weight" in file.tensors:
-        if file.tensors["rope_freqs.weight"].dtype != "F32":
-            raise UnsupportedError(f"{file.path}: rope_freqs.weight must be F32")
-        divisors = tuple(file.data("rope_freqs.weight").view(np.float32).tolist())
-    return GGUFConfig(file.metadata, table.shape[0], "output.weight" not in file.tensors, divisors)
+    names = frozenset(file.tensors)
+    divisors = {name: _divisors(file, name) for name in ROPE_TENSORS if name in names}
+    return GGUFConfig(file.metadata, table.shape[0], "output.weight" not in names, names, divisors)
+
+
+def _divisors(file: GGUFFile, name: str) -> tuple[float, ...]:
+    if file.tensors[name].dtype != "F32":
+        raise UnsupportedError(f"{file.path}: {name} must be F32")
+    return tuple(file.data(name).view(np.float32).tolist())

@@ -208,6 +208,7 @@ OPS: dict[str, OpDef] = {
         OpDef("attention", _attention_infer, _attention_cost),
         OpDef("add", _same, _elementwise),
         OpDef("act_mul", _act_mul_infer, _elementwise),
+        OpDef("softcap", _same, _elementwise),
         OpDef("select", _select_infer, _select_cost),
     )
 }
@@ -217,6 +218,6 @@ linear: x W^T (+ bias, a second weight).
 split: views of consecutive columns.
 rope: rotates query and key heads by position.
 kv_write: puts keys and values into the pages of `layer`; gives an order token, without elements of its own.
-attention: causal, paged, grouped queries, optional window.
-add: a + b. act_mul: act(left half) * right half.
+attention: causal, paged, grouped queries, optional window, optional soft cap of scores.
+add: a + b. act_mul: act(left half) * right half. softcap: cap * tanh(x / cap).
 select: the rows whose logits are wanted."""

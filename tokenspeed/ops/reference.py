@@ -43,12 +43,12 @@ class StepView:
     angles: dict[tuple[Rope, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def rotation(self, rope: Rope, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of this step's positions, [T, 1, dim/2] each; computed once per step and rope."""
+        """cos and sin of this step's positions, scaled, [T, 1, dim/2] each; computed once per step and rope."""
         key = (rope, dtype)
         if key not in self.angles:
             frequency = frequencies(rope, self.positions.device)
             angle = self.positions.float()[:, None, None] * frequency
-            self.angles[key] = (angle.cos().to(dtype), angle.sin().to(dtype))
+            self.angles[key] = ((angle.cos() * rope.scale).to(dtype), (angle.sin() * rope.scale).to(dtype))
         return self.angles[key]
 
 
@@ -111,7 +111,8 @@ def kv_write(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[t
 
 
 def attention(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
-    """softmax(q k^T * scale) v per sequence over its pages; query at position p sees p - window + 1 .. p."""
+    """softmax(q k^T * scale) v per sequence over its pages; query at position p sees p - window + 1 .. p. With a
+    softcap c, scores x are c * tanh(x / c) (arXiv:2408.00118)."""
     query, layer = inputs
     group, _ = view.places[attrs["layer"]]
     out = torch.empty_like(query)
@@ -134,10 +135,25 @@ def _attend(q: torch.Tensor, layer: torch.Tensor, table: torch.Tensor, context: 
         at = torch.arange(first_query, context, device=q.device)[:, None]
         seen = torch.arange(first_page * page_size, context, device=q.device)
         mask = (seen <= at) & (seen > at - window) if window else seen <= at
+    if attrs["softcap"]:
+        return _attend_capped(q, keys, values, mask, attrs)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None], keys[None], values[None], mask, scale=attrs["scale"], enable_gqa=True
     )
     return out[0].transpose(0, 1)
+
+
+def _attend_capped(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, attrs: Attrs
+) -> torch.Tensor:
+    """q [tokens, heads, dim], keys and values [kv_heads, context, dim], mask [tokens, context]; in float32."""
+    grouped = q.transpose(0, 1).unflatten(0, (attrs["kv_heads"], -1)).float()
+    scores = grouped @ keys.float().transpose(1, 2)[:, None] * attrs["scale"]
+    scores = attrs["softcap"] * torch.tanh(scores / attrs["softcap"])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    out = scores.softmax(-1) @ values.float()[:, None]
+    return out.flatten(0, 1).transpose(0, 1).to(q.dtype)
 
 
 def add(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
@@ -150,11 +166,16 @@ def act_mul(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[to
     return (gate * up,)
 
 
+def softcap(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
+    """cap * tanh(x / cap), in float32."""
+    return ((attrs["cap"] * torch.tanh(inputs[0].float() / attrs["cap"])).to(inputs[0].dtype),)
+
+
 def select(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
     return (inputs[0].index_select(0, view.rows),)
 
 
 Reference = Callable[[StepView, Sequence[torch.Tensor], Sequence[torch.Tensor], Attrs], Tensors]
 REFERENCE: dict[str, Reference] = {
-    fn.__name__: fn for fn in (embed, norm, linear, split, rope, kv_write, attention, add, act_mul, select)
+    fn.__name__: fn for fn in (embed, norm, linear, split, rope, kv_write, attention, add, act_mul, softcap, select)
 }

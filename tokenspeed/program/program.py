@@ -48,6 +48,12 @@ class Program:
         """The same program with other records."""
         return Program(records, self.shapes, self.weight_shapes, self.inputs, self.outputs)
 
+    @property
+    def head(self) -> str:
+        """The weight of the last projection, which makes the logits."""
+        plain = [part for record in self.records for part in record.plain()]
+        return next(part.weights[0] for part in reversed(plain) if part.op == "linear")
+
     def operands(self, record: Record) -> Operands:
         """Shapes of everything a plain record touches."""
         return Operands(

@@ -99,12 +99,24 @@ class Recorder:
         rotated = self._record("rope", [q, k], [], rope=rope, head_dim=head_dim)
         return rotated[0], rotated[1]
 
-    def attention(self, q: Value, k: Value, v: Value, layer: int, *, head_dim: int, scale: float, window: int) -> Value:
-        """Write k and v into the pages of `layer`, then attend causally over them; window 0 means all."""
+    def attention(
+        self,
+        q: Value,
+        k: Value,
+        v: Value,
+        layer: int,
+        *,
+        head_dim: int,
+        scale: float,
+        window: int,
+        softcap: float = 0.0,
+    ) -> Value:
+        """Write k and v into the pages of `layer`, then attend causally over them; window 0 means all. softcap: scores
+        x become softcap * tanh(x / softcap); 0 leaves them."""
         heads, kv_heads = int(q.shape[-1]) // head_dim, int(k.shape[-1]) // head_dim
         written = self._one("kv_write", [k, v], [], layer=layer, kv_heads=kv_heads, head_dim=head_dim)
         attrs = {"layer": layer, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-        return self._one("attention", [q, written], [], **attrs, scale=scale, window=window)
+        return self._one("attention", [q, written], [], **attrs, scale=scale, window=window, softcap=softcap)
 
     def add(self, a: Value, b: Value) -> Value:
         """a + b."""
@@ -113,6 +125,10 @@ class Recorder:
     def act_mul(self, x: Value, act: str) -> Value:
         """act(left half) * right half; act is "silu" or "gelu_tanh"."""
         return self._one("act_mul", [x], [], act=act)
+
+    def softcap(self, x: Value, cap: float) -> Value:
+        """cap * tanh(x / cap)."""
+        return self._one("softcap", [x], [], cap=cap)
 
     def select(self, x: Value) -> Value:
         """The rows whose logits are wanted."""

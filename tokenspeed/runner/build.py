@@ -80,21 +80,23 @@ def _open_model(config: EngineConfig) -> ModelFiles:
     if dummy and config.model in (shipped := shipped_configs()):
         settings = shipped[config.model]
         generation = generation_from_hf(settings, {})
-        return ModelFiles(config.model, define_from_hf(settings), None, None, generation, f"dummy {config.model}")
+        definition = define_from_hf(settings, config.max_model_len)
+        return ModelFiles(config.model, definition, None, None, generation, f"dummy {config.model}")
     at_revision = f"{config.model}@{config.revision}" if config.revision else config.model
     source = resolve_model(at_revision, need_weights=not dummy, download_dir=config.download_dir)
     if source.format == "gguf":
         file = open_gguf(source.path)
-        definition, generation = define(file), generation_from_gguf(file.metadata)
+        definition, generation = define(file, config.max_model_len), generation_from_gguf(file.metadata)
         return ModelFiles(source.name, definition, source, file, generation, checkpoint_digest(file))
     settings = read_json(source.path / "config.json")
     generation_path = source.path / "generation_config.json"
     generation = generation_from_hf(settings, read_json(generation_path) if generation_path.is_file() else {})
+    definition = define_from_hf(settings, config.max_model_len)
     if dummy:
-        return ModelFiles(source.name, define_from_hf(settings), source, None, generation, f"dummy {source.name}")
+        return ModelFiles(source.name, definition, source, None, generation, f"dummy {source.name}")
     checkpoint = open_safetensors(source.path)
     digest = checkpoint_digest(checkpoint)
-    return ModelFiles(source.name, define_from_hf(settings), source, checkpoint, generation, digest)
+    return ModelFiles(source.name, definition, source, checkpoint, generation, digest)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.kernels.cpu.registration import forced_isa, register
 from tokenspeed.kernels.registry import Registry, Situation
 from tokenspeed.ops.kv import kv_dtype_name
+from tokenspeed.ops.reference import frequencies
 from tokenspeed.ops.rope import Rope
 from tokenspeed.program.plan import Plan, plan
 from tokenspeed.program.program import Record
@@ -96,6 +97,7 @@ class CpuBackend:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self._ropes: dict[Rope, int] = {}
+        self._cap = next((record.attrs["cap"] for record in model.program.records if record.op == "softcap"), 0.0)
         self._screened = _screened_head(model) if lm_head == "screened" else None
         planes = {self._screened} if self._screened else set()
         handles = pack_weights(self._native, model.packed, planes, copy, _walk.LAYOUT_VERSION, progress)
@@ -145,6 +147,8 @@ class CpuBackend:
         self._native.body(*_step(fed))
 
     def decode(self, fed: Sequence[FedRow], asks: Sequence[SampledRow], most: int) -> list[list[int]]:
+        if self._needs_cap(asks):
+            return []
         ends = {token for ask in asks for token in ask.sampling.stop_ids}
         passes = self._native.decode(most, list(ends), [native_ask(ask) for ask in asks], *_step(fed))
         self._picks += len(asks) * len(passes)
@@ -156,6 +160,8 @@ class CpuBackend:
         return drawn
 
     def pick(self, rows: Sequence[int], asks: Sequence[SampledRow]) -> list[int] | None:
+        if self._needs_cap(asks):
+            return None
         self._picks += len(rows)
         found = self._native.pick(np.array(rows, np.int32), [native_ask(ask) for ask in asks])
         if not all(found):
@@ -166,7 +172,11 @@ class CpuBackend:
         self._rows_of_logits += len(rows)
         out = torch.empty(len(rows), self._model.definition.config.vocab_size)
         self._native.head(np.array(rows, dtype=np.int32), out.numpy())
-        return out
+        return self._cap * torch.tanh(out / self._cap) if self._cap else out
+
+    def _needs_cap(self, asks: Sequence[SampledRow]) -> bool:
+        """Whether a soft cap of the logits, which the native head leaves out, matters: it keeps their order."""
+        return self._cap > 0 and any(ask.sampling.temperature > 0 for ask in asks)
 
     def _make_plan(self) -> Plan:
         registry = Registry()
@@ -195,7 +205,7 @@ class CpuBackend:
         return handles
 
     def _add(self, record: Record) -> None:
-        if record.op == "split":
+        if record.op in ("split", "softcap"):
             return
         kinds = self._walk.Kind
         if record.op.endswith(("linear", "linear_act")):
@@ -269,23 +279,20 @@ class CpuBackend:
     def _attention(self, record: Record) -> Any:
         op = self._walk.Op(self._walk.Kind.Attention)
         op.x, op.out = self._values[record.inputs[0]], self._values[record.outputs[0]]
-        for name in ("layer", "heads", "kv_heads", "head_dim", "window", "scale"):
+        for name in ("layer", "heads", "kv_heads", "head_dim", "window", "scale", "softcap"):
             setattr(op, name, record.attrs[name])
         return op
 
     def _rope(self, rope: Rope) -> int:
         if rope not in self._ropes:
-            exponent = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
-            frequency = 1.0 / rope.theta**exponent
-            if rope.divisors:
-                frequency = frequency / torch.tensor(rope.divisors, dtype=torch.float32)
-            self._ropes[rope] = self._native.add_rope(frequency.numpy())
+            turns = frequencies(rope, torch.device("cpu"))
+            self._ropes[rope] = self._native.add_rope(turns.numpy(), rope.scale)
         return self._ropes[rope]
 
 
 def _screened_head(model: LoadedModel) -> str | None:
     """The name of the head's weight where it can be kept in planes."""
-    name = list(model.program.records[-1].plain())[-1].weights[0]
+    name = model.program.head
     formats = [segment.fmt for segment in model.packed[name].segments]
     return name if formats == ["Q8_0"] else None
 

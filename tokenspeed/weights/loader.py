@@ -50,8 +50,8 @@ def _sources(spec: WeightSpec, checkpoint: Checkpoint) -> tuple[Source, ...]:
     sources = spec.gguf if checkpoint.format == "gguf" else spec.hf
     if not sources or sum(source.rows for source in sources) != spec.shape[0]:
         raise ValueError(f"weight {spec.name}: its {checkpoint.format} sources do not add up to shape {spec.shape}")
-    if spec.kind != "vector" and any(source.transform == "add_one" for source in sources):
-        raise ValueError(f"weight {spec.name}: add_one is for vectors only, it is a {spec.kind}")
+    if spec.kind != "vector" and any(source.transform == "add_one" or source.factor != 1 for source in sources):
+        raise ValueError(f"weight {spec.name}: add_one and factors are for vectors only, it is a {spec.kind}")
     return sources
 
 
@@ -107,6 +107,7 @@ def _load_rows(checkpoint: Checkpoint, spec: WeightSpec, sources: tuple[Source, 
                 source.rows,
                 cols,
                 heads=source.heads if source.transform == "unpermute_rope" else 0,
+                turned=source.turned,
                 mapped=mapped if data.data_ptr() == mapped.ctypes.data else None,
             )
         )
@@ -122,8 +123,8 @@ def _load_vector(checkpoint: Checkpoint, spec: WeightSpec, sources: tuple[Source
         if source.transform == "add_one":
             values += 1
         elif source.transform == "unpermute_rope":
-            values = unpermute_rope(values, source.heads)
-        parts.append(values)
+            values = unpermute_rope(values, source.heads, source.turned)
+        parts.append(values * source.factor if source.factor != 1 else values)
     return vector_weight(spec, torch.cat(parts) if len(parts) > 1 else parts[0])
 
 

@@ -24,6 +24,8 @@ class PackedTensor:
     cols: int
     heads: int = 0
     """More than 0: data holds the rows of so many heads in interleaved pairs; `rows_at` undoes that."""
+    turned: int = 0
+    """Of each head the first so many rows are; 0 for all."""
     mapped: Bytes | None = None
     """The bytes of `data` as a view of the file's map, where they are one."""
 
@@ -35,7 +37,7 @@ class PackedTensor:
         """Rows [first, last) in the program's order: uint8 [last - first, row bytes], a view where none is moved."""
         if not self.heads:
             return self.data[first:last]
-        return self.data[unpermute_rope(torch.arange(self.rows), self.heads)[first:last]]
+        return self.data[unpermute_rope(torch.arange(self.rows), self.heads, self.turned)[first:last]]
 
     def drop_pages(self, first: int, last: int) -> None:
         """Give the file's pages of rows [first, last) back, where the data are its map; rows before are done with."""
@@ -82,15 +84,19 @@ class Weight:
         return out.view(self.shape)
 
 
-def unpermute_rope(rows: torch.Tensor, heads: int) -> torch.Tensor:
+def unpermute_rope(rows: torch.Tensor, heads: int, turned: int = 0) -> torch.Tensor:
     """Reorder [heads * head_dim, ...] from interleaved pairs (x0, x1) per head to (first half, second half); a copy.
+    turned: of each head the first so many rows alone, 0 for all.
 
     The inverse of what llama.cpp's converter does to Q and K of llama-architecture checkpoints (`permute` in
     convert_hf_to_gguf.py). Raises ValueError when the rows are not heads of an even size.
     """
-    if heads < 1 or rows.shape[0] % (2 * heads):
+    if heads < 1 or rows.shape[0] % heads or (turned or rows.shape[0] // heads) % 2:
         raise ValueError(f"{rows.shape[0]} rows are not {heads} heads of an even size")
-    return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+    split = rows.reshape(heads, -1, *rows.shape[1:])
+    turned = turned or split.shape[1]
+    pairs = split[:, :turned].reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2)
+    return torch.cat((pairs.reshape(heads, turned, *rows.shape[1:]), split[:, turned:]), dim=1).reshape(rows.shape)
 
 
 def vector_weight(spec: WeightSpec, values: torch.Tensor) -> Weight:

@@ -14,12 +14,17 @@ Kind = Literal["linear", "embedding", "vector"]
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor of a checkpoint that becomes the next rows of a weight. `heads` is read by unpermute_rope only."""
+    """One tensor of a checkpoint that becomes the next rows of a weight. factor: times which, of vectors only.
+
+    unpermute_rope reads `heads`, and `turned`: of each head the first so many rows are interleaved, 0 for all.
+    """
 
     name: str
     rows: int
     transform: Transform = "none"
     heads: int = 0
+    turned: int = 0
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)

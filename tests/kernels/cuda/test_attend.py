@@ -95,6 +95,16 @@ def test_what_it_takes() -> None:
                 assert registry.choose(record.op, fused.operands(record), other) is None
 
 
+def test_soft_caps_of_scores_are_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "usable", lambda: True)
+    situation, registry = Situation("cuda", "bfloat16", 4, {}), Registry()
+    registration.register(registry)
+    for cap in (0.0, 50.0):
+        fused = program(Heads(32, 8, 128, 0.1, 0, cap), False)
+        record = next(record for record in fused.records if record.op == "rope_attention")
+        assert (registry.choose(record.op, fused.operands(record), situation) is None) == (cap > 0)
+
+
 def test_pages_that_it_does_not_take() -> None:
     heads = Heads(8, 4, 64, 0.125, 0)
     for page, dtype in ((8, BF16), (16, torch.float8_e4m3fn)):

@@ -33,7 +33,8 @@ Parts attend(const Case& c, const ts::Kernels& kernels, int64_t split) {
         .head_dim = static_cast<int>(dim), .format = static_cast<ts::KvFormat>(c.number("format")), .kv = kv.data(), .page_bytes = strides[0],
         .value_bytes = strides[1], .token_bytes = strides[2], .head_bytes = strides[3], .table = table.data(),
         .page_size = static_cast<int>(c.number("page_size")), .first_position = first, .begin = from, .end = end,
-        .live = std::max(from, live), .window = window, .scale = static_cast<float>(c.real("scale")), .scratch = scratch.data(),
+        .live = std::max(from, live), .window = window, .scale = static_cast<float>(c.real("scale")),
+        .softcap = static_cast<float>(c.real("softcap")), .scratch = scratch.data(),
         .out = parts.out.data() + i * rows * dim, .max = parts.max.data() + i * rows, .sum = parts.sum.data() + i * rows};
     kernels.attend(task);
   }

@@ -50,7 +50,7 @@ class Walk {
     const auto frequency = c.array<float>("frequency");
     Op rope{.kind = Kind::RopeWrite, .x = parts[0], .branch = parts[1], .out = turned};
     rope.v = parts[2];
-    rope.rope = model_.add_rope({static_cast<int32_t>(frequency.size()), {frequency.begin(), frequency.end()}});
+    rope.rope = model_.add_rope({static_cast<int32_t>(frequency.size()), {frequency.begin(), frequency.end()}, 1.0f});
     rope.eps = rope.branch_eps = static_cast<float>(c.real("eps"));
     if (!c.bytes("q_norm").empty()) {
       rope.norm = add_floats(model_, c.array<float>("q_norm"));

@@ -26,6 +26,7 @@ TYPES = {BF16: "*bf16", torch.float16: "*fp16", F32: "*fp32", torch.int32: "*i32
 LLAMA = Heads(32, 8, 128, 0.088, 0)
 SMALL = Heads(32, 8, 64, 0.125, 0)
 GEMMA = Heads(4, 1, 256, 0.0625, 512)
+GEMMA2 = Heads(8, 4, 256, 0.0625, 4096, 50.0)
 WORDS = (
     "wgmma", "mma.sync", "tcgen05", "mfma", "cp.async", "griddepcontrol.wait", "griddepcontrol.launch", "cos.approx",
 )  # fmt: skip
@@ -114,6 +115,8 @@ CASES: dict[str, tuple[Any, ...]] = {
     "decode window 1": (decode, LLAMA._replace(window=1), 1, BF16, BF16, False),
     "prefill 1b sinks": (prefill, SMALL, BF16, BF16, True),
     "prefill gemma": (prefill, GEMMA, BF16, BF16),
+    "decode gemma 2": (decode, GEMMA2, 8, BF16, BF16, False),
+    "prefill gemma 2": (prefill, GEMMA2, BF16, BF16),
     "prefill float32": (prefill, GEMMA, F32, F32),
     "prefill fp8 pages": (prefill, LLAMA, BF16, F8),
     "invariant 8b pdl": (invariant, LLAMA, 1, BF16, BF16, True),

@@ -92,6 +92,8 @@ class PagedCase:
             first = max(0, p - shape.window + 1) if shape.window else 0
             keys, values = self.keys[slot][:, first : p + 1].double().repeat_interleave(shape.group, dim=2)
             scores = torch.einsum("hd,nhd->hn", self.q[i].double().view(shape.heads, -1), keys) * shape.scale
+            if shape.softcap:
+                scores = shape.softcap * torch.tanh(scores / shape.softcap)
             if sinks is not None:
                 scores = torch.cat((scores, sinks.double()[:, None]), dim=1)
             weights = scores.softmax(-1)[:, : len(keys)]

@@ -31,7 +31,7 @@ def program(heads: Heads, normed: bool) -> Program:
     shapes: dict[str, tuple[int, ...]] = {"table": (9, 8), "qkv": (q + 2 * kv, 8), "o": (8, q)}
     shapes |= {"q_norm": (d,), "k_norm": (d,)} if normed else {}
     g = Recorder(shapes)
-    spec = Attention(d, Rope(1e4, d), heads.scale, heads.window, 1e-6)
+    spec = Attention(d, Rope(1e4, d, scale=1.2), heads.scale, heads.window, 1e-6, False, heads.softcap)
     return fuse(g.program(out=attention_block(g, g.embed(g.tokens, "table"), g.weights(), LAYER, spec)))
 
 
@@ -68,12 +68,13 @@ def with_items(case: PagedCase) -> PagedCase:
 
 
 @pytest.mark.parametrize("seed", [SEED])
-@pytest.mark.parametrize("normed, tokens", [(False, 8), (True, 128)])
-def test_chosen_kernels_give_what_the_parts_give(monkeypatch, seed, normed, tokens):
+@pytest.mark.parametrize("normed, tokens, softcap", [(False, 8, 0.9), (True, 128, 0.0)])
+def test_chosen_kernels_give_what_the_parts_give(monkeypatch, seed, normed, tokens, softcap):
     for sequences in attention_tiles.DECODE:
         monkeypatch.setitem(attention_tiles.DECODE, sequences, attention_tiles.DecodeTile(1, 16, 1, 4, 2))
-    case = with_items(PagedCase([(5, 3, 0), (33, 1, 0)], HEADS, 16, seed))
-    fused, registry, view = program(HEADS, normed), Registry(), reference_view(case)
+    heads = HEADS._replace(softcap=softcap)
+    case = with_items(PagedCase([(5, 3, 0), (33, 1, 0)], heads, 16, seed))
+    fused, registry, view = program(heads, normed), Registry(), reference_view(case)
     register(registry)
     sizes = [HEADS.heads * 64, HEADS.kv_heads * 64, HEADS.kv_heads * 64]
     write, attend = attention_of(fused)

@@ -25,12 +25,12 @@ def tile(splits: int, keys: int = 16, min_blocks: int = 1) -> DecodeTile:
     [
         (Heads(4, 2, 64, 0.125, 0), 16, tile(3, 32), torch.float32, None),
         (Heads(8, 2, 128, 0.09, 0), 32, tile(5, 16, 2), torch.float16, None),
-        (Heads(3, 1, 80, 0.11, 40), 16, tile(2, 16), torch.float32, None),
+        (Heads(3, 1, 80, 0.11, 40, 0.7), 16, tile(2, 16), torch.float32, None),
         (Heads(2, 2, 96, 0.1, 0), 64, tile(1, 32), torch.float32, None),
         (Heads(7, 1, 64, 0.125, 0), 16, tile(4), torch.float16, F8),
-        (Heads(4, 1, 256, 0.06, 33), 64, tile(4), torch.float32, None),
+        (Heads(4, 1, 256, 0.06, 33, 2.5), 64, tile(4), torch.float32, None),
     ],
-    ids=["gqa", "f16", "odd group, window", "one split", "fp8 pages", "wide, window"],
+    ids=["gqa", "f16", "odd group, window, cap", "one split", "fp8 pages", "wide, window, cap"],
 )
 def test_each_row_attends_over_its_pages(seed, heads, page, used, dtype, kv_dtype):
     before = torch.randint(1, 140, (3,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -39,7 +39,7 @@ def attended(case: PagedCase, programs: int, sinks: torch.Tensor | None = None) 
     "heads, page, dtype, kv_dtype",
     [
         (Heads(4, 2, 64, 0.125, 0), 16, torch.float32, None),
-        (Heads(3, 1, 80, 0.11, 19), 16, torch.float32, None),
+        (Heads(3, 1, 80, 0.11, 19, 0.7), 16, torch.float32, None),
         (Heads(4, 1, 128, 0.09, 300), 64, torch.float16, None),
         (Heads(2, 1, 64, 0.125, 70), 32, torch.float16, F8),
     ],
@@ -98,7 +98,7 @@ def chunks(fed: int, size: int, most: int) -> list[tuple[int, int]]:
     "heads, dtype, most",
     [
         (Heads(4, 1, 64, 0.1, 0), torch.float32, 2),
-        (Heads(3, 1, 80, 0.1, 270), torch.float16, 2),
+        (Heads(3, 1, 80, 0.1, 270, 1.5), torch.float16, 2),
         pytest.param(Heads(4, 1, 64, 0.1, 0), torch.float16, 99, marks=pytest.mark.slow),
     ],
     ids=["full", "window", "all"],

@@ -42,11 +42,11 @@ def work_items(case: PagedCase, per_item: int, capacity: int, decode_rows: torch
     [
         (Heads(4, 2, 64, 0.125, 0), 16, PrefillTile(32, 32, 4, 2), torch.float32, None),
         (Heads(4, 1, 128, 0.09, 0), 64, PrefillTile(64, 32, 4, 2), torch.float16, None),
-        (Heads(3, 1, 80, 0.11, 19), 16, PrefillTile(64, 16, 4, 2), torch.float32, None),
+        (Heads(3, 1, 80, 0.11, 19, 0.7), 16, PrefillTile(64, 16, 4, 2), torch.float32, None),
         (Heads(2, 2, 96, 0.1, 3), 32, PrefillTile(32, 32, 4, 2), torch.float32, None),
         (Heads(2, 1, 64, 0.125, 70), 16, PrefillTile(32, 16, 4, 2), torch.float16, F8),
     ],
-    ids=["gqa", "f16", "odd group, window", "narrow window", "fp8 pages, window"],
+    ids=["gqa", "f16", "odd group, window, cap", "narrow window", "fp8 pages, window"],
 )
 def test_chunks_attend_over_their_pages(seed, heads, page, tile, dtype, kv_dtype):
     at = torch.randint(20, 90, (2,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -10,7 +10,7 @@ from tests.seeds import SEED
 from tokenspeed.kernels.triton.paged import PagedLayer
 from tokenspeed.kernels.triton.rope_write import HeadNorm, rope_write
 from tokenspeed.ops.reference import frequencies
-from tokenspeed.ops.rope import Rope, linear_rope
+from tokenspeed.ops.rope import Rope, linear_rope, no_rope
 
 FAR = 131071
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 4e-3}
@@ -39,8 +39,9 @@ def expected_heads(x: torch.Tensor, positions: torch.Tensor, rope: Rope, norm: H
         x = wide.to(x.dtype)
     angle = (positions.float()[:, None, None] * frequencies(rope, positions.device)).double()
     half = rope.dim // 2
+    cos, sin = angle.cos() * rope.scale, angle.sin() * rope.scale
     a, b, rest = x.double().split([half, half, x.shape[-1] - rope.dim], dim=-1)
-    return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 
 
 def interpreter_rounds(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -53,11 +54,12 @@ def interpreter_rounds(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     "group, kv_heads, dim, rope, normed, page, dtype, kv_dtype",
     [
         (2, 2, 64, Rope(5e5, 64), False, 16, torch.float32, torch.float32),
-        (3, 1, 128, Rope(1e4, 64), True, 64, torch.float32, torch.float16),
+        (3, 1, 128, Rope(1e4, 64, scale=0.8), True, 64, torch.float32, torch.float16),
         (4, 1, 256, linear_rope(1e6, 256, 8.0), True, 32, torch.float16, torch.float16),
         (1, 2, 80, Rope(1e4, 80), False, 16, torch.float16, torch.float8_e4m3fn),
+        (2, 1, 64, no_rope(64), False, 16, torch.float32, torch.float32),
     ],
-    ids=["plain", "part of a head, norms", "f16, norms", "fp8 pages"],
+    ids=["plain", "part of a head, scaled, norms", "f16, norms", "fp8 pages", "none"],
 )
 def test_heads_turn_and_land_in_their_pages(seed, group, kv_heads, dim, rope, normed, page, dtype, kv_dtype):
     torch.manual_seed(seed)

@@ -73,7 +73,7 @@ def check() -> bool:
     cases += [([333], Heads(4, 4, 64, 0.125, 0), 32), ([5000], Heads(64, 8, 64, 0.125, 128), 64)]
     cases += [(list(range(0, 97 * count, 97)), Heads(32, 8, 64, 0.125, 0), 64) for count in (2, 5, 16, 40)]
     results = [
-        _same(lengths, heads, Rope(5e5, turned), page, normed, sink)
+        _same(lengths, heads, Rope(5e5, turned, scale=1.3 if normed else 1.0), page, normed, sink)
         for lengths, heads, turned in cases
         for page, normed, sink in ((16, False, False), (64, True, True))
     ]

@@ -204,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
     const u16* q, const u16* k, const u16* v, const float* q_norm, const float* k_norm, const float* frequency,
     const int* positions, const int* slots, const int* table, u16* kv, u16* out, const float* sinks, long long q_row,
     long long k_row, long long v_row, long long table_slot, long long kv_page, long long kv_which, long long kv_entry,
-    long long kv_head, int window, float scale, float q_eps, float k_eps) {
+    long long kv_head, int window, float scale, float turn_scale, float q_eps, float k_eps) {
   extern __shared__ __align__(128) u8 memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
   asm volatile("griddepcontrol.launch_dependents;");
@@ -221,8 +221,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
   for (int i = 0; i < STAGES; ++i) stream.request(s.ring[warp][i]);
   for (int i = threadIdx.x; i < HALF; i += THREADS) {
     float angle = position * frequency[i];
-    s.cosines[i] = cosf(angle);
-    s.sines[i] = sinf(angle);
+    s.cosines[i] = turn_scale * cosf(angle);
+    s.sines[i] = turn_scale * sinf(angle);
   }
   for (int i = threadIdx.x; i < (int)sizeof(Tile) / 4; i += THREADS) reinterpret_cast<u32*>(&s.own)[i] = 0;
   __syncthreads();

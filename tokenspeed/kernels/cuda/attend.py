@@ -126,6 +126,7 @@ def attend(
             *((stride, ctypes.c_longlong) for stride in strides),
             (heads.window, ctypes.c_int),
             (heads.scale * LOG2E.value, ctypes.c_float),
+            (rope.scale, ctypes.c_float),
             (q_norm.eps if q_norm else 0.0, ctypes.c_float),
             (k_norm.eps if k_norm else 0.0, ctypes.c_float),
         ],

@@ -97,7 +97,7 @@ def run_attend(view: PagedView, record: RecordView, inputs: Inputs, weights: Inp
 def _takes_attend(operands: Operands, situation: Situation) -> bool:
     attrs = operands.attrs
     fitting = situation.tokens <= MOST_TOKENS and fits(attrs["heads"], attrs["kv_heads"], attrs["head_dim"])
-    return fitting and _on_device(situation)
+    return fitting and not attrs["softcap"] and _on_device(situation)
 
 
 def _takes(operands: Operands, situation: Situation) -> bool:

@@ -67,8 +67,8 @@ def _ask(pages, keys, begin, end, blocks, split, used, kv_page, kv_which, kv_ent
 def _decode(q, kv, table, positions, slots, rows, out, partial, tops, totals, sinks,
             num_tokens, min_blocks, window, q_row, table_slot, kv_page, kv_which, kv_entry, kv_head, scale,
             QUERIES: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr,
-            DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, LISTED: tl.constexpr,
-            SINKS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
+            DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, CAP: tl.constexpr,
+            LISTED: tl.constexpr, SINKS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
     head = tl.program_id(0)
     split = tl.program_id(1)
     item = tl.program_id(2)
@@ -112,7 +112,7 @@ def _decode(q, kv, table, positions, slots, rows, out, partial, tops, totals, si
     acc, top, total = sweep(
         acc, top, total, queries, position, lowest, begin, end, first + split * blocks // used,
         first + (split + 1) * blocks // used, pages, kv + head * kv_head, scale,
-        kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE, KEYS, True,
+        kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE, KEYS, CAP, True,
     )  # fmt: skip
     if used == 1:
         result = finish(acc, top, total, sinks, heads, own, SINKS)
@@ -178,6 +178,7 @@ def decode_attention(
     pdl: bool = False,
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v over the pages; the query at position p sees keys p - window + 1 .. p.
+    With a soft cap c scores x are c * tanh(x / c).
 
     q [T, heads * head_dim], rows contiguous. Work items are the T tokens in runs of `queries` (1 to 8, tokens of one
     sequence, padding last), or those that begin at the tokens of `rows` (int32 [n], -1 for none).
@@ -203,7 +204,7 @@ def decode_attention(
     _decode[(heads.kv_heads, tile.splits, items)](
         q, paged.kv, paged.table, paged.positions, paged.slots, listed, out, partial, tops, totals, sink, q.shape[0],
         tile.min_blocks, heads.window, q.stride(0), paged.table.stride(0), *paged.kv.stride()[:4],
-        heads.scale * LOG2E.value, PAGE=paged.kv.shape[2], **shape,
+        heads.scale * LOG2E.value, PAGE=paged.kv.shape[2], CAP=heads.softcap * LOG2E.value, **shape,
         **launch_options(pdl, num_warps=tile.warps, num_stages=tile.stages),
     )  # fmt: skip
     if tile.splits > 1:

@@ -85,7 +85,7 @@ def merge(acc, top, total, part, part_top, part_total):
 def _attend(q, kv, table, items, out, partial, tops, totals, sinks, window, spans, q_row, table_slot, kv_page,
             kv_which, kv_entry, kv_head, scale, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr,
             DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr,
-            APART: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
+            CAP: tl.constexpr, APART: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
     """One item and key head. APART: every num_programs(2)-th span, whose sums go to `partial` [T, heads, spans, DIM],
     `tops` and `totals` [T, heads, spans]; else all spans, and the result to `out`."""
     head = tl.program_id(0)
@@ -129,7 +129,7 @@ def _attend(q, kv, table, items, out, partial, tops, totals, sinks, window, span
         part, part_top, part_total = sweep(
             part, part_top, part_total, queries, position, lowest, begin, end, tl.maximum(span * SPAN, begin) // KEYS,
             tl.cdiv(tl.minimum(span * SPAN + SPAN, end), KEYS), pages, keys, scale, kv_page, kv_which, kv_entry, DIM,
-            DIM_PAD, PAGE, KEYS, True,
+            DIM_PAD, PAGE, KEYS, CAP, True,
         )  # fmt: skip
         if APART:
             place = number * spans + span
@@ -182,6 +182,7 @@ def invariant_attention(
     tile: InvariantTile | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v over the pages; the query at position p sees keys p - window + 1 .. p.
+    With a soft cap c scores x are c * tanh(x / c).
 
     q [T, heads * head_dim], rows contiguous. items: int32 [n, 4] of (slot, first token, tokens, first position), at
     most `invariant_item_tokens` each, that together hold every token; slot -1 with tokens: rows to fill with zeros.
@@ -206,7 +207,8 @@ def invariant_attention(
     _attend[(heads.kv_heads, items.shape[0], max(1, programs))](
         q, paged.kv, paged.table, items, out, partial, tops, totals, sink, heads.window, spans, q.stride(0),
         paged.table.stride(0), *paged.kv.stride()[:4], heads.scale * LOG2E.value, ROWS=ROWS, PAGE=paged.kv.shape[2],
-        KEYS=tile.keys, APART=programs > 0, **shape, num_warps=tile.warps, num_stages=tile.stages, **exact,
+        KEYS=tile.keys, CAP=heads.softcap * LOG2E.value, APART=programs > 0, **shape, num_warps=tile.warps,
+        num_stages=tile.stages, **exact,
     )  # fmt: skip
     if programs:
         _merge_spans[(tokens, heads.kv_heads)](

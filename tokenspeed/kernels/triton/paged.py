@@ -30,13 +30,14 @@ def paged_layer(view: PagedView, layer: int) -> PagedLayer:
 
 
 class Heads(NamedTuple):
-    """Shape of an attention: grouped queries, softmax scale, window (0 for none)."""
+    """Shape of an attention: grouped queries, softmax scale, window and soft cap of scores (0 for none)."""
 
     heads: int
     kv_heads: int
     head_dim: int
     scale: float
     window: int
+    softcap: float = 0.0
 
     @property
     def group(self) -> int:
@@ -46,7 +47,8 @@ class Heads(NamedTuple):
 
 def heads_of(attrs: Attrs) -> Heads:
     """From the attributes of an attention record."""
-    return Heads(attrs["heads"], attrs["kv_heads"], attrs["head_dim"], attrs["scale"], attrs["window"])
+    names = ("heads", "kv_heads", "head_dim", "scale", "window", "softcap")
+    return Heads(*(attrs[name] for name in names))
 
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -77,10 +79,16 @@ def absorb(acc, top, total, scores, value):
 
 
 @triton.jit
+def capped(scores, CAP: tl.constexpr):
+    """CAP * tanh(scores / CAP); both in log 2."""
+    return CAP - 2 * CAP / (1 + tl.exp(scores * (2 / CAP)))
+
+
+@triton.jit
 def sweep(acc, top, total, queries, position, lowest, begin, end, first, last, pages, keys, scale,
            kv_page, kv_which, kv_entry, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr,
-           KEYS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Blocks [first, last) of keys; where not MASKED every query sees all of them."""
+           KEYS: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Blocks [first, last) of keys; where not MASKED every query sees all of them. CAP: 0 for none."""
     d = tl.arange(0, DIM_PAD)
     for i in range(first, last):
         n = i * KEYS + tl.arange(0, KEYS)
@@ -101,6 +109,8 @@ def sweep(acc, top, total, queries, position, lowest, begin, end, first, last, p
                 key = tl.load(keys + offsets, mask=inside, other=0.0).to(queries.dtype)
                 value = tl.load(keys + kv_which + offsets, mask=inside, other=0.0).to(queries.dtype)
         scores = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
+        if CAP > 0:
+            scores = capped(scores, CAP)
         if MASKED:
             visible = (n[None, :] <= position[:, None]) & (n[None, :] > lowest[:, None])
             scores = tl.where(visible, scores, float("-inf"))

@@ -19,7 +19,7 @@ from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer, finish, sw
 def _prefill(q, kv, table, items, out, sinks, window, q_row, table_slot, kv_page, kv_which, kv_entry, kv_head, scale,
              GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
              DIM_PAD: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, WINDOWED: tl.constexpr,
-             SINKS: tl.constexpr) -> None:  # fmt: skip
+             CAP: tl.constexpr, SINKS: tl.constexpr) -> None:  # fmt: skip
     head = tl.program_id(0)
     # Later chunks of a sequence have more keys: the longest work starts first.
     item = items + (tl.num_programs(1) - 1 - tl.program_id(1)) * 4
@@ -60,15 +60,15 @@ def _prefill(q, kv, table, items, out, sinks, window, q_row, table_slot, kv_page
     if WINDOWED:
         acc, top, total = sweep(
             acc, top, total, queries, position, lowest, begin, end, begin // KEYS, unmasked, pages, keys, scale,
-            kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE, KEYS, True,
+            kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE, KEYS, CAP, True,
         )  # fmt: skip
     acc, top, total = sweep(
         acc, top, total, queries, position, lowest, begin, end, unmasked, masked, pages, keys, scale,
-        kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE, KEYS, False,
+        kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE, KEYS, CAP, False,
     )  # fmt: skip
     acc, top, total = sweep(
         acc, top, total, queries, position, lowest, begin, end, masked, last, pages, keys, scale,
-        kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE, KEYS, True,
+        kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE, KEYS, CAP, True,
     )  # fmt: skip
     tl.store(at, finish(acc, top, total, sinks, heads, own, SINKS).to(out.dtype.element_ty), mask=inside)
 
@@ -82,6 +82,7 @@ def prefill_attention(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v over the pages; the query at position p sees keys p - window + 1 .. p.
+    With a soft cap c scores x are c * tanh(x / c).
 
     q [T, heads * head_dim], rows contiguous. items: int32 [n, 4] of (slot, first token, tokens, first position), at
     most tile.rows / padded group tokens each; slot -1 with tokens: rows to fill with zeros; without: nothing.
@@ -96,7 +97,7 @@ def prefill_attention(
         q, paged.kv, paged.table, items, out, out if sinks is None else sinks, heads.window, q.stride(0),
         paged.table.stride(0), *paged.kv.stride()[:4], heads.scale * LOG2E.value,
         GROUP=heads.group, GROUP_PAD=pad(heads.group), ROWS=tile.rows, DIM=heads.head_dim, DIM_PAD=pad(heads.head_dim),
-        PAGE=paged.kv.shape[2], KEYS=tile.keys, WINDOWED=heads.window > 0, SINKS=sinks is not None,
-        num_warps=tile.warps, num_stages=tile.stages,
+        PAGE=paged.kv.shape[2], KEYS=tile.keys, WINDOWED=heads.window > 0, CAP=heads.softcap * LOG2E.value,
+        SINKS=sinks is not None, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out

@@ -57,7 +57,7 @@ def _rotated(base, rows, mask, norm, eps, cos, sin, DIM: tl.constexpr,
 
 @triton.jit
 def _rope_write(q, k, v, q_norm, k_norm, frequency, positions, slots, table, kv, out,
-                q_eps, k_eps, q_row, k_row, v_row, table_slot, kv_page, kv_which, kv_entry, kv_head,
+                scale, q_eps, k_eps, q_row, k_row, v_row, table_slot, kv_page, kv_which, kv_entry, kv_head,
                 GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
                 HALF: tl.constexpr, PAGE: tl.constexpr, NORMED: tl.constexpr, FP8: tl.constexpr,
                 PDL: tl.constexpr) -> None:  # fmt: skip
@@ -73,8 +73,8 @@ def _rope_write(q, k, v, q_norm, k_norm, frequency, positions, slots, table, kv,
     # As a vector: the interpreter makes an int of a scalar truth value that is broadcast.
     alive = tl.zeros_like(d) + slot >= 0
     angle = position.to(tl.float32) * turn
-    cos = tl.cos(angle)
-    sin = tl.where(d < HALF, -tl.sin(angle), tl.sin(angle))
+    cos = tl.where(d < 2 * HALF, tl.cos(angle) * scale, 1.0)
+    sin = tl.where(d < HALF, -tl.sin(angle), tl.sin(angle)) * scale
 
     g = tl.arange(0, GROUP_PAD)
     rows = (head * GROUP + g) * DIM
@@ -122,7 +122,8 @@ def rope_write(
     options = launch_options(pdl, num_warps=min(4, max(1, group_pad * dim_pad // 512)))
     _rope_write[(tokens, kv_heads)](
         q, k, v, q_norm.weight, k_norm.weight, turns, paged.positions, paged.slots, paged.table, paged.kv, out,
-        q_norm.eps, k_norm.eps, q.stride(0), k.stride(0), v.stride(0), paged.table.stride(0), *paged.kv.stride()[:4],
+        rope.scale, q_norm.eps, k_norm.eps, q.stride(0), k.stride(0), v.stride(0), paged.table.stride(0),
+        *paged.kv.stride()[:4],
         GROUP=group, GROUP_PAD=group_pad, DIM=dim, DIM_PAD=dim_pad, HALF=rope.dim // 2, PAGE=paged.kv.shape[2],
         NORMED=norms is not None, FP8=paged.kv.dtype == torch.float8_e4m3fn, PDL=pdl, **options,
     )  # fmt: skip

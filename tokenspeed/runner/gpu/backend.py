@@ -45,6 +45,7 @@ class GpuBackend:
         self._registry = Registry()
         (register or _register_kernels)(self._registry)
         self._registry.add(Implementation("rows", "select", "gpu", _select, _always, priority=10, invariant=True))
+        self._registry.add(Implementation("softcap", "softcap", "gpu", _softcap, _always, priority=10, invariant=True))
         ref.register(self._registry)
         self._plans: dict[int, Plan] = {}
         if batch_invariant:
@@ -104,7 +105,7 @@ class GpuBackend:
 
 
 def _fp8_names(model: LoadedModel) -> frozenset[str]:
-    head = list(model.program.records[-1].plain())[-1].weights[0]
+    head = model.program.head
     return frozenset(name for name, w in model.packed.items() if w.spec.kind == "linear" and name != head)
 
 
@@ -129,6 +130,13 @@ def _select(
     if view.one_each and len(view.rows) == len(view.tokens):
         return (inputs[0],)
     return (inputs[0].index_select(0, view.rows.clamp(min=0)),)
+
+
+def _softcap(
+    view: GpuView, record: Record, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    cap = record.attrs["cap"]
+    return ((cap * torch.tanh(inputs[0].float() / cap)).to(inputs[0].dtype),)
 
 
 def _always(operands: Operands, situation: Situation) -> bool:

@@ -14,8 +14,8 @@ void Model::make_angles() {
     rows_of(step_.tokens, [&](int64_t t) {
       for (int32_t j = 0; j < rope.half; ++j) {
         const float angle = static_cast<float>(step_.position[t]) * rope.frequency[static_cast<size_t>(j)];
-        cosines_[i][static_cast<size_t>(t * rope.half + j)] = std::cos(angle);
-        sines_[i][static_cast<size_t>(t * rope.half + j)] = std::sin(angle);
+        cosines_[i][static_cast<size_t>(t * rope.half + j)] = rope.scale * std::cos(angle);
+        sines_[i][static_cast<size_t>(t * rope.half + j)] = rope.scale * std::sin(angle);
       }
     });
   }
@@ -96,7 +96,7 @@ void Model::attention(const Op& op) {
                       cache_.data + cache_.index[static_cast<size_t>(layer)] * cache_.layer_bytes, cache_.page_bytes,
                       cache_.value_bytes, cache_.token_bytes, w.head * cache_.head_bytes,
                       step_.table + step_.table_start[w.sequence * step_.groups + cache_group], cache_.page_size,
-                      step_.position[w.first_query], w.begin, w.end, w.live, op.window, op.scale, scratch.data(),
+                      step_.position[w.first_query], w.begin, w.end, w.live, op.window, op.scale, op.softcap, scratch.data(),
                       out + w.slot * op.head_dim, maxima + w.slot, sums + w.slot});
   });
   rows_of(static_cast<int64_t>(sets.size()), [&](int64_t i) {

@@ -124,13 +124,20 @@ inline void score_block(const float* q, const uint8_t* const* entry, const uint8
   for (int i = 0; i < Q; ++i) for (int j = 0; j < K; ++j) sums[i * stride + j] = acc[i][j];
 }
 
+// cap * tanh(x / cap) as cap (1 - 2 / (1 + exp(2 x / cap))).
+inline F capped(F x, float cap) {
+  const F above = add(set(1.0f), exp(mul(x, set(2.0f / cap))));
+  return sub(set(cap), div(set(2.0f * cap), above));
+}
+
 // Scores of Q rows and 16 / Q keys: lane 16 / Q * i + j is that of row i and key j.
 template <class T, int Q, bool Ahead>
 inline F score_keys(const ts::AttentionTask& t, const float* q, const uint8_t* const* entry, const uint8_t* const* next) {
   constexpr int K = 16 / Q, part = std::min(K, 8);
   F sums[16];
   for (int j = 0; j < K; j += part) score_block<T, Q, part, Ahead>(q, entry + j, next + j, t.head_dim, sums + j, K);
-  return mul(sums_of_16(sums), set(t.scale * kUnit<T>));
+  const F scores = mul(sums_of_16(sums), set(t.scale * kUnit<T>));
+  return t.softcap > 0 ? capped(scores, t.softcap) : scores;
 }
 
 // work(how many rows, whether they are the first, the first of them) for all rows. The first fetch for all.

@@ -76,7 +76,7 @@ NB_MODULE(_walk, m) {
       .def_rw("branch_eps", &ts::Op::branch_eps).def_rw("scale", &ts::Op::scale).def_rw("v", &ts::Op::v)
       .def_rw("rope", &ts::Op::rope).def_rw("layer", &ts::Op::layer).def_rw("heads", &ts::Op::heads)
       .def_rw("kv_heads", &ts::Op::kv_heads).def_rw("head_dim", &ts::Op::head_dim).def_rw("window", &ts::Op::window)
-      .def_rw("per_head", &ts::Op::per_head);
+      .def_rw("per_head", &ts::Op::per_head).def_rw("softcap", &ts::Op::softcap);
 
   nb::class_<ts::Ask>(m, "Ask")
       .def("__init__", [](ts::Ask* ask, float temperature, uint64_t seed, uint32_t sample, uint32_t position, int64_t top_k, double top_p,
@@ -109,8 +109,8 @@ NB_MODULE(_walk, m) {
       .def("add_vector", [](ts::Model& model, const Array1<float>& values) {
         return model.add_vector({values.data(), values.data() + values.shape(0)});
       })
-      .def("add_rope", [](ts::Model& model, const Array1<float>& frequency) {
-        return model.add_rope({static_cast<int32_t>(frequency.shape(0)), {frequency.data(), frequency.data() + frequency.shape(0)}});
+      .def("add_rope", [](ts::Model& model, const Array1<float>& frequency, float scale) {
+        return model.add_rope({static_cast<int32_t>(frequency.shape(0)), {frequency.data(), frequency.data() + frequency.shape(0)}, scale});
       })
       .def("add_value", [](ts::Model& model, int32_t buffer, int64_t offset, int64_t width, int64_t stride) {
         return model.add_value({buffer, offset, width, stride});

@@ -43,7 +43,7 @@ void attend(const std::string& isa, int32_t format, const Array<const float, 3>&
   const ts::Kernels& kernels = kernels_of(isa);
   kernels.attend({q.data(), static_cast<int64_t>(group) * head_dim, queries, group, head_dim, static_cast<ts::KvFormat>(format),
                   pages.data(), 2 * value_bytes, value_bytes, token_bytes, 0, table.data(), page_size, first_position, begin, end,
-                  live, window, scale, scratch.data(), sums.data(), max.data(), sum.data()});
+                  live, window, scale, 0.0f, scratch.data(), sums.data(), max.data(), sum.data()});
   for (int64_t r = 0; r < rows; ++r) {
     const float* part = sums.data() + r * head_dim;
     kernels.combine(&part, &max[static_cast<size_t>(r)], &sum[static_cast<size_t>(r)], 1, rows, head_dim, out.data() + r * head_dim);

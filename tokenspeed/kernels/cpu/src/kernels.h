@@ -51,6 +51,7 @@ struct AttentionTask {
   int64_t live;            // keys before it are seen by no query and must not be read: their pages may be gone
   int window;              // 0: no window
   float scale;
+  float softcap;           // of scores; 0: none
   float* scratch;          // attention_scratch of them
   float* out;              // [queries * group, head_dim]: sum of exp(s - max) v
   float* max;              // [queries * group]

@@ -60,7 +60,7 @@ struct Op {
   int32_t x = -1, branch = -1, sum = -1, out = -1;
   int32_t matrix = -1, norm = -1, branch_norm = -1, bias = -1;
   int32_t act = -1;  // 0 silu, 1 gelu
-  float eps = 0, branch_eps = 0, scale = 1;
+  float eps = 0, branch_eps = 0, scale = 1, softcap = 0;
   // RopeWrite: x, branch are q, k; v; out, sum the rotated ones. norm, branch_norm: per head.
   int32_t v = -1, rope = -1, layer = -1;
   int32_t heads = 0, kv_heads = 0, head_dim = 0, window = 0, per_head = 0;
@@ -69,6 +69,7 @@ struct Op {
 struct Rope {
   int32_t half;
   std::vector<float> frequency;
+  float scale = 1;  // of cosines and sines
 };
 
 struct Cache {  // the arena: [pages, layers per group, 2, page_size, kv_heads, entry]; the bytes from one to the next
