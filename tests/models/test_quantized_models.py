@@ -46,7 +46,9 @@ def load(path: Path, backend: str, mode: str, **settings: Any) -> LLM:
 
 @pytest.mark.parametrize("backend", BOUNDS)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name, fmt", [("llama", "BF16"), ("gemma3", "F32"), ("qwen2", "gguf-F16")])
+@pytest.mark.parametrize(
+    "name, fmt", [("llama", "BF16"), ("llama", "gguf-F16"), ("gemma3", "F32"), ("qwen2", "gguf-F16")]
+)
 def test_logprobs_of_the_quantised_values(tiny, name: str, fmt: str, mode: str, backend: str) -> None:
     made = tiny(name, fmt)
     llm = load(made.path, backend, mode)

@@ -60,13 +60,13 @@ def _tasks(weight: Weight, made: Weight) -> Iterator[Callable[[], int]]:
     for old, new in zip(weight.segments, made.segments, strict=True):
         step = max(1, TASK_ELEMENTS // old.cols)
         for first in range(0, old.rows, step):
-            yield partial(_run, weight.spec.name, old, new, slice(first, first + step))
+            yield partial(_run, weight.spec.name, old, new, first, min(first + step, old.rows))
 
 
-def _run(name: str, old: PackedTensor, new: PackedTensor, rows: slice) -> int:
-    values = unpack(old.data[rows], old.fmt, old.cols, torch.float32)
+def _run(name: str, old: PackedTensor, new: PackedTensor, first: int, last: int) -> int:
+    values = unpack(old.rows_at(first, last), old.fmt, old.cols, torch.float32)
     try:
-        return pack(values, new.fmt, new.data[rows]).numel()
+        return pack(values, new.fmt, new.data[first:last]).numel()
     except WeightError as error:
         raise WeightError(f"weight {name}: {error}") from None
 
