@@ -232,6 +232,21 @@ class Log:
         del self.keys[key, group]
 
 
+def test_a_fork_that_ends_before_its_first_commit_leaves_what_others_have_keys_for():
+    cache = make_cache()
+    tokens = list(range(2 * cache.page_size))
+    first, _ = run(cache, tokens)
+    twin = cache.open()
+    cache.grow(twin, len(tokens))
+    forked, _ = cache.fork(twin, len(tokens))
+    cache.commit(twin, tokens, len(tokens))
+    for table in (forked, twin, first):
+        cache.free(table, tokens)
+    cache.check_idle()
+    assert cache.num_cached_pages == 2
+    assert cached_tokens(cache, [*tokens, 1]) == len(tokens)
+
+
 def test_a_listener_can_mirror_the_cache():
     log = Log()
     cache = CacheManager(8, 4, ROOT, (GroupSpec(), GroupSpec(5)), listener=log)

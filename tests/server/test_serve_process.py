@@ -17,6 +17,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from tests.server.fault_tools import until
 from tests.server.server_process import GUARD_S, ServerProcess, alive, started
 from tokenspeed.cli.main import main
 
@@ -119,10 +120,10 @@ def test_death_of_an_engine_that_is_not_to_be_restarted() -> None:
         assert error["error"]["code"] == "engine_dead"
         assert "SIGKILL" in error["error"]["message"]
         assert done == "data: [DONE]"
+        until(lambda: "--max-engine-restarts allows 0" in server.get("/health").json()["reason"])
         response = server.get("/health")
         assert response.status_code == 503
         assert "SIGKILL" in response.json()["reason"]
-        assert "--max-engine-restarts allows 0" in response.json()["reason"]
         refused = server.post("/v1/completions", prompt=PROMPT)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_dead")
         assert server.terminate() == 0, server.log

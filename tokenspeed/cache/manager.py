@@ -246,8 +246,12 @@ class CacheManager:
         return stored
 
     def _keep(self, table: BlockTable, group: int, index: int, token_ids: list[int]) -> None:
-        """A full page without a key is about to be released: it, or the page its key has now, counts as just used."""
-        if table.hasher is not None and not self._store(table, group, index, token_ids):
+        """A full page without a key is about to be released: it, or the page its key has now, counts as just used. A
+        copy that ends before its first commit has no keys yet for what it shares."""
+        if table.hasher is None:
+            return
+        table.hasher.extend(token_ids, index + 1)
+        if not self._store(table, group, index, token_ids):
             self._prefix.touch(group, table.hasher.keys[index])
 
     def _slide(self, table: BlockTable, num_computed: int) -> list[int]:
