@@ -62,7 +62,9 @@ def test_a_stream_that_was_dropped_does_not(llm: LLM) -> None:
     next(stream)
     del stream
     llm.sleep()
+    assert llm.is_sleeping()
     llm.wake_up()
+    assert not llm.is_sleeping()
 
 
 @pytest.mark.parametrize("level", [0, 2, None])

@@ -129,13 +129,13 @@ def test_sequences_alike() -> None:
 def test_other_steps_go_the_triton_way(monkeypatch, seed, tokens):
     for sequences in attention_tiles.DECODE:
         monkeypatch.setitem(attention_tiles.DECODE, sequences, attention_tiles.DecodeTile(1, 16, 1, 4, 2))
-    heads = Heads(8, 4, 64, 0.125, 0)
+    heads = Heads(2, 1, 16, 0.25, 0)
     case = PagedCase([(5, tokens, 0)], heads, 16, seed)
     fused = program(heads, True)
     record = next(record for record in fused.records if record.op == "qk_norm_rope_attention")
     write, attention = attention_of(fused)
-    given = list(case.random(tokens, 16 * 64).split([512, 256, 256], dim=-1))
-    weights = [1 + 0.3 * case.random(64) for _ in range(2)]
+    given = list(case.random(tokens, 4 * 16).split([32, 16, 16], dim=-1))
+    weights = [1 + 0.3 * case.random(16) for _ in range(2)]
     (found,) = registration.run_attend(case.step, record, given, weights)
     turned, _ = run_rope_write(case.step, write, given, weights)
     run = run_decode if tokens <= 64 else run_prefill
