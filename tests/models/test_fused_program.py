@@ -9,8 +9,8 @@ from tests.parity_tools import CASES, Walker, load, random_prompt
 from tokenspeed.program.fuse import fuse
 
 # What the table must find in each family's layers; without these the comparison would compare a program with itself.
-PRE_NORM_OPS = {"layer_chain", "join_norm_linear_act"}
-SANDWICH_OPS = {"layer_chain", "branch_join_norm_linear_act"}
+PRE_NORM_OPS = {"join_norm_linear", "join_norm_linear_act"}
+SANDWICH_OPS = {"branch_join_norm_linear", "branch_join_norm_linear_act"}
 FUSED_OPS = {
     "llama": PRE_NORM_OPS | {"rope_attention"},
     "qwen2": PRE_NORM_OPS | {"rope_attention"},

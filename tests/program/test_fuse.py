@@ -13,7 +13,7 @@ from tokenspeed.models.gemma3 import wire as gemma3_wire
 from tokenspeed.models.llama import wire as llama_wire
 from tokenspeed.ops.rope import Rope
 from tokenspeed.program.fuse import fuse
-from tokenspeed.program.program import Program, Record
+from tokenspeed.program.program import Program
 from tokenspeed.program.recorder import Recorder, Value, record
 
 ROPE = Rope(10000.0, 8)
@@ -54,15 +54,6 @@ def ops(program: Program) -> list[str]:
     return [record.op for record in program.records]
 
 
-def unchained(program: Program) -> list[Record]:
-    """Records, with the parts of a chain in its place."""
-    return [part for record in program.records for part in (record.parts if record.op == "layer_chain" else [record])]
-
-
-def all_ops(program: Program) -> list[str]:
-    return [record.op for record in unchained(program)]
-
-
 def assert_same_function(plain: Program, fused: Program, seed: int = 0) -> None:
     weights = random_weights(plain, seed)
     step = random_step(seed, layers=CONFIG.num_layers, kv_heads=CONFIG.num_kv_heads, head_dim=CONFIG.head_dim)
@@ -79,7 +70,10 @@ def test_llama_layers_become_the_usual_shapes() -> None:
         "norm_linear",
         "split",
         "rope_attention",
-        "layer_chain",
+        "linear",
+        "join_norm_linear_act",
+        "linear",
+        "join_norm_linear",
         "split",
         "rope_attention",
         "linear",
@@ -100,7 +94,7 @@ def test_llama_layers_become_the_usual_shapes() -> None:
     ],
 )
 def test_families_vary_the_match_without_saying_so(family: str, expected: dict[str, int]) -> None:
-    found = all_ops(fuse(build(family)))
+    found = ops(fuse(build(family)))
     assert {op: found.count(op) for op in expected} == expected
 
 
@@ -124,8 +118,8 @@ def test_every_plain_record_stays_once_and_in_a_valid_order(family: str) -> None
 
 def test_an_adapter_keeps_the_norm_out_of_its_projection_and_changes_nothing_else() -> None:
     plain = build("llama", adapters={"layers.1.qkv": 3})
-    found = all_ops(fuse(plain))
-    without = all_ops(fuse(build("llama")))
+    found = ops(fuse(plain))
+    without = ops(fuse(build("llama")))
     # The norm of layer 1 now feeds two projections, so it is joined to the residual add but not to either of them.
     assert found.count("join_norm_linear") == without.count("join_norm_linear") - 1
     assert found.count("join_norm") == 1
@@ -135,7 +129,7 @@ def test_an_adapter_keeps_the_norm_out_of_its_projection_and_changes_nothing_els
 
 def test_an_adapter_on_gate_up_keeps_the_activation_out_too() -> None:
     plain = build("llama", adapters={"layers.0.gate_up": 3})
-    found = all_ops(fuse(plain))
+    found = ops(fuse(plain))
     assert found.count("join_norm_linear_act") == 1
     assert found.count("act_mul") == 1
     assert_same_function(plain, fuse(plain))
@@ -151,7 +145,7 @@ def test_a_captured_residual_costs_no_fusion() -> None:
 
 def test_a_captured_norm_stops_the_match() -> None:
     plain = build("llama", capture=("layers.1.qkv",))
-    found = all_ops(fuse(plain))
+    found = ops(fuse(plain))
     assert found.count("join_norm") == 1
     assert found.count("join_norm_linear") == 0
     assert_same_function(plain, fuse(plain))
@@ -210,7 +204,7 @@ def test_a_second_reader_of_the_turned_queries_keeps_attention_apart() -> None:
 def test_group_borders_are_what_others_read() -> None:
     plain = build("llama")
     fused = fuse(plain)
-    group = next(record for record in unchained(fused) if record.op == "join_norm_linear_act")
+    group = next(record for record in fused.records if record.op == "join_norm_linear_act")
     add = next(part for part in group.plain() if part.op == "add")
     act = next(part for part in group.plain() if part.op == "act_mul")
     assert set(group.outputs) == {add.outputs[0], act.outputs[0]}

@@ -119,23 +119,7 @@ def rope_attention(window: Window, record: Record) -> Record | None:
     return group and replace(group, attrs=record.attrs)
 
 
-def layer_chain(window: Window, record: Record) -> Record | None:
-    """All projections between two attentions: of the one's output, gate/up with its activation, down, and the other's
-    queries, keys and values, with the joins and norms between."""
-    if record.op not in JOINED:
-        return None
-    for value in record.inputs:
-        down = window.only(value, "linear")
-        gate_up = down and window.only(down.inputs[0], *(f"{op}_act" for op in JOINED))
-        outs = [window.only(v, "linear") for v in gate_up.inputs] if gate_up else []
-        out = next((each for each in outs if each is not None), None)
-        if down and gate_up and out:
-            return window.group("layer_chain", out, gate_up, down, record)
-    return None
-
-
-JOINED = ("join_norm_linear", "branch_join_norm_linear")
-PATTERNS: tuple[Pattern, ...] = (join_norm, norm_linear, linear_act, rope_write, rope_attention, layer_chain)
+PATTERNS: tuple[Pattern, ...] = (join_norm, norm_linear, linear_act, rope_write, rope_attention)
 
 
 def fuse(program: Program) -> Program:

@@ -74,8 +74,7 @@ def variant(links: Sequence[Link]) -> ChainVariant | None:
     item = matrices[0].element_size()
     slices = [matrix.shape[1] * item // WARPS for matrix in matrices]
     segment = next((segment for segment in SEGMENTS if segment <= min(slices)), None)
-    alike = all(matrix.element_size() == item and matrix.stride(1) == 1 for matrix in matrices)
-    if segment is None or not alike or any(matrix.shape[1] * item % (WARPS * 64) for matrix in matrices):
+    if segment is None or any(matrix.shape[1] * item % (WARPS * 64) for matrix in matrices):
         return None
     found = ChainVariant(
         tuple(matrix.shape[1] for matrix in matrices),

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache, partial
-from typing import Protocol
 
 import torch
 
 from tokenspeed.kernels.cuda.attend import MOST_TOKENS, attend, fits
-from tokenspeed.kernels.cuda.chain import Link, chain
 from tokenspeed.kernels.cuda.program import compiler_found
 from tokenspeed.kernels.cuda.stream import stream
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
@@ -24,52 +21,13 @@ from tokenspeed.ops.definitions import Operands
 PRIORITY = 20
 
 
-class Group(dense.Node, Protocol):
-    """A record of records."""
-
-    @property
-    def parts(self) -> tuple[dense.Node, ...]: ...
-
-
 def register(registry: Registry) -> None:
     """Add the projections of one row of bf16, and the attention of decoding tokens."""
     run = partial(dense.run_projection, project=stream_or_project)
     for op in ("linear", *dense.FUSED):
         registry.add(Implementation(f"cuda.{op}", op, "cuda", run, _takes, PRIORITY))
-    registry.add(Implementation("cuda.chain", "layer_chain", "cuda", run_layer_chain, _takes, PRIORITY))
     for op in ("rope_attention", "qk_norm_rope_attention"):
         registry.add(Implementation("cuda.attend", op, "cuda", run_attend, _takes_attend, PRIORITY))
-
-
-def run_layer_chain(view: object, record: Group, inputs: Sequence[torch.Tensor], weights: Sequence[Matrix]) -> Tensors:
-    """layer_chain of one token: in one kernel, or projection by projection where it does not fit."""
-    links: list[Link] = []
-    entering: list[torch.Tensor] = []
-
-    def note(
-        x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, act: str, prologue: Prologue | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        entering.append(x)
-        if bias is None:
-            links.append(Link(weight, act, *((prologue.norm, prologue.branch_norm) if prologue else ())))
-        return x, x if prologue else None
-
-    _one_by_one(record, inputs, weights, note)
-    found = chain(entering[0], entering[1], links) if len(links) == len(entering) else None
-    if found is None:
-        return _one_by_one(record, inputs, weights, stream_or_project)
-    joined = next(part for part in record.parts[-1].plain() if part.op == "add").outputs[0]
-    return tuple(found[1] if value == joined else found[0] for value in record.outputs)
-
-
-def _one_by_one(
-    record: Group, inputs: Sequence[torch.Tensor], weights: Sequence[Matrix], project: dense.Project
-) -> Tensors:
-    values, named = dict(zip(record.inputs, inputs, strict=True)), dict(zip(record.weights, weights, strict=True))
-    for part in record.parts:
-        given = [values[v] for v in part.inputs], [named[name] for name in part.weights]
-        values.update(zip(part.outputs, dense.run_projection(None, part, *given, project), strict=True))
-    return tuple(values[value] for value in record.outputs)
 
 
 def stream_or_project(
