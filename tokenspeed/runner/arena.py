@@ -40,11 +40,7 @@ class PageShape:
 
 
 class Arena:
-    """One tensor [pages, layers per group, 2, page_size, kv_heads, entry]; index 2 is key, value; see `ops.kv`.
-
-    On a GPU a layer's pages lie together, as a kernel reads pages of one layer and its address translation reaches only
-    so far; on the host a page's layers do, so that pages nobody uses cost nothing.
-    """
+    """One tensor [pages, layers per group, 2, page_size, kv_heads, entry]; index 2 is key, value; see `ops.kv`."""
 
     def __init__(
         self, num_pages: int, shape: PageShape, device: torch.device, memory: ArenaMemory | None = None
@@ -54,13 +50,9 @@ class Arena:
         if memory is None:
             memory = HostMemory(nbytes) if device.type == "cpu" else TorchMemory(nbytes, device, "torch holds it")
         # Left uninitialised: untouched pages cost no memory, and no position is read before it is written.
-        entry = (2, shape.page_size, shape.kv_heads, shape.entry_columns)
-        layers, flat = shape.layout.layers_per_group, memory.data[:nbytes].view(shape.dtype)
+        size = (num_pages, shape.layout.layers_per_group, 2, shape.page_size, shape.kv_heads, shape.entry_columns)
         self._memory = memory
-        if device.type == "cpu":
-            self.kv = flat.view(num_pages, layers, *entry)
-        else:
-            self.kv = flat.view(layers, num_pages, *entry).transpose(0, 1)
+        self.kv = memory.data[:nbytes].view(shape.dtype).view(size)
         self.shape = shape
 
     def sleep(self) -> None:

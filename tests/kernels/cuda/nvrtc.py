@@ -8,11 +8,11 @@ from importlib import import_module
 from tokenspeed.kernels.cuda import program
 
 
-def compile_(name: str, defines: Mapping[str, int | str], architecture: str) -> tuple[str, str]:
+def compile_(name: str, defines: Mapping[str, int], architecture: str) -> tuple[str, str]:
     """The compiler's log with the resources used, and the PTX."""
     nvrtc = import_module("cuda.bindings.nvrtc")
     options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v"]
-    options += [f"-D{key}={value if isinstance(value, str) else int(value)}" for key, value in defines.items()]
+    options += [f"-D{key}={int(value)}" for key, value in defines.items()]
     headers = program.shared_headers()
     contents, names = [text.encode() for text in headers.values()], [header.encode() for header in headers]
     source = (program.SOURCES / f"{name}.cu").read_bytes()

@@ -9,12 +9,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from functools import partial
 from statistics import median
 
 import torch
 
-from tokenspeed.kernels.cuda.chain import Link, chain
 from tokenspeed.kernels.cuda.stream import stream
 from tokenspeed.kernels.triton.linear import project
 from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue
@@ -25,7 +23,6 @@ SHAPES = {"1b": (2048, 3072, 8192, 12), "8b": (4096, 6144, 14336, 6)}
 REPEATS, REPLAYS = 4, 9
 Projection = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 Layer = dict[str, Matrix]
-Way = Callable[[list[Layer], Norm, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def streamed(
@@ -50,9 +47,7 @@ def layers(model: str, narrow: bool) -> list[Layer]:
     return [{name: matrix(*size, narrow) for name, size in sizes.items()} for _ in range(count)]
 
 
-def run_by(
-    projection: Projection, made: list[Layer], norm: Norm, x: torch.Tensor, branch: torch.Tensor
-) -> torch.Tensor:
+def run(made: list[Layer], projection: Projection, norm: Norm, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
     """All layers; what attention would give is taken from q."""
     for layer in made:
         qkv, joined = projection(x, layer["qkv"], None, "none", Prologue(norm, branch))
@@ -65,29 +60,17 @@ def run_by(
     return branch
 
 
-def run_chained(made: list[Layer], norm: Norm, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-    """The same, with what lies between two attentions as one kernel."""
-    qkv, joined = streamed(x, made[0]["qkv"], None, "none", Prologue(norm, branch))
-    assert joined is not None
-    for layer, after in zip(made, [*made[1:], None], strict=True):
-        links = [Link(layer["o"]), Link(layer["gate_up"], "silu", norm), Link(layer["down"])]
-        found = chain(qkv[:, : x.shape[1]], joined, links if after is None else [*links, Link(after["qkv"], norm=norm)])
-        assert found is not None, "no variant"
-        qkv, joined = found
-    return qkv
-
-
-def microseconds(made: list[Layer], run: Way) -> float:
+def microseconds(made: list[Layer], projection: Projection) -> float:
     """Of one layer, the median over replays."""
     columns = made[0]["o"].shape[0]
     norm = Norm(torch.ones(columns, device="cuda"), 1e-5)
     x, branch = torch.randn(2, 1, columns, device="cuda").bfloat16()
-    run(made, norm, x, branch)
+    run(made, projection, norm, x, branch)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(REPEATS):
-            run(made, norm, x, branch)
+            run(made, projection, norm, x, branch)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times = []
     for _ in range(REPLAYS):
@@ -97,23 +80,6 @@ def microseconds(made: list[Layer], run: Way) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / REPEATS / len(made))
     return median(times[1:])
-
-
-def check_chained(made: list[Layer], narrow: bool) -> bool:
-    """Kernels of several projections against those of one each, on the layers that are timed."""
-    columns = made[0]["o"].shape[0]
-    norm = Norm(torch.rand(columns, device="cuda") + 0.5, 1e-5)
-    good = True
-    for _ in range(3):
-        x, branch = torch.randn(2, 1, columns, device="cuda").bfloat16()
-        expected = run_by(streamed, made[:2], norm, x, branch).float()
-        poison = torch.full((1 << 20,), torch.nan, device="cuda")
-        del poison
-        out = run_chained(made[:2], norm, x, branch).float()
-        worst = float((out - expected).abs().max() / expected.abs().max())
-        good &= worst < (0.1 if narrow else 0.03)
-        print(f"{'ok' if good else 'WRONG':6} {worst:.5f}  chained", flush=True)
-    return good
 
 
 def check(narrow: bool) -> bool:
@@ -185,15 +151,8 @@ def main() -> int:
         return 1
     made = layers(options.model, narrow)
     moved = sum(w.q.nbytes if isinstance(w, Fp8Weight) else w.nbytes for w in made[0].values())
-    if not options.no_check and not check_chained(made, narrow):
-        return 1
-    ways: dict[str, Way] = {
-        "triton": partial(run_by, project),
-        "streamed": partial(run_by, streamed),
-        "chained": run_chained,
-    }
-    for name in (*ways, *ways):
-        us = microseconds(made, ways[name])
+    for name, projection in (("triton", project), ("streamed", streamed), ("triton", project), ("streamed", streamed)):
+        us = microseconds(made, projection)
         print(f"{options.model} {options.format} {name}: {us:.2f} us a layer, {moved / us / 1e6:.3f} TB/s", flush=True)
     return 0
 

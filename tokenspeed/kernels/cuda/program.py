@@ -23,7 +23,7 @@ Argument = tuple[Any, Any]
 """A kernel's argument and its ctypes type."""
 
 
-def compiled(name: str, defines: Mapping[str, int | str], architecture: str) -> bytes:
+def compiled(name: str, defines: Mapping[str, int], architecture: str) -> bytes:
     """The cubin of NAME.cu, from disk where it has been made before. Raises DeviceError with the compiler's words."""
     source, headers = (SOURCES / f"{name}.cu").read_text(), shared_headers()
     nvrtc = import_module("cuda.bindings.nvrtc")
@@ -90,8 +90,7 @@ class Kernel:
         _check(status, "cuModuleGetFunction")
         names = driver.CUfunction_attribute
         self._set(names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
-        # All kernels want the same division of a processor's memory: to divide it anew it must run empty.
-        self._set(names.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
+        _divide(driver, self._function)
         self._config = config = driver.CUlaunchConfig()
         config.blockDimY = config.blockDimZ = 1
         config.blockDimX, config.sharedMemBytes = threads, shared
@@ -105,22 +104,34 @@ class Kernel:
         config.attrs, config.numAttrs = attributes, len(attributes)
 
     def _set(self, attribute: Any, value: int) -> None:
-        _check(self._driver.cuFuncSetAttribute(self._function, attribute, value)[0], "cuFuncSetAttribute")
+        _set(self._driver, self._function, attribute, value)
 
     def launch(self, grid: tuple[int, int, int], arguments: Sequence[Argument]) -> None:
         """Launch ahead of the kernel in front (programmatic dependent launch), in torch's current stream."""
-        values, types = zip(*arguments, strict=True)
-        self._launch(grid, (values, types))
-
-    def launch_struct(self, grid: tuple[int, int, int], argument: ctypes.Structure) -> None:
-        """The same of a kernel whose one argument is a structure."""
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-        self._launch(grid, ctypes.addressof(pointers))
-
-    def _launch(self, grid: tuple[int, int, int], parameters: Any) -> None:
         self._config.gridDimX, self._config.gridDimY, self._config.gridDimZ = grid
         self._config.hStream = torch.cuda.current_stream().cuda_stream
-        _check(self._driver.cuLaunchKernelEx(self._config, self._function, parameters, 0)[0], "cuLaunchKernelEx")
+        values, types = zip(*arguments, strict=True)
+        _check(self._driver.cuLaunchKernelEx(self._config, self._function, (values, types), 0)[0], "cuLaunchKernelEx")
+
+
+@cache
+def divide_alike() -> None:
+    """Have Triton's kernels, loaded from now on, divide a processor's memory as the kernels of this room do."""
+    driver = import_module("cuda.bindings.driver")
+
+    def loaded(module: object, function: int, name: str, group: object, key: str) -> None:
+        _divide(driver, driver.CUfunction(function))
+
+    import_module("triton").knobs.runtime.kernel_load_end_hook.add(loaded)
+
+
+def _divide(driver: Any, function: Any) -> None:
+    # The same for all kernels: before a processor divides its memory anew it must run empty.
+    _set(driver, function, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
+
+
+def _set(driver: Any, function: Any, attribute: Any, value: int) -> None:
+    _check(driver.cuFuncSetAttribute(function, attribute, value)[0], "cuFuncSetAttribute")
 
 
 def _cluster_attribute(driver: Any, programs: int) -> Any:

@@ -7,7 +7,7 @@ from functools import cache, partial
 import torch
 
 from tokenspeed.kernels.cuda.attend import MOST_TOKENS, attend, fits
-from tokenspeed.kernels.cuda.program import compiler_found
+from tokenspeed.kernels.cuda.program import compiler_found, divide_alike
 from tokenspeed.kernels.cuda.stream import stream
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.kernels.triton import dense
@@ -23,6 +23,8 @@ PRIORITY = 20
 
 def register(registry: Registry) -> None:
     """Add the projections of one row of bf16, and the attention of decoding tokens."""
+    if usable():
+        divide_alike()
     run = partial(dense.run_projection, project=stream_or_project)
     for op in ("linear", *dense.FUSED):
         registry.add(Implementation(f"cuda.{op}", op, "cuda", run, _takes, PRIORITY))

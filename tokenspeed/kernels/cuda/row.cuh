@@ -40,13 +40,10 @@ struct Row {
 
   __device__ static int at(int i) { return (i * Threads + threadIdx.x) * 8; }
 
-  // Past the first-level cache: another processor may have written it while this kernel ran.
   __device__ void load(const u16* from) {
     for (int i = 0; i < VECTORS; ++i) {
-      u32 words[4] = {};
-      if (at(i) < Columns)
-        asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(from + at(i)) : "memory");
+      uint4 bits = at(i) < Columns ? *reinterpret_cast<const uint4*>(from + at(i)) : make_uint4(0, 0, 0, 0);
+      u32 words[] = {bits.x, bits.y, bits.z, bits.w};
       for (int j = 0; j < 4; ++j) {
         v[i][2 * j] = widen(words[j] & 0xffff);
         v[i][2 * j + 1] = __uint_as_float(words[j] & 0xffff0000u);

@@ -101,7 +101,7 @@ def stream(
     device = torch.cuda.current_device() if x.device.index is None else x.device.index
     units = -(-n // (UNIT if act == "none" else UNIT // 2))
     kernel(found, device).launch(
-        (min(units, PROGRAMS_PER_SM * processors(device)), 1, 1),
+        (min(units, PROGRAMS_PER_SM * _processors(device)), 1, 1),
         [
             pointer(x),
             pointer(branch),
@@ -129,6 +129,5 @@ def _aligned(x: torch.Tensor, branch: torch.Tensor | None, matrix: torch.Tensor)
 
 
 @cache
-def processors(device: int) -> int:
-    """Of a device."""
+def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
