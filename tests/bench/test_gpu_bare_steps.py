@@ -86,7 +86,7 @@ def test_a_step_that_cannot_be_repeated_is_refused(gpu: LLM) -> None:
         executor.repeatable(sequences.enter(0))
     executor.launch(sequences.enter(0)).result()
     executor.graphs.forget()
-    with pytest.raises(RuntimeError, match=r"bucket=2, mixed=False.*no graph"):
+    with pytest.raises(RuntimeError, match=r"bucket=2, rows=2, mixed=False.*no graph"):
         executor.repeatable(sequences.go_on(1))()
     executor.launch(StepPlan(2, StepDelta(freed=[0, 1]), [])).result()
 

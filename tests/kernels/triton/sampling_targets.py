@@ -23,7 +23,7 @@ STEP_SIZES = {"header_size", "head_size", "state_size", "results_stride", "bucke
 def cases(pdl: bool) -> list[tuple[Any, dict[str, Any]]]:
     """Kernels with the compile-time arguments of a step of 1 to 4 rows and 128256 tokens."""
     edit = {"COUNTS": True, "MASK": True, "PDL": pdl}
-    choose = {"P": 2048, "CANDIDATES": 1024, "CHUNK": 32, "BLOCK": 4096, "PDL": pdl}
+    choose = {"P": 2048, "CANDIDATES": 1024, "CHUNK": 64, "BLOCK": 4096, "PDL": pdl}
     return [
         (sample._peaks, {"P": 2048, "PEAKS": 16, "PDL": pdl}),
         (sample._choose, choose),

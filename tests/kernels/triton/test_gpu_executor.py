@@ -103,4 +103,6 @@ def test_captures_are_bounded_per_step_and_start_eagerly(open_gpu: Callable[...,
     assert link.graphs == []  # every bucket ran once
     gpu.generate(prompt_token_ids=[[1, 2, 3]], sampling_params=greedy, use_tqdm=False)
     executor: Any = gpu.core.executor
-    assert sorted(executor.graphs.captured()) == [(1, False, True, False), (4, True, False, False)]
+    decode, prompt = sorted(executor.graphs.captured())
+    assert decode == (1, 1, False, False, True, False)
+    assert prompt == (4, 1, True, False, False, False)

@@ -51,9 +51,9 @@ def measure(
     whose graphs are those of greedy steps."""
     for count in (3,) if draws else (3, tokens):
         timed_ms(llm, batch, context, count, draws)
-    long = [timed_ms(llm, batch, context, tokens, draws) for _ in range(repeats)]
-    short = [timed_ms(llm, batch, context, 1, draws) for _ in range(repeats)]
-    return Point(batch, context, tokens, long, short)
+    pairs = [[timed_ms(llm, batch, context, count, draws) for count in (tokens, 1)] for _ in range(repeats)]
+    long, short = zip(*pairs, strict=True)
+    return Point(batch, context, tokens, list(long), list(short))
 
 
 def timed_ms(llm: LLM, batch: int, context: int, tokens: int, draws: bool) -> float:

@@ -122,9 +122,9 @@ def candidates(usual: Tiles) -> Iterator[Tiles]:
         yield replace(usual, choose_warps=warps)
     for few in (256, 512, 2048):
         yield replace(usual, candidates=few)
-    for chunk in (16, 64):
+    for chunk in (32, 128):
         yield replace(usual, chunk=chunk)
-    yield replace(usual, block=8192, choose_warps=16)
+    yield replace(usual, block=8192)
 
 
 def cases() -> Iterator[Case]:

@@ -59,14 +59,14 @@ NARROW: dict[int, DecodeTile] = DECODE | {
 """The same for heads of up to 128 bytes. 1B: 11.3 / 17.1 / 27.0 / 47.3 / 88 us."""
 
 PREFILL: dict[tuple[int, int], PrefillTile] = {
-    (64, 2): PrefillTile(128, 64, 4, 3),
-    (128, 2): PrefillTile(128, 64, 8, 3),
+    (64, 2): PrefillTile(128, 64, 8, 2),
+    (128, 2): PrefillTile(128, 128, 8, 3),
     (256, 2): PrefillTile(128, 32, 8, 2),
     (64, 4): PrefillTile(64, 32, 4, 2),
     (128, 4): PrefillTile(64, 32, 4, 1),
     (256, 4): PrefillTile(64, 16, 4, 1),
 }
-"""By padded head_dim and bytes of the compute dtype."""
+"""By padded head_dim and bytes of the compute dtype. 8B, 512 tokens after 7,680: 188 us, with blocks of 64 keys 235."""
 
 
 def pad(n: int) -> int:

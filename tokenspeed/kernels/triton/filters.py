@@ -17,12 +17,13 @@ PEAK = 64
 _PEAK = tl.constexpr(PEAK)
 _MASS = tl.constexpr(2.0**42)
 _NO_TOKEN = tl.constexpr(2**31 - 1)
-_PROBES = tl.constexpr(16)
-"""Values that the number of peaks above is counted for at a time."""
+_BINS = tl.constexpr(256)
+"""That peaks are counted in, the first for those outside."""
+_WIDEST = tl.constexpr(3.0e38)
 _FEW_PEAKS = tl.constexpr(16)
 """Up to this many are looked under one by one."""
-_PAIRS = tl.constexpr(16384)
-"""Pairs of candidates that are compared at a time."""
+_OTHERS = tl.constexpr(16)
+"""Candidates that all are compared with at a time."""
 
 
 @triton.jit
@@ -46,27 +47,28 @@ def mass_of(scaled: tl.tensor, best: tl.tensor, floor: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def peaks_bound(peaks: tl.tensor, count: tl.tensor, best: tl.tensor) -> tl.tensor:
-    """A value that at least `count` peaks reach, and few more; -inf where the row has fewer finite peaks."""
-    keys = key_of(peaks)
+    """A value that at least `count` peaks reach, and few more; -inf where the row has fewer finite peaks.
+
+    Peaks between two values are counted in bins of one width, and those of the bin that `count` ends in once more."""
     finite = peaks > float("-inf")
     reached = tl.sum(finite.to(tl.int32), 0)
-    low = tl.min(tl.where(finite, keys, _NO_TOKEN), 0).to(tl.int64)
-    high = key_of(best).to(tl.int64) + 1
-    if reached < count:
-        high = low
+    low, high = tl.min(tl.where(finite, peaks, best), 0), best
+    short = reached < count
+    above = 0
     enough = count + count // 4 + 8
-    while (high - low > 1) & (reached > enough):
-        step = tl.cdiv(high - low, _PROBES + 1)
-        probes = low + step * (1 + tl.arange(0, _PROBES))
-        at = tl.minimum(probes, high - 1).to(tl.int32)
-        above = tl.sum((finite[:, None] & (keys[:, None] >= at[None, :])).to(tl.int32), 0)
-        good = (above >= count) & (probes < high)
-        reached = tl.min(tl.where(good, above, reached), 0)
-        low, high = (
-            tl.max(tl.where(good, probes, low), 0),
-            tl.min(tl.where(good | (probes >= high), high, probes), 0),
-        )
-    return tl.where(reached < count, float("-inf"), value_of(low.to(tl.int32)))
+    bins = tl.arange(0, _BINS)
+    while (reached > enough) & (high > low):
+        place = (peaks - low) * ((_BINS - 2) / tl.minimum(high - low, _WIDEST))
+        place = 1 + tl.maximum(tl.minimum(place, _BINS - 2.0), 0.0).to(tl.int32)
+        place = tl.where((peaks >= low) & (peaks <= high), place, 0)
+        held = tl.where(bins > 0, tl.histogram(place, _BINS), 0)
+        reach = above + tl.cumsum(held, 0, reverse=True)
+        chosen = tl.max(tl.where((reach >= count) & (bins > 0), bins, 1), 0)
+        reached = tl.sum(tl.where(bins == chosen, reach, 0), 0)
+        above = reached - tl.sum(tl.where(bins == chosen, held, 0), 0)
+        low = tl.min(tl.where(place == chosen, peaks, best), 0)
+        high = tl.max(tl.where(place == chosen, peaks, low), 0)
+    return tl.where(short, float("-inf"), low)
 
 
 @triton.jit
@@ -104,43 +106,31 @@ def collect(
         place = tl.load(places + which, mask=which < num_listed, other=0)
         ids = place[:, None] * _PEAK + tl.arange(0, _PEAK)[None, :]
         scaled = scaled_block(row, ids, (which < num_listed)[:, None] & (ids < vocab), temperature)
-        scaled = tl.reshape(scaled, [CHUNK * _PEAK])
         kept = scaled >= bound
-        at = found + tl.cumsum(kept.to(tl.int32), 0) - 1
-        tl.store(ids_out + at, tl.reshape(ids, [CHUNK * _PEAK]), mask=kept & (at < CANDIDATES))
+        upto = tl.cumsum(kept.to(tl.int32), 1)
+        each = tl.sum(kept.to(tl.int32), 1)
+        at = found + (tl.cumsum(each, 0) - each)[:, None] + upto - 1
+        tl.store(ids_out + at, ids, mask=kept & (at < CANDIDATES))
         tl.store(values_out + at, scaled, mask=kept & (at < CANDIDATES))
-        found += tl.sum(kept.to(tl.int32), 0)
+        found += tl.sum(each, 0)
         first += CHUNK
     tl.debug_barrier()
     return found
 
 
 @triton.jit
-def kth_largest(values: tl.tensor, values_in: tl.tensor, found: tl.tensor, k: tl.tensor) -> tl.tensor:
-    """The k-th largest of `found` candidates, which `values` holds and `values_in` points to; -inf in fewer."""
-    above = tl.zeros_like(values).to(tl.int32)
-    others_at_once: tl.constexpr = _PAIRS // values.shape[0]
-    for first in range(0, found, others_at_once):
-        other = first + tl.arange(0, others_at_once)
+def ranks(values: tl.tensor, values_in: tl.tensor, found: tl.tensor, best: tl.tensor) -> tl.tuple:
+    """For each of `found` candidates, which `values` holds and `values_in` points to, the number of candidates that are
+    no smaller, and their mass, int64."""
+    number = tl.zeros_like(values).to(tl.int32)
+    mass = tl.zeros_like(values).to(tl.int64)
+    for first in range(0, found, _OTHERS):
+        other = first + tl.arange(0, _OTHERS)
         others = tl.load(values_in + other, mask=other < found, other=float("-inf"))
         reaches = (others[None, :] >= values[:, None]) & (other < found)[None, :]
-        above += tl.sum(reaches.to(tl.int32), 1)
-    return tl.max(tl.where(above >= k, values, float("-inf")), 0)
-
-
-@triton.jit
-def mass_reached(
-    values: tl.tensor, values_in: tl.tensor, found: tl.tensor, best: tl.tensor, floor: tl.tensor
-) -> tl.tensor:
-    """For each candidate the mass of all candidates that are no smaller, int64."""
-    reached = tl.zeros_like(values).to(tl.int64)
-    others_at_once: tl.constexpr = _PAIRS // values.shape[0]
-    for first in range(0, found, others_at_once):
-        other = first + tl.arange(0, others_at_once)
-        others = tl.load(values_in + other, mask=other < found, other=float("-inf"))
-        mass = mass_of(others, best, floor)
-        reached += tl.sum(tl.where(others[None, :] >= values[:, None], mass[None, :], 0), 1)
-    return reached
+        number += tl.sum(reaches.to(tl.int32), 1)
+        mass += tl.sum(tl.where(reaches, mass_of(others, best, others)[None, :], 0), 1)
+    return number, mass
 
 
 @triton.jit

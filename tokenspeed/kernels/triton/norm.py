@@ -9,7 +9,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenspeed.kernels.triton.launch import dependent_launch, options
 from tokenspeed.kernels.triton.operands import Norm, Rows
-from tokenspeed.kernels.triton.rows import activation, fp8_scale, gated, residual, rms_factors, to_fp8
+from tokenspeed.kernels.triton.rows import fp8_scale, gated, rstd, to_fp8
 
 FP8 = torch.float8_e4m3fn
 _ELEMENTS_PER_WARP = 512
@@ -35,26 +35,35 @@ def rows_kernel(
 ) -> None:
     """One program per row (axis 0) and head of K columns (axis 1). Writes what is not None: the sum with the branch,
     the normed row, and with y_scale the latter in e4m3 of that scale."""
+    t, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    cols = tl.arange(0, BLOCK_K)
+    inside = cols < K
+    out_at = (t * tl.num_programs(1) + head) * K
+    if norm_weight is not None:
+        weight = tl.load(norm_weight + cols, mask=inside, other=0.0)
+    if branch_weight is not None:
+        branch_scale = tl.load(branch_weight + cols, mask=inside, other=0.0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    t, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    cols = tl.arange(0, BLOCK_K)
-    x_at, branch_at = t * x_stride + head * K, t * branch_stride + head * K
-    out_at = (t * tl.num_programs(1) + head) * K
-    branch_rstd, rstd = rms_factors(
-        x, branch, branch_weight, norm_weight, x_at, branch_at, eps, branch_eps, cols, K, BLOCK_K
-    )
+    value = tl.load(x + t * x_stride + head * K + cols, mask=inside, other=0.0)
+    dtype: tl.constexpr = value.dtype
+    if branch is not None:
+        other = tl.load(branch + t * branch_stride + head * K + cols, mask=inside, other=0.0).to(tl.float32)
+        if branch_weight is not None:
+            other = (other * rstd(other, K, branch_eps) * branch_scale).to(dtype).to(tl.float32)
+        value = (value.to(tl.float32) + other).to(dtype)
     if joined is not None:
-        total = residual(x, branch, branch_weight, x_at, branch_at, branch_rstd, cols, K, BLOCK_K)
-        tl.store(joined + out_at + cols, total, mask=cols < K)
+        tl.store(joined + out_at + cols, value, mask=inside)
     if y is not None:
-        value = activation(x, branch, branch_weight, norm_weight, x_at, branch_at, branch_rstd, rstd, cols, K, BLOCK_K)
+        wide = value.to(tl.float32)
+        if norm_weight is not None:
+            wide = (wide * rstd(wide, K, eps) * weight).to(dtype).to(tl.float32)
         if y_scale is not None:
-            scale = fp8_scale(tl.max(tl.abs(value), axis=0))
+            scale = fp8_scale(tl.max(tl.abs(wide), axis=0))
             tl.store(y_scale + t, scale)
-            value = to_fp8(value, scale)
-        tl.store(y + out_at + cols, value.to(y.dtype.element_ty), mask=cols < K)
+            wide = to_fp8(wide, scale)
+        tl.store(y + out_at + cols, wide.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit

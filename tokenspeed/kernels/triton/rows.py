@@ -105,6 +105,12 @@ def rms_factors(
 
 
 @triton.jit
+def rstd(value: tl.tensor, K: tl.constexpr, eps: tl.tensor) -> tl.tensor:
+    """1 / rms of a whole row of K float32 columns, zeros beyond them."""
+    return tl.rsqrt(tl.sum(value * value, axis=0) / K + eps)
+
+
+@triton.jit
 def fp8_scale(largest: tl.tensor) -> tl.tensor:
     """Scale of a row whose largest magnitude is `largest`: the row divided by it fills e4m3."""
     return tl.maximum(largest, FP8_TINY) / FP8_MAX

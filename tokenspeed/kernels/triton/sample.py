@@ -21,9 +21,8 @@ from tokenspeed.kernels.triton.filters import (
     bisect_floor,
     collect,
     draw_row,
-    kth_largest,
-    mass_reached,
     peaks_bound,
+    ranks,
     row_mass,
     scaled_block,
 )
@@ -55,7 +54,7 @@ class Tiles:
     peaks: int
     peaks_warps: int
     candidates: int = 1024
-    chunk: int = 32
+    chunk: int = 64
     block: int = 4096
     choose_warps: int = 8
 
@@ -329,18 +328,20 @@ def _from_candidates(
     top_k, top_p, _ = filters
     at = tl.arange(0, CANDIDATES)
     values = tl.load(values_in + at, mask=at < found, other=float("-inf"))
+    ids = tl.load(ids_in + at, mask=at < found, other=0)
+    number, mass = ranks(values, values_in, found, best)
     if top_k > 0:
-        floor = tl.maximum(floor, kth_largest(values, values_in, found, top_k))
-    complete = 1
+        floor = tl.maximum(floor, tl.max(tl.where(number >= top_k, values, float("-inf")), 0))
+    end = floor
     if top_p < 1:
-        reached = mass_reached(values, values_in, found, best, floor)
+        mass = tl.where((values >= floor) & (at < found), mass, 0)
         if top_k > 0:
-            total = tl.max(reached, 0)
-        enough = (reached.to(tl.float64) >= top_p.to(tl.float64) * total.to(tl.float64)) & (at < found)
-        complete = tl.max(enough.to(tl.int32), 0)
-        floor = tl.maximum(floor, tl.max(tl.where(enough, values, float("-inf")), 0))
+            total = tl.max(mass, 0)
+        enough = (mass.to(tl.float64) >= top_p.to(tl.float64) * total.to(tl.float64)) & (mass > 0)
+        end = tl.max(tl.where(enough, values, float("-inf")), 0)
+        floor = tl.maximum(floor, end)
     token = _NO_TOKEN
-    if complete > 0:
+    if end > float("-inf"):
         floor = tl.maximum(floor, best - REACH)
-        _, token = best_noisy(tl.load(ids_in + at, mask=at < found, other=0), values, floor, key)
+        _, token = best_noisy(ids, values, floor, key)
     return token, floor

@@ -37,6 +37,8 @@ from tokenspeed.runner.processors import LogitsProcessors
 
 DEPTH = 2
 """Steps under way: one runs while the host prepares the next."""
+FEW_ROWS = (1, 8, 64)
+"""Steps that feed prompts are captured for so many rows or for all: empty rows take time in every layer."""
 PAIRS = 1024
 """Words of state that a header changes; what is more goes ahead by a copy."""
 Entries = tuple[np.ndarray, np.ndarray]
@@ -123,7 +125,7 @@ class GpuExecutor:
             raise RuntimeError("a step that brings changes would bring them again")
         launched = self.launch(plan)
         launched.result()
-        kind = _Kind.of(launched.rows)
+        kind = _Kind.of(launched.rows, self._max_rows)
         self._ring.repeat([row.num_reserved for row in plan.rows])
 
         def run() -> None:
@@ -162,7 +164,7 @@ class GpuExecutor:
         if any(_needs_logits(row) for row in rows):
             self._step_by_logits(launched)
         else:
-            kind = _Kind.of(rows)
+            kind = _Kind.of(rows, self._max_rows)
             self.graphs.run(kind, lambda: self._step(kind))
         self._pending.append(launched)
         return launched
@@ -170,22 +172,22 @@ class GpuExecutor:
     def _step(self, kind: _Kind) -> None:
         """All of a step, from its header to its tokens, on whatever the ring's next slot holds."""
         sampling, lengths = self.state.sampling, self.state.lengths
-        inputs, view = self._prepare(kind.bucket, kind.mixed, kind.alike)
+        inputs, view = self._prepare(kind)
         logits = self.backend.forward(view)
         drawn = self._kernels.sample(logits, inputs, sampling, lengths.pool, kind.edits)
         self._kernels.finish(drawn, inputs, lengths, sampling, self._ring.mailbox)
 
-    def _prepare(self, tokens: int, mixed: bool, alike: bool = False) -> tuple[StepInputs, GpuView]:
-        rows, mailbox = min(tokens, self._max_rows), self._ring.mailbox
-        inputs = self._kernels.prepare(mailbox, self.state.flat, self.state.lengths, tokens, rows)
-        return inputs, self._view(inputs, mixed, alike)
+    def _prepare(self, kind: _Kind) -> tuple[StepInputs, GpuView]:
+        mailbox = self._ring.mailbox
+        inputs = self._kernels.prepare(mailbox, self.state.flat, self.state.lengths, kind.bucket, kind.rows)
+        return inputs, self._view(inputs, kind)
 
     def _step_by_logits(self, launched: Launched) -> None:
         """Wait until all tokens are known, then forward, score and sample as the reference does."""
         for before in self._pending:
             before.result()
         rows = launched.rows
-        inputs, view = self._prepare(bucket_of(sum(row.count for row in rows)), mixed=True)
+        inputs, view = self._prepare(_Kind.of(rows, self._max_rows)._replace(mixed=True, decodes=True, alike=False))
         wanted = torch.tensor(wanted_rows(rows), dtype=torch.int32, device=self.device)
         values = self.backend.body(view)
         results = [ResultRow(row.number, row.start + row.count, [], [], []) for row in rows]
@@ -208,9 +210,9 @@ class GpuExecutor:
         else:
             run_jobs(logits.float(), jobs, self.processors)
 
-    def _view(self, inputs: StepInputs, mixed: bool, alike: bool) -> GpuView:
-        shape = self._arena.shape
-        items, decode_rows = self._kernels.items(inputs, self._ring.mailbox.rows, self._arena, mixed)
+    def _view(self, inputs: StepInputs, kind: _Kind) -> GpuView:
+        shape, header = self._arena.shape, self._ring.mailbox.rows
+        items, decode_rows = self._kernels.items(inputs, header, self._arena, kind.mixed, kind.decodes)
         return GpuView(
             tokens=inputs.tokens,
             positions=inputs.positions,
@@ -224,8 +226,8 @@ class GpuExecutor:
             head_dim=shape.head_dim,
             items=items,
             decode_rows=decode_rows,
-            one_each=not mixed,
-            alike=alike,
+            one_each=not kind.mixed,
+            alike=kind.alike,
         )
 
     def _upload(self, changes: Changes, rows: Sequence[LaunchedRow]) -> int:
@@ -266,21 +268,29 @@ class GpuExecutor:
 
 
 class _Kind(NamedTuple):
-    """What tells captured steps apart. mixed: some rows feed more than one token. alike: none does, and the sequences
-    are of much the same length, none of them very long. edits: some edit their logits."""
+    """What tells captured steps apart. bucket, rows: tokens and rows that there is room for. mixed: some rows feed more
+    than one token. decodes: others of a mixed step feed one. alike: all do, and the sequences are of much the same
+    length, none of them very long. edits: some edit their logits."""
 
     bucket: int
+    rows: int
     mixed: bool
+    decodes: bool
     alike: bool
     edits: bool
 
     @staticmethod
-    def of(rows: Sequence[LaunchedRow]) -> _Kind:
-        """The kind of a step of these rows."""
-        mixed = any(row.count > 1 for row in rows)
-        edits = any(is_edited(row.slot.sampling) for row in rows)
+    def of(rows: Sequence[LaunchedRow], max_rows: int) -> _Kind:
+        """The kind of a step of these rows, of which there may be `max_rows`."""
+        bucket, mixed = bucket_of(sum(row.count for row in rows)), any(row.count > 1 for row in rows)
+        room = next((few for few in FEW_ROWS if len(rows) <= few), max_rows) if mixed else max_rows
         return _Kind(
-            bucket_of(sum(row.count for row in rows)), mixed, not mixed and alike([row.start for row in rows]), edits
+            bucket,
+            min(room, bucket, max_rows),
+            mixed,
+            mixed and any(row.count == 1 for row in rows),
+            not mixed and alike([row.start for row in rows]),
+            any(is_edited(row.slot.sampling) for row in rows),
         )
 
 

@@ -71,10 +71,10 @@ class TritonSteps:
         step.finish(drawn, inputs, lengths, state, mailbox, pdl=small_step(drawn))
 
     def items(
-        self, inputs: Any, header: torch.Tensor, arena: Arena, mixed: bool
+        self, inputs: Any, header: torch.Tensor, arena: Arena, mixed: bool, decodes: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The prefill kernel's work list, and the rows left to the decode kernel; none for small buckets and steps that
-        are not mixed."""
+        are not mixed, and no such rows where none decodes."""
         tokens, rows, shape = len(inputs.tokens), len(inputs.row_slots), arena.shape
         if self.batch_invariant:
             each = invariant_item_tokens(self._heads, shape.kv_heads)
@@ -84,7 +84,8 @@ class TritonSteps:
             return None, None
         count = attention_tiles.max_items(tokens, rows, each)
         items = torch.empty((count, 4), dtype=torch.int32, device=header.device)
-        decode_rows = None if self.batch_invariant else torch.empty(rows, dtype=torch.int32, device=header.device)
+        apart = decodes and not self.batch_invariant
+        decode_rows = torch.empty(rows, dtype=torch.int32, device=header.device) if apart else None
         fed = work_items.StepRows(inputs.row_slots, inputs.row_starts, inputs.row_counts, inputs.row_firsts, header[:1])
         work_items.make_items(fed, tokens, each, items, decode_rows)
         return items, decode_rows
