@@ -12,7 +12,7 @@ from tokenspeed.contracts.errors import FormatError
 PAGE = Path("docs/benchmarks.md")
 RESULTS = Path("benchmarks/results")
 BEGIN, END = "<!-- tables: begin, written by python -m tokenspeed.bench.table -->", "<!-- tables: end -->"
-HEADER = "| id | ours | peer | ratio or runs | target | | bus_share |"
+HEADER = "| id | ours | floor (share) | peer | ratio or runs | target | | bus_share |"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,17 +42,22 @@ def section(name: str, records: Sequence[Record]) -> str:
     """Heading, where it was measured, one line per record."""
     places = sorted({f"{each.machine.cpu}, {each.machine.cores} cores, {each.date}" for each in records})
     commits = sorted({(each.commit or "no commit")[:10] for each in records})
-    lines = [f"### {name}", f"{'; '.join(places)}. Commit {', '.join(commits)}.", "", HEADER, "|---" * 7 + "|"]
+    lines = [f"### {name}", f"{'; '.join(places)}. Commit {', '.join(commits)}.", "", HEADER, "|---" * 8 + "|"]
     return "\n".join([*lines, *map(line, records)]) + "\n"
 
 
 def line(record: Record) -> str:
-    """One record as a row: `value unit`, the peer's, the ratio with its interval or the spread of its runs, ..."""
+    """One record as a row: `value unit`, the floor and its share of the value, the peer's, the ratio with its interval or the spread of its runs, ..."""
     peer = "" if record.peer_value is None or not record.peer else f"{record.peer_value:.4g} ({_short(record.peer)})"
     share = "" if record.bus_share is None else f"{record.bus_share:.0%}"
     verdict = {None: "", True: "met", False: "**missed**"}[record.met()]
-    cells = [record.id, f"{record.value:.4g} {record.unit}", peer, _spread(record), _target(record), verdict, share]
+    values = [f"{record.value:.4g} {record.unit}", _floor(record), peer]
+    cells = [record.id, *values, _spread(record), _target(record), verdict, share]
     return f"| {' | '.join(cells)} |"
+
+
+def _floor(record: Record) -> str:
+    return "" if record.floor is None or record.share is None else f"{record.floor:.4g} ({record.share:.0%})"
 
 
 def _short(peer: str) -> str:
