@@ -47,7 +47,7 @@ def section(name: str, records: Sequence[Record]) -> str:
 
 
 def line(record: Record) -> str:
-    """One record as a row: `value unit`, the floor and its share of the value, the peer's, the ratio with its interval or the spread of its runs, ..."""
+    """One record as a row: `value unit`, floor and share, the peer's, the ratio or spread of runs, ..."""
     peer = "" if record.peer_value is None or not record.peer else f"{record.peer_value:.4g} ({_short(record.peer)})"
     share = "" if record.bus_share is None else f"{record.bus_share:.0%}"
     verdict = {None: "", True: "met", False: "**missed**"}[record.met()]
