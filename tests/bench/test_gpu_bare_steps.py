@@ -13,6 +13,7 @@ from tests.kernels.triton import interpreter  # noqa: F401
 from tests.kernels.triton.gpu_fakes import SETTINGS, FakeLink, open_fake_gpu
 from tests.seeds import SEED
 from tests.tiny_llama import write_tiny
+from tokenspeed.bench import measured_plan
 from tokenspeed.bench.gpu import bare, idle, profile, stamps, timeline
 from tokenspeed.bench.gpu.setup import greedy
 from tokenspeed.bench.gpu.waterfall import Launch
@@ -20,7 +21,9 @@ from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.contracts.step import StepDelta, StepPlan
 from tokenspeed.engine.llm import LLM
 from tokenspeed.engine.trace import Span
+from tokenspeed.observability.ceilings import Ceilings
 
+CARD = Ceilings("card", 4600.0, 770.0, 1410.0)
 PROMPTS = [[1, 5, 9], [1, *range(3, 20)], [7, 7]]
 
 
@@ -96,32 +99,40 @@ def test_a_cpu_has_no_graphs(tiny: Path) -> None:
         bare.bare_ms(LLM(str(tiny), **SETTINGS), 1, 5, 2)
 
 
-def test_kernels_are_told_by_the_op_between_the_marks(gpu: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def profiler(gpu: LLM, monkeypatch: pytest.MonkeyPatch) -> profile.Profiler:
+    """What is launched, as a profile of kernels of 1 us, each 1 us after the one before: records by their ops."""
     log: list[str] = []
     monkeypatch.setattr(stamps.Ring, "stamp", lambda self, which: log.append(profile.MARK))
     executor: Any = gpu.core.executor
-    walk, finish = executor.backend.walk, executor._kernels.finish
+    walk, prepare, finish = executor.backend.walk, executor._kernels.prepare, executor._kernels.finish
 
     def logged(steps: Any, view: Any, values: Any) -> None:
         log.extend(f"{step.record.op}_kernel" for step in steps if step.record.op != "split")
         walk(steps, view, values)
 
+    def around(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def logged_run(*given: Any) -> Any:
+            log.append(name)
+            return run(*given)
+
+        return logged_run
+
     executor.backend.walk = logged
-
-    def logged_finish(*given: Any) -> Any:
-        log.append("_finish")
-        return finish(*given)
-
-    executor._kernels.finish = logged_finish
+    executor._kernels.prepare, executor._kernels.finish = around("_scatter", prepare), around("_finish", finish)
 
     def profiler(run: Callable[[], object]) -> list[Launch]:
-        log.clear()
-        log.extend(["Memcpy HtoD", "_scatter"])
+        log[:] = ["Memcpy HtoD"]
         run()
-        return [Launch(name, at, at + 1.0) for at, name in enumerate(log)]
+        return [Launch(name, 2.0 * at, 2.0 * at + 1.0) for at, name in enumerate(log)]
 
+    return profiler
+
+
+def test_kernels_are_told_by_the_op_between_the_marks(gpu: LLM, profiler: profile.Profiler) -> None:
+    walk = bare.executor_of(gpu).backend.walk
     labels = profile.launch_order(gpu, 2, 9, profiler=profiler)
-    assert executor.backend.walk is logged
+    assert bare.executor_of(gpu).backend.walk is walk
     assert labels[0] == ("prepare", "_scatter")
     assert labels[-1] == ("sample", "_finish")
     assert all(label.kernel.startswith(label.op.split()[0]) for label in labels[1:-1])
@@ -129,6 +140,40 @@ def test_kernels_are_told_by_the_op_between_the_marks(gpu: LLM, monkeypatch: pyt
     assert roles.count("linear o") == roles.count("linear down") == 2
     assert "split" not in " ".join(roles)
     assert tokens(gpu)
+
+
+def test_every_record_of_a_step_is_measured(
+    gpu: LLM, profiler: profile.Profiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile, "profiled", profiler)
+    rows, step_us = measured_plan.gpu_rows(gpu, 2, 9, CARD, steps=30)
+    records = [row for row in rows if row.floor]
+    assert (rows[0].op, rows[-1].op) == ("prepare", "sample")
+    plain = [part for record in gpu.core.model.program.records for part in record.plain()]
+    assert sorted(row.op for row in records) == sorted(part.op for part in plain)
+    assert [row.us for row in records] == [float(row.op != "split") for row in records]
+    assert sum(row.us + row.gap_us for row in rows) == pytest.approx(step_us)
+    assert step_us == 2 * sum(row.op != "split" for row in rows)
+    plan = measured_plan.MeasuredPlan("tiny", "card", 2, 9, rows, step_us)
+    assert sum(row.get("bytes", 0) for row in plan.as_json()["rows"]) == pytest.approx(plan.as_json()["bytes"], abs=60)
+    assert f"{step_us:.1f} us in all" in plan.text()
+
+
+def test_a_step_without_its_marks_is_refused(
+    gpu: LLM, profiler: profile.Profiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def one_more(run: Callable[[], object]) -> list[Launch]:
+        taken.append(1)
+        found = profiler(run)
+        return (
+            [each for launch in found for each in [launch] * (1 + (launch.name == "_scatter"))] if taken[1:] else found
+        )
+
+    monkeypatch.setattr(profile, "profiled", one_more)
+    with pytest.raises(UnsupportedError, match="not those of the step"):
+        measured_plan.gpu_rows(gpu, 1, 9, CARD, steps=30)
 
 
 class FakeStamps:

@@ -38,6 +38,18 @@ def test_the_floor_of_this_machine(cli: Cli, ceilings: Ceilings) -> None:
     assert fp8["weight_bytes"] < found["weight_bytes"]
 
 
+def test_a_measured_plan_adds_up_to_the_step(cli: Cli) -> None:
+    plan = json.loads(cli("plan", "--measured", "--batch", "2", "--context", "20", "--json").out)
+    *records, host = plan["rows"]
+    assert [host["op"], sum(row["us"] for row in plan["rows"])] == ["the host's part", pytest.approx(plan["step_us"])]
+    assert all(row["us"] > 0 and row["gap_us"] == 0 for row in records)
+    assert [sum(row["op"] == op for row in records) for op in ("embed", "attention", "select")] == [1, 18, 1]
+    assert sum(row["bytes"] for row in records) == pytest.approx(plan["bytes"], rel=1e-3)
+    text = cli("plan", "--measured", "--context", "20").out
+    assert "us in all" in text
+    assert cli("plan", "--measured", "--context", "0").status == 1
+
+
 @pytest.mark.parametrize("command", ["sol", "plan"])
 def test_tables(cli: Cli, command: str) -> None:
     ran = cli(command, "llama-3.2-1b", "--gpu", "H200")

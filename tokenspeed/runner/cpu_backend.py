@@ -7,7 +7,7 @@ int8 or fp8.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from tokenspeed.kernels.registry import Registry, Situation
 from tokenspeed.ops.kv import kv_dtype_name
 from tokenspeed.ops.reference import frequencies
 from tokenspeed.ops.rope import Rope
-from tokenspeed.program.plan import Plan, plan
+from tokenspeed.program.plan import Plan, Planned, plan
 from tokenspeed.program.program import Record
 from tokenspeed.runner.arena import Arena
 from tokenspeed.runner.edits import SampledRow
@@ -41,6 +41,8 @@ _LOOK_BYTES, _CLOSE_BYTES = 304 / 16, 128
 _SEED, _COUNTER = 2**64 - 1, 2**32 - 1
 KV_FORMATS = (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 """Types of KV pages, in the order of the C++ enum."""
+_IN_OTHERS = ("split", "softcap")
+"""Ops without a kernel: columns of others' values, and a cap that keeps the order of logits."""
 HEAD_UNIT = 16
 """Head sizes are whole vectors."""
 
@@ -105,7 +107,8 @@ class CpuBackend:
         self._picks = self._rows_of_logits = 0
         self._plan = self._make_plan()
         self._values = self._add_values()
-        for step in self._plan.steps:
+        self._timed = [step for step in self._plan.steps if step.record.op not in _IN_OTHERS]
+        for step in self._timed:
             self._add(step.record)
         self._arena: Arena | None = None
 
@@ -126,6 +129,11 @@ class CpuBackend:
     def isa(self) -> str:
         """The instruction set whose kernels run."""
         return self._native.isa
+
+    def time_records(self) -> Callable[[], list[tuple[Planned, float]]]:
+        """Take the times of every record from now on; what is given back tells the seconds of each so far."""
+        self._native.time_ops()
+        return lambda: list(zip(self._timed, self._native.seconds, strict=True))
 
     def bind(self, arena: Arena) -> None:
         """Use an arena's pages."""
@@ -205,8 +213,6 @@ class CpuBackend:
         return handles
 
     def _add(self, record: Record) -> None:
-        if record.op in ("split", "softcap"):
-            return
         kinds = self._walk.Kind
         if record.op.endswith(("linear", "linear_act")):
             op = self._linear(record)

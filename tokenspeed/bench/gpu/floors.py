@@ -10,7 +10,12 @@ from tokenspeed.sol.floor import decode_work, record_floor
 
 def decode_floor_ms(llm: LLM, batch: int, context: int, ceilings: Ceilings | None) -> float | None:
     """Of a token for each of `batch` sequences that then hold `context`; None without ceilings."""
-    return _floor_ms(llm, decode_work(batch, context, llm.core.backend.weight_bytes, *_sizes(llm)), ceilings)
+    return _floor_ms(llm, decode_work_of(llm, batch, context), ceilings)
+
+
+def decode_work_of(llm: LLM, batch: int, context: int) -> Workload:
+    """Such a step, with the model's own bytes."""
+    return decode_work(batch, context, llm.core.backend.weight_bytes, *_sizes(llm))
 
 
 def prefill_floor_ms(llm: LLM, tokens: int, ceilings: Ceilings | None) -> float | None:

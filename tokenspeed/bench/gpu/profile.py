@@ -12,6 +12,7 @@ from tokenspeed.bench.gpu.bare import executor_of, sequences_of
 from tokenspeed.bench.gpu.decode import timed_ms
 from tokenspeed.bench.gpu.stamps import FIRST, Ring, stamp_kernel
 from tokenspeed.bench.gpu.waterfall import Label, Launch, Waterfall, labels_between, middle_steps, role, waterfall
+from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.engine.llm import LLM
 from tokenspeed.program.plan import Planned
 from tokenspeed.runner.gpu.backend import GpuBackend
@@ -19,6 +20,7 @@ from tokenspeed.runner.gpu.view import GpuView
 
 BEFORE, AFTER = "prepare", "sample"
 """What is around the ops of a step."""
+Profiler = Callable[[Callable[[], object]], Sequence[Launch]]
 MARK = stamp_kernel.fn.__name__
 
 
@@ -33,6 +35,28 @@ def per_op(llm: LLM, batch: int, context: int, tokens: int, draws: bool = False)
     launches = profiled(lambda: timed_ms(llm, batch, context, tokens, draws))
     before, steps = middle_steps(launches)
     return waterfall(before, steps, labels)
+
+
+def per_record(
+    llm: LLM, batch: int, context: int, tokens: int, profiler: Profiler | None = None
+) -> tuple[list[Planned], Waterfall]:
+    """The records of a decode step in the order they run in, and the same table with their numbers as ops. Raises as
+    `per_op`, and UnsupportedError where the graph's kernels cannot be told apart."""
+    walked: list[Planned] = []
+
+    def numbered(step: Planned) -> str:
+        walked.append(step)
+        return str(len(walked) - 1)
+
+    taken = profiler or profiled
+    labels = launch_order(llm, batch, context, profiler=taken, name=numbered)
+    for count in (3, tokens):
+        timed_ms(llm, batch, context, count, False)
+    before, steps = middle_steps(taken(lambda: timed_ms(llm, batch, context, tokens, False)))
+    found = waterfall(before, steps, labels)
+    if not found.labelled:
+        raise UnsupportedError("the graph's kernels are not those of the step as it was walked")
+    return walked, found
 
 
 def profiled(run: Callable[[], object]) -> list[Launch]:
@@ -51,28 +75,30 @@ def launch_order(
     batch: int,
     context: int,
     draws: bool = False,
-    profiler: Callable[[Callable[[], object]], Sequence[Launch]] = profiled,
+    profiler: Profiler = profiled,
+    name: Callable[[Planned], str] | None = None,
 ) -> list[Label]:
-    """The kernels of a decode step and what launches each: one eager step with a mark before every op."""
+    """The kernels of a decode step and what launches each: one eager step with a mark before every op. name: of a
+    record, by default its role."""
     executor, sequences = executor_of(llm), sequences_of(llm, batch, context, 2, draws)
     executor.launch(sequences.enter(0)).result()  # compiles what this step needs
     ring = Ring(executor.device)
     ring.stamp(FIRST)
     executor.graphs.forget()  # the next step of this kind is eager
-    with marked(executor.backend, ring) as ops:
+    with marked(executor.backend, ring, name or _role) as ops:
         launches = profiler(lambda: executor.launch(sequences.go_on(1)).result())
     executor.launch(sequences.leave(2)).result()
     return labels_between(launches, MARK, ops)
 
 
 @contextmanager
-def marked(backend: GpuBackend, ring: Ring) -> Iterator[list[str]]:
+def marked(backend: GpuBackend, ring: Ring, name: Callable[[Planned], str]) -> Iterator[list[str]]:
     """Inside, walks launch a mark before every record and one at their end; the list gets what follows each."""
     walk, ops = backend.walk, [BEFORE]
 
     def marking(steps: Sequence[Planned], view: GpuView, values: dict[int, torch.Tensor]) -> None:
         for step in steps:
-            ops.append(role(step.record.op, step.record.weights))
+            ops.append(name(step))
             ring.stamp(FIRST)
             walk([step], view, values)
         ops.append(AFTER)
@@ -83,3 +109,7 @@ def marked(backend: GpuBackend, ring: Ring) -> Iterator[list[str]]:
         yield ops
     finally:
         backend.walk = walk  # type: ignore[method-assign]
+
+
+def _role(step: Planned) -> str:
+    return role(step.record.op, step.record.weights)

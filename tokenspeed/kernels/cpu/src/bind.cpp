@@ -116,6 +116,8 @@ NB_MODULE(_walk, m) {
         return model.add_value({buffer, offset, width, stride});
       }, "buffer"_a, "offset"_a, "width"_a, "stride"_a)
       .def("add_op", &ts::Model::add_op)
+      .def("time_ops", &ts::Model::time_ops)
+      .def_prop_ro("seconds", &ts::Model::seconds)
       .def("set_cache", [](ts::Model& model, uintptr_t data, std::vector<int64_t> strides, int32_t page_size,
                            int32_t format, std::vector<int32_t> group, std::vector<int32_t> index) {
         model.set_cache({reinterpret_cast<uint8_t*>(data), strides.at(0), strides.at(1), strides.at(2), strides.at(3), strides.at(4),

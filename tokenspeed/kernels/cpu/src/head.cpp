@@ -24,8 +24,11 @@ inline bool noisy(const Ask& ask) { return ask.temperature != 0 && !filtered(ask
 
 const std::vector<std::vector<Pick>>& Model::pick(const int32_t* rows, const Ask* asks, int64_t count) {
   const Op& last = before_head(rows, count);
-  rows_of(count, [&](int64_t row) { prepare_row(last, matrices_[static_cast<size_t>(last.matrix)], row); });
-  return pick_prepared(last, asks, count);
+  timed(last, [&] {
+    rows_of(count, [&](int64_t row) { prepare_row(last, matrices_[static_cast<size_t>(last.matrix)], row); });
+    pick_prepared(last, asks, count);
+  });
+  return picks_;
 }
 
 std::vector<std::vector<std::vector<Pick>>> Model::decode(Step step, std::vector<Ask> asks, const std::vector<int64_t>& ends, int64_t most) {

@@ -170,7 +170,7 @@ void Model::body(const Step& step) {
   make_angles();
   for (size_t i = 0; i < head_; ++i) {
     if (ops_[i].kind == Kind::Attention) look_ahead(i);
-    run(ops_[i], step.tokens);
+    timed(ops_[i], [&] { run(ops_[i], step.tokens); });
   }
 }
 
@@ -187,16 +187,18 @@ void Model::look_ahead(size_t op) {
 const Op& Model::before_head(const int32_t* rows, int64_t count) {
   const Op& select = ops_[head_];
   const Value& from = values_[static_cast<size_t>(select.x)];
-  for (int64_t i = 0; i < count; ++i) {
-    std::memcpy(at(select.out, i), at(select.x, rows[i]), sizeof(float) * static_cast<size_t>(from.width));
-  }
-  for (size_t i = head_ + 1; i + 1 < ops_.size(); ++i) run(ops_[i], count);
+  timed(select, [&] {
+    for (int64_t i = 0; i < count; ++i) {
+      std::memcpy(at(select.out, i), at(select.x, rows[i]), sizeof(float) * static_cast<size_t>(from.width));
+    }
+  });
+  for (size_t i = head_ + 1; i + 1 < ops_.size(); ++i) timed(ops_[i], [&] { run(ops_[i], count); });
   return ops_.back();
 }
 
 void Model::head(const int32_t* rows, int64_t count, float* logits) {
   const Op& last = before_head(rows, count);
-  linear(last, count, logits, matrices_[static_cast<size_t>(last.matrix)].rows);
+  timed(last, [&] { linear(last, count, logits, matrices_[static_cast<size_t>(last.matrix)].rows); });
 }
 
 void Model::run(const Op& op, int64_t tokens) {

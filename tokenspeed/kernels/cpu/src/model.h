@@ -1,5 +1,6 @@
 // A recorded program with its packed weights, walked in one call.
 #pragma once
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -121,6 +122,9 @@ class Model {
   // A step of one token per sequence and a pick for each, then again with what was picked, `most` times in all. Stops after
   // a pass that picks one of `ends`, or several for a row, or none.
   std::vector<std::vector<std::vector<Pick>>> decode(Step step, std::vector<Ask> asks, const std::vector<int64_t>& ends, int64_t most);
+  // Add up, from now on, the seconds that each op takes.
+  void time_ops() { seconds_.assign(ops_.size(), 0.0); }
+  const std::vector<double>& seconds() const { return seconds_; }
   // The same for rows x of a matrix, x [count, cols].
   const std::vector<std::vector<Pick>>& draw(int32_t matrix, const float* x, const Ask* asks, int64_t count);
   // Rows drawn from by a first look and from all logits so far, and the products that first looks made exact.
@@ -134,6 +138,13 @@ class Model {
  private:
   float* at(int32_t value, int64_t row) const;
   void run(const Op& op, int64_t tokens);
+  template <class Work>
+  void timed(const Op& op, Work work) {
+    if (seconds_.empty()) return work();
+    const auto start = std::chrono::steady_clock::now();
+    work();
+    seconds_[static_cast<size_t>(&op - ops_.data())] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
   void look_ahead(size_t op);
   const Op& before_head(const int32_t* rows, int64_t count);
   void prepare_plain(const Matrix& m, const float* x, int64_t count);
@@ -180,6 +191,7 @@ class Model {
   std::vector<Rope> ropes_;
   std::vector<Value> values_;
   std::vector<Op> ops_;
+  std::vector<double> seconds_;  // of each op, where they are timed
   size_t head_ = 0;  // index of the select op
   Cache cache_;
 
