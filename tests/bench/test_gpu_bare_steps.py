@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ def test_a_step_without_its_marks_is_refused(
 ) -> None:
     taken: list[int] = []
 
-    def one_more(run: Callable[[], object]) -> list[Launch]:
+    def one_more(run: Callable[[], object]) -> Sequence[Launch]:
         taken.append(1)
         found = profiler(run)
         return (
