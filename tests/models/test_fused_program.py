@@ -19,6 +19,9 @@ FUSED_OPS = {
     "gemma2": SANDWICH_OPS | {"rope_attention"},
     "glm4": SANDWICH_OPS | {"rope_attention"},
     "olmo2": {"linear_act", "rope_attention"},
+    **dict.fromkeys(("mixtral", "gpt_oss", "minimax_m2"), {"join_norm_linear", "join_norm", "rope_attention"}),
+    "qwen3_moe": {"join_norm_linear", "join_norm", "qk_norm_rope_attention"},
+    "glm4_moe": {"join_norm_linear", "join_norm"},
     **dict.fromkeys(("mistral", "ministral", "phi3", "smollm3", "granite"), PRE_NORM_OPS | {"rope_attention"}),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tokenspeed.contracts.errors import FormatError
 from tokenspeed.layers.mlp import gated_mlp
 from tokenspeed.program.recorder import Recorder, Scope, Value
 
@@ -13,7 +14,8 @@ class Moe:
     """One layer's experts. ff_size: of each expert; shared_ff_size: of the MLP that every token takes, 0 for none.
 
     score, renormalize, groups, kept_groups, scale: as `Recorder.route`. act, alpha, limit: as `Recorder.experts`.
-    correction: a bias for choosing alone; biases: of the router and of the experts' projections.
+    correction: a bias for choosing alone; biases: of the router and of the experts' projections. Raises FormatError for
+    more experts to choose than there are, and for groups of unequal sizes.
     """
 
     num_experts: int
@@ -30,6 +32,13 @@ class Moe:
     limit: float = 0.0
     correction: bool = False
     biases: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_experts % self.groups or not 0 < self.kept_groups <= self.groups:
+            raise FormatError(f"{self.kept_groups} of {self.groups} groups of {self.num_experts} experts make no sense")
+        choice = self.num_experts // self.groups * self.kept_groups
+        if not 0 < self.top_k <= choice:
+            raise FormatError(f"each token is to choose {self.top_k} of {choice} experts")
 
 
 def feed_forward(g: Recorder, x: Value, w: Scope, act: str, moe: Moe | None) -> Value:
