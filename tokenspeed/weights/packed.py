@@ -29,14 +29,6 @@ class PackedTensor:
     mapped: Bytes | None = None
     """The bytes of `data` as a view of the file's map, where they are one."""
 
-    def part(self, first: int, last: int) -> PackedTensor:
-        """Rows [first, last) in the program's order; of moved rows a copy."""
-        mapped = self.mapped
-        if mapped is not None:
-            width = self.nbytes // self.rows
-            mapped = None if self.heads else mapped[first * width : last * width]
-        return PackedTensor(self.rows_at(first, last), self.fmt, last - first, self.cols, mapped=mapped)
-
     @property
     def nbytes(self) -> int:
         return self.data.numel()

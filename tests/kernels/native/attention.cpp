@@ -48,7 +48,8 @@ Exact<float> combined(const Parts& parts, const ts::Kernels& kernels, int64_t ro
     std::vector<const float*> pieces;
     for (int p = 0; p < parts.count; ++p) pieces.push_back(parts.out.data() + (p * rows + row) * dim);
     Exact<float> result(static_cast<size_t>(dim), NAN);
-    kernels.combine(pieces.data(), parts.max.data() + row, parts.sum.data() + row, parts.count, rows, static_cast<int>(dim), result.data());
+    kernels.combine(pieces.data(), parts.max.data() + row, parts.sum.data() + row, parts.count, rows, static_cast<int>(dim), -std::numeric_limits<float>::infinity(),
+                    result.data());
     all.insert(all.end(), result.begin(), result.end());
   }
   return all;
