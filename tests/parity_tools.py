@@ -354,3 +354,36 @@ class Walker:
         size = chunk or len(token_ids)
         parts = [self.feed(token_ids[at : at + size], at)["logits"] for at in range(0, len(token_ids), size)]
         return torch.cat(parts)
+
+
+def routing_margin(model: PreTrainedModel, token_ids: list[int]) -> float:
+    """The least distance, over all tokens and layers with experts, of what was chosen to what was just left out: of
+    scores, of sigmoids with their bias, of groups. Below a backend's error its tokens may go to other experts."""
+    seen: list[tuple[torch.nn.Module, torch.Tensor, tuple[torch.Tensor, ...]]] = []
+    routers = [module for name, module in model.named_modules() if name.endswith(("mlp.gate", "mlp.router"))]
+    hooks = [
+        module.register_forward_hook(lambda module, args, out: seen.append((module, out[0], args[1:])))
+        for module in routers
+    ]
+    oracle_logits(model, token_ids)
+    for hook in hooks:
+        hook.remove()
+    return min((_margin(*each) for each in seen), default=torch.inf)
+
+
+def _margin(router: torch.nn.Module, logits: torch.Tensor, biases: tuple[torch.Tensor, ...]) -> float:
+    own = dict(router.named_buffers()).get("e_score_correction_bias")
+    bias = biases[0] if biases else own
+    choice = logits if bias is None else logits.sigmoid() + bias
+    groups, kept = (vars(router).get(name, 1) for name in ("num_group", "topk_group"))
+    margins = []
+    if kept < groups:
+        parts = choice.unflatten(-1, (groups, -1))
+        best = parts.topk(2, dim=-1).values.sum(-1).sort(dim=-1, descending=True)
+        margins.append(best.values[:, kept - 1] - best.values[:, kept])
+        out = torch.ones_like(best.values, dtype=torch.bool).scatter(-1, best.indices[:, :kept], False)
+        choice = parts.masked_fill(out[..., None], -torch.inf).flatten(-2)
+    ranked = choice.sort(dim=-1, descending=True).values
+    if router.top_k < ranked.shape[-1]:
+        margins.append(ranked[:, router.top_k - 1] - ranked[:, router.top_k])
+    return min((float(margin.min()) for margin in margins), default=torch.inf)
