@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def _route_row(attrs: dict[str, Any], logits: Array, bias: Array | None) -> tupl
     allowed, margin = _allowed(attrs, choice)
     ranked = sorted(allowed, key=lambda i: -choice[i])
     ids, k = ranked[: attrs["k"]], attrs["k"]
-    gaps = [choice[a] - choice[b] for a, b in zip(ranked[:k], ranked[1 : k + 1], strict=False)]
+    gaps = [choice[a] - choice[b] for a, b in pairwise(ranked[: k + 1])]
     if attrs["score"] == "logits":
         total = sum(np.exp(scores[i]) for i in ids)
         return ids, [np.exp(scores[i]) / total * attrs["scale"] for i in ids], min([margin, *gaps])

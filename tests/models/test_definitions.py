@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.parity_cases import GGUF_CASES
 from tests.parity_tools import CASES, CONTEXT, INTERLEAVED, VOCAB, Walker, load, oracle_logits, random_prompt
 from tokenspeed import LLM, SamplingParams
 from tokenspeed.config.engine import EngineConfig
-from tokenspeed.contracts.errors import FormatError, UnsupportedError
+from tokenspeed.contracts.errors import FormatError, UnsupportedError, WeightError
 from tokenspeed.formats.gguf import open_gguf
 from tokenspeed.models.registry import define, define_from_hf, shipped_configs
 from tokenspeed.runner.build import open_model
@@ -114,9 +115,7 @@ def test_shipped_config_means_what_transformers_takes_it_for(name):
 def test_old_spelling_of_a_config(tiny, name):
     checkpoint = tiny(name, "F32")
     config = json.loads((checkpoint.path / "config.json").read_text())
-    old = {
-        key: value for key, value in config.items() if key not in LATE_KEYS
-    }
+    old = {key: value for key, value in config.items() if key not in LATE_KEYS}
     assert old != config
     assert define_from_hf(old | OLD_SPELLINGS[name]).config == define_from_hf(config).config
 
@@ -230,6 +229,36 @@ def test_a_variant_we_do_not_run_is_refused_by_name(tiny, name, change):
     word = str(change.get("model_type") or next(iter(change))).removesuffix("_parameters")
     with pytest.raises(UnsupportedError, match=word):
         define_from_hf(config | change)
+
+
+def test_layers_that_predict_further_tokens_are_left_unread(tiny, tmp_path):
+    """glm4_moe's file may go on after its last layer, by as many as the config says."""
+    checkpoint = tiny("glm4_moe", "F32")
+    tensors = {name: torch.zeros(2) for name in ("model.layers.3.eh_proj.weight", "model.layers.3.mlp.gate.weight")}
+    stored = load_file(checkpoint.path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((checkpoint.path / "config.json").read_bytes())
+    save_file(stored | tensors, tmp_path / "model.safetensors")
+    prompt = random_prompt(9, 4)
+    got = Walker(load(tmp_path)).logits(prompt)
+    torch.testing.assert_close(got, oracle_logits(checkpoint.oracle, prompt), atol=1e-4, rtol=0)
+    save_file(stored | tensors | {"model.layers.4.enorm.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightError, match=r"surplus 1 tensor: 'model.layers.4.enorm.weight'"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "minimax_m2"])
+def test_experts_of_transformers_own_layout(tiny, tmp_path, name):
+    """A tensor for all experts, as transformers has them in memory; other names as on the hub."""
+    checkpoint = tiny(name, "F32")
+    stored = load_file(checkpoint.path / "model.safetensors")
+    values = {key: value for key, value in stored.items() if ".experts." not in key}
+    stacked = {key: value for key, value in checkpoint.oracle.state_dict().items() if ".experts." in key}
+    (tmp_path / "config.json").write_bytes((checkpoint.path / "config.json").read_bytes())
+    save_file(values | stacked, tmp_path / "model.safetensors")
+    prompt = random_prompt(9, 5)
+    assert len(values | stacked) < len(stored)
+    got, expected = (Walker(load(path)).logits(prompt) for path in (tmp_path, checkpoint.path))
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"])

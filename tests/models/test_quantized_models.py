@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.parity_tools import CASES, TURNED, Tiny, oracle_logits, random_prompt, routing_margin
 from tests.parity_cases import MOE_FAMILY_CASES, ROUTING_MARGIN
+from tests.parity_tools import CASES, TURNED, Tiny, oracle_logits, random_prompt, routing_margin
 from tests.quantization.blocks_data import oracle as dequantized
 from tests.seeds import SEED
 from tokenspeed.contracts.errors import ConfigError

@@ -231,6 +231,14 @@ def size(config: Mapping[str, Any], key: str, default: int | None = None) -> int
     return value
 
 
+def count(config: Mapping[str, Any], key: str, default: int) -> int:
+    """An integer of config.json that may be 0. Raises FormatError naming it."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise FormatError(f"config.json: {key} must be 0 or a positive integer, got {value!r}")
+    return value
+
+
 def refuse_other(config: Mapping[str, Any], key: str, wanted: str) -> None:
     """Raise UnsupportedError where config.json asks for another `key` than the one its family runs with."""
     if config.get(key) not in (None, wanted):

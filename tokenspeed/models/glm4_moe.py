@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenspeed.layers.moe import Moe
 from tokenspeed.models import llama
-from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig, gguf_config, hf_config, refuse_other, size
+from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig, count, gguf_config, hf_config, refuse_other, size
 
 VARIANT: dict[str, Any] = {"gguf_mlp_norm": "post_attention_norm"}
 
@@ -18,12 +18,12 @@ def from_hf(config: Mapping[str, Any]) -> DenseConfig:
     refuse_other(config, "topk_method", "noaux_tc")
     config = {"partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, **config}
     layers, ff = size(config, "num_hidden_layers"), size(config, "moe_intermediate_size", 1408)
-    dense, later = config.get("first_k_dense_replace", 1), config.get("num_nextn_predict_layers", 0)
+    dense, later = count(config, "first_k_dense_replace", 1), count(config, "num_nextn_predict_layers", 0)
     moe = Moe(
         size(config, "n_routed_experts", 128),
         size(config, "num_experts_per_tok", 8),
         ff,
-        ff * config.get("n_shared_experts", 1),
+        ff * count(config, "n_shared_experts", 1),
         "sigmoid",
         bool(config.get("norm_topk_prob", True)),
         size(config, "n_group", 1),
