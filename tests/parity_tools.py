@@ -371,7 +371,7 @@ def routing_margin(model: PreTrainedModel, token_ids: list[int]) -> float:
     return min((_margin(*each) for each in seen), default=torch.inf)
 
 
-def _margin(router: torch.nn.Module, logits: torch.Tensor, biases: tuple[torch.Tensor, ...]) -> float:
+def _margin(router: Any, logits: torch.Tensor, biases: tuple[torch.Tensor, ...]) -> float:
     own = dict(router.named_buffers()).get("e_score_correction_bias")
     bias = biases[0] if biases else own
     choice = logits if bias is None else logits.sigmoid() + bias

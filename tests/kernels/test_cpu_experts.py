@@ -94,7 +94,8 @@ class Experts:
 
     def __init__(self, shape: Shape, isa: str, threads: int, rng: np.random.Generator) -> None:
         self.shape, self.walk = shape, Walk(isa, threads)
-        gate_up, down, values = [], [], ([], [])
+        gate_up, down = [], []
+        values: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         for _ in range(shape.experts):
             pair = [(fmt, *random_rows(fmt, shape.ff, shape.hidden, rng)) for fmt in shape.formats[:2]]
             last = (shape.formats[2], *random_rows(shape.formats[2], shape.hidden, shape.ff, rng))
@@ -105,7 +106,7 @@ class Experts:
         self.matrices = [np.stack(each) for each in values]
         widths = (2 * shape.ff, shape.hidden)
         self.biases = [rng.normal(size=(shape.experts, width)).astype(np.float32) for width in widths] * shape.biased
-        self.attrs = {"act": shape.act, "alpha": 1.702, "limit": 0.8}
+        self.attrs: dict[str, Any] = {"act": shape.act, "alpha": 1.702, "limit": 0.8}
         self.op = self._op(self.walk.native.add_experts(gate_up, down))
 
     def _op(self, experts: int) -> Any:
