@@ -40,13 +40,9 @@ class Walk:
         return matrix
 
 
-@pytest.mark.parametrize("seed", [SEED])
-@pytest.mark.parametrize("isa", TIERS_HERE)
-@pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router.name)
-def test_route(router: Router, isa: str, seed: int) -> None:
-    logits, bias = router.random(61, np.random.default_rng(seed))
-    expected, shares, margins = naive_route(router, logits, bias)
-    walk, k = Walk(isa, 2), router.attrs["k"]
+def routed(router: Router, logits: np.ndarray, bias: np.ndarray | None, isa: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and shares [rows, k]."""
+    walk, k, rows = Walk(isa, 2), router.attrs["k"], len(logits)
     op = _walk.Op(_walk.Kind.Route)
     op.x, op.ids, op.shares = walk.value(router.experts), walk.value(k), walk.value(k)
     op.score = SCORES.index(router.attrs["score"])
@@ -54,26 +50,36 @@ def test_route(router: Router, isa: str, seed: int) -> None:
         setattr(op, name, router.attrs[name])
     if bias is not None:
         op.norm = walk.native.add_vector(bias)
-    ids, weights = np.empty((61, k), np.float32), np.empty((61, k), np.float32)
-    walk.native.run_alone(op, [(op.x, logits)], [(op.ids, ids), (op.shares, weights)])
+    ids, shares = np.empty((rows, k), np.float32), np.empty((rows, k), np.float32)
+    walk.native.run_alone(op, [(op.x, logits)], [(op.ids, ids), (op.shares, shares)])
+    return ids.view(np.int32), shares
+
+
+@pytest.mark.parametrize("seed", [SEED])
+@pytest.mark.parametrize("isa", TIERS_HERE)
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router.name)
+def test_route(router: Router, isa: str, seed: int) -> None:
+    logits, bias = router.random(61, np.random.default_rng(seed))
+    expected, shares, margins = naive_route(router, logits, bias)
+    ids, got = routed(router, logits, bias, isa)
     clear = margins > 1e-5
     assert clear.sum() > 50
-    assert (ids.view(np.int32)[clear] == expected[clear]).all()
-    np.testing.assert_allclose(weights[clear], shares[clear], rtol=4e-6)
+    assert (ids[clear] == expected[clear]).all()
+    np.testing.assert_allclose(got[clear], shares[clear], rtol=4e-6)
 
 
-def test_scores_that_are_no_numbers_choose_experts_that_there_are() -> None:
-    for router in ROUTERS:
-        walk, k = Walk("", 1), router.attrs["k"]
-        op = _walk.Op(_walk.Kind.Route)
-        op.x, op.ids, op.shares = walk.value(router.experts), walk.value(k), walk.value(k)
-        op.score, op.k = SCORES.index(router.attrs["score"]), k
-        op.groups, op.kept_groups = router.attrs["groups"], router.attrs["kept_groups"]
-        ids = np.empty((2, k), np.float32)
-        walk.native.run_alone(op, [(op.x, np.full((2, router.experts), np.nan, np.float32))], [(op.ids, ids)])
-        for row in ids.view(np.int32).tolist():
-            assert len(set(row)) == k
-            assert set(row) <= set(range(router.experts))
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router.name)
+def test_equal_scores_go_to_the_lower_ids(router: Router) -> None:
+    ids, _ = routed(router, np.zeros((3, router.experts), np.float32), None, "")
+    assert ids.tolist() == [list(range(router.attrs["k"]))] * 3
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router.name)
+def test_scores_that_are_no_numbers_choose_experts_that_there_are(router: Router) -> None:
+    ids, _ = routed(router, np.full((2, router.experts), np.nan, np.float32), None, "")
+    for row in ids.tolist():
+        assert len(set(row)) == router.attrs["k"]
+        assert set(row) <= set(range(router.experts))
 
 
 @dataclass(frozen=True)
