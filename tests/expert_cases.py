@@ -101,6 +101,6 @@ def naive_gate(gate: Array, up: Array, attrs: dict[str, Any]) -> Array:
     """Float64: what goes down."""
     if attrs["act"] == "swiglu_clamped":
         gate, up = np.minimum(gate, attrs["limit"]), np.clip(up, -attrs["limit"], attrs["limit"])
-        return gate / (1 + np.exp(-attrs["alpha"] * gate)) * (up + 1)
+        return gate / (1 + np.exp(np.minimum(-attrs["alpha"] * gate, 700))) * (up + 1)
     t = gate if attrs["act"] == "silu" else np.sqrt(8 / np.pi) * (gate + 0.044715 * gate**3)
     return gate / (1 + np.exp(np.minimum(-t, 700))) * up
