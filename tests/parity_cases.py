@@ -112,6 +112,120 @@ def _gemma2(name: str, seed: int, **settings: Any) -> Case:
     )
 
 
+def _experts(number: int, chosen: int, ff: int) -> dict[str, Any]:
+    """Under every name that configs have for them."""
+    return {
+        **dict.fromkeys(("num_local_experts", "n_routed_experts"), number),
+        "num_experts_per_tok": chosen,
+        "moe_intermediate_size": ff,
+    }
+
+
+HALF_ROPE = _rope(1e4, partial_rotary_factor=0.5)
+MOE_CASES = (
+    _case("mixtral", "mixtral", 41, rope_parameters=_rope(1e4), **_experts(5, 2, 160), **_heads(96, 6, 2, 16)),
+    _case(
+        "mixtral-window",
+        "mixtral",
+        42,
+        False,
+        False,
+        rope_parameters=_rope(1e4),
+        sliding_window=WINDOW,
+        tie_word_embeddings=True,
+        **_experts(4, 1, 160),
+        **_heads(96, 3, 1, 32),
+    ),
+    _case(
+        "qwen3_moe",
+        "qwen3_moe",
+        543,
+        rope_parameters=_rope(1e4),
+        norm_topk_prob=True,
+        **_experts(7, 3, 64),
+        **_heads(64, 6, 3, 32),
+    ),
+    _case(
+        "qwen3_moe-mixed",
+        "qwen3_moe",
+        44,
+        False,
+        False,
+        rope_parameters=_rope(1e4),
+        num_hidden_layers=5,
+        mlp_only_layers=[3],
+        decoder_sparse_step=2,
+        norm_topk_prob=False,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        **_experts(5, 3, 40),
+        **_heads(64, 5, 1, 32),
+    ),
+    _case(
+        "glm4_moe",
+        "glm4_moe",
+        245,
+        rope_parameters=HALF_ROPE,
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        use_qk_norm=True,
+        attention_bias=True,
+        routed_scaling_factor=2.5,
+        num_nextn_predict_layers=1,
+        **_experts(6, 2, 32),
+        **_heads(96, 6, 2, 16),
+    ),
+    _case(
+        "glm4_moe-groups",
+        "glm4_moe",
+        346,
+        rope_parameters=HALF_ROPE,
+        first_k_dense_replace=0,
+        n_shared_experts=2,
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=False,
+        tie_word_embeddings=True,
+        num_nextn_predict_layers=0,
+        **_experts(12, 4, 32),
+        **_heads(96, 3, 1, 32),
+    ),
+    _case(
+        "gpt_oss",
+        "gpt_oss",
+        447,
+        rope_parameters=YARN_ROPE | {"truncate": False},
+        sliding_window=WINDOW,
+        **_experts(5, 3, 160),
+        **_heads(96, 6, 2, 16),
+    ),
+    _case(
+        "gpt_oss-limit",
+        "gpt_oss",
+        148,
+        False,
+        False,
+        rope_parameters=_rope(1e4),
+        sliding_window=WINDOW,
+        layer_types=["full_attention", "sliding_attention"],
+        swiglu_limit=0.7,
+        swiglu_alpha=1.3,
+        attention_bias=False,
+        tie_word_embeddings=True,
+        **_experts(4, 2, 96),
+        **_heads(64, 4, 1, 16),
+    ),
+    _case("minimax_m2", "minimax_m2", 149, rope_parameters=HALF_ROPE, **_experts(6, 2, 160), **_heads(96, 6, 2, 16)),
+    _case(
+        "minimax_m2-tied",
+        "minimax_m2",
+        150,
+        rope_parameters=HALF_ROPE,
+        tie_word_embeddings=True,
+        **_experts(9, 4, 160),
+        **_heads(96, 3, 1, 32),
+    ),
+)
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
@@ -224,10 +338,14 @@ CASES: dict[str, Case] = {
         ),
         _gemma2("gemma2", 37, tie_word_embeddings=True, **_heads(96, 6, 2, 32)),
         _gemma2("gemma2-one", 38, tie_word_embeddings=True, **_heads(96, 3, 1, 64)),
+        *MOE_CASES,
     )
 }
 FAMILY_CASES = ("llama", "llama-llama3", "qwen2", "qwen3", "gemma3")
 """One case per family, and the one with a tensor of rope divisors."""
-MORE_FAMILY_CASES = ("mistral-full", "phi3", "glm4", "olmo2", "smollm3", "granite", "gemma2")
+MOE_FAMILY_CASES = ("mixtral", "qwen3_moe", "glm4_moe", "gpt_oss", "minimax_m2")
+MORE_FAMILY_CASES = ("mistral-full", "phi3", "glm4", "olmo2", "smollm3", "granite", "gemma2", *MOE_FAMILY_CASES)
 """The families whose longer tests are `slow`."""
+ROUTING_MARGIN = 5e-4
+"""Between an expert that is chosen and one that is not: beyond it the C++ walk chooses as transformers does."""
 GGUF_CASES = tuple(name for name, case in CASES.items() if case.gguf and not case.implied_keys)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,17 @@ ARCHITECTURES = {
     "olmo2": gguf.MODEL_ARCH.OLMO2,
     "smollm3": gguf.MODEL_ARCH.SMOLLM3,
     "granite": gguf.MODEL_ARCH.GRANITE,
+    "mixtral": gguf.MODEL_ARCH.LLAMA,
+    "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
+    "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE,
+    "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
+    "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2,
 }
+TURNED = ("gpt_oss",)
+"""Families that keep experts' matrices transposed, gate and up columns by turns."""
 PLUS_ONE = ("gemma2", "gemma3_text")
 """Families whose norms multiply by 1 + w."""
-INTERLEAVED = ("llama", "mistral", "smollm3", "granite")
+INTERLEAVED = ("llama", "mistral", "smollm3", "granite", "mixtral")
 """Families whose converter interleaves rows of Q and K heads."""
 
 
@@ -63,8 +70,11 @@ def random_oracle(case: Case) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(case.seed)
     with torch.no_grad():
-        for name, values in model.named_parameters():
-            if values.dim() == 2:
+        for name, values in learned(model):
+            if values.dim() == 3:
+                rows = 1 if case.model_type in TURNED else 2
+                values.normal_(0, values.shape[rows] ** -0.5, generator=generator)
+            elif values.dim() == 2 and not name.endswith("bias"):
                 # A head tied to a large embedding would only repeat the last token.
                 scale = 0.4 if config.tie_word_embeddings and "embed_tokens" in name else 1.0
                 values.normal_(0, scale * values.shape[1] ** -0.5, generator=generator)
@@ -74,6 +84,12 @@ def random_oracle(case: Case) -> PreTrainedModel:
             else:
                 values.normal_(0, 0.5, generator=generator)
     return model
+
+
+def learned(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Everything that a checkpoint holds, by its name in transformers."""
+    yield from model.named_parameters()
+    yield from ((name, values) for name, values in model.named_buffers() if name.endswith("correction_bias"))
 
 
 def oracle_logits(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
@@ -91,7 +107,7 @@ def make_safetensors(case: Case, dtype: str, folder: Path, max_shard_size: str =
     """Saved in `dtype` by save_pretrained; the oracle holds the rounded values."""
     oracle = random_oracle(case)
     with torch.no_grad():
-        for values in oracle.parameters():
+        for _, values in learned(oracle):
             values.copy_(values.to(DTYPES[dtype]))
     # A copy is cast: a model cast back and forth would keep rounded rotary frequencies.
     stored = copy.deepcopy(oracle)
@@ -110,14 +126,12 @@ def make_gguf(case: Case, fmt: str, path: Path, split_max_tensors: int = 0) -> T
     architecture = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[case.model_type]]
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split_max_tensors)
     _add_metadata(writer, case, oracle)
-    names = gguf.get_tensor_name_map(ARCHITECTURES[case.model_type], case.settings["num_hidden_layers"])
     rng = np.random.default_rng(case.seed)
     with torch.no_grad():
-        for name, values in oracle.named_parameters():
-            gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            assert gguf_name is not None, name
-            kind, data = _encode(values.numpy(), gguf_name, fmt, rng)
-            values.copy_(torch.from_numpy(gguf.dequantize(data, kind).reshape(values.shape)))
+        for gguf_name, values in gguf_tensors(case, oracle):
+            kind, data = _encode(values.contiguous().numpy(), gguf_name, fmt, rng)
+            read = gguf.dequantize(data.reshape(-1, data.shape[-1]), kind)
+            values.copy_(torch.from_numpy(read.reshape(values.shape)))
             writer.add_tensor(gguf_name, _as_stored(case, gguf_name, data), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -126,20 +140,49 @@ def make_gguf(case: Case, fmt: str, path: Path, split_max_tensors: int = 0) -> T
     return Tiny(case, min(path.parent.glob(f"{path.stem}-*.gguf")) if split_max_tensors else path, oracle)
 
 
+def gguf_tensors(case: Case, oracle: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a GGUF file with their names, as views of the oracle's own values."""
+    names = gguf.get_tensor_name_map(ARCHITECTURES[case.model_type], case.settings["num_hidden_layers"])
+    for name, values in learned(oracle):
+        layer, _, part = name.removeprefix("model.layers.").partition(".mlp.experts.")
+        if part:
+            for ours, view in expert_views(part, values, case.model_type in TURNED):
+                yield f"blk.{layer}.ffn_{ours}", view
+            continue
+        if name.endswith("sinks"):
+            name += ".weight"
+        known = name.replace("mlp.e_score", "block_sparse_moe.e_score").replace("correction_bias", "correction.bias")
+        gguf_name = names.get_name(known, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, name
+        yield gguf_name, values
+
+
+def expert_views(part: str, values: torch.Tensor, turned: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Experts' values by what GGUF calls them. turned: as gpt-oss has them, gate and up columns by turns."""
+    suffix = ".bias" if part.endswith("_bias") else ".weight"
+    if turned and suffix == ".weight":
+        values = values.transpose(1, 2)
+    if part.startswith("down"):
+        yield f"down_exps{suffix}", values
+        return
+    halves = (values[:, 0::2], values[:, 1::2]) if turned else values.chunk(2, dim=1)
+    for name, half in zip(("gate", "up"), halves, strict=True):
+        yield f"{name}_exps{suffix}", half
+
+
 Array = npt.NDArray[Any]
 
 
 def _encode(values: Array, gguf_name: str, fmt: str, rng: np.random.Generator) -> tuple[GGMLType, Array]:
     """Type and bytes of a tensor: vectors stay F32; K-quants are drawn, as the gguf package cannot quantise to them."""
-    if values.ndim == 1:
+    if values.ndim == 1 or gguf_name.endswith(".bias"):
         return GGMLType.F32, values.copy()
     if fmt == "K":
         fmt = "Q6_K" if any(part in gguf_name for part in ("attn_v", "token_embd", "output.")) else "Q4_K"
-        fmt = "Q5_0" if values.shape[1] % 256 else fmt
-    kind = GGMLType[fmt]
-    if fmt in K_FORMATS:
-        return kind, random_k_rows(fmt, values, rng)
-    return kind, gguf.quantize(values, kind)
+        fmt = "Q5_0" if values.shape[-1] % 256 else fmt
+    kind, rows = GGMLType[fmt], values.reshape(-1, values.shape[-1])
+    data = random_k_rows(fmt, rows, rng) if fmt in K_FORMATS else gguf.quantize(rows, kind)
+    return kind, data.reshape(*values.shape[:-1], -1)
 
 
 def random_k_rows(fmt: str, like: Array, rng: np.random.Generator) -> Array:
@@ -180,7 +223,7 @@ def _add_metadata(writer: gguf.GGUFWriter, case: Case, oracle: PreTrainedModel) 
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_block_count(config["num_hidden_layers"] + config.get("num_nextn_predict_layers", 0))
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
@@ -194,7 +237,7 @@ def _add_metadata(writer: gguf.GGUFWriter, case: Case, oracle: PreTrainedModel) 
             writer.add_sliding_window_pattern(3)
             writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
         rope = rope["full_attention"]
-    if case.model_type in ("gemma2", "gemma3_text", "phi3"):
+    if case.model_type in ("gemma2", "gemma3_text", "phi3", "gpt_oss"):
         writer.add_sliding_window(config["sliding_window"] or 0)
     if case.model_type == "gemma2":
         writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
@@ -204,9 +247,28 @@ def _add_metadata(writer: gguf.GGUFWriter, case: Case, oracle: PreTrainedModel) 
         writer.add_residual_scale(config["residual_multiplier"])
         writer.add_attention_scale(config["attention_multiplier"])
         writer.add_logit_scale(config["logits_scaling"])
-    if case.model_type in (*INTERLEAVED, "phi3", "glm4"):
+    if case.model_type in (*INTERLEAVED, "phi3", "glm4", "glm4_moe", "minimax_m2"):
         writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+    if "num_experts_per_tok" in config:
+        _add_experts(writer, case.model_type, config)
     _add_rope(writer, rope, oracle, head_dim)
+
+
+def _add_experts(writer: gguf.GGUFWriter, model_type: str, config: dict[str, Any]) -> None:
+    writer.add_expert_count(config.get("n_routed_experts") or config["num_local_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    if model_type in ("qwen3_moe", "glm4_moe"):
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if model_type in ("glm4_moe", "minimax_m2"):
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if model_type == "glm4_moe":
+        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+        writer.add_expert_group_count(config["n_group"])
+        writer.add_expert_group_used_count(config["topk_group"])
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_nextn_predict_layers(config["num_nextn_predict_layers"])
 
 
 def _add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], oracle: PreTrainedModel, head_dim: int) -> None:
@@ -292,3 +354,36 @@ class Walker:
         size = chunk or len(token_ids)
         parts = [self.feed(token_ids[at : at + size], at)["logits"] for at in range(0, len(token_ids), size)]
         return torch.cat(parts)
+
+
+def routing_margin(model: PreTrainedModel, token_ids: list[int]) -> float:
+    """The least distance, over all tokens and layers with experts, of what was chosen to what was just left out: of
+    scores, of sigmoids with their bias, of groups. Below a backend's error its tokens may go to other experts."""
+    seen: list[tuple[torch.nn.Module, torch.Tensor, tuple[torch.Tensor, ...]]] = []
+    routers = [module for name, module in model.named_modules() if name.endswith(("mlp.gate", "mlp.router"))]
+    hooks = [
+        module.register_forward_hook(lambda module, args, out: seen.append((module, out[0], args[1:])))
+        for module in routers
+    ]
+    oracle_logits(model, token_ids)
+    for hook in hooks:
+        hook.remove()
+    return min((_margin(*each) for each in seen), default=torch.inf)
+
+
+def _margin(router: Any, logits: torch.Tensor, biases: tuple[torch.Tensor, ...]) -> float:
+    own = dict(router.named_buffers()).get("e_score_correction_bias")
+    bias = biases[0] if biases else own
+    choice = logits if bias is None else logits.sigmoid() + bias
+    groups, kept = (vars(router).get(name, 1) for name in ("num_group", "topk_group"))
+    margins = []
+    if kept < groups:
+        parts = choice.unflatten(-1, (groups, -1))
+        best = parts.topk(2, dim=-1).values.sum(-1).sort(dim=-1, descending=True)
+        margins.append(best.values[:, kept - 1] - best.values[:, kept])
+        out = torch.ones_like(best.values, dtype=torch.bool).scatter(-1, best.indices[:, :kept], False)
+        choice = parts.masked_fill(out[..., None], -torch.inf).flatten(-2)
+    ranked = choice.sort(dim=-1, descending=True).values
+    if router.top_k < ranked.shape[-1]:
+        margins.append(ranked[:, router.top_k - 1] - ranked[:, router.top_k])
+    return min((float(margin.min()) for margin in margins), default=torch.inf)

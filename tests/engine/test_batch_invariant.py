@@ -32,10 +32,10 @@ def engines_of(path: Path) -> Iterator[Engines]:
         engine.close()
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
-    """Windowed layers and three formats."""
-    made = make_gguf(CASES["gemma3"].with_k_widths(), "K", tmp_path_factory.mktemp("tiny") / "model.gguf")
+@pytest.fixture(scope="module", params=["gemma3", "gpt_oss", "glm4_moe"])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    """Windowed layers, experts, three formats."""
+    made = make_gguf(CASES[request.param].with_k_widths(), "K", tmp_path_factory.mktemp("tiny") / "model.gguf")
     yield from engines_of(made.path)
 
 

@@ -106,6 +106,8 @@ def row_cases(n: int, rng: np.random.Generator) -> Iterator[Case]:
     yield f"add {n}", {"x": x, "other": other, "expected": total, "allowed": 1.001 * EPS * np.abs(total)}
     for silu in (True, False):
         yield act_case((x * rng.choice([1, 30], size=n)).astype(np.float32), other, silu)
+    for gate in (x, with_nan(30 * x, rng)):
+        yield swiglu_case(gate.astype(np.float32), other)
     yield rotate_case(n, rng)
     yield act_case(with_nan(x, rng), other, n % 2 == 0)
     coarse = np.round(x)
@@ -129,6 +131,15 @@ def act_case(gate: np.ndarray, up: np.ndarray, silu: bool) -> Case:
     allowed = 6 * EPS * (2 + np.abs(gate) ** (1 if silu else 3)) * np.abs(expected) + 1e-35
     name = f"act_mul {len(gate)} {'silu' if silu else 'gelu'}{', NaN' if np.isnan(gate).any() else ''}"
     return name, {"x": gate, "up": up, "silu": silu, "expected": expected, "allowed": allowed}
+
+
+def swiglu_case(gate: np.ndarray, up: np.ndarray, alpha: float = 1.5, limit: float = 2.0) -> Case:
+    kept, moved = np.minimum(gate.astype(float), limit), np.clip(up.astype(float), -limit, limit)
+    expected = kept / (1 + np.exp(np.minimum(-alpha * kept, 700))) * (moved + 1)
+    allowed = 6 * EPS * (3 + alpha * np.abs(kept)) * np.abs(expected) + 1e-34
+    name = f"swiglu_clamped {len(gate)}{', NaN' if np.isnan(gate).any() else ''}"
+    items = {"x": gate, "up": up, "alpha": alpha, "limit": limit, "expected": expected, "allowed": allowed}
+    return name, items
 
 
 def rotate_case(half: int, rng: np.random.Generator) -> Case:

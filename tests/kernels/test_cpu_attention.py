@@ -46,14 +46,24 @@ def test_stores_what_the_reference_stores(isa: str, dtype: torch.dtype) -> None:
     assert (store(isa, dtype, x).view(torch.uint8) == encode(x, dtype).view(torch.uint8)).all()
 
 
-def naive(q: np.ndarray, keys: np.ndarray, values: np.ndarray, first: int, window: int, scale: float) -> np.ndarray:
-    """One query row at a time in float64: q [queries, group, d], keys and values [positions, d]."""
+def naive(
+    q: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    first: int,
+    window: int,
+    scale: float,
+    sinks: np.ndarray | None = None,
+) -> np.ndarray:
+    """One query row at a time in float64: q [queries, group, d], keys and values [positions, d], sinks [group]."""
     out = np.zeros(q.shape)
     for i in range(len(q)):
         seen = slice(max(0, first + i - window + 1) if window else 0, first + i + 1)
         scores = q[i].astype(np.float64) @ keys[seen].T * scale
+        if sinks is not None:
+            scores = np.concatenate([scores, sinks[:, None]], -1)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
-        out[i] = weights / weights.sum(-1, keepdims=True) @ values[seen]
+        out[i] = (weights / weights.sum(-1, keepdims=True))[:, : len(values[seen])] @ values[seen]
     return out
 
 
@@ -102,6 +112,11 @@ def test_against_float64(
     for i in range(queries):
         one = q[i : i + 1].contiguous().numpy()
         _walk.attend(isa, KV_FORMATS.index(dtype), one, stored, table.numpy(), first + i, window, scale, alone[i])
+    sinks = (3 * torch.randn(group, generator=generator)).numpy()
+    sunk = np.full(q.shape, np.nan, np.float32)
+    _walk.attend(isa, KV_FORMATS.index(dtype), q.numpy(), stored, table.numpy(), first, window, scale, sunk, sinks)
+    expected = naive(q.numpy(), held[0], held[1], first, window, scale, sinks)
+    assert np.abs(sunk - expected).max() <= TOLERANCE * np.abs(held[1][unseen:]).max()
     assert (alone[:, 0] == out).all(), "a query depends on those fed beside it"
     single = np.full((queries, 1, 1, head_dim), np.nan, np.float32)
     for head in {0, group - 1}:

@@ -15,6 +15,7 @@ from tests.kernels import native_build as builds
 from tests.kernels.native_attention import Shape, WalkShape, attention_case, block_case, walk_case
 from tests.kernels.native_build import Build, run
 from tests.kernels.native_cases import Case, linear_case, quantize_case, row_cases, write_cases
+from tests.kernels.native_experts import experts_case
 from tests.kernels.native_head import few_head_cases, gumbel_case, head_cases, planes_case
 from tests.kernels.native_kv import KV, store_case, store_cases
 from tests.kernels.tiers import TIERS_HERE
@@ -40,6 +41,8 @@ def few_cases(rng: np.random.Generator) -> Iterator[Case]:
     yield from few_head_cases(rng)
     yield block_case("Q8_0", 5, 96, 64, False, rng)
     yield block_case("BF16", 3, 33, 40, True, rng)
+    yield experts_case("Q6_K", 7, True, rng)
+    yield experts_case("BF16", 5, False, rng)
 
 
 def all_cases(rng: np.random.Generator) -> Iterator[Case]:
@@ -62,6 +65,8 @@ def all_cases(rng: np.random.Generator) -> Iterator[Case]:
     for fmt, silu in product(FORMATS, (False, True)):
         size = 256 if fmt.endswith(("_K", "_XS")) else 96
         yield block_case(fmt, 11, size, size, silu, rng)
+    for fmt, biased in product(FORMATS, (False, True)):
+        yield experts_case(fmt, 13, biased, rng)
     for ff in (1, 8, 15, 48, 50):
         yield block_case("F32", 5, 33, ff, True, rng)
 

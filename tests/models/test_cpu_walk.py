@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.parity_cases import CASES
-from tests.parity_tools import oracle_logits, random_prompt
+from tests.parity_cases import CASES, MOE_FAMILY_CASES, ROUTING_MARGIN
+from tests.parity_tools import oracle_logits, random_prompt, routing_margin
 from tokenspeed import LLM, SamplingParams
 
 BOUND = 2e-3
@@ -15,8 +15,14 @@ MARGIN = 0.02
 NEW_TOKENS = 32
 
 
-@pytest.mark.parametrize("fmt", ["BF16", pytest.param("F32", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", CASES)
+RUNS = [
+    *(pytest.param(name, "BF16") for name in CASES),
+    *(pytest.param(name, "F32", marks=pytest.mark.slow) for name in CASES),
+    *(pytest.param(name, "gguf-Q4_0") for name in MOE_FAMILY_CASES),
+]
+
+
+@pytest.mark.parametrize("name, fmt", RUNS)
 def test_logprobs_and_tokens(tiny, name: str, fmt: str) -> None:
     made = tiny(name, fmt)
     llm = LLM(str(made.path), dtype="bfloat16", kv_cache_dtype="float32", threads=2)
@@ -25,6 +31,7 @@ def test_logprobs_and_tokens(tiny, name: str, fmt: str) -> None:
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, prompt_logprobs=20, ignore_eos=True)
     (output,) = llm.generate(prompt_token_ids=prompt, sampling_params=params, use_tqdm=False)
     tokens = output.outputs[0].token_ids
+    assert routing_margin(made.oracle, prompt + tokens[:-1]) > ROUTING_MARGIN, "choose another seed"
     expected = oracle_logits(made.oracle, prompt + tokens[:-1])
     assert output.prompt_logprobs is not None
     logprobs = expected.log_softmax(-1)

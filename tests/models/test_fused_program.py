@@ -11,6 +11,7 @@ from tokenspeed.program.fuse import fuse
 # What the table must find in each family's layers; without these the comparison would compare a program with itself.
 PRE_NORM_OPS = {"join_norm_linear", "join_norm_linear_act"}
 SANDWICH_OPS = {"branch_join_norm_linear", "branch_join_norm_linear_act"}
+MOE_OPS = {"join_norm_linear", "join_norm"}
 FUSED_OPS = {
     "llama": PRE_NORM_OPS | {"rope_attention"},
     "qwen2": PRE_NORM_OPS | {"rope_attention"},
@@ -19,6 +20,9 @@ FUSED_OPS = {
     "gemma2": SANDWICH_OPS | {"rope_attention"},
     "glm4": SANDWICH_OPS | {"rope_attention"},
     "olmo2": {"linear_act", "rope_attention"},
+    **dict.fromkeys(("mixtral", "gpt_oss", "minimax_m2"), MOE_OPS | {"rope_attention"}),
+    "qwen3_moe": MOE_OPS | {"qk_norm_rope_attention"},
+    "glm4_moe": MOE_OPS,
     **dict.fromkeys(("mistral", "ministral", "phi3", "smollm3", "granite"), PRE_NORM_OPS | {"rope_attention"}),
 }
 

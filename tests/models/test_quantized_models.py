@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.parity_tools import CASES, Tiny, oracle_logits, random_prompt
+from tests.parity_cases import MOE_FAMILY_CASES, ROUTING_MARGIN
+from tests.parity_tools import CASES, TURNED, Tiny, oracle_logits, random_prompt, routing_margin
 from tests.quantization.blocks_data import oracle as dequantized
 from tests.seeds import SEED
 from tokenspeed.contracts.errors import ConfigError
@@ -31,9 +32,11 @@ def quantized_oracle(made: Tiny, mode: str) -> PreTrainedModel:
     model = copy.deepcopy(made.oracle)
     with torch.no_grad():
         for name, values in model.named_parameters():
-            if values.dim() == 2:
+            if values.dim() > 1 and not name.endswith(("bias", "mlp.gate.weight", "mlp.router.weight")):
                 fmt = "Q8_0" if "embed" in name or "lm_head" in name else MODES[mode]
-                values.copy_(torch.from_numpy(dequantized(pack(values, fmt).numpy(), fmt)))
+                rows = values.transpose(1, 2) if values.dim() == 3 and made.case.model_type in TURNED else values
+                flat = rows.reshape(-1, rows.shape[-1])
+                rows.copy_(torch.from_numpy(dequantized(pack(flat, fmt).numpy(), fmt)).view(rows.shape))
     return model
 
 
@@ -47,15 +50,26 @@ def load(path: Path, backend: str, mode: str, **settings: Any) -> LLM:
 @pytest.mark.parametrize("backend", BOUNDS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    "name, fmt", [("llama", "BF16"), ("llama", "gguf-F16"), ("gemma3", "F32"), ("qwen2", "gguf-F16"), ("glm4", "BF16")]
+    "name, fmt",
+    [
+        ("llama", "BF16"),
+        ("llama", "gguf-F16"),
+        ("gemma3", "F32"),
+        ("qwen2", "gguf-F16"),
+        ("glm4", "BF16"),
+        ("mixtral", "BF16"),
+        ("gpt_oss", "BF16"),
+    ],
 )
 def test_logprobs_of_the_quantised_values(tiny, name: str, fmt: str, mode: str, backend: str) -> None:
     made = tiny(name, fmt)
     llm = load(made.path, backend, mode)
-    prompt = random_prompt(40, SEED)
+    prompt = random_prompt(40, made.case.seed if name in MOE_FAMILY_CASES else SEED)
+    quantized = quantized_oracle(made, mode)
+    assert routing_margin(quantized, prompt) > ROUTING_MARGIN, "choose another seed"
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=20)
     (output,) = llm.generate(prompt_token_ids=prompt, sampling_params=params, use_tqdm=False)
-    expected = oracle_logits(quantized_oracle(made, mode), prompt).log_softmax(-1)
+    expected = oracle_logits(quantized, prompt).log_softmax(-1)
     plain = oracle_logits(made.oracle, prompt).log_softmax(-1)
     assert output.prompt_logprobs is not None
     errors, moved = [], []

@@ -12,8 +12,9 @@ import pytest
 from tests.parity_tools import CASES
 from tokenspeed.contracts.errors import FormatError, UnsupportedError
 from tokenspeed.formats.gguf import open_gguf
+from tokenspeed.layers.moe import Moe
 from tokenspeed.models import gemma3
-from tokenspeed.models.dense import GGUFConfig
+from tokenspeed.models.dense import GATING, GGUFConfig
 from tokenspeed.models.registry import define, define_from_hf
 
 FAMILY_NAMES = tuple(name for name in CASES if "-" not in name)
@@ -85,11 +86,37 @@ def test_gguf_values_per_layer(key):
         ("granite", {"logits_scaling": "2"}, "logits_scaling"),
         ("glm4", {"rope_parameters": None, "partial_rotary_factor": 0.3, "head_dim": 10}, "3 columns"),
         ("ministral", {"layer_types": ["full_attention"]}, "layer_types"),
+        ("mixtral", {"num_experts_per_tok": 6}, "6 of 5 experts"),
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts"),
+        ("qwen3_moe", {"mlp_only_layers": [2]}, "mlp_only_layers"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ("glm4_moe", {"n_group": 4}, "groups of 6 experts"),
+        ("glm4_moe", {"n_group": 3, "topk_group": 4}, "4 of 3 groups"),
+        ("glm4_moe", {"n_shared_experts": -1}, "n_shared_experts"),
+        ("glm4_moe", {"first_k_dense_replace": None}, "first_k_dense_replace"),
+        ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit"),
+        ("gpt_oss", {"layer_types": ["full_attention"]}, "layer_types"),
+        ("minimax_m2", {"rotary_dim": 7, "rope_parameters": None, "rope_scaling": None}, "7 columns"),
     ],
 )
 def test_values_that_make_no_sense(tiny, name, change, word):
     with pytest.raises((FormatError, UnsupportedError), match=word):
         define_from_hf(config_of(tiny, name) | change)
+
+
+@pytest.mark.parametrize("architecture, wanted", [("llama", 1), ("glm4moe", 2), ("minimax-m2", 2), ("gpt-oss", 3)])
+def test_gguf_routers_of_another_kind(architecture, wanted):
+    keys = {"feed_forward_length": 64, "expert_count": 4, "expert_used_count": 2}
+    score = next(name for name, number in GATING.items() if number == wanted)
+    for kind in (None, 1, 2, 3):
+        extra = {} if kind is None else {"expert_gating_func": kind}
+        metadata = {f"{architecture}.{key}": value for key, value in (keys | extra).items()}
+        view = GGUFConfig(metadata | {"general.architecture": architecture}, 199, tied=True)
+        if kind in (None, wanted):
+            assert view.experts(score) == Moe(4, 2, 64, score=score)
+            continue
+        with pytest.raises(UnsupportedError, match=f"expert_gating_func {kind}"):
+            view.experts(score)
 
 
 @pytest.mark.parametrize(

@@ -122,9 +122,14 @@ def test_attention_over_scattered_pages(dtype: torch.dtype, window: int, layer: 
     attrs |= {"window": window, "softcap": 0.0}
     got = call("attention", view, q, view.kv[:, layer], layer=layer, **attrs)
     assert error(got, naive_attention(view, q, layer, window)) < TOLERANCE[dtype]
+    sinks = 2 * torch.randn(HEADS)
+    got = call("attention", view, q, view.kv[:, layer], weights=(sinks,), layer=layer, **attrs)
+    assert error(got, naive_attention(view, q, layer, window, sinks)) < TOLERANCE[dtype]
 
 
-def naive_attention(view: StepView, q: torch.Tensor, layer: int, window: int) -> torch.Tensor:
+def naive_attention(
+    view: StepView, q: torch.Tensor, layer: int, window: int, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
     """One query, one head, one key at a time, in float64."""
     out = torch.zeros(q.shape, dtype=torch.float64)
     for i, (table,) in enumerate(view.block_tables):
@@ -136,7 +141,10 @@ def naive_attention(view: StepView, q: torch.Tensor, layer: int, window: int) ->
                 entries = [view.kv[int(table[p // 4]), layer, :, p % 4, head // (HEADS // KV_HEADS)] for p in seen]
                 scores = torch.stack([query @ entry[0].double() for entry in entries]) * 0.4
                 values = torch.stack([entry[1].double() for entry in entries])
-                out[t, head * HEAD_DIM : (head + 1) * HEAD_DIM] = scores.softmax(0) @ values
+                if sinks is not None:
+                    scores = torch.cat((scores, sinks[head : head + 1].double()))
+                weights = scores.softmax(0)[: len(entries)]
+                out[t, head * HEAD_DIM : (head + 1) * HEAD_DIM] = weights @ values
     return out
 
 

@@ -68,6 +68,16 @@ def test_same_bits(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert not caplog.records
 
 
+@pytest.mark.parametrize("name, fmt", [("mixtral", "K"), ("gpt_oss", "Q8_0")])
+def test_same_bits_of_experts(name: str, fmt: str, tmp_path: Path) -> None:
+    case = CASES[name].with_k_widths() if fmt == "K" else CASES[name]
+    model = make_gguf(case, fmt, tmp_path / "model.gguf").path
+    expected = scores(model, None)
+    for _ in range(2):
+        assert scores(model, tmp_path / "copies") == expected
+    only_file(tmp_path / "copies")
+
+
 def test_the_copy_is_really_used(source: Path, tmp_path: Path) -> None:
     """A source that is scrambled behind its times and its digest changes nothing."""
     model = tmp_path / "model.gguf"

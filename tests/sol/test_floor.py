@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tokenspeed.contracts.errors import ConfigError
-from tokenspeed.sol.floor import ceilings_for
+from tokenspeed.sol.floor import ceilings_for, decode_work, stored_bytes, total
 from tokenspeed.sol.plan_table import plan_table
-from tokenspeed.sol.report import step_report
+from tokenspeed.sol.report import find_definition, floors_by_op, step_report
 
 ANCHORS = [
     ("llama-3.2-1b", "none", 0.545),
@@ -24,7 +24,11 @@ BATCHED = [
     ("llama-3.2-1b", "none", {8: 0.60, 32: 0.77, 128: 1.47}),
     ("llama-3.1-8b", "none", {8: 3.50, 32: 4.20, 128: 7.00}),
     ("llama-3.1-8b", "fp8", {8: 1.98, 32: 2.68, 128: 5.48}),
+    ("qwen3-30b-a3b", "none", {1: 1.34, 8: 5.79, 32: 12.24, 128: 15.94}),
+    ("qwen3-30b-a3b", "fp8", {1: 0.75, 8: 3.05, 32: 6.54, 128: 9.44}),
 ]
+MXFP4 = {1: 0.81, 8: 2.03, 32: 2.90, 128: 3.52}
+"""gpt-oss-20b."""
 
 
 @pytest.mark.parametrize("model, quantization, milliseconds", ANCHORS)
@@ -39,6 +43,25 @@ def test_batched_floors(model: str, quantization: str, floors: dict[int, float])
     for batch, milliseconds in floors.items():
         report = step_report(model, "H200", batch, 1024, quantization)
         assert report.total.seconds * 1e3 == pytest.approx(milliseconds, rel=0.02)
+
+
+@pytest.mark.parametrize("batch", MXFP4)
+def test_floors_of_experts_in_4_bits(batch: int) -> None:
+    """Experts at 4.25 bits a weight, the rest of the shipped config in bf16."""
+    _, definition, _ = find_definition("gpt-oss-20b")
+    stored = stored_bytes(definition.weights, None, "none")
+    for name, spec in definition.weights.specs.items():
+        if spec.kind == "experts":
+            stored[name] = spec.rows * spec.cols * 4.25 / 8
+    floors = floors_by_op(definition.program(), decode_work(batch, 1024, stored), ceilings_for("H200"), False)
+    assert total(list(floors.values())).seconds * 1e3 == pytest.approx(MXFP4[batch], rel=0.02)
+
+
+def test_experts_counted_by_hand() -> None:
+    """Qwen3-30B-A3B with three tokens: 128 (1 - (15 / 16)^3) experts of each layer."""
+    cost = step_report("qwen3-30b-a3b", "H200", 3, 10, "none").by_op["experts"].cost
+    assert cost.weight_bytes == pytest.approx(48 * 128 * (1 - (120 / 128) ** 3) * 3 * 768 * 2048 * 2)
+    assert cost.flops == 48 * 3 * 8 * 2 * 3 * 768 * 2048
 
 
 @pytest.mark.parametrize("context, milliseconds", [(8192, 3.50), (32768, 4.20)])
@@ -66,7 +89,9 @@ def test_window_bounds_the_kv_that_is_read() -> None:
     assert long == (15 * 512 + 3 * 4096) * per_token
 
 
-@pytest.mark.parametrize("model", ["llama-3.2-1b", "llama-3.1-8b", "qwen3-8b", "gemma-3-270m"])
+@pytest.mark.parametrize(
+    "model", ["llama-3.2-1b", "llama-3.1-8b", "qwen3-8b", "gemma-3-270m", "qwen3-30b-a3b", "gpt-oss-20b"]
+)
 @pytest.mark.parametrize("batch, quantization", [(1, "none"), (1, "fp8"), (300, "none"), (1024, "fp8")])
 def test_plan_rows_add_up_to_sol(model: str, batch: int, quantization: str) -> None:
     report = step_report(model, "H200", batch, 700, quantization)

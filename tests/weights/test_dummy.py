@@ -11,13 +11,15 @@ TABLE = WeightTable()
 TABLE.add(WeightSpec("up", (129, 512), "linear", (), ()))
 TABLE.add(WeightSpec("embed", (267, 256), "embedding", (), ()))
 TABLE.add(WeightSpec("norm", (513,), "vector", (), ()))
+TABLE.add(WeightSpec("experts", (5, 26, 256), "experts", (), ()))
+TABLE.add(WeightSpec("biases", (19, 27), "vector", (), ()))
 
 
 @pytest.mark.parametrize("seed", [SEED])
 @pytest.mark.parametrize("fmt", BLOCKS)
 def test_shapes_formats_and_spread(fmt, seed):
     weights = dummy_weights(TABLE, fmt, seed)
-    for name in ("up", "embed"):
+    for name in ("up", "embed", "experts"):
         values = weights[name].unpacked(torch.float32)
         assert weights[name].formats == (fmt,)
         assert values.shape == weights[name].shape == TABLE.specs[name].shape
@@ -25,6 +27,7 @@ def test_shapes_formats_and_spread(fmt, seed):
         assert 0.018 < values.std() < 0.022
     norm = weights["norm"].unpacked(torch.float32)
     assert norm.shape == (513,)
+    assert weights["biases"].unpacked(torch.float32).shape == (19, 27)
     assert abs(norm.mean() - 1) < 0.01
     assert 0 < (norm - 1).abs().max() < 0.2
 

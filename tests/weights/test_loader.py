@@ -126,6 +126,66 @@ def test_vectors_are_float32_with_transforms(seed):
 
 
 @pytest.mark.parametrize("seed", [SEED])
+@pytest.mark.parametrize("fmt", ["F32", "BF16", "Q8_0", "Q6_K"])
+def test_experts_of_tensors_of_all_of_them(seed, fmt):
+    """Of each expert the rows of two tensors, as views."""
+    rng, count, ff, cols = np.random.default_rng(seed), 3, 5, 256
+    arrays = {name: (fmt, (count, ff, cols), random_rows(rng, fmt, count * ff, cols)) for name in ("gate", "up")}
+    sources = tuple(
+        Source(name, ff, first=e * ff, shape=(count, ff, cols)) for e in range(count) for name in ("gate", "up")
+    )
+    steps = []
+    specs = table(WeightSpec("w", (count, 2 * ff, cols), "experts", sources, sources))
+    weight = load_weights(Memory("gguf", arrays), specs, lambda done, total: steps.append((done, total)))["w"]
+    gate, up = (torch.from_numpy(oracle(data, fmt)).view(count, ff, cols) for _, _, data in arrays.values())
+    assert torch.equal(weight.unpacked(torch.float32), torch.cat((gate, up), dim=1))
+    assert weight.nbytes == sum(data.size for _, _, data in arrays.values())
+    assert steps == [(weight.nbytes, weight.nbytes)]
+    start = arrays["up"][2].ctypes.data
+    assert weight.segments[5].data.data_ptr() == start + 2 * arrays["up"][2].size // 3, "a slice was copied"
+
+
+@pytest.mark.parametrize("seed", [SEED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_turned_experts_whose_gate_and_up_come_by_turns(seed, dtype):
+    torch.manual_seed(seed)
+    count, ff, hidden = 3, 5, 8
+    both, bias = torch.randn(count, hidden, 2 * ff).to(dtype), torch.randn(count, 2 * ff).to(dtype)
+    checkpoint = Memory("safetensors", {"w": plain(both), "b": plain(bias)})
+    rows = count * 2 * ff
+    pairs = Source("w", rows, "unpermute_rope", count, shape=both.shape, transposed=True)
+    biases = Source("b", rows, "unpermute_rope", count, shape=bias.shape)
+    specs = (
+        WeightSpec("w", (count, 2 * ff, hidden), "experts", (pairs,), ()),
+        WeightSpec("b", (count, 2 * ff), "vector", (biases,), ()),
+    )
+    made = load_weights(checkpoint, table(*specs))
+    turned = both.transpose(1, 2)
+    expected = torch.cat((turned[:, ::2], turned[:, 1::2]), dim=1)
+    assert torch.equal(made["w"].unpacked(dtype), expected)
+    assert torch.equal(made["b"].unpacked(torch.float32), torch.cat((bias[:, ::2], bias[:, 1::2]), dim=1).float())
+    quantised = ("Q8_0", (3, 8, 32), np.zeros((24, 34), np.uint8))
+    turned = Source("w", 96, shape=(3, 8, 32), transposed=True)
+    with pytest.raises(UnsupportedError, match="'w' of type Q8_0"):
+        load_weights(
+            Memory("safetensors", {"w": quantised}), table(WeightSpec("w", (3, 32, 8), "experts", (turned,), ()))
+        )
+
+
+def test_experts_one_by_one_or_stacked():
+    values = torch.arange(24.0).view(2, 3, 4)
+    single = tuple(Source(f"experts.{e}", 3) for e in range(2))
+    spec = WeightSpec("w", (2, 3, 4), "experts", single, (), (Source("experts", 6, shape=(2, 3, 4)),))
+    for arrays in ({"experts": plain(values)}, {f"experts.{e}": plain(values[e]) for e in range(2)}):
+        weight = load_weights(Memory("safetensors", arrays), table(spec))["w"]
+        assert torch.equal(weight.unpacked(torch.float32), values)
+    with pytest.raises(WeightError, match=r"lacks 1 tensor: 'experts.1'"):
+        load_weights(Memory("safetensors", {"experts.0": plain(values[0])}), table(spec))
+    with pytest.raises(WeightError, match=r"'experts' \[3, 2, 4\] instead of \[2, 3, 4\]"):
+        load_weights(Memory("safetensors", {"experts": plain(values.view(3, 2, 4))}), table(spec))
+
+
+@pytest.mark.parametrize("seed", [SEED])
 def test_from_real_files_without_copy_or_warning(tmp_path, seed, recwarn):
     torch.manual_seed(seed)
     embed, norm = torch.randn(11, 64), torch.randn(64)

@@ -27,6 +27,8 @@ def table() -> WeightTable:
         ("layers.0.down", (64, 48), "linear"),
         ("norm", (64,), "vector"),
         ("lm_head", (101, 64), "linear"),
+        ("layers.0.router", (5, 64), "router"),
+        ("layers.0.experts_down", (3, 17, 64), "experts"),
     ):
         made.add(WeightSpec(name, shape, kind, (), ()))  # type: ignore[arg-type]
     return made
@@ -42,14 +44,16 @@ def test_formats_and_values(
     weights = dummy_weights(table(), fmt, seed=SEED)
     with caplog.at_level(logging.WARNING, "tokenspeed"):
         made = quantize_weights(weights, mode)
-    wanted = {"embed": "Q8_0", "layers.0.qkv": MODES[mode], "lm_head": "Q8_0"}
+    wanted = {"embed": "Q8_0", "lm_head": "Q8_0"} | dict.fromkeys(
+        ("layers.0.qkv", "layers.0.experts_down"), MODES[mode]
+    )
     for name, weight in made.items():
         if name not in wanted:
             assert weight is weights[name]
             continue
         assert weight.formats == (wanted[name],)
         assert weight.shape == weights[name].shape
-        expected = pack(weights[name].unpacked(torch.float32), wanted[name])
+        expected = pack(weights[name].unpacked(torch.float32).flatten(0, -2), wanted[name])
         assert (weight.segments[0].data == expected).all()
     assert [record.getMessage() for record in caplog.records] == [
         f"--quantization {mode}: 1 matrices keep their format, layers.0.down with 48 columns first (no multiple of 32)"

@@ -3,6 +3,8 @@ leave."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.ops.definitions import Operands
 from tokenspeed.ops.reference import REFERENCE
@@ -11,9 +13,11 @@ VIEWS = ("split",)
 """References that compute nothing. Of the others torch may choose kernels by the number of rows."""
 
 
-def register(registry: Registry) -> None:
-    """Add the reference of every plain op at priority 0."""
+def register(registry: Registry, but: Collection[str] = ()) -> None:
+    """Add the reference of every plain op, `but` some, at priority 0."""
     for op, fn in REFERENCE.items():
+        if op in but:
+            continue
         registry.add(Implementation("ref", op, "ref", fn, _always, priority=0, invariant=op in VIEWS))
 
 

@@ -25,7 +25,8 @@ class Attention:
 def attention_block(g: Recorder, x: Value, w: Scope, layer: int, spec: Attention) -> Value:
     """qkv projection, norms of queries and keys where the model has them, rope, paged attention, output projection.
 
-    Weights: qkv [q + 2 kv, d], o [d, q]; optional q_norm, k_norm [head_dim, or q and kv], qkv_bias [q + 2 kv], o_bias.
+    Weights: qkv [q + 2 kv, d], o [d, q]; optional q_norm, k_norm [head_dim, or q and kv], qkv_bias [q + 2 kv], o_bias,
+    sinks [heads].
     """
     qkv = g.linear(x, w.qkv, w.qkv_bias if w.has("qkv_bias") else None)
     q_size = g.shape(w.o)[1]
@@ -36,5 +37,6 @@ def attention_block(g: Recorder, x: Value, w: Scope, layer: int, spec: Attention
         k = g.norm(k, w.k_norm, eps=spec.eps, per_head=not spec.whole_norm)
     q, k = g.rope(q, k, spec.rope, head_dim=spec.head_dim)
     sizes = {"head_dim": spec.head_dim, "window": spec.window}
-    attended = g.attention(q, k, v, layer, **sizes, scale=spec.scale, softcap=spec.score_cap)
+    sinks = w.sinks if w.has("sinks") else None
+    attended = g.attention(q, k, v, layer, **sizes, scale=spec.scale, softcap=spec.score_cap, sinks=sinks)
     return g.linear(attended, w.o, w.o_bias if w.has("o_bias") else None)

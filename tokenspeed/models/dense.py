@@ -1,4 +1,4 @@
-"""What the dense decoder families share: one config type, and readers of config.json and GGUF metadata."""
+"""What the decoder families share: one config type, and readers of config.json and GGUF metadata."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from tokenspeed.contracts.errors import FormatError, UnsupportedError
 from tokenspeed.layers.attention import Attention
+from tokenspeed.layers.moe import Moe
 from tokenspeed.ops.rope import (
     Rope,
     linear_rope,
@@ -37,9 +38,25 @@ SANDWICH_NORMS = NormNames(
 )
 
 
+class ExpertNames(NamedTuple):
+    """What a checkpoint calls the parts of a layer with experts, below `block`; parts are gate, up and down."""
+
+    block: str = "mlp"
+    router: str = "gate"
+    correction: str = "gate.e_score_correction_bias"
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    turned: bool = False
+    """Instead of a tensor for each part of each expert: gate_up_proj [experts, d, 2 ff], whose columns are gate and up
+    by turns, and down_proj [experts, ff, d]."""
+
+
+QWEN_EXPERTS = ExpertNames()
+MIXTRAL_EXPERTS = ExpertNames(block="block_sparse_moe", parts=("w1", "w3", "w2"))
+
+
 @dataclass(frozen=True)
 class DenseConfig:
-    """Sizes and variants of a dense decoder. ropes and windows have one entry per layer; window 0 is full attention."""
+    """Sizes and variants of a decoder. ropes and windows have one entry per layer; window 0 is full attention."""
 
     vocab_size: int
     hidden_size: int
@@ -80,6 +97,16 @@ class DenseConfig:
     short_context: int = 0
     stretched: bool = False
     """`ropes` are the long ones."""
+    sinks: bool = False
+    """Each query head has a score of its own that takes part in the softmax."""
+    moe: Moe | None = None
+    """Of the layers with experts; `sparse` says for each layer whether it is one."""
+    sparse: tuple[bool, ...] = ()
+    expert_names: ExpertNames = QWEN_EXPERTS
+    gguf_mlp_norm: str = "ffn_norm"
+    """What GGUF files call the norm before the MLP."""
+    later_layers: int = 0
+    """Layers at the end of the files that predict further tokens, and are not read."""
 
     @property
     def q_size(self) -> int:
@@ -204,6 +231,14 @@ def size(config: Mapping[str, Any], key: str, default: int | None = None) -> int
     return value
 
 
+def count(config: Mapping[str, Any], key: str, default: int) -> int:
+    """An integer of config.json that may be 0. Raises FormatError naming it."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise FormatError(f"config.json: {key} must be 0 or a positive integer, got {value!r}")
+    return value
+
+
 def refuse_other(config: Mapping[str, Any], key: str, wanted: str) -> None:
     """Raise UnsupportedError where config.json asks for another `key` than the one its family runs with."""
     if config.get(key) not in (None, wanted):
@@ -222,6 +257,10 @@ def positive(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise FormatError(f"{name} must be a number above 0, got {value!r}")
     return float(value)
+
+
+GATING = {"softmax": 1, "sigmoid": 2, "logits": 3}
+"""What `expert_gating_func` of a GGUF file says of each score of `Moe` (llama.cpp's llama_expert_gating_func_type)."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +297,23 @@ class GGUFConfig:
         names = {"qkv_bias": "attn_q", "o_bias": "attn_output", "mlp_bias": "ffn_down"}
         return {ours: f"blk.0.{name}.bias" in self.tensors for ours, name in names.items()}
 
+    def experts(self, score: str, **variant: Any) -> Moe:
+        """The experts of its layers, whose `expert_gating_func` must be the one that `score` stands for."""
+        wanted = GATING[score]
+        if (kind := self.integer("expert_gating_func", wanted)) != wanted:
+            raise UnsupportedError(f"GGUF expert_gating_func {kind} is not supported here (supported: {wanted})")
+        return Moe(
+            self.integer("expert_count"),
+            self.integer("expert_used_count"),
+            self.integer("expert_feed_forward_length", self.integer("feed_forward_length")),
+            score=score,
+            **variant,
+        )
+
+    def sparse(self, layers: int) -> tuple[bool, ...]:
+        """For each layer whether it has experts."""
+        return tuple(f"blk.{i}.ffn_gate_inp.weight" in self.tensors for i in range(layers))
+
     def ropes(self, head_dim: int, layers: int) -> dict[str, Any]:
         """Rotations, the same in every layer: fields of DenseConfig."""
         if "rope_factors_long.weight" not in self.rope_divisors:
@@ -271,13 +327,13 @@ class GGUFConfig:
         original = self.integer("rope.scaling.original_context_length")
         return {"ropes": (short,) * layers, "long_ropes": (long,) * layers, "short_context": original}
 
-    def rope(self, head_dim: int) -> Rope:
-        """Rope of every layer that has no other."""
+    def rope(self, head_dim: int, truncate: bool = True) -> Rope:
+        """Rope of every layer that has no other. truncate: of YaRN, as `yarn_rope`."""
         (theta, dim), kind = self._turns(head_dim), self.get("rope.scaling.type", "none")
         if kind not in ("none", "linear", "yarn"):
             raise UnsupportedError(f"GGUF rope.scaling.type {kind!r} is not supported (supported: none, linear, yarn)")
         if kind == "yarn":
-            return self._yarn(theta, dim)
+            return self._yarn(theta, dim, truncate)
         factor = float(self.get("rope.scaling.factor")) if kind == "linear" else 1.0
         divisors = self.rope_divisors.get("rope_freqs.weight")
         if divisors is not None:
@@ -289,7 +345,7 @@ class GGUFConfig:
     def _turns(self, head_dim: int) -> tuple[float, int]:
         return float(self.get("rope.freq_base", 10000.0)), self.integer("rope.dimension_count", head_dim)
 
-    def _yarn(self, theta: float, dim: int) -> Rope:
+    def _yarn(self, theta: float, dim: int, truncate: bool) -> Rope:
         for key in ("yarn_ext_factor", "yarn_attn_factor", "yarn_log_multiplier"):
             if self.get(f"rope.scaling.{key}", 1.0) != 1.0:
                 raise UnsupportedError(f"GGUF rope.scaling.{key} is not supported")
@@ -298,12 +354,13 @@ class GGUFConfig:
         fast, slow = (
             float(self.get(f"rope.scaling.yarn_beta_{name}", end)) for name, end in (("fast", 32.0), ("slow", 1.0))
         )
-        return yarn_rope(theta, dim, factor, original, scale, fast, slow)
+        return yarn_rope(theta, dim, factor, original, scale, fast, slow, truncate)
 
 
 def gguf_config(meta: GGUFConfig, **variant: Any) -> DenseConfig:
     """From GGUF metadata; `variant` sets what the family does differently."""
-    hidden, heads, layers = (meta.integer(k) for k in ("embedding_length", "attention.head_count", "block_count"))
+    hidden, heads = (meta.integer(key) for key in ("embedding_length", "attention.head_count"))
+    layers = variant.get("num_layers") or meta.integer("block_count")
     head_dim = meta.integer("attention.key_length", hidden // heads)
     fields: dict[str, Any] = {
         "vocab_size": meta.vocab_size,

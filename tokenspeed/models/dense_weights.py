@@ -1,49 +1,25 @@
-"""The weight table of a dense decoder: every weight, its shape, and its names in both formats."""
+"""The weight table of a decoder: every weight, its shape, and its names in both formats."""
 
 from __future__ import annotations
 
 from tokenspeed.models.dense import DenseConfig
-from tokenspeed.weights.spec import Kind, Source, Transform, WeightSpec, WeightTable
-
-
-class _Table:
-    """Builds the weight table: a name of ours, the shape, and the names in both formats."""
-
-    def __init__(self, cfg: DenseConfig) -> None:
-        self.cfg = cfg
-        self.table = WeightTable(ignored=("rope_freqs.weight", "rope_factors_*.weight", "*.rotary_emb.inv_freq"))
-
-    def vector(self, name: str, hf: list[Source], gguf: list[Source]) -> None:
-        size = sum(source.rows for source in hf)
-        self.table.add(WeightSpec(name, (size,), "vector", tuple(hf), tuple(gguf)))
-
-    def norm(self, name: str, size: int, hf: str, gguf: str, factor: float = 1.0) -> None:
-        plus_one: Transform = "add_one" if self.cfg.norm_plus_one else "none"
-        source = Source(f"{hf}.weight", size, plus_one, factor=factor)
-        self.vector(name, [source], [Source(f"{gguf}.weight", size, factor=factor)])
-
-    def matrix(self, name: str, cols: int, hf: list[Source], gguf: list[Source], kind: Kind = "linear") -> None:
-        rows = sum(source.rows for source in hf)
-        self.table.add(WeightSpec(name, (rows, cols), kind, tuple(hf), tuple(gguf)))
-
-    def plain(
-        self, name: str, rows: int, cols: int, hf: str, gguf: str, kind: Kind = "linear", bias: bool = False
-    ) -> None:
-        self.matrix(name, cols, [Source(f"{hf}.weight", rows)], [Source(f"{gguf}.weight", rows)], kind)
-        if bias:
-            self.vector(f"{name}_bias", [Source(f"{hf}.bias", rows)], [Source(f"{gguf}.bias", rows)])
+from tokenspeed.models.moe_weights import moe_weights
+from tokenspeed.models.table import Table
+from tokenspeed.weights.spec import Source, WeightTable
 
 
 def dense_weights(cfg: DenseConfig) -> WeightTable:
-    """Every weight of a dense decoder, with its names in both formats.
+    """Every weight of a decoder, with its names in both formats.
 
     A divisor of the logits goes into the final norm, whose weights are float32.
     """
-    t = _Table(cfg)
+    t = Table(cfg)
     t.plain("embed", cfg.vocab_size, cfg.hidden_size, "model.embed_tokens", "token_embd", "embedding")
     for i in range(cfg.num_layers):
         _attention_weights(t, f"layers.{i}.", f"model.layers.{i}.", f"blk.{i}.")
-        _mlp_weights(t, f"layers.{i}.", f"model.layers.{i}.", f"blk.{i}.")
+        _mlp_weights(t, i, f"layers.{i}.", f"model.layers.{i}.", f"blk.{i}.")
+    for i in range(cfg.num_layers, cfg.num_layers + cfg.later_layers):
+        t.table.ignored += (f"model.layers.{i}.*", f"blk.{i}.*")
     t.norm("final_norm", cfg.hidden_size, "model.norm", "output_norm", factor=1.0 / cfg.logits_divisor)
     if cfg.tied:
         t.table.ignored += ("lm_head.weight",)
@@ -52,7 +28,7 @@ def dense_weights(cfg: DenseConfig) -> WeightTable:
     return t.table
 
 
-def _attention_weights(t: _Table, ours: str, hf: str, gguf: str) -> None:
+def _attention_weights(t: Table, ours: str, hf: str, gguf: str) -> None:
     cfg = t.cfg
     if cfg.norms.attn:
         t.norm(ours + "attn_norm", cfg.hidden_size, hf + cfg.norms.attn, gguf + "attn_norm")
@@ -63,6 +39,12 @@ def _attention_weights(t: _Table, ours: str, hf: str, gguf: str) -> None:
         for p, size in (("q", cfg.q_size), ("k", cfg.kv_size)):
             width = cfg.head_dim if cfg.qk_norm else size
             t.norm(f"{ours}{p}_norm", width, f"{hf}self_attn.{p}_norm", f"{gguf}attn_{p}_norm")
+    if cfg.sinks:
+        t.vector(
+            ours + "sinks",
+            [Source(hf + "self_attn.sinks", cfg.num_heads)],
+            [Source(gguf + "attn_sinks.weight", cfg.num_heads)],
+        )
     t.plain(ours + "o", cfg.hidden_size, cfg.q_size, hf + "self_attn.o_proj", gguf + "attn_output", bias=cfg.o_bias)
     if cfg.norms.attn_post:
         t.norm(ours + "attn_post_norm", cfg.hidden_size, hf + cfg.norms.attn_post, gguf + "post_attention_norm")
@@ -87,16 +69,24 @@ def _qkv_sources(cfg: DenseConfig, hf: str, gguf: str, suffix: str) -> tuple[lis
     )
 
 
-def _mlp_weights(t: _Table, ours: str, hf: str, gguf: str) -> None:
+def _mlp_weights(t: Table, layer: int, ours: str, hf: str, gguf: str) -> None:
     cfg = t.cfg
     if cfg.norms.mlp:
-        t.norm(ours + "mlp_norm", cfg.hidden_size, hf + cfg.norms.mlp, gguf + "ffn_norm")
+        t.norm(ours + "mlp_norm", cfg.hidden_size, hf + cfg.norms.mlp, gguf + cfg.gguf_mlp_norm)
+    if cfg.moe is not None and cfg.sparse[layer]:
+        moe_weights(t, cfg.moe, ours, hf, gguf)
+    else:
+        _gated_mlp_weights(t, ours, hf, gguf)
+    if cfg.norms.mlp_post:
+        t.norm(ours + "mlp_post_norm", cfg.hidden_size, hf + cfg.norms.mlp_post, gguf + "post_ffw_norm")
+
+
+def _gated_mlp_weights(t: Table, ours: str, hf: str, gguf: str) -> None:
+    cfg = t.cfg
     t.matrix(ours + "gate_up", cfg.hidden_size, *_gate_up_sources(cfg, hf, gguf, "weight"))
     if cfg.mlp_bias:
         t.vector(ours + "gate_up_bias", *_gate_up_sources(cfg, hf, gguf, "bias"))
     t.plain(ours + "down", cfg.hidden_size, cfg.ff_size, hf + "mlp.down_proj", gguf + "ffn_down", bias=cfg.mlp_bias)
-    if cfg.norms.mlp_post:
-        t.norm(ours + "mlp_post_norm", cfg.hidden_size, hf + cfg.norms.mlp_post, gguf + "post_ffw_norm")
 
 
 def _gate_up_sources(cfg: DenseConfig, hf: str, gguf: str, suffix: str) -> tuple[list[Source], list[Source]]:

@@ -7,8 +7,16 @@ from typing import Any
 
 from tokenspeed.layers.attention import attention_block
 from tokenspeed.layers.decoder import decoder
-from tokenspeed.layers.mlp import gated_mlp
-from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig, gguf_config, hf_biases, hf_config
+from tokenspeed.layers.moe import feed_forward
+from tokenspeed.models.dense import (
+    MIXTRAL_EXPERTS,
+    DenseConfig,
+    Family,
+    GGUFConfig,
+    gguf_config,
+    hf_biases,
+    hf_config,
+)
 from tokenspeed.program.recorder import Recorder, Scope, Value
 
 
@@ -18,17 +26,22 @@ def from_hf(config: Mapping[str, Any]) -> DenseConfig:
 
 
 def from_gguf(meta: GGUFConfig) -> DenseConfig:
-    """From GGUF metadata; its converter interleaves the rows of each Q and K head."""
-    return gguf_config(meta, gguf_permuted=True, **meta.biases())
+    """From GGUF metadata; its converter interleaves the rows of each Q and K head. Mixtral's files have experts."""
+    experts: dict[str, Any] = {}
+    if meta.integer("expert_count", 0):
+        sparse = meta.sparse(meta.integer("block_count"))
+        experts = {"moe": meta.experts("softmax"), "sparse": sparse, "expert_names": MIXTRAL_EXPERTS}
+    return gguf_config(meta, gguf_permuted=True, **experts, **meta.biases())
 
 
 def wire(g: Recorder, cfg: DenseConfig) -> Value:
-    """Pre-norm attention and MLP on a plain residual. Also the wiring of families that only add optional weights."""
+    """Pre-norm attention and MLP, or experts, on a plain residual. Also the wiring of families that only add optional
+    weights."""
 
     def layer(x: Value, w: Scope, i: int) -> Value:
         attention = attention_block(g, g.norm(x, w.attn_norm, eps=cfg.norm_eps), w, i, cfg.attention(i))
         x = g.add(x, attention)
-        return g.add(x, gated_mlp(g, g.norm(x, w.mlp_norm, eps=cfg.norm_eps), w, cfg.act))
+        return g.add(x, feed_forward(g, g.norm(x, w.mlp_norm, eps=cfg.norm_eps), w, cfg.act, cfg.moe))
 
     return decoder(g, layer, num_layers=cfg.num_layers, eps=cfg.norm_eps, embed_scale=cfg.embed_scale)
 

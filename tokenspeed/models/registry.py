@@ -14,7 +14,24 @@ import numpy as np
 from tokenspeed.contracts.errors import FormatError, UnsupportedError
 from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.formats.gguf import GGUFFile
-from tokenspeed.models import gemma2, gemma3, glm4, granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3
+from tokenspeed.models import (
+    gemma2,
+    gemma3,
+    glm4,
+    glm4_moe,
+    gpt_oss,
+    granite,
+    llama,
+    minimax_m2,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig
 from tokenspeed.models.dense_weights import dense_weights
 from tokenspeed.program.program import Program
@@ -22,7 +39,25 @@ from tokenspeed.program.recorder import record
 from tokenspeed.weights.spec import WeightTable
 
 FAMILIES: tuple[Family, ...] = tuple(
-    module.FAMILY for module in (gemma2, gemma3, glm4, granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3)
+    module.FAMILY
+    for module in (
+        gemma2,
+        gemma3,
+        glm4,
+        glm4_moe,
+        gpt_oss,
+        granite,
+        llama,
+        minimax_m2,
+        mistral,
+        mixtral,
+        olmo2,
+        phi3,
+        qwen2,
+        qwen3,
+        qwen3_moe,
+        smollm3,
+    )
 )
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 """Of GGUF files: divisors of angles."""

@@ -176,6 +176,7 @@ def _attention_cost(op: Operands, work: Workload) -> Cost:
     read = min(work.context, window + per_sequence - 1)
     seen = min(work.context - (per_sequence - 1) / 2, window)
     return Cost(
+        weight_bytes=sum(work.weight_bytes[name] for name in op.weights),
         kv_bytes=work.batch * read * 2 * attrs["kv_heads"] * attrs["head_dim"] * work.kv_bytes,
         act_bytes=2 * work.size(op.inputs[0]) * work.act_bytes,
         flops=4 * work.tokens * seen * attrs["heads"] * attrs["head_dim"],
@@ -196,6 +197,38 @@ def _select_cost(op: Operands, work: Workload) -> Cost:
     return Cost(act_bytes=2 * work.size(op.outputs[0]) * work.act_bytes)
 
 
+def _route_infer(inputs: tuple[Shape, ...], weights: tuple[tuple[int, ...], ...], attrs: Attrs) -> tuple[Shape, ...]:
+    experts, groups = int(inputs[0][-1]), attrs["groups"]
+    if not 0 < attrs["k"] <= experts or experts % groups or not 0 < attrs["kept_groups"] <= groups:
+        raise ValueError(f"route: {attrs} do not fit {experts} experts")
+    chosen = (*inputs[0][:-1], attrs["k"])
+    return chosen, chosen
+
+
+def _experts_infer(inputs: tuple[Shape, ...], weights: tuple[tuple[int, ...], ...], attrs: Attrs) -> tuple[Shape, ...]:
+    (experts, rows, cols), down = weights[:2]
+    if inputs[0][-1] != cols or down != (experts, cols, rows // 2) or inputs[1] != inputs[2]:
+        raise ValueError(f"experts: weights {weights} do not fit inputs {inputs}")
+    return (inputs[0],)
+
+
+def distinct_experts(experts: int, k: int, tokens: int) -> float:
+    """How many of `experts` are expected to be chosen by at least one of `tokens`, if each chooses k of them uniformly
+    and on its own: E (1 - (1 - k / E)^T)."""
+    return experts * (1 - (1 - k / experts) ** tokens)
+
+
+def _experts_cost(op: Operands, work: Workload) -> Cost:
+    experts, rows, cols = op.weight_shapes[0]
+    k = int(op.inputs[1][-1])
+    read = distinct_experts(experts, k, work.tokens) / experts
+    return Cost(
+        weight_bytes=read * sum(work.weight_bytes[name] for name in op.weights),
+        act_bytes=(work.size(op.inputs[0]) + work.size(op.outputs[0])) * work.act_bytes,
+        flops=2 * work.tokens * k * (rows + rows // 2) * cols,
+    )
+
+
 OPS: dict[str, OpDef] = {
     op.name: op
     for op in (
@@ -209,6 +242,8 @@ OPS: dict[str, OpDef] = {
         OpDef("add", _same, _elementwise),
         OpDef("act_mul", _act_mul_infer, _elementwise),
         OpDef("softcap", _same, _elementwise),
+        OpDef("route", _route_infer, _elementwise),
+        OpDef("experts", _experts_infer, _experts_cost),
         OpDef("select", _select_infer, _select_cost),
     )
 }
@@ -218,6 +253,11 @@ linear: x W^T (+ bias, a second weight).
 split: views of consecutive columns.
 rope: rotates query and key heads by position.
 kv_write: puts keys and values into the pages of `layer`; gives an order token, without elements of its own.
-attention: causal, paged, grouped queries, optional window, optional soft cap of scores.
+attention: causal, paged, grouped queries, optional window, optional soft cap of scores; a weight, where there is one,
+is the sinks: for each query head a score that takes part in the softmax and has no value.
 add: a + b. act_mul: act(left half) * right half. softcap: cap * tanh(x / cap).
+route: scores of all experts (and a weight, a bias that takes part in choosing alone) to the ids [T, k] int32 and the
+weights [T, k] float32 of the chosen ones.
+experts: of the experts chosen for each row, the gated MLPs down(act(gate x, up x)), weighted and added up. Weights are
+gate_up [E, 2 F, H], gates first, and down [E, H, F], then their biases [E, 2 F] and [E, H] where there are any.
 select: the rows whose logits are wanted."""

@@ -112,18 +112,21 @@ def kv_write(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[t
 
 def attention(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
     """softmax(q k^T * scale) v per sequence over its pages; query at position p sees p - window + 1 .. p. With a
-    softcap c, scores x are c * tanh(x / c) (arXiv:2408.00118)."""
+    softcap c, scores x are c * tanh(x / c) (arXiv:2408.00118); sinks join the softmax (arXiv:2309.17453)."""
     query, layer = inputs
     group, _ = view.places[attrs["layer"]]
     out = torch.empty_like(query)
     for i, context in enumerate(view.context):
         start, end = view.query_start[i], view.query_start[i + 1]
         q = query[start:end].reshape(end - start, attrs["heads"], attrs["head_dim"])
-        out[start:end] = _attend(q, layer, view.block_tables[i][group], context, attrs).reshape(end - start, -1)
+        attended = _attend(q, layer, view.block_tables[i][group], context, attrs, weights[0] if weights else None)
+        out[start:end] = attended.reshape(end - start, -1)
     return (out,)
 
 
-def _attend(q: torch.Tensor, layer: torch.Tensor, table: torch.Tensor, context: int, attrs: Attrs) -> torch.Tensor:
+def _attend(
+    q: torch.Tensor, layer: torch.Tensor, table: torch.Tensor, context: int, attrs: Attrs, sinks: torch.Tensor | None
+) -> torch.Tensor:
     page_size, window = layer.shape[2], attrs["window"]
     first_query = context - q.shape[0]
     first_page = max(0, first_query - window + 1) // page_size if window else 0
@@ -135,24 +138,34 @@ def _attend(q: torch.Tensor, layer: torch.Tensor, table: torch.Tensor, context: 
         at = torch.arange(first_query, context, device=q.device)[:, None]
         seen = torch.arange(first_page * page_size, context, device=q.device)
         mask = (seen <= at) & (seen > at - window) if window else seen <= at
-    if attrs["softcap"]:
-        return _attend_capped(q, keys, values, mask, attrs)
+    if attrs["softcap"] or sinks is not None:
+        return _attend_by_hand(q, keys, values, mask, attrs, sinks)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None], keys[None], values[None], mask, scale=attrs["scale"], enable_gqa=True
     )
     return out[0].transpose(0, 1)
 
 
-def _attend_capped(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, attrs: Attrs
+def _attend_by_hand(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    attrs: Attrs,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """q [tokens, heads, dim], keys and values [kv_heads, context, dim], mask [tokens, context]; in float32."""
+    """q [tokens, heads, dim], keys and values [kv_heads, context, dim], mask [tokens, context], sinks [heads]; in
+    float32."""
     grouped = q.transpose(0, 1).unflatten(0, (attrs["kv_heads"], -1)).float()
     scores = grouped @ keys.float().transpose(1, 2)[:, None] * attrs["scale"]
-    scores = attrs["softcap"] * torch.tanh(scores / attrs["softcap"])
+    if attrs["softcap"]:
+        scores = attrs["softcap"] * torch.tanh(scores / attrs["softcap"])
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    out = scores.softmax(-1) @ values.float()[:, None]
+    if sinks is not None:
+        column = sinks.float().view(attrs["kv_heads"], -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, column), -1)
+    out = scores.softmax(-1)[..., : keys.shape[1]] @ values.float()[:, None]
     return out.flatten(0, 1).transpose(0, 1).to(q.dtype)
 
 
@@ -161,14 +174,71 @@ def add(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.
 
 
 def act_mul(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
-    gate, up = inputs[0].chunk(2, dim=-1)
-    gate = F.silu(gate) if attrs["act"] == "silu" else F.gelu(gate, approximate="tanh")
-    return (gate * up,)
+    return (gated(inputs[0], attrs),)
 
 
 def softcap(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
     """cap * tanh(x / cap), in float32."""
     return ((attrs["cap"] * torch.tanh(inputs[0].float() / attrs["cap"])).to(inputs[0].dtype),)
+
+
+def route(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
+    """The k best experts of each row and their weights, in float32; of equal ones those of lower ids.
+
+    score "softmax": probabilities among all experts; "sigmoid": each expert's own (arXiv:2412.19437); "logits":
+    softmax among the chosen ones alone. A bias is added for choosing alone. Of more than one group of neighbours the
+    `kept_groups` best take part; a group's score is that of its best expert, of sigmoids the sum of its two best.
+    """
+    scores = _scores(inputs[0].float(), attrs["score"])
+    choice = scores + weights[0].float() if weights else scores
+    if attrs["groups"] > 1:
+        choice = _in_best_groups(choice, attrs)
+    ids = choice.sort(dim=-1, descending=True, stable=True).indices[..., : attrs["k"]]
+    chosen = scores.gather(-1, ids)
+    if attrs["score"] == "logits":
+        chosen = chosen.softmax(-1)
+    elif attrs["renormalize"]:
+        chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
+    return ids.int(), chosen * attrs["scale"]
+
+
+def _scores(logits: torch.Tensor, score: str) -> torch.Tensor:
+    if score == "softmax":
+        return logits.softmax(-1)
+    return logits.sigmoid() if score == "sigmoid" else logits
+
+
+def _in_best_groups(choice: torch.Tensor, attrs: Attrs) -> torch.Tensor:
+    groups = choice.unflatten(-1, (attrs["groups"], -1))
+    summed = min(2 if attrs["score"] == "sigmoid" else 1, groups.shape[-1])
+    scores = groups.topk(summed, dim=-1).values.sum(-1)
+    kept = scores.sort(dim=-1, descending=True, stable=True).indices[..., : attrs["kept_groups"]]
+    left_out = torch.ones_like(scores, dtype=torch.bool).scatter(-1, kept, False)
+    return groups.masked_fill(left_out[..., None], -torch.inf).flatten(-2)
+
+
+def experts(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
+    """Expert by expert over the rows that chose it; rows are added up in float32."""
+    x, ids, shares = inputs
+    gate_up, down, *biases = weights
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in ids.unique().tolist():
+        rows, places = (ids == expert).nonzero(as_tuple=True)
+        first, second = (bias[expert].to(x.dtype) for bias in biases) if biases else (None, None)
+        hidden = gated(F.linear(x[rows], gate_up[expert], first), attrs)
+        y = F.linear(hidden, down[expert], second).float()
+        out.index_add_(0, rows, y * shares[rows, places, None])
+    return (out.to(x.dtype),)
+
+
+def gated(gate_up: torch.Tensor, attrs: Attrs) -> torch.Tensor:
+    """act(left half) * right half. swiglu_clamped: gate * sigmoid(alpha * gate) * (up + 1), with the gate cut at
+    `limit` and up at both ends (gpt-oss's model card)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if attrs["act"] == "swiglu_clamped":
+        gate, up = gate.clamp(max=attrs["limit"]), up.clamp(-attrs["limit"], attrs["limit"])
+        return gate * torch.sigmoid(attrs["alpha"] * gate) * (up + 1)
+    return (F.silu(gate) if attrs["act"] == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
 def select(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
@@ -177,5 +247,6 @@ def select(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[tor
 
 Reference = Callable[[StepView, Sequence[torch.Tensor], Sequence[torch.Tensor], Attrs], Tensors]
 REFERENCE: dict[str, Reference] = {
-    fn.__name__: fn for fn in (embed, norm, linear, split, rope, kv_write, attention, add, act_mul, softcap, select)
+    fn.__name__: fn
+    for fn in (embed, norm, linear, split, rope, kv_write, attention, add, act_mul, softcap, route, experts, select)
 }

@@ -110,13 +110,15 @@ class Recorder:
         scale: float,
         window: int,
         softcap: float = 0.0,
+        sinks: str | None = None,
     ) -> Value:
         """Write k and v into the pages of `layer`, then attend causally over them; window 0 means all. softcap: scores
-        x become softcap * tanh(x / softcap); 0 leaves them."""
+        x become softcap * tanh(x / softcap); 0 leaves them. sinks: a weight [heads], scores without a value."""
         heads, kv_heads = int(q.shape[-1]) // head_dim, int(k.shape[-1]) // head_dim
         written = self._one("kv_write", [k, v], [], layer=layer, kv_heads=kv_heads, head_dim=head_dim)
         attrs = {"layer": layer, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-        return self._one("attention", [q, written], [], **attrs, scale=scale, window=window, softcap=softcap)
+        weights = [] if sinks is None else [sinks]
+        return self._one("attention", [q, written], weights, **attrs, scale=scale, window=window, softcap=softcap)
 
     def add(self, a: Value, b: Value) -> Value:
         """a + b."""
@@ -125,6 +127,42 @@ class Recorder:
     def act_mul(self, x: Value, act: str) -> Value:
         """act(left half) * right half; act is "silu" or "gelu_tanh"."""
         return self._one("act_mul", [x], [], act=act)
+
+    def route(
+        self,
+        logits: Value,
+        bias: str | None = None,
+        *,
+        k: int,
+        score: str,
+        renormalize: bool = False,
+        groups: int = 1,
+        kept_groups: int = 1,
+        scale: float = 1.0,
+    ) -> tuple[Value, Value]:
+        """Ids and weights of the k experts of each row. score: "softmax", "sigmoid" or "logits" (softmax among the
+        chosen); bias: a weight [experts] added for choosing alone; renormalize: weights are made to add up to 1, before
+        `scale`."""
+        attrs = {"k": k, "score": score, "renormalize": renormalize, "groups": groups, "kept_groups": kept_groups}
+        ids, weights = self._record("route", [logits], [] if bias is None else [bias], **attrs, scale=scale)
+        return ids, weights
+
+    def experts(
+        self,
+        x: Value,
+        chosen: tuple[Value, Value],
+        gate_up: str,
+        down: str,
+        biases: tuple[str, str] | None = None,
+        *,
+        act: str,
+        alpha: float = 0.0,
+        limit: float = 0.0,
+    ) -> Value:
+        """The chosen experts' gated MLPs, weighted and added up. chosen: of `route`; biases: of gate_up and of down;
+        act: as `act_mul`, or "swiglu_clamped" with its alpha and limit."""
+        weights = [gate_up, down, *(biases or ())]
+        return self._one("experts", [x, *chosen], weights, act=act, alpha=alpha, limit=limit)
 
     def softcap(self, x: Value, cap: float) -> Value:
         """cap * tanh(x / cap)."""

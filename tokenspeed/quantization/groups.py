@@ -15,12 +15,13 @@ PLAIN = ("F32", "F16", "BF16")
 
 
 def quantized_format(mode: str, name: str, kind: str, cols: int, fmt: str) -> str:
-    """The format of a matrix of `cols` columns that comes as `fmt`; unchanged where its columns are no whole groups.
+    """The format of a matrix of `cols` columns that comes as `fmt`; unchanged where its columns are no whole groups,
+    and of routers: their error would change which experts are taken.
 
     name, kind: of its WeightSpec. Raises ConfigError for a matrix that is quantised already.
     """
     if fmt not in PLAIN:
         raise ConfigError(f"--quantization {mode}: weight {name} is quantised already ({fmt}); leave the flag out")
-    if cols % GROUP:
+    if cols % GROUP or kind == "router":
         return fmt
     return ENDS if kind == "embedding" or name == "lm_head" else MODES[mode]

@@ -103,7 +103,7 @@ class CpuBackend:
         self._screened = _screened_head(model) if lm_head == "screened" else None
         planes = {self._screened} if self._screened else set()
         handles = pack_weights(self._native, model.packed, planes, copy, _walk.LAYOUT_VERSION, progress)
-        self._matrices, self._vectors = handles.matrices, handles.vectors
+        self._matrices, self._vectors, self._experts = handles.matrices, handles.vectors, handles.experts
         self._picks = self._rows_of_logits = 0
         self._plan = self._make_plan()
         self._values = self._add_values()
@@ -220,6 +220,10 @@ class CpuBackend:
             op = self._rope_write(record)
         elif record.op == "attention":
             op = self._attention(record)
+        elif record.op == "route":
+            op = self._route(record)
+        elif record.op == "experts":
+            op = self._chosen_experts(record)
         else:
             op = self._walk.Op({"act_mul": kinds.ActMul}.get(record.op) or getattr(kinds, record.op.capitalize()))
             op.x, op.out = self._values.get(record.inputs[0], -1), self._values[record.outputs[0]]
@@ -287,6 +291,29 @@ class CpuBackend:
         op.x, op.out = self._values[record.inputs[0]], self._values[record.outputs[0]]
         for name in ("layer", "heads", "kv_heads", "head_dim", "window", "scale", "softcap"):
             setattr(op, name, record.attrs[name])
+        if record.weights:
+            op.sinks = self._vectors[record.weights[0]]
+        return op
+
+    def _route(self, record: Record) -> Any:
+        op = self._walk.Op(self._walk.Kind.Route)
+        op.x, (op.ids, op.shares) = self._values[record.inputs[0]], (self._values[v] for v in record.outputs)
+        if record.weights:
+            op.norm = self._vectors[record.weights[0]]
+        op.score = ("softmax", "sigmoid", "logits").index(record.attrs["score"])
+        for name in ("k", "renormalize", "groups", "kept_groups", "scale"):
+            setattr(op, name, record.attrs[name])
+        return op
+
+    def _chosen_experts(self, record: Record) -> Any:
+        op = self._walk.Op(self._walk.Kind.Experts)
+        op.x, op.ids, op.shares = (self._values[v] for v in record.inputs)
+        op.out, op.k = self._values[record.outputs[0]], int(self._model.program.shapes[record.inputs[1]][-1])
+        gate_up, down, *biases = record.weights
+        op.experts = self._native.add_experts(self._experts[gate_up], self._experts[down])
+        if biases:
+            op.bias, op.down_bias = (self._vectors[name] for name in biases)
+        op.act, op.alpha, op.limit = _act(record), record.attrs["alpha"], record.attrs["limit"]
         return op
 
     def _rope(self, rope: Rope) -> int:
@@ -304,7 +331,7 @@ def _screened_head(model: LoadedModel) -> str | None:
 
 
 def _act(record: Record) -> int:
-    return ("silu", "gelu_tanh").index(record.attrs["act"])
+    return ("silu", "gelu_tanh", "swiglu_clamped").index(record.attrs["act"])
 
 
 def _step(fed: Sequence[FedRow]) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
@@ -22,17 +22,22 @@ TILE_ROWS = 16
 
 @dataclass(frozen=True)
 class Handles:
-    """What the walk calls each weight."""
+    """What the walk calls each weight. experts: a matrix for each of a weight's experts."""
 
     matrices: dict[str, int]
     vectors: dict[str, int]
+    experts: dict[str, list[int]]
 
 
 @dataclass(frozen=True)
 class _Segment:
+    """Rows [first, last) of a weight's segment, which are one segment of a matrix of the walk."""
+
     matrix: int
     index: int
     rows: PackedTensor
+    first: int
+    last: int
 
 
 def pack_weights(
@@ -66,25 +71,43 @@ def pack_weights(
 
 
 def _reserve(native: Any, weights: Mapping[str, Weight], planes: AbstractSet[str]) -> tuple[Handles, list[_Segment]]:
-    handles, segments = Handles({}, {}), []
+    handles, segments = Handles({}, {}, {}), []
     for name, weight in weights.items():
         if weight.spec.kind == "vector":
-            handles.vectors[name] = native.add_vector(weight.unpacked(torch.float32).numpy())
+            handles.vectors[name] = native.add_vector(weight.unpacked(torch.float32).flatten().numpy())
             continue
-        matrix = handles.matrices[name] = native.add_matrix(weight.shape[1])
-        for rows in weight.segments:
-            index = native.reserve_segment(matrix, PLANES if name in planes else FORMATS.index(rows.fmt), rows.rows)
-            segments.append(_Segment(matrix, index, rows))
+        count = weight.shape[0] if weight.spec.kind == "experts" else 1
+        matrices = [native.add_matrix(weight.spec.cols) for _ in range(count)]
+        if weight.spec.kind == "experts":
+            handles.experts[name] = matrices
+        else:
+            handles.matrices[name] = matrices[0]
+        for number, rows, first, last in _cut(weight, weight.spec.rows // count):
+            fmt = PLANES if name in planes else FORMATS.index(rows.fmt)
+            index = native.reserve_segment(matrices[number], fmt, last - first)
+            segments.append(_Segment(matrices[number], index, rows, first, last))
     return handles, segments
+
+
+def _cut(weight: Weight, size: int) -> Iterator[tuple[int, PackedTensor, int, int]]:
+    """The segments cut where matrices of `size` rows end: number of the matrix, segment, its rows [first, last)."""
+    done = 0
+    for rows in weight.segments:
+        first = 0
+        while first < rows.rows:
+            last = min(rows.rows, first + size - done % size)
+            yield done // size, rows, first, last
+            done += last - first
+            first = last
 
 
 def _pack_all(native: Any, segments: list[_Segment], report: _Report) -> None:
     for segment in segments:
         rows = segment.rows
         step = max(TILE_ROWS, CHUNK_BYTES * rows.rows // rows.nbytes // TILE_ROWS * TILE_ROWS)
-        for first in range(0, rows.rows, step):
-            last = min(first + step, rows.rows)
-            native.pack_rows(segment.matrix, segment.index, first, rows.rows_at(first, last).numpy())
+        for first in range(segment.first, segment.last, step):
+            last = min(first + step, segment.last)
+            native.pack_rows(segment.matrix, segment.index, first - segment.first, rows.rows_at(first, last).numpy())
             rows.drop_pages(first, last)
             report.add((last - first) * rows.nbytes // rows.rows)
     report.finish()

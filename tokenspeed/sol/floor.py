@@ -45,22 +45,19 @@ def stored_bytes(table: WeightTable, checkpoint: Checkpoint | None, quantization
 
 
 def _weight_bytes(spec: WeightSpec, checkpoint: Checkpoint | None, quantization: str) -> float:
-    elements = 1
-    for dim in spec.shape:
-        elements *= dim
-    if quantization == "fp8" and spec.kind == "linear" and spec.name != "lm_head":
-        return elements + SCALE_BYTES * spec.shape[0]
+    if quantization == "fp8" and spec.kind in ("linear", "experts") and spec.name != "lm_head":
+        return spec.rows * (spec.cols + SCALE_BYTES)
     if checkpoint is None:
         stored = "F32" if spec.kind == "vector" else "BF16"
-        return _rows_bytes(spec, spec.shape[0], stored, quantization)
-    sources = spec.gguf if checkpoint.format == "gguf" else spec.hf
+        return _rows_bytes(spec, spec.rows, stored, quantization)
+    sources = spec.sources(checkpoint)
     missing = [source.name for source in sources if source.name not in checkpoint.tensors]
     if missing:
         raise WeightError(f"{checkpoint.path}: the checkpoint lacks {', '.join(missing)}")
-    found = [(source.rows, checkpoint.tensors[source.name]) for source in sources]
+    found = [(source, checkpoint.tensors[source.name]) for source in sources]
     if spec.kind == "vector" or quantization not in MODES:
-        return sum(info.nbytes for _, info in found)
-    return sum(_rows_bytes(spec, rows, info.dtype, quantization) for rows, info in found)
+        return sum(spec.source_bytes(source, info) for source, info in found)
+    return sum(_rows_bytes(spec, source.rows, info.dtype, quantization) for source, info in found)
 
 
 def _rows_bytes(spec: WeightSpec, rows: int, fmt: str, quantization: str) -> int:
@@ -68,8 +65,8 @@ def _rows_bytes(spec: WeightSpec, rows: int, fmt: str, quantization: str) -> int
     if spec.kind == "vector":
         return row_bytes(fmt, rows)
     if quantization in MODES:
-        fmt = quantized_format(quantization, spec.name, spec.kind, spec.shape[1], fmt)
-    return rows * row_bytes(fmt, spec.shape[1])
+        fmt = quantized_format(quantization, spec.name, spec.kind, spec.cols, fmt)
+    return rows * row_bytes(fmt, spec.cols)
 
 
 def kv_element_bytes(dtype: str, head_dim: int) -> float:
@@ -113,7 +110,7 @@ def record_floor(program: Program, record: Record, work: Workload, ceilings: Cei
 
 
 def _rate(record: Record, ceilings: Ceilings, fp8: bool) -> float:
-    quantized = fp8 and record.op == "linear" and not {"lm_head", "embed"} & set(record.weights)
+    quantized = fp8 and record.op in ("linear", "experts") and not {"lm_head", "embed"} & set(record.weights)
     return (ceilings.fp8_tflops or ceilings.bf16_tflops) if quantized else ceilings.bf16_tflops
 
 

@@ -54,7 +54,7 @@ def dummy_weights(
 
 
 def _random_matrix(spec: WeightSpec, fmt: str, generator: torch.Generator) -> Weight:
-    rows, cols = spec.shape
+    rows, cols = spec.rows, spec.cols
     nbytes = row_bytes(fmt, cols)
     if fmt in _PLAIN:
         values = torch.empty(rows, cols, dtype=_PLAIN[fmt], device=generator.device)

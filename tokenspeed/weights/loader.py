@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from math import prod
 
 import torch
 
@@ -24,8 +25,8 @@ _PLAIN_ITEM = {"F32": 4, "F16": 2, "BF16": 2}
 def load_weights(checkpoint: Checkpoint, table: WeightTable, progress: Progress | None = None) -> dict[str, Weight]:
     """Every weight of the table, by its name, in CPU memory.
 
-    Matrices are views of the checkpoint's map (bytes are read when they are first used); vectors are float32 copies.
-    Two weights may name the same tensor.
+    Matrices are views of the checkpoint's map (bytes are read when they are first used), but for transposed ones;
+    vectors are float32 copies. Two weights may name the same tensor.
 
     Raises WeightError naming tensors that are missing, surplus (read by no weight and matching no `ignored` pattern) or
     of another shape, UnsupportedError naming tensors of a type that cannot be unpacked.
@@ -33,22 +34,26 @@ def load_weights(checkpoint: Checkpoint, table: WeightTable, progress: Progress 
     sources = {name: _sources(spec, checkpoint) for name, spec in table.specs.items()}
     _check_names(checkpoint, table, sources)
     _check_tensors(checkpoint, table, sources)
-    total = sum(checkpoint.tensors[source.name].nbytes for parts in sources.values() for source in parts)
+    nbytes = {
+        name: sum(table.specs[name].source_bytes(source, checkpoint.tensors[source.name]) for source in parts)
+        for name, parts in sources.items()
+    }
+    total = sum(nbytes.values())
     weights: dict[str, Weight] = {}
     done = 0
     for name, spec in table.specs.items():
         parts = sources[name]
         load = _load_vector if spec.kind == "vector" else _load_rows
         weights[name] = load(checkpoint, spec, parts)
-        done += sum(checkpoint.tensors[source.name].nbytes for source in parts)
+        done += nbytes[name]
         if progress is not None:
             progress(done, total)
     return weights
 
 
 def _sources(spec: WeightSpec, checkpoint: Checkpoint) -> tuple[Source, ...]:
-    sources = spec.gguf if checkpoint.format == "gguf" else spec.hf
-    if not sources or sum(source.rows for source in sources) != spec.shape[0]:
+    sources = spec.sources(checkpoint)
+    if not sources or sum(source.rows for source in sources) != spec.rows:
         raise ValueError(f"weight {spec.name}: its {checkpoint.format} sources do not add up to shape {spec.shape}")
     if spec.kind != "vector" and any(source.transform == "add_one" or source.factor != 1 for source in sources):
         raise ValueError(f"weight {spec.name}: add_one and factors are for vectors only, it is a {spec.kind}")
@@ -74,10 +79,10 @@ def _check_tensors(checkpoint: Checkpoint, table: WeightTable, sources: dict[str
     for weight, parts in sources.items():
         for source in parts:
             info = checkpoint.tensors[source.name]
-            shape = (source.rows, *table.specs[weight].shape[1:])
+            shape = table.specs[weight].tensor_shape(source)
             if info.shape != shape:
                 wrong[f"{info.name!r} {list(info.shape)} instead of {list(shape)}"] = None
-            if info.dtype not in BLOCKS:
+            if info.dtype not in (_PLAIN_ITEM if source.transposed else BLOCKS):
                 unsupported[f"{info.name!r} of type {info.dtype}"] = None
     if wrong:
         raise WeightError(f"{checkpoint.path}: wrong shape of {_listed(list(wrong), quote=False)}")
@@ -95,17 +100,18 @@ def _listed(items: list[str], quote: bool = True) -> str:
 
 def _load_rows(checkpoint: Checkpoint, spec: WeightSpec, sources: tuple[Source, ...]) -> Weight:
     segments = []
-    _, cols = spec.shape
     for source in sources:
         info = checkpoint.tensors[source.name]
-        data = _map_tensor(checkpoint, info)
-        mapped = checkpoint.data(info.name)
+        width = row_bytes(info.dtype, spec.cols)
+        data = _transposed(checkpoint, info) if source.transposed else _map_tensor(checkpoint, info)
+        part = slice(source.first * width, (source.first + source.rows) * width)
+        data, mapped = data[part], checkpoint.data(info.name)[part]
         segments.append(
             PackedTensor(
-                data.view(source.rows, row_bytes(info.dtype, cols)),
+                data.view(source.rows, width),
                 info.dtype,
                 source.rows,
-                cols,
+                spec.cols,
                 heads=source.heads if source.transform == "unpermute_rope" else 0,
                 turned=source.turned,
                 mapped=mapped if data.data_ptr() == mapped.ctypes.data else None,
@@ -119,13 +125,19 @@ def _load_vector(checkpoint: Checkpoint, spec: WeightSpec, sources: tuple[Source
     for source in sources:
         info = checkpoint.tensors[source.name]
         data = _map_tensor(checkpoint, info).unsqueeze(0)
-        values = unpack(data, info.dtype, source.rows, torch.float32)[0]
+        values = unpack(data, info.dtype, prod(info.shape), torch.float32)[0]
+        values = values[source.first : source.first + source.rows]
         if source.transform == "add_one":
             values += 1
         elif source.transform == "unpermute_rope":
             values = unpermute_rope(values, source.heads, source.turned)
         parts.append(values * source.factor if source.factor != 1 else values)
     return vector_weight(spec, torch.cat(parts) if len(parts) > 1 else parts[0])
+
+
+def _transposed(checkpoint: Checkpoint, info: TensorInfo) -> torch.Tensor:
+    """A copy of the tensor's bytes with rows and columns of each matrix exchanged."""
+    return _map_tensor(checkpoint, info).view(*info.shape, -1).transpose(-3, -2).contiguous().view(-1)
 
 
 def _map_tensor(checkpoint: Checkpoint, info: TensorInfo) -> torch.Tensor:

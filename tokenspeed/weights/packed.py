@@ -74,7 +74,7 @@ class Weight:
 
     def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
         """A fresh tensor of `shape` and `dtype`, on the device of the segments."""
-        count, cols = sum(segment.rows for segment in self.segments), self.shape[-1]
+        count, cols = sum(segment.rows for segment in self.segments), self.spec.cols
         out = torch.empty(count, cols, dtype=dtype, device=self.segments[0].data.device)
         start = 0
         for segment in self.segments:
@@ -100,8 +100,8 @@ def unpermute_rope(rows: torch.Tensor, heads: int, turned: int = 0) -> torch.Ten
 
 
 def vector_weight(spec: WeightSpec, values: torch.Tensor) -> Weight:
-    """A weight of kind vector from float32 values [cols]."""
-    return Weight(spec, [PackedTensor(values.view(torch.uint8).unsqueeze(0), "F32", 1, values.numel())])
+    """A weight of kind vector from its float32 values, contiguous."""
+    return Weight(spec, [PackedTensor(values.view(-1).view(torch.uint8).unsqueeze(0), "F32", 1, values.numel())])
 
 
 def share_bytes(array: npt.NDArray[np.uint8]) -> torch.Tensor:

@@ -24,12 +24,14 @@ TASK_ELEMENTS = 1 << 22
 def quantize_weights(weights: Mapping[str, Weight], mode: str) -> dict[str, Weight]:
     """The same weights with every matrix in the format of `mode` (a key of `quantization.groups.MODES`); vectors stay.
 
-    A matrix whose columns are no multiple of 32 keeps its format, which is said once. Raises ConfigError for a matrix
-    that is quantised already, before any work, and WeightError for one with values that cannot be.
+    Routers keep theirs, and so does a matrix whose columns are no multiple of 32, which is said once. Raises
+    ConfigError for a matrix that is quantised already, before any work, and WeightError for one with values that cannot
+    be.
     """
     formats = {name: _formats(weight, mode) for name, weight in weights.items() if weight.spec.kind != "vector"}
     made = {name: _empty(weight, formats[name]) if name in formats else weight for name, weight in weights.items()}
-    _warn(mode, [weights[name] for name in formats if made[name] is weights[name]])
+    kept = [weights[name] for name in formats if made[name] is weights[name]]
+    _warn(mode, [weight for weight in kept if weight.spec.kind != "router"])
     tasks = [task for name in formats if made[name] is not weights[name] for task in _tasks(weights[name], made[name])]
     for _ in run_tasks(tasks):
         pass
@@ -38,7 +40,7 @@ def quantize_weights(weights: Mapping[str, Weight], mode: str) -> dict[str, Weig
 
 def _formats(weight: Weight, mode: str) -> list[str]:
     spec = weight.spec
-    return [quantized_format(mode, spec.name, spec.kind, spec.shape[1], segment.fmt) for segment in weight.segments]
+    return [quantized_format(mode, spec.name, spec.kind, spec.cols, segment.fmt) for segment in weight.segments]
 
 
 def _empty(weight: Weight, formats: list[str]) -> Weight:
@@ -78,6 +80,6 @@ def _warn(mode: str, kept: list[Weight]) -> None:
             mode,
             len(kept),
             kept[0].spec.name,
-            kept[0].shape[1],
+            kept[0].spec.cols,
             GROUP,
         )

@@ -38,7 +38,7 @@ def _empty(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _tasks(weight: Weight, out: torch.Tensor) -> Iterator[tuple[PackedTensor, torch.Tensor, int, int]]:
-    rows = out.view(-1, weight.shape[-1])
+    rows = out.view(-1, weight.spec.cols)
     start = 0
     for segment in weight.segments:
         target = rows[start : start + segment.rows]

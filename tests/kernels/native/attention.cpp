@@ -1,5 +1,6 @@
 // One key head's attention over pages, whole and in parts.
 #include <cmath>
+#include <limits>
 
 #include "cases.h"
 
@@ -48,7 +49,8 @@ Exact<float> combined(const Parts& parts, const ts::Kernels& kernels, int64_t ro
     std::vector<const float*> pieces;
     for (int p = 0; p < parts.count; ++p) pieces.push_back(parts.out.data() + (p * rows + row) * dim);
     Exact<float> result(static_cast<size_t>(dim), NAN);
-    kernels.combine(pieces.data(), parts.max.data() + row, parts.sum.data() + row, parts.count, rows, static_cast<int>(dim), result.data());
+    const float none = -std::numeric_limits<float>::infinity();
+    kernels.combine(pieces.data(), parts.max.data() + row, parts.sum.data() + row, parts.count, rows, static_cast<int>(dim), none, result.data());
     all.insert(all.end(), result.begin(), result.end());
   }
   return all;

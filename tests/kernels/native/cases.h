@@ -95,6 +95,7 @@ void row_case(const Case& c, const ts::Kernels& kernels, Report& report);
 void attention_case(const Case& c, const ts::Kernels& kernels, Report& report);
 void walk_case(const Case& c, const ts::Kernels& kernels, Report& report);
 void block_case(const Case& c, const ts::Kernels& kernels, Report& report);
+void experts_case(const Case& c, const ts::Kernels& kernels, Report& report);
 void draw_case(const Case& c, const ts::Kernels& kernels, Report& report);
 void gumbel_case(const Case& c, const ts::Kernels& kernels, Report& report);
 void pool_cases(Report& report);

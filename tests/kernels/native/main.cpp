@@ -12,7 +12,7 @@ using native::Report;
 
 const std::map<std::string, void (*)(const Case&, const ts::Kernels&, Report&)> kCases = {
     {"linear", native::linear_case}, {"planes", native::linear_case}, {"attention", native::attention_case}, {"walk", native::walk_case},
-    {"block", native::block_case}, {"draw", native::draw_case}, {"gumbel", native::gumbel_case}};
+    {"block", native::block_case}, {"experts", native::experts_case}, {"draw", native::draw_case}, {"gumbel", native::gumbel_case}};
 
 int finish(const char* name, const Report& report) {
   std::printf("%s: %lld checks, %lld failed;", name, static_cast<long long>(report.checks), static_cast<long long>(report.failures));

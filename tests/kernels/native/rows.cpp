@@ -75,6 +75,9 @@ Exact<float> computed(const Case& c, const ts::Kernels& kernels) {
     kernels.add(x.data(), c.array<float>("other").data(), n, out.data());
   } else if (c.kind() == "act_mul") {
     kernels.act_mul(x.data(), c.array<float>("up").data(), n, c.number("silu") != 0, out.data());
+  } else if (c.kind() == "swiglu_clamped") {
+    const auto alpha = static_cast<float>(c.real("alpha")), limit = static_cast<float>(c.real("limit"));
+    kernels.swiglu_clamped(x.data(), c.array<float>("up").data(), n, alpha, limit, out.data());
   } else if (c.kind() == "rotate") {
     out = x;
     kernels.rotate(out.data(), c.array<float>("cos").data(), c.array<float>("sin").data(), static_cast<int>(n / 2));

@@ -27,7 +27,7 @@ FORMATS = (
 """In the order of the C++ enum."""
 PLANES = len(FORMATS)
 """After them: Q8_0 in two planes, for a screened head."""
-PLAIN = ("embed", "norm", "linear", "split", "attention", "add", "act_mul", "select", "softcap")
+PLAIN = ("embed", "norm", "linear", "split", "attention", "add", "act_mul", "select", "softcap", "route", "experts")
 FUSED = (
     "rope_write",
     "qk_norm_rope_write",

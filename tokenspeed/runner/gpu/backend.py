@@ -18,6 +18,9 @@ from tokenspeed.runner.gpu.view import GpuView
 from tokenspeed.runner.model import LoadedModel, Progress
 from tokenspeed.weights.unpacked import unpack_all
 
+HOST_REFERENCES = ("experts",)
+"""Ops whose reference waits for the device, so no graph can hold it: without a kernel they are refused."""
+
 
 class GpuBackend:
     """Weights in the compute dtype on the device; every record of the program by the fastest kernel that takes it."""
@@ -35,21 +38,23 @@ class GpuBackend:
     ) -> None:
         """register: adds the fast kernels; by default Triton's. quantization: fp8 makes every projection but the head
         e4m3 with a scale per output channel, and its activations e4m3 per token. batch_invariant: a row's bits depend
-        on its own sequence alone; raises UnsupportedError where an op has no such kernel."""
+        on its own sequence alone.
+
+        Raises UnsupportedError naming an op that has no kernel, of invariant ones in that mode, and no reference that
+        a graph can hold."""
         self.model, self.batch_invariant = model, batch_invariant
-        plain = unpack_all(model.packed, model.dtype, progress)
         narrow = _fp8_names(model) if quantization == "fp8" else frozenset()
-        self.weights = {name: _on_device(tensor, model.device, name in narrow) for name, tensor in plain.items()}
         self.formats = model.formats | dict.fromkeys(narrow, (FP8_FORMAT,))
-        self.weight_bytes = {name: _nbytes(weight) for name, weight in self.weights.items()}
         self._registry = Registry()
         (register or _register_kernels)(self._registry)
         self._registry.add(Implementation("rows", "select", "gpu", _select, _always, priority=10, invariant=True))
         self._registry.add(Implementation("softcap", "softcap", "gpu", _softcap, _always, priority=10, invariant=True))
-        ref.register(self._registry)
+        ref.register(self._registry, but=HOST_REFERENCES)
         self._plans: dict[int, Plan] = {}
-        if batch_invariant:
-            self.plan_for(1)
+        self.plan_for(1)
+        plain = unpack_all(model.packed, model.dtype, progress)
+        self.weights = {name: _on_device(tensor, model.device, name in narrow) for name, tensor in plain.items()}
+        self.weight_bytes = {name: _nbytes(weight) for name, weight in self.weights.items()}
 
         shape = model.definition.config
         self.num_heads, self.vocab_size = shape.num_heads, shape.vocab_size

@@ -3,6 +3,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "model.h"
 
@@ -99,6 +100,7 @@ void Model::attention(const Op& op) {
                       step_.position[w.first_query], w.begin, w.end, w.live, op.window, op.scale, op.softcap, scratch.data(),
                       out + w.slot * op.head_dim, maxima + w.slot, sums + w.slot});
   });
+  const float* const sinks = op.sinks < 0 ? nullptr : vectors_[static_cast<size_t>(op.sinks)].data();
   rows_of(static_cast<int64_t>(sets.size()), [&](int64_t i) {
     const auto& [from, parts, query, packed] = sets[static_cast<size_t>(i)];
     const int64_t head = packed >> 32, rows = (packed & 0xffffffff) * group;
@@ -106,7 +108,8 @@ void Model::attention(const Op& op) {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t p = 0; p < parts; ++p) pieces[static_cast<size_t>(p)] = out + (from + p * rows + r) * op.head_dim;
       float* result = at(op.out, query + r / group) + (head * group + r % group) * op.head_dim;
-      kernels_->combine(pieces.data(), maxima + from + r, sums + from + r, static_cast<int>(parts), rows, op.head_dim, result);
+      const float sink = sinks ? sinks[head * group + r % group] : -std::numeric_limits<float>::infinity();
+      kernels_->combine(pieces.data(), maxima + from + r, sums + from + r, static_cast<int>(parts), rows, op.head_dim, sink, result);
     }
   });
 }

@@ -347,9 +347,11 @@ void store_kv(KvFormat format, const float* x, int head_dim, uint8_t* out) {
 }
 
 // One row's parts, in order, to their softmax-weighted mean.
-void combine(const float* const* out, const float* maxima, const float* sums, int parts, int64_t stride, int head_dim, float* result) {
-  float top = -std::numeric_limits<float>::infinity(), total = 0.0f;
+void combine(const float* const* out, const float* maxima, const float* sums, int parts, int64_t stride, int head_dim, float sink,
+             float* result) {
+  float top = sink;
   for (int p = 0; p < parts; ++p) top = std::max(top, maxima[p * stride]);
+  float total = sink == -std::numeric_limits<float>::infinity() ? 0.0f : std::exp(sink - top);
   for (int i = 0; i < head_dim; i += 16) store(result + i, set(0.0f));
   for (int p = 0; p < parts; ++p) {
     if (sums[p * stride] == 0.0f) continue;

@@ -5,6 +5,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
+
 #include "model.h"
 #include "pack.h"
 
@@ -66,7 +68,8 @@ NB_MODULE(_walk, m) {
   nb::enum_<ts::Kind>(m, "Kind")
       .value("Embed", ts::Kind::Embed).value("Linear", ts::Kind::Linear).value("Norm", ts::Kind::Norm)
       .value("Add", ts::Kind::Add).value("ActMul", ts::Kind::ActMul).value("RopeWrite", ts::Kind::RopeWrite)
-      .value("Attention", ts::Kind::Attention).value("Select", ts::Kind::Select);
+      .value("Attention", ts::Kind::Attention).value("Select", ts::Kind::Select)
+      .value("Route", ts::Kind::Route).value("Experts", ts::Kind::Experts);
 
   nb::class_<ts::Op>(m, "Op")
       .def("__init__", [](ts::Op* op, ts::Kind kind) { new (op) ts::Op{kind}; })
@@ -76,7 +79,11 @@ NB_MODULE(_walk, m) {
       .def_rw("branch_eps", &ts::Op::branch_eps).def_rw("scale", &ts::Op::scale).def_rw("v", &ts::Op::v)
       .def_rw("rope", &ts::Op::rope).def_rw("layer", &ts::Op::layer).def_rw("heads", &ts::Op::heads)
       .def_rw("kv_heads", &ts::Op::kv_heads).def_rw("head_dim", &ts::Op::head_dim).def_rw("window", &ts::Op::window)
-      .def_rw("per_head", &ts::Op::per_head).def_rw("softcap", &ts::Op::softcap);
+      .def_rw("per_head", &ts::Op::per_head).def_rw("softcap", &ts::Op::softcap)
+      .def_rw("sinks", &ts::Op::sinks).def_rw("ids", &ts::Op::ids).def_rw("shares", &ts::Op::shares).def_rw("experts", &ts::Op::experts)
+      .def_rw("down_bias", &ts::Op::down_bias).def_rw("score", &ts::Op::score).def_rw("k", &ts::Op::k)
+      .def_rw("renormalize", &ts::Op::renormalize).def_rw("groups", &ts::Op::groups).def_rw("kept_groups", &ts::Op::kept_groups)
+      .def_rw("alpha", &ts::Op::alpha).def_rw("limit", &ts::Op::limit);
 
   nb::class_<ts::Ask>(m, "Ask")
       .def("__init__", [](ts::Ask* ask, float temperature, uint64_t seed, uint32_t sample, uint32_t position, int64_t top_k, double top_p,
@@ -115,9 +122,23 @@ NB_MODULE(_walk, m) {
       .def("add_value", [](ts::Model& model, int32_t buffer, int64_t offset, int64_t width, int64_t stride) {
         return model.add_value({buffer, offset, width, stride});
       }, "buffer"_a, "offset"_a, "width"_a, "stride"_a)
+      .def("add_experts", &ts::Model::add_experts, "gate_up"_a, "down"_a)
       .def("add_op", &ts::Model::add_op)
       .def("time_ops", &ts::Model::time_ops)
       .def_prop_ro("seconds", &ts::Model::seconds)
+      .def("run_alone", [](ts::Model& model, const ts::Op& op, const std::vector<std::pair<int32_t, Array2<float>>>& inputs,
+                           const std::vector<std::pair<int32_t, Out2<float>>>& outputs) {
+        const auto rows = static_cast<int64_t>(inputs.at(0).second.shape(0));
+        model.reserve(rows);
+        for (const auto& [value, from] : inputs) {
+          if (static_cast<int64_t>(from.shape(1)) != model.value(value).width) throw nb::value_error("a row is as wide as its value");
+          for (int64_t r = 0; r < rows; ++r) std::memcpy(model.at(value, r), from.data() + r * from.shape(1), sizeof(float) * from.shape(1));
+        }
+        model.run_alone(op, rows);
+        for (const auto& [value, to] : outputs) {
+          for (int64_t r = 0; r < rows; ++r) std::memcpy(to.data() + r * to.shape(1), model.at(value, r), sizeof(float) * to.shape(1));
+        }
+      }, "op"_a, "inputs"_a, "outputs"_a)
       .def("set_cache", [](ts::Model& model, uintptr_t data, std::vector<int64_t> strides, int32_t page_size,
                            int32_t format, std::vector<int32_t> group, std::vector<int32_t> index) {
         model.set_cache({reinterpret_cast<uint8_t*>(data), strides.at(0), strides.at(1), strides.at(2), strides.at(3), strides.at(4),

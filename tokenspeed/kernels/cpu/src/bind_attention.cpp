@@ -1,9 +1,12 @@
 // Attention's kernels by themselves, one key head at a time, as tests call them.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
+#include <limits>
+#include <optional>
 #include <vector>
 
 #include "kernels.h"
@@ -30,9 +33,10 @@ void store_kv(const std::string& isa, int32_t format, const Array<const float, 2
   for (size_t i = 0; i < x.shape(0); ++i) kernels_of(isa).store_kv(kind, x.data() + i * x.shape(1), head_dim, out.data() + i * out.shape(1));
 }
 
-// q, out: [queries, group, head_dim]; pages: [pages, 2, page_size, entry]; entries before the first query's window are not read.
+// q, out: [queries, group, head_dim]; sinks: [group]; pages: [pages, 2, page_size, entry]; entries before the first query's window are not read.
 void attend(const std::string& isa, int32_t format, const Array<const float, 3>& q, const Array<const uint8_t, 4>& pages,
-            const Array<const int32_t, 1>& table, int64_t first_position, int window, float scale, const Array<float, 3>& out) {
+            const Array<const int32_t, 1>& table, int64_t first_position, int window, float scale, const Array<float, 3>& out,
+            const std::optional<Array<const float, 1>>& sinks) {
   const auto queries = static_cast<int>(q.shape(0)), group = static_cast<int>(q.shape(1)), head_dim = static_cast<int>(q.shape(2));
   const auto page_size = static_cast<int>(pages.shape(2));
   const auto token_bytes = static_cast<int64_t>(pages.shape(3)), value_bytes = page_size * token_bytes;
@@ -46,7 +50,8 @@ void attend(const std::string& isa, int32_t format, const Array<const float, 3>&
                   live, window, scale, 0.0f, scratch.data(), sums.data(), max.data(), sum.data()});
   for (int64_t r = 0; r < rows; ++r) {
     const float* part = sums.data() + r * head_dim;
-    kernels.combine(&part, &max[static_cast<size_t>(r)], &sum[static_cast<size_t>(r)], 1, rows, head_dim, out.data() + r * head_dim);
+    const float sink = sinks ? sinks->data()[r % group] : -std::numeric_limits<float>::infinity();
+    kernels.combine(&part, &max[static_cast<size_t>(r)], &sum[static_cast<size_t>(r)], 1, rows, head_dim, sink, out.data() + r * head_dim);
   }
 }
 
@@ -54,5 +59,6 @@ void attend(const std::string& isa, int32_t format, const Array<const float, 3>&
 
 void bind_attention(nb::module_& m) {
   m.def("store_kv", store_kv, "isa"_a, "format"_a, "x"_a, "out"_a);
-  m.def("attend", attend, "isa"_a, "format"_a, "q"_a, "pages"_a, "table"_a, "first_position"_a, "window"_a, "scale"_a, "out"_a);
+  m.def("attend", attend, "isa"_a, "format"_a, "q"_a, "pages"_a, "table"_a, "first_position"_a, "window"_a, "scale"_a, "out"_a,
+        "sinks"_a = nb::none());
 }

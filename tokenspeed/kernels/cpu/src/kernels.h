@@ -72,10 +72,14 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, int64_t cols, float eps, float* out);
   void (*add)(const float* a, const float* b, int64_t n, float* out);
   void (*act_mul)(const float* gate, const float* up, int64_t n, bool silu, float* out);
+  // gate sigmoid(alpha gate) (up + 1), the gate cut at `limit` and up at both ends.
+  void (*swiglu_clamped)(const float* gate, const float* up, int64_t n, float alpha, float limit, float* out);
   void (*rotate)(float* head, const float* cos, const float* sin, int half);
   void (*store_kv)(KvFormat, const float* x, int head_dim, uint8_t* out);
   void (*attend)(const AttentionTask&);
-  void (*combine)(const float* const* out, const float* max, const float* sum, int parts, int64_t stride, int head_dim, float* result);
+  // sink: a score that takes part in the softmax without a value; -inf for none.
+  void (*combine)(const float* const* out, const float* max, const float* sum, int parts, int64_t stride, int head_dim, float sink,
+                  float* result);
   int64_t (*argmax)(const float* x, int64_t n);
   // Weights in planes (formats.h): exact products, one row unpacked, a first look (products by the high plane alone and how
   // far off they can be, given each block's `reach`), and exact products of one of a tile's four parts after that look.

@@ -24,8 +24,8 @@ using ts::Scales;
 #include "attention.inl"
 
 constexpr ts::Kernels make(const char* name) {
-  return {name, tile, unpack_row, quantize, rms_norm, add_rows, act_mul, rotate, store_kv, attend, combine, argmax, planes_tile, planes_row,
-          screen_tile, weigh_look, refine, gumbel, tile_maxima, add_scaled, mass};
+  return {name, tile, unpack_row, quantize, rms_norm, add_rows, act_mul, swiglu_clamped, rotate, store_kv, attend, combine, argmax,
+          planes_tile, planes_row, screen_tile, weigh_look, refine, gumbel, tile_maxima, add_scaled, mass};
 }
 
 }  // namespace

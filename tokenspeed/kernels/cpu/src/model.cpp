@@ -116,6 +116,11 @@ int32_t Model::add_value(Value value) {
   return static_cast<int32_t>(values_.size() - 1);
 }
 
+int32_t Model::add_experts(const std::vector<int32_t>& gate_up, const std::vector<int32_t>& down) {
+  experts_.push_back({gate_up, down});
+  return static_cast<int32_t>(experts_.size() - 1);
+}
+
 void Model::add_op(Op op) {
   if (op.kind == Kind::Select) head_ = ops_.size();
   ops_.push_back(op);
@@ -223,8 +228,15 @@ void Model::run(const Op& op, int64_t tokens) {
       });
     case Kind::RopeWrite: return rope_write(op);
     case Kind::Attention: return attention(op);
+    case Kind::Route: return route(op, tokens);
+    case Kind::Experts: return experts(op, tokens);
     case Kind::Select: throw std::logic_error("a second select");
   }
+}
+
+void Model::run_alone(const Op& op, int64_t tokens) {
+  reserve(tokens);
+  run(op, tokens);
 }
 
 void Model::unpack_row(int32_t matrix, int64_t row, float* out) const {
@@ -310,25 +322,26 @@ void Model::each_tile(const Matrix& m, const Op& op, int64_t rows, float* out, i
       pair_tiles(m, op, input, item * group, std::min(tiles, (item + 1) * group), out, stride);
     });
   }
-  pool_.run(static_cast<int64_t>(m.shares.size()), [&](int64_t item) {
-    const Share& share = m.shares[static_cast<size_t>(item)];
-    const Segment& s = m.segments[static_cast<size_t>(share.segment)];
-    for (int64_t t = share.first; t < share.last; ++t) {
-      const int64_t first = t * kRows;
-      const int valid = static_cast<int>(std::min<int64_t>(kRows, s.rows - first));
-      float* to = out + s.first_row + first;
-      if (s.format == Format::Planes) {
-        const uint8_t* low = s.data + s.tiles * high_bytes(m.cols);
-        kernels_->planes_tile(s.data + t * high_bytes(m.cols), low + t * low_bytes(m.cols), input, to, stride, valid);
-      } else {
-        kernels_->tile(s.format, s.data + t * tile_bytes(s.format, m.cols), input, to, stride, valid);
-      }
-      if (op.bias >= 0) {
-        const float* bias = vectors_[static_cast<size_t>(op.bias)].data() + s.first_row + first;
-        for (int64_t row = 0; row < rows; ++row) for (int r = 0; r < valid; ++r) to[row * stride + r] += bias[r];
-      }
+  const float* bias = op.bias < 0 ? nullptr : vectors_[static_cast<size_t>(op.bias)].data();
+  pool_.run(static_cast<int64_t>(m.shares.size()), [&](int64_t item) { share_tiles(m, m.shares[static_cast<size_t>(item)], input, out, stride, bias); });
+}
+
+// Rows of activations times one share of a matrix. bias: of the matrix's rows, or null.
+void Model::share_tiles(const Matrix& m, const Share& share, const Rows& input, float* out, int64_t stride, const float* bias) const {
+  const Segment& s = m.segments[static_cast<size_t>(share.segment)];
+  for (int64_t t = share.first; t < share.last; ++t) {
+    const int64_t first = t * kRows, at_row = s.first_row + first;
+    const int valid = static_cast<int>(std::min<int64_t>(kRows, s.rows - first));
+    float* to = out + at_row;
+    if (s.format == Format::Planes) {
+      const uint8_t* low = s.data + s.tiles * high_bytes(m.cols);
+      kernels_->planes_tile(s.data + t * high_bytes(m.cols), low + t * low_bytes(m.cols), input, to, stride, valid);
+    } else {
+      kernels_->tile(s.format, s.data + t * tile_bytes(s.format, m.cols), input, to, stride, valid);
     }
-  });
+    if (bias == nullptr) continue;
+    for (int64_t row = 0; row < input.count; ++row) for (int r = 0; r < valid; ++r) to[row * stride + r] += bias[at_row + r];
+  }
 }
 
 // The gate's tiles, then the up tiles of the same columns: two long streams, not a change of stream with each tile.

@@ -46,13 +46,19 @@ struct Matrix {
   std::vector<Share> shares;
 };
 
+struct Experts {  // the matrices of each expert: its gate and up rows, and its down rows
+  std::vector<int32_t> gate_up, down;
+};
+
 // Where a value lies: columns [offset, offset + width) of rows `stride` apart in a buffer.
 struct Value {
   int32_t buffer = -1;
   int64_t offset = 0, width = 0, stride = 0;
 };
 
-enum class Kind : int32_t { Embed, Linear, Norm, Add, ActMul, RopeWrite, Attention, Select };
+enum class Kind : int32_t { Embed, Linear, Norm, Add, ActMul, RopeWrite, Attention, Select, Route, Experts };
+enum class Act : int32_t { Silu, Gelu, SwigluClamped };
+enum class Score : int32_t { Softmax, Sigmoid, Logits };
 
 // One record. Unused fields are -1.
 struct Op {
@@ -60,17 +66,44 @@ struct Op {
   // Linear: x [, joined by adding branch, which branch_norm may normalise, to `sum`] [, norm] -> matrix [+ bias] [, act].
   int32_t x = -1, branch = -1, sum = -1, out = -1;
   int32_t matrix = -1, norm = -1, branch_norm = -1, bias = -1;
-  int32_t act = -1;  // 0 silu, 1 gelu
+  int32_t act = -1;  // an Act
   float eps = 0, branch_eps = 0, scale = 1, softcap = 0;
   // RopeWrite: x, branch are q, k; v; out, sum the rotated ones. norm, branch_norm: per head.
   int32_t v = -1, rope = -1, layer = -1;
   int32_t heads = 0, kv_heads = 0, head_dim = 0, window = 0, per_head = 0;
+  int32_t sinks = -1;  // of Attention
+  // Route: x are scores, norm a bias of choosing; ids (int32 in place of floats) and shares come out. Experts: both go in,
+  // bias and down_bias are those of all experts, one after the other.
+  int32_t ids = -1, shares = -1, experts = -1, down_bias = -1;
+  int32_t score = 0, k = 0, renormalize = 0, groups = 1, kept_groups = 1;
+  float alpha = 0, limit = 0;
 };
 
 struct Rope {
   int32_t half;
   std::vector<float> frequency;
   float scale = 1;  // of cosines and sines
+};
+
+// Rows in the forms that tiles are multiplied with, each row's columns side by side.
+struct Prepared {
+  int64_t cols = 0;
+  bool integer = false, plain = false;
+  std::vector<float> x, scale;
+  std::vector<int8_t> hi, lo;
+  std::vector<int32_t> sums;
+  void resize(int64_t rows, int64_t columns, bool with_integer, bool with_plain);
+  void set(const Kernels& kernels, int64_t row, const float* from);
+  Rows rows(int64_t first, int64_t count) const;
+};
+
+// The pairs of a token and an expert that it chose, those of one expert side by side, in the order of their tokens.
+struct Pairs {
+  std::vector<int64_t> start;   // [experts + 1]
+  std::vector<int64_t> token;   // of each pair
+  std::vector<int32_t> expert;  // of each pair
+  std::vector<int64_t> place;   // [tokens * k], the pair of each choice
+  int64_t count(int32_t expert) const { return start[static_cast<size_t>(expert) + 1] - start[static_cast<size_t>(expert)]; }
 };
 
 struct Cache {  // the arena: [pages, layers per group, 2, page_size, kv_heads, entry]; the bytes from one to the next
@@ -108,6 +141,7 @@ class Model {
   int32_t add_vector(std::vector<float> values);
   int32_t add_rope(Rope rope);
   int32_t add_value(Value value);
+  int32_t add_experts(const std::vector<int32_t>& gate_up, const std::vector<int32_t>& down);
   void add_op(Op op);
   void set_cache(Cache cache) { cache_ = std::move(cache); }
   int64_t packed_bytes() const { return store_.taken(); }
@@ -134,9 +168,13 @@ class Model {
   // rows x of a matrix: out [count, matrix rows], x [count, cols].
   void multiply(int32_t matrix, const float* x, int64_t count, float* out);
   void unpack_row(int32_t matrix, int64_t row, float* out) const;
+  // One op on its own, for `tokens` rows of the values that `at` gives.
+  void run_alone(const Op& op, int64_t tokens);
+  float* at(int32_t value, int64_t row) const;
+  const Value& value(int32_t index) const { return values_.at(static_cast<size_t>(index)); }
+  void reserve(int64_t tokens);
 
  private:
-  float* at(int32_t value, int64_t row) const;
   void run(const Op& op, int64_t tokens);
   template <class Work>
   void timed(const Op& op, Work work) {
@@ -180,7 +218,13 @@ class Model {
   void rope_row(const Op& op, int64_t token, int64_t sequence);
   void attention(const Op& op);
   void make_angles();
-  void reserve(int64_t tokens);
+  void share_tiles(const Matrix& m, const Share& share, const Rows& input, float* out, int64_t stride, const float* bias) const;
+  void route(const Op& op, int64_t tokens);
+  void experts(const Op& op, int64_t tokens);
+  void pair_up(const Op& op, int64_t tokens, int64_t count);
+  void multiply_pairs(const std::vector<int32_t>& matrices, const Prepared& input, bool one_row, float* out);
+  void activate(const Op& op, int32_t expert, int64_t ff, float* both) const;
+  void combine_pairs(const Op& op, int64_t token);
   void rows_of(int64_t count, const std::function<void(int64_t)>& work);
 
   const Kernels* kernels_;
@@ -190,6 +234,7 @@ class Model {
   std::vector<std::vector<float>> vectors_;
   std::vector<Rope> ropes_;
   std::vector<Value> values_;
+  std::vector<Experts> experts_;
   std::vector<Op> ops_;
   std::vector<double> seconds_;  // of each op, where they are timed
   size_t head_ = 0;  // index of the select op
@@ -200,6 +245,9 @@ class Model {
   std::vector<std::vector<float>> buffers_;
   std::vector<std::vector<float>> cosines_, sines_;  // per rope [tokens, half]
   std::vector<float> normed_, scale_, scratch_;
+  Pairs pairs_;
+  Prepared chosen_, hidden_;  // rows that enter the experts' projections
+  std::vector<float> both_, partial_;
   std::vector<int8_t> hi_, lo_;
   std::vector<int32_t> sums_, owner_;
   std::vector<int32_t> fed_, fed_at_, fed_rows_;  // of a decode: tokens, positions, 0 to count - 1

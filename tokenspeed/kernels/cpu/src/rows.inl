@@ -79,6 +79,16 @@ void act_mul(const float* gate, const float* up, int64_t n, bool silu, float* ou
   }
 }
 
+void swiglu_clamped(const float* gate, const float* up, int64_t n, float alpha, float limit, float* out) {
+  const F one = set(1.0f), top = set(limit), bottom = set(-limit);
+  for (int64_t i = 0; i < n; i += 16) {
+    const int count = static_cast<int>(std::min<int64_t>(16, n - i));
+    const F g = min(top, load_some(gate + i, count)), u = max(bottom, min(top, load_some(up + i, count)));
+    const F y = div(g, add(one, exp(mul(set(-alpha), g))));
+    store_some(out + i, mul(y, add(u, one)), count);
+  }
+}
+
 void rotate(float* head, const float* cosines, const float* sines, int half) {
   for (int i = 0; i < half; i += 16) {
     const int count = std::min(16, half - i);
