@@ -78,6 +78,8 @@ class DenseConfig:
     long_ropes: tuple[Rope, ...] = ()
     """LongRoPE: what `ropes` are in an engine for more than `short_context` tokens."""
     short_context: int = 0
+    num_labels: int = 0
+    """Of a classification head; 0: it has a language head instead."""
     stretched: bool = False
     """`ropes` are the long ones."""
 
