@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tokenspeed.contracts.errors import FormatError, UnsupportedError
 from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.formats.gguf import GGUFFile
 from tokenspeed.models import gemma2, gemma3, glm4, granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3
-from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig
+from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig, size
 from tokenspeed.models.dense_weights import dense_weights
 from tokenspeed.program.program import Program
 from tokenspeed.program.recorder import record
@@ -24,6 +24,11 @@ from tokenspeed.weights.spec import WeightTable
 FAMILIES: tuple[Family, ...] = tuple(
     module.FAMILY for module in (gemma2, gemma3, glm4, granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3)
 )
+CLASSIFIER = "ForSequenceClassification"
+CLASSIFIERS = ("gemma2", "gemma3", "glm4", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+"""Families that transformers gives such a head: the final norm's state of the last token, times `score.weight`."""
+DEFAULT_LABELS = 2
+"""Of transformers, which leaves that number out of config.json."""
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 """Of GGUF files: divisors of angles."""
 
@@ -51,9 +56,24 @@ def define_from_hf(config: Mapping[str, Any], length: int | None = None) -> Defi
     kind = config.get("model_type")
     for family in FAMILIES:
         if kind in family.hf_types:
-            return _define(family, family.from_hf(config).opened(length))
+            made = replace(family.from_hf(config), num_labels=_num_labels(config, family))
+            return _define(family, made.opened(length))
     known = sorted(name for family in FAMILIES for name in family.hf_types)
     raise UnsupportedError(f"model_type {kind!r} is not supported (supported: {', '.join(known)})")
+
+
+def _num_labels(config: Mapping[str, Any], family: Family) -> int:
+    """Labels of a sequence-classification head, 0 for a language model."""
+    named = [name for name in config.get("architectures") or () if name.endswith(CLASSIFIER)]
+    if not named:
+        return 0
+    if family.name not in CLASSIFIERS:
+        known = ", ".join(CLASSIFIERS)
+        raise UnsupportedError(f"architecture {named[0]!r} is not supported (classification heads of: {known})")
+    if config.get("problem_type") == "multi_label_classification":
+        raise UnsupportedError(f"{named[0]} with problem_type 'multi_label_classification' is not supported")
+    labels = config.get("id2label") or {}
+    return size(config, "num_labels", len(labels) or DEFAULT_LABELS)
 
 
 def define_from_gguf(file: GGUFFile, length: int | None = None) -> Definition:

@@ -121,7 +121,9 @@ class Prepared:
         later = later_bytes(limits, self.backend.vocab_size, self.model.dtype.itemsize)
         self.card.settle()
         executor = gpu_executor(self.backend, Arena(1, self.shape, self.model.device), limits.rows, limits.length)
-        run_largest_steps(executor, limits, self.shape.layout, self.shape.page_size, self.backend.vocab_size)
+        classifies = self.model.definition.config.num_labels > 0
+        layout, size, vocab_size = self.shape.layout, self.shape.page_size, self.backend.vocab_size
+        run_largest_steps(executor, limits, layout, size, vocab_size, classifies)
         use = card_use(self.card, self.free_at_start, later)
         executor.close()
         del executor

@@ -297,10 +297,10 @@ class CpuBackend:
 
 
 def _screened_head(model: LoadedModel) -> str | None:
-    """The name of the head's weight where it can be kept in planes."""
+    """The name of the head's weight where it can be kept in planes, which are for drawing tokens."""
     name = model.program.head
     formats = [segment.fmt for segment in model.packed[name].segments]
-    return name if formats == ["Q8_0"] else None
+    return name if formats == ["Q8_0"] and not model.definition.config.num_labels else None
 
 
 def _act(record: Record) -> int:

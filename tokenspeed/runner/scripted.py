@@ -42,8 +42,8 @@ class ScriptedExecutor:
     """Gives each new sequence the next script, in the order in which they enter, and then `end_token_id` for ever.
 
     A sequence is known by its prompt, seed and sample index, so one that was preempted goes on where it was. Requested
-    log-probabilities are all -1, without alternatives; what is pooled is as by `NullExecutor`. Each step takes `delay_s`
-    seconds, one after the other.
+    log-probabilities are all -1, without alternatives; what is pooled is as by `NullExecutor`. Each step takes
+    `delay_s` seconds, one after the other.
     """
 
     max_in_flight = 1
