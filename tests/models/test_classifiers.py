@@ -110,9 +110,9 @@ def _settings(name: str) -> dict[str, Any]:
 def test_it_has_no_language_head(classifier: Maker) -> None:
     made = classifier("qwen3", 2)
     llm = LLM(str(made.path), dtype="float32", **SETTINGS)
-    with pytest.raises(ParameterError, match=r"classification head \(2 labels\) and no language head: it gives emb"):
+    with pytest.raises(ParameterError, match="completes nothing: it has a classification head of 2 labels"):
         llm.generate([1, 2, 3], SamplingParams(max_tokens=1), use_tqdm=False)
-    with pytest.raises(ParameterError, match="a classification head of 2 labels: it scores all its labels"):
+    with pytest.raises(ParameterError, match="in place of a language head: it scores all its labels"):
         llm._pool([[1, 2]], Pooling("score", token_ids=[1, 2]), False)
     (vector,) = llm.embed([[1, 2, 3]], normalize=False, use_tqdm=False)
     with torch.inference_mode():

@@ -102,7 +102,7 @@ def test_equals_keep_their_order(reranker: Served) -> None:
         ("/rerank", {"query": "a", "documents": [{"text": "b", "title": "c"}]}, "title"),
         ("/rerank", {"query": "a", "documents": ["b"], "max_chunks_per_doc": 2}, "max_chunks_per_doc is not supp"),
         ("/rerank", {"query": "a", "documents": ["b"], "truncation": True}, "truncation is not supported"),
-        ("/v1/completions", {"prompt": "a"}, "model: fake has a classification head (1 labels) and no language head"),
+        ("/v1/completions", {"prompt": "a"}, "model: fake completes nothing: it has a classification head of 1 lab"),
     ],
 )
 def test_refusals(classifier: Served, path: str, body: dict[str, Any], message: str) -> None:

@@ -328,6 +328,7 @@ class EngineCore(StepLoop):
             fallback_ops=list(self.backend.fallback_ops),
             hidden_size=self.files.definition.config.hidden_size,
             num_labels=self.files.definition.config.num_labels,
+            headless=self.files.definition.config.headless,
             decode_floor=decode_floor(
                 self.model, self.backend.weight_bytes, self.page_shape, self.capacity.max_model_len
             ),

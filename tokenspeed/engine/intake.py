@@ -68,11 +68,8 @@ class Intake:
                 priority=priority,
                 pooling=params,
             )
-        if self._info.num_labels:
-            raise ParameterError(
-                f"model: {self._info.model} has a classification head ({self._info.num_labels} labels) and no language "
-                "head: it gives embeddings and scores, and completes nothing"
-            )
+        if self._info.headless or self._info.num_labels:
+            raise ParameterError(f"model: {self._info.model} completes nothing: it has {self._head}")
         self._check_ids(params.token_ids())
         tokenizer = self._tokenizer
         if tokenizer is not None and params.bad_words:
@@ -100,9 +97,17 @@ class Intake:
     def _check_pooling(self, pooling: Pooling) -> None:
         info = self._info
         self._check_ids({"token_ids": pooling.token_ids})
+        if pooling.kind == "score" and info.headless:
+            raise ParameterError(f"model: {info.model} scores nothing: it has {self._head}")
         if pooling.kind == "score" and bool(pooling.token_ids) == bool(info.num_labels):
-            head = f"a classification head of {info.num_labels} labels" if info.num_labels else "a language head"
-            raise ParameterError(f"model: {info.model} has {head}: it scores {_SCORED[not info.num_labels]}")
+            raise ParameterError(f"model: {info.model} has {self._head}: it scores {_SCORED[not info.num_labels]}")
+
+    @property
+    def _head(self) -> str:
+        if self._info.headless:
+            return "no head, and gives embeddings alone"
+        labels = self._info.num_labels
+        return f"a classification head of {labels} labels in place of a language head" if labels else "a language head"
 
     def _check_ids(self, wanted: Mapping[str, Sequence[int]]) -> None:
         for name, ids in wanted.items():

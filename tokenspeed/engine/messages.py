@@ -52,6 +52,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Of an embedding."""
     num_labels: int = 0
     """Of a classification head, which a model has in place of a language head; 0 for a language model."""
+    headless: bool = False
+    """It has neither, and gives embeddings alone."""
     decode_floor: list[tuple[int, float]] = []
     """(tokens of context, ms that a decode step of one sequence takes at the measured read bandwidth), in order of
     context; empty where the bandwidth was never measured."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -19,7 +19,7 @@ from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig, size
 from tokenspeed.models.dense_weights import dense_weights
 from tokenspeed.program.program import Program
 from tokenspeed.program.recorder import record
-from tokenspeed.weights.spec import WeightTable
+from tokenspeed.weights.spec import WeightTable, is_bare
 
 FAMILIES: tuple[Family, ...] = tuple(
     module.FAMILY for module in (gemma2, gemma3, glm4, granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3)
@@ -47,9 +47,11 @@ class Definition:
         return record(lambda g: self.family.wire(g, self.config), shapes, adapters, capture)
 
 
-def define_from_hf(config: Mapping[str, Any], length: int | None = None) -> Definition:
-    """From the contents of config.json, for sequences of up to `length` tokens (`DenseConfig.opened`). Raises
-    UnsupportedError on an unknown model_type, listing the known ones."""
+def define_from_hf(
+    config: Mapping[str, Any], length: int | None = None, tensors: Collection[str] | None = None
+) -> Definition:
+    """From the contents of config.json, for sequences of up to `length` tokens (`DenseConfig.opened`), and the names of
+    the checkpoint's tensors. Raises UnsupportedError on an unknown model_type, listing the known ones."""
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "?")
         raise UnsupportedError(f"quantization_config {method!r} is not supported (supported: none)")
@@ -57,6 +59,8 @@ def define_from_hf(config: Mapping[str, Any], length: int | None = None) -> Defi
     for family in FAMILIES:
         if kind in family.hf_types:
             made = replace(family.from_hf(config), num_labels=_num_labels(config, family))
+            if tensors and is_bare(tensors) and not (made.num_labels or made.tied or "lm_head.weight" in tensors):
+                made = replace(made, tied=True, headless=True)
             return _define(family, made.opened(length))
     known = sorted(name for family in FAMILIES for name in family.hf_types)
     raise UnsupportedError(f"model_type {kind!r} is not supported (supported: {', '.join(known)})")
@@ -91,7 +95,7 @@ def define(checkpoint: Checkpoint, length: int | None = None) -> Definition:
     """The definition that fits an open checkpoint, `length` as above."""
     if isinstance(checkpoint, GGUFFile):
         return define_from_gguf(checkpoint, length)
-    return define_from_hf(read_json(_directory(checkpoint.path) / "config.json"), length)
+    return define_from_hf(read_json(_directory(checkpoint.path) / "config.json"), length, checkpoint.tensors)
 
 
 def shipped_configs() -> dict[str, Any]:

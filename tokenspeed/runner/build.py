@@ -91,10 +91,11 @@ def _open_model(config: EngineConfig) -> ModelFiles:
     settings = read_json(source.path / "config.json")
     generation_path = source.path / "generation_config.json"
     generation = generation_from_hf(settings, read_json(generation_path) if generation_path.is_file() else {})
-    definition = define_from_hf(settings, config.max_model_len)
     if dummy:
+        definition = define_from_hf(settings, config.max_model_len)
         return ModelFiles(source.name, definition, source, None, generation, f"dummy {source.name}")
     checkpoint = open_safetensors(source.path)
+    definition = define_from_hf(settings, config.max_model_len, checkpoint.tensors)
     digest = checkpoint_digest(checkpoint)
     return ModelFiles(source.name, definition, source, checkpoint, generation, digest)
 

@@ -53,7 +53,7 @@ def _weight_bytes(spec: WeightSpec, checkpoint: Checkpoint | None, quantization:
     if checkpoint is None:
         stored = "F32" if spec.kind == "vector" else "BF16"
         return _rows_bytes(spec, spec.shape[0], stored, quantization)
-    sources = spec.gguf if checkpoint.format == "gguf" else spec.hf
+    sources = spec.sources(checkpoint)
     missing = [source.name for source in sources if source.name not in checkpoint.tensors]
     if missing:
         raise WeightError(f"{checkpoint.path}: the checkpoint lacks {', '.join(missing)}")

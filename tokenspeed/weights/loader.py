@@ -47,7 +47,7 @@ def load_weights(checkpoint: Checkpoint, table: WeightTable, progress: Progress 
 
 
 def _sources(spec: WeightSpec, checkpoint: Checkpoint) -> tuple[Source, ...]:
-    sources = spec.gguf if checkpoint.format == "gguf" else spec.hf
+    sources = spec.sources(checkpoint)
     if not sources or sum(source.rows for source in sources) != spec.shape[0]:
         raise ValueError(f"weight {spec.name}: its {checkpoint.format} sources do not add up to shape {spec.shape}")
     if spec.kind != "vector" and any(source.transform == "add_one" or source.factor != 1 for source in sources):

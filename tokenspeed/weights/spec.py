@@ -3,8 +3,11 @@ torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from tokenspeed.formats.checkpoint import Checkpoint
 
 Transform = Literal["none", "add_one", "unpermute_rope"]
 """Change on loading. add_one: a norm stored as w that multiplies by (1 + w). unpermute_rope: rows of each head
@@ -40,6 +43,23 @@ class WeightSpec:
     kind: Kind
     hf: tuple[Source, ...]
     gguf: tuple[Source, ...]
+
+    def sources(self, checkpoint: Checkpoint) -> tuple[Source, ...]:
+        """Those of a checkpoint's format, by the names it has for them."""
+        if checkpoint.format == "gguf":
+            return self.gguf
+        if is_bare(checkpoint.tensors):
+            return tuple(replace(source, name=source.name.removeprefix(_BARE)) for source in self.hf)
+        return self.hf
+
+
+_BARE = "model."
+"""What names of tensors lack where a model was saved without a head, as embedding models are."""
+
+
+def is_bare(tensors: Collection[str]) -> bool:
+    """Whether names of a safetensors checkpoint are those of a model without a head."""
+    return "embed_tokens.weight" in tensors
 
 
 @dataclass

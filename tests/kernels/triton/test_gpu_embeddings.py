@@ -87,5 +87,5 @@ def test_a_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(len(plan.rows), [new.pooling for new in plan.delta.new]) for plan in launched] == [(4, [MEAN] * 4)]
     for found, wanted in zip(gpu.classify(prompts(), use_tqdm=False), reference, strict=True):
         assert found.outputs.probs == pytest.approx(wanted.outputs.probs, abs=5e-5)
-    with pytest.raises(ParameterError, match="no language head"):
+    with pytest.raises(ParameterError, match="completes nothing"):
         gpu.generate(prompt_token_ids=[[1]], sampling_params=GREEDY, use_tqdm=False)

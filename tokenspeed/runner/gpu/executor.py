@@ -204,8 +204,7 @@ class GpuExecutor:
         )
         drawn = torch.zeros(len(inputs.row_slots), dtype=torch.int32)
         for at, result in enumerate(results):
-            # The device takes one from a sequence that pools, too; its slot is free by then.
-            drawn[at] = result.token_ids[0] if result.token_ids else 0 if result.pooled else -1
+            drawn[at] = result.token_ids[0] if result.token_ids else -1
         lengths, sampling = self.state.lengths, self.state.sampling
         self._kernels.finish(drawn.to(self.device), inputs, lengths, sampling, self._ring.mailbox)
         launched.found = StepResult(launched.step_id, results)
