@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from tests.engine.async_tools import write_byte_tokenizer
 from tests.parity_tools import CASES, Tiny, make_safetensors, oracle_logits
@@ -26,14 +27,16 @@ SETTINGS: dict[str, Any] = {"dtype": "float32", "max_num_batched_tokens": 64, "b
 
 @pytest.fixture(scope="module")
 def reranker(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """A random Qwen3 whose tokenizer knows bytes, the template's marks, and the two answers."""
+    """A random Qwen3 whose tokenizer knows bytes, the template's marks, and the two answers. A bos, which it would add,
+    has no place in the template."""
     case = CASES["qwen3"]
     settings = case.settings | {"vocab_size": 300, "max_position_embeddings": LONG}
     made = make_safetensors(replace(case, settings=settings), "F32", tmp_path_factory.mktemp("reranker"))
     write_byte_tokenizer(made.path)
     path = str(made.path / "tokenizer.json")
     fast = Tokenizer.from_file(path)
-    fast.add_special_tokens(WORDS)
+    fast.add_special_tokens([*WORDS, "<s>"])
+    fast.post_processor = TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", fast.token_to_id("<s>") or 0)])
     fast.add_tokens(["yes", "no"])
     fast.save(path)
     return made
