@@ -48,6 +48,7 @@ class GpuBackend:
         self._registry.add(Implementation("softcap", "softcap", "gpu", _softcap, _always, priority=10, invariant=True))
         ref.register(self._registry)
         self._plans: dict[int, Plan] = {}
+        self._before_head = model.program.before_head()
         if batch_invariant:
             self.plan_for(1)
 
@@ -94,8 +95,8 @@ class GpuBackend:
     def hidden(self, view: GpuView, values: dict[int, torch.Tensor]) -> torch.Tensor:
         """Hidden states [rows, hidden size] after the final norm of the view's rows, from what `body` left, which is
         used up; in the compute dtype."""
-        program = self.model.program.before_head()
-        self.walk(plan(program, self._registry, self._situation(len(view.rows))).steps, view, values)
+        program, situation = self._before_head, self._situation(len(view.rows))
+        self.walk(plan(program, self._registry, situation).steps, view, values)
         return values[program.outputs["hidden"]] * self.model.definition.config.logits_divisor
 
     def walk(self, steps: Sequence[Planned], view: GpuView, values: dict[int, torch.Tensor]) -> None:

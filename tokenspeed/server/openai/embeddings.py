@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import secrets
 
@@ -41,7 +42,10 @@ async def embed(state: ServerState, body: bytes) -> Response:
 
 async def _embeddings(request: EmbeddingRequest, model: str, generation: Generation) -> Embeddings:
     outputs, _ = await gather(generation)
-    data = [Embedding(index=index, embedding=_shown(request, output)) for index, output in enumerate(outputs)]
+    data = []
+    for index, output in enumerate(outputs):
+        data.append(Embedding(index=index, embedding=_shown(request, output)))
+        await asyncio.sleep(0)  # many numbers would hold up the streams
     return Embeddings(data=data, model=model, usage=pooling_usage(outputs))
 
 
