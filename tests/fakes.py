@@ -16,6 +16,7 @@ from tokenspeed.contracts.step import (
     NewSequence,
     PageGrant,
     PlanRow,
+    Pooling,
     ResultRow,
     SamplingRow,
     StepPlan,
@@ -38,6 +39,8 @@ def expected_completion(
 ) -> tuple[list[int], str, int | None]:
     """Tokens, finish_reason and stop_reason of one sequence of a request that runs alone."""
     params, tokens, output = request.params, list(request.prompt_token_ids), []
+    if request.pooling is not None:
+        return [], "stop", None
     while True:
         token = next_token(tokens, sample_index)
         tokens.append(token)
@@ -60,6 +63,9 @@ class _Slot:
     tables: list[list[int]]
     shared_entries: int
     """Entries it may not write: they were computed before it entered."""
+    pooling: Pooling | None
+    pooled: list[int] = field(default_factory=list)
+    """Tokens it was fed since it entered."""
 
 
 @dataclass
@@ -172,7 +178,8 @@ class FakeExecutor:
         tables: list[list[int]] = [[] for _ in self.groups]
         shared = new.num_computed // self.page_size
         tokens = list(new.token_ids)
-        self.slots[new.slot] = _Slot(tokens, new.num_prompt, new.num_computed, new.sampling, tables, shared)
+        pooling = new.pooling
+        self.slots[new.slot] = _Slot(tokens, new.num_prompt, new.num_computed, new.sampling, tables, shared, pooling)
 
     def _grant(self, grant: PageGrant) -> None:
         slot = self.slots[grant.slot]
@@ -224,7 +231,8 @@ class FakeExecutor:
         most = min(row.max_tokens, row.num_reserved - start)
         self._read(slot, start)
         num_known = min(most, known - start)
-        num_new = self._random.randint(1, most - num_known + 1) if start + num_known == known else 0
+        at_end = start + num_known == known
+        num_new = self._random.randint(1, most - num_known + 1) if at_end and slot.pooling is None else 0
         num_fed = self._random.randint(num_known + num_new - 1, most) if num_new else num_known
         for _ in range(num_new):
             slot.tokens.append(self.next_token(slot.tokens, slot.sampling.sample_index))
@@ -234,7 +242,8 @@ class FakeExecutor:
             self._write(row.slot, position)
         new = slot.tokens[known:]
         logprobs = [_logprob(token) for token in new] if slot.sampling.logprobs >= 0 else []
-        return ResultRow(row.slot, slot.computed, new, logprobs, self._prompt_logprobs(slot, start))
+        pooled = self._pooled(slot, start) if slot.pooling is not None else b""
+        return ResultRow(row.slot, slot.computed, new, logprobs, self._prompt_logprobs(slot, start), pooled)
 
     def _write(self, number: int, position: int) -> None:
         slot = self.slots[number]
@@ -257,6 +266,14 @@ class FakeExecutor:
                 found = self._contents[page][position % self.page_size]
                 assert found == (group, _digest(slot.tokens, position)), f"page {page}, position {position}: {found}"
                 self._touched.add(page)
+
+    def _pooled(self, slot: _Slot, start: int) -> bytes:
+        """A mean is of all tokens fed since it entered; everything else of the last token."""
+        assert slot.pooling is not None
+        slot.pooled += slot.tokens[start : slot.computed]
+        if slot.computed < len(slot.tokens):
+            return b""
+        return bytes(slot.pooled if slot.pooling.mean else slot.pooled[-1:])
 
     def _prompt_logprobs(self, slot: _Slot, start: int) -> list[TokenLogprobs]:
         if slot.sampling.prompt_logprobs < 0:

@@ -64,10 +64,11 @@ class Tiny:
     oracle: PreTrainedModel
 
 
-def random_oracle(case: Case) -> PreTrainedModel:
-    """A float32 model with every parameter random, scaled so that activations and logits are of order 1."""
+def random_oracle(case: Case, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    """A float32 model with every parameter random, scaled so that activations and logits are of order 1. auto: the
+    class of transformers that chooses its head."""
     config = AutoConfig.for_model(case.model_type, **case.settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    model = auto.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(case.seed)
     with torch.no_grad():
         for name, values in learned(model):
@@ -103,9 +104,11 @@ def random_prompt(length: int, seed: int) -> list[int]:
     return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def make_safetensors(case: Case, dtype: str, folder: Path, max_shard_size: str = "1GB") -> Tiny:
-    """Saved in `dtype` by save_pretrained; the oracle holds the rounded values."""
-    oracle = random_oracle(case)
+def make_safetensors(
+    case: Case, dtype: str, folder: Path, max_shard_size: str = "1GB", auto: Any = AutoModelForCausalLM
+) -> Tiny:
+    """Saved in `dtype` by save_pretrained; the oracle holds the rounded values. auto: as above."""
+    oracle = random_oracle(case, auto)
     with torch.no_grad():
         for _, values in learned(oracle):
             values.copy_(values.to(DTYPES[dtype]))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.contracts.sampling import SamplingParams
-from tokenspeed.contracts.step import StepPlan, StepResult
+from tokenspeed.contracts.step import Pooling, StepPlan, StepResult
 
 NUMBERS = st.integers(-(2**63), 2**63 - 1)
 FLOATS = st.floats(allow_nan=False)
@@ -39,6 +39,7 @@ def build(kind: type) -> st.SearchStrategy:
             eos_token_ids=st.lists(NUMBERS),
             cache_salt=st.text(st.characters(codec="utf-8")),
             priority=NUMBERS,
+            pooling=st.none() | build(Pooling),
         )
     fields = msgspec.structs.fields(kind)
     values = {field.name: of_type(msgspec.inspect.type_info(field.type)) for field in fields}
@@ -55,6 +56,10 @@ def of_type(info: msgspec.inspect.Type) -> st.SearchStrategy:
             return FLOATS.filter(lambda x: abs(x) != float("inf"))
         case msgspec.inspect.StrType():
             return st.text(st.characters(codec="utf-8"))
+        case msgspec.inspect.BytesType():
+            return st.binary(max_size=8)
+        case msgspec.inspect.LiteralType():
+            return st.sampled_from(info.values)
         case msgspec.inspect.NoneType():
             return st.none()
         case msgspec.inspect.ListType():

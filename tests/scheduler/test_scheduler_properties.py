@@ -19,7 +19,7 @@ from tokenspeed.cache.manager import CacheManager
 from tokenspeed.contracts.errors import MemoryLimitError, PromptError
 from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.contracts.sampling import SamplingParams
-from tokenspeed.contracts.step import StepPlan
+from tokenspeed.contracts.step import Pooling, StepPlan
 from tokenspeed.scheduler.config import SchedulerConfig
 from tokenspeed.scheduler.scheduler import Scheduler
 
@@ -94,6 +94,9 @@ class Engine:
             prompt_logprobs=0 if chance() < 0.2 else None,
             logprobs=0 if chance() < 0.2 else None,
         )
+        pooling = Pooling(rng.choice(["embedding", "score"]), mean=chance() < 0.5) if chance() < 0.2 else None
+        if pooling is not None:
+            params = SamplingParams()
         self.count += 1
         return Request(
             request_id=str(self.count),
@@ -103,12 +106,14 @@ class Engine:
             eos_token_ids=self.random_tokens(rng.randrange(3)),
             cache_salt=rng.choice(["", "", "salt"]),
             priority=rng.choice([0, 0, 0, -1, 1]),
+            pooling=pooling,
         )
 
     def add(self, request: Request) -> None:
         num_prompt, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
         longest = MAX_MODEL_LEN if max_tokens is None else min(MAX_MODEL_LEN, num_prompt + max_tokens)
-        if not 0 < num_prompt < MAX_MODEL_LEN:
+        longest = longest if request.pooling is None else num_prompt + 1
+        if not 0 < num_prompt < MAX_MODEL_LEN + (request.pooling is not None):
             with pytest.raises(PromptError):
                 self.scheduler.add(request)
         elif self.cache.most_pages(longest - 1) > self.cache.num_pages:
@@ -128,7 +133,7 @@ class Engine:
             tracked = self.alive.pop((update.request_id, update.index))
             solo, _, _ = expected_completion(tracked.request, MAX_MODEL_LEN, tracked.index)
             assert tracked.output == solo[: len(tracked.output)]
-            assert len(tracked.output) < len(solo)
+            assert len(tracked.output) < len(solo) or tracked.request.pooling is not None
 
     def launch(self) -> bool:
         """Plan and launch a step if the depth allows and there is something to run."""
@@ -160,7 +165,7 @@ class Engine:
         assert len({(update.request_id, update.index) for update in updates}) == len(updates)
         for update in updates:
             tracked = self.alive[update.request_id, update.index]
-            assert update.new_token_ids or update.prompt_logprobs
+            assert update.new_token_ids or update.prompt_logprobs or update.pooled
             tracked.output += update.new_token_ids
             tracked.prompt_logprobs += [item.token_id for item in update.prompt_logprobs]
             wants = tracked.request.params.logprobs is not None
@@ -171,6 +176,9 @@ class Engine:
 
     def check_finished(self, tracked: Tracked, update: SequenceUpdate) -> None:
         request = tracked.request
+        if request.pooling is not None:
+            prompt = bytes(request.prompt_token_ids)
+            assert update.pooled == (prompt if request.pooling.mean else prompt[-1:])
         solo = expected_completion(request, MAX_MODEL_LEN, tracked.index)
         assert (tracked.output, update.finish_reason, update.stop_reason) == solo
         wants = request.params.prompt_logprobs is not None and tracked.index == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from tokenspeed.contracts.errors import EngineBusyError, EngineClosedError, EngineDeadError
 from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.contracts.sampling import SamplingParams
-from tokenspeed.contracts.step import TokenLogprobs
+from tokenspeed.contracts.step import Pooling, TokenLogprobs
 from tokenspeed.engine.async_engine import Health
 from tokenspeed.engine.intake import Intake
 from tokenspeed.engine.messages import EngineInfo
@@ -29,22 +30,32 @@ MARKED = "<"
 """Texts that begin so get BEGIN before them, where special tokens are asked for."""
 MAX_MODEL_LEN = 200
 MAX_NUM_SEQS = 4
+HIDDEN_SIZE = 3
 CACHED = 3
 """Prompt tokens that the fake says it had in its cache."""
 REFUSED = 7
 """A prompt that begins with this id is refused by the engine itself, after it was submitted."""
 
 
+WORDS = {"<|im_start|>": 2, "<|im_end|>": 3, "yes": 4, "no": 5}
+"""A tokenizer may know them, each as a whole text only."""
+
+
+@dataclass
 class _Bytes:
+    words: dict[str, int]
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if text in self.words:
+            return [self.words[text]]
         ids = list(text.encode())
         return [BEGIN, *ids] if add_special_tokens and text.startswith(MARKED) else ids
 
 
-def byte_tokenizer(chat_template: str | None = None) -> VocabularyTokenizer:
-    """An id per byte, and one more that ends a text."""
+def byte_tokenizer(chat_template: str | None = None, ranks: bool = False) -> VocabularyTokenizer:
+    """An id per byte, and one more that ends a text. ranks: it knows WORDS, too."""
     return VocabularyTokenizer(
-        encoder=_Bytes(),
+        encoder=_Bytes(WORDS if ranks else {}),
         token_bytes=TokenBytes(lambda token: bytes([token]) if token < EOS else b"<eos>", VOCAB_SIZE),
         vocab_size=VOCAB_SIZE,
         special_ids=frozenset({EOS}),
@@ -67,6 +78,18 @@ def logprob(token: int, top: int) -> TokenLogprobs:
     return TokenLogprobs(token, -token / 512, 1, tops, [-(token + step) / 512 for step in range(top)])
 
 
+def pooled_of(prompt: list[int], pooling: Pooling, num_labels: int) -> bytes:
+    """An embedding is of the first id (of the last one where it is a mean), the length, and 1; a logit of a named token
+    how often the prompt has it, one of a label the label and the sum of the ids."""
+    if pooling.kind == "embedding":
+        values = [float(prompt[-1 if pooling.mean else 0]), float(len(prompt)), 1.0]
+    elif pooling.token_ids:
+        values = [float(prompt.count(token)) for token in pooling.token_ids]
+    else:
+        values = [label + sum(prompt) / 1000 for label in range(num_labels)]
+    return struct.pack(f"<{len(values)}f", *values)
+
+
 @dataclass
 class FakeEngine:
     """Implements `server.engine.Engine`: a token per sample and turn of the loop, as long as `open` is set."""
@@ -74,6 +97,8 @@ class FakeEngine:
     tokenizer: VocabularyTokenizer | None = field(default_factory=byte_tokenizer)
     answer: Callable[[Request, int], list[int]] = shout
     defaults: dict[str, object] = field(default_factory=dict)
+    num_labels: int = 0
+    max_model_len: int = MAX_MODEL_LEN
     backwards: bool = False
     """The last sample comes first."""
     held_after: int | None = None
@@ -100,10 +125,12 @@ class FakeEngine:
     def __post_init__(self) -> None:
         self.info = EngineInfo(
             model="fake",
-            max_model_len=MAX_MODEL_LEN,
+            max_model_len=self.max_model_len,
             vocab_size=VOCAB_SIZE,
             sampling_defaults=self.defaults,
             max_num_seqs=MAX_NUM_SEQS,
+            hidden_size=HIDDEN_SIZE,
+            num_labels=self.num_labels,
         )
         self._intake = Intake(self.info, self.tokenizer, 0)
         self._outboxes: dict[str, Outbox] = {}
@@ -112,7 +139,7 @@ class FakeEngine:
     def submit(
         self,
         prompt: str | list[int],
-        params: SamplingParams,
+        params: SamplingParams | Pooling,
         *,
         request_id: str | None = None,
         priority: int = 0,
@@ -218,6 +245,12 @@ class FakeEngine:
         outbox.output.metrics.queue_s = time.perf_counter() - outbox.output.metrics.arrival_time
         if request.prompt_token_ids[0] == REFUSED:
             outbox.fail(EngineClosedError("refused by the engine"))
+            return
+        if request.pooling is not None:
+            while self.held_after is not None and not self.open.is_set():
+                await self.open.wait()
+            pooled = pooled_of(request.prompt_token_ids, request.pooling, self.num_labels)
+            outbox.take(SequenceUpdate(request_id=request.request_id, pooled=pooled, finish_reason="stop"))
             return
         if request.params.prompt_logprobs is not None:
             top = request.params.prompt_logprobs

@@ -36,6 +36,7 @@ CONFORMS = [
 GOOD, BAD = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
 POSTS = [operation.path for operation in OPERATIONS if operation.takes is not None]
 GETS = [operation.path for operation in OPERATIONS if operation.takes is None]
+SCORING = ("/v1/score", "/v1/rerank", "/rerank")
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 REFUSAL = "refused by the engine"
 """By the fake one, of prompts that begin with a certain id."""
@@ -145,6 +146,34 @@ def test_generated_requests(api: Api, path: str, mode: Any) -> None:
     fuzz(api, path, mode, FEW_SEED, 20 if path in GENERATING else 6)
 
 
+@pytest.fixture
+def scoring_api(serve: Serve) -> Iterator[Api]:
+    """A classifier of one label, which takes any two texts."""
+    served = serve(FakeEngine(num_labels=1), max_choices=6)
+    made = Api(served.url, "fake", VOCAB_SIZE)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("mode", [GOOD, BAD], ids=["good", "bad"])
+@pytest.mark.parametrize("path", SCORING)
+def test_generated_requests_to_a_classifier(scoring_api: Api, path: str, mode: Any) -> None:
+    fuzz(scoring_api, path, mode, FEW_SEED, 10)
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/v1/score", {"text_1": "a", "text_2": ["b", "c"], "user": "me"}),
+        ("/v1/rerank", {"query": "a", "documents": ["b", {"text": "c"}], "top_n": 1, "model": "fake"}),
+        ("/rerank", {"query": "a", "documents": ["b"], "return_documents": False, "truncation": False}),
+    ],
+)
+def test_good_requests_to_a_classifier(scoring_api: Api, path: str, body: dict[str, Any]) -> None:
+    case = scoring_api.schema[path]["post"].Case(body=body, media_type="application/json")
+    assert scoring_api.send(case).status_code == 200
+
+
 @pytest.mark.parametrize("path", GETS)
 def test_requests_without_a_body(api: Api, path: str) -> None:
     assert api.send(api.schema[path]["get"].Case()).status_code == 200
@@ -162,6 +191,8 @@ def test_requests_without_a_body(api: Api, path: str) -> None:
             {"messages": TALK, "stream": True, "n": 2, "logprobs": True, "priority": -1},
         ),
         ("/v1/chat/completions", {"messages": TALK, "stream": True, "stream_options": USAGE, "model": "fake"}),
+        ("/v1/embeddings", {"input": ["abc", "d"], "dimensions": 2, "encoding_format": "base64"}),
+        ("/v1/embeddings", {"input": [[1, 2], [3]], "pooling": "mean", "normalize": False, "user": "me"}),
         ("/tokenize", {"messages": TALK, "chat_template_kwargs": {"self": 1, "a b": []}, "return_token_strs": True}),
         ("/detokenize", {"tokens": [65, 66]}),
         ("/admin/sleep", {"level": 1, "timeout_s": 0.5}),
@@ -198,7 +229,10 @@ def test_a_whole_server(tiny: ServerProcess, mode: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [GOOD, BAD], ids=["good", "bad"])
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/score", "/rerank", "/tokenize", "/detokenize"],
+)
 def test_a_whole_server_at_length(tiny: ServerProcess, path: str, mode: Any) -> None:
     fuzz_process(tiny, path, mode, SEED, 300)
 

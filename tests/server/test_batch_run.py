@@ -85,14 +85,18 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"messages": []}),
     (CHAT, {"messages": TALK, "model": "gpt-9"}),
     (CHAT, {"prompt": "x"}),
+    ("/v1/embeddings", {"input": ["abc", "d"], "dimensions": 2}),
+    ("/v1/score", {"text_1": "a", "text_2": "b"}),
+    ("/v1/rerank", {"query": "a", "documents": ["b"]}),
 ]
+"""All but four are refused."""
 
 
 def test_answers_are_those_over_http(tmp_path: Path, serve: Serve) -> None:
     served = serve(chat_template="plain")
     lines = [line(str(number), url, **body) for number, (url, body) in enumerate(BODIES)]
     tally, results = batch(tmp_path, lines)
-    assert (tally.answered, tally.kept, tally.failed) == (11, 0, 8)
+    assert (tally.answered, tally.kept, tally.failed) == (len(BODIES), 0, len(BODIES) - 4)
     found = by_id(results)
     for number, (url, body) in enumerate(BODIES):
         response, made = served.client.post(url, json=body), found[str(number)]
@@ -102,7 +106,7 @@ def test_answers_are_those_over_http(tmp_path: Path, serve: Serve) -> None:
         for volatile in ("id", "created", "timings"):
             assert (ours.pop(volatile, None) is None) == (theirs.pop(volatile, None) is None)
         assert ours == theirs
-    assert len({made["id"] for made in results}) == len({made["response"]["request_id"] for made in results}) == 11
+    assert len({made["id"] for made in results}) == len({made["response"]["request_id"] for made in results}) == 14
 
 
 def test_limits_of_a_server_do_not_bind_a_batch(tmp_path: Path) -> None:
@@ -115,7 +119,7 @@ BAD: list[tuple[str, str | None, int, str]] = [
     ("{", None, 400, "line 2 is not a JSON object"),
     (line(None, prompt="x"), None, 400, "line 4: custom_id must be a text"),
     (line("get", method="GET", prompt="x"), "get", 405, "line 6: method must be POST"),
-    (line("url", "/v1/embeddings", input="x"), "url", 404, "line 8: no url '/v1/embeddings' in a batch"),
+    (line("url", "/v1/moderations", input="x"), "url", 404, "line 8: no url '/v1/moderations' in a batch"),
     (line("stream", CHAT, messages=TALK, stream=True), "stream", 400, "line 10: stream does not go with a batch"),
     (line("good 0", prompt="x"), "good 0", 400, "line 12: custom_id 'good 0' is that of an earlier line"),
 ]

@@ -48,6 +48,7 @@ CHECKS: dict[str, Callable[[str], object]] = {
     "/v1/completions": of_json(lambda body: body["choices"][0]["text"].strip()),
     "/v1/chat/completions": lambda text: said(text).strip() and events(text)[-1]["usage"]["completion_tokens"],
     "/v1/models": of_json(lambda body: body["data"][0]["id"] == DEMO_NAME),
+    "/v1/embeddings": of_json(lambda body: [len(each["embedding"]) for each in body["data"]] == [128, 128]),
     "/tokenize": of_json(lambda body: body["count"] == len(body["tokens"]) == len(body["token_strs"]) > 0),
     "/detokenize": of_json(lambda body: body["prompt"]),
     "/health": of_json(lambda body: body["status"] == "ok"),

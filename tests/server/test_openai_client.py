@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
@@ -120,3 +121,17 @@ def test_refusals_are_its_own_exceptions(client: openai.OpenAI, endpoint: str) -
     assert caught.value.request_id
     with pytest.raises(openai.BadRequestError, match="unknown field: zeal"):
         create(client, endpoint, extra_body={"zeal": 1})
+
+
+def test_embeddings(client: openai.OpenAI) -> None:
+    texts = ["A cat sleeps.", "A cat is asleep.", "Revenue grew by 12 percent."]
+    numbers = client.embeddings.create(model=DEMO_NAME, input=texts, encoding_format="float", dimensions=100)
+    decoded = client.embeddings.create(model=DEMO_NAME, input=texts, dimensions=100)  # asks for base64
+    vectors = np.array([item.embedding for item in numbers.data])
+    assert vectors.shape == (3, 100)
+    np.testing.assert_allclose(vectors, [item.embedding for item in decoded.data], atol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.05
+    assert numbers.usage.prompt_tokens == numbers.usage.total_tokens > 10
+    with pytest.raises(openai.BadRequestError, match="dimensions must be from 1 to 640"):
+        client.embeddings.create(model=DEMO_NAME, input="a", dimensions=641)

@@ -18,7 +18,16 @@ from tokenspeed.server.app import create_app
 from tokenspeed.server.errors import HEADERS
 from tokenspeed.server.keys import ApiKeys
 from tokenspeed.server.openai.fields import CHAT_NEUTRAL, CHAT_WITHOUT_EFFECT, NEUTRAL, WITHOUT_EFFECT
-from tokenspeed.server.openai.requests import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, Form
+from tokenspeed.server.openai.requests import (
+    CHAT,
+    COMPLETION,
+    DETOKENIZE,
+    EMBEDDING,
+    RERANK,
+    SCORE,
+    TOKENIZE,
+    Form,
+)
 from tokenspeed.server.openapi import openapi
 from tokenspeed.server.operations import OPERATIONS
 from tokenspeed.server.state import ServerState
@@ -77,6 +86,10 @@ def test_fields_are_those_that_are_decoded() -> None:
     forms: dict[str, Form[Any]] = {
         COMPLETIONS: COMPLETION,
         CHATS: CHAT,
+        "/v1/embeddings": EMBEDDING,
+        "/v1/score": SCORE,
+        "/v1/rerank": RERANK,
+        "/rerank": RERANK,
         "/tokenize": TOKENIZE,
         "/detokenize": DETOKENIZE,
     }

@@ -53,7 +53,7 @@ def read_to_the_end(client: socket.socket) -> list[Any]:
 
 @pytest.mark.parametrize(
     "method, path, status",
-    [("GET", "/v1/nothing", 404), ("POST", "/v1/embeddings", 404), ("GET", "/v1/completions", 405)],
+    [("GET", "/v1/nothing", 404), ("POST", "/v1/moderations", 404), ("GET", "/v1/completions", 405)],
 )
 def test_routes_that_are_not_there(served: Served, method: str, path: str, status: int) -> None:
     response = served.client.request(method, path)

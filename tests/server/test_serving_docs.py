@@ -14,13 +14,25 @@ import pytest
 from tokenspeed.config.serving import Limits
 from tokenspeed.config.settings import flag
 from tokenspeed.server.app import create_app
-from tokenspeed.server.openai.requests import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, Form
+from tokenspeed.server.openai.requests import (
+    CHAT,
+    COMPLETION,
+    DETOKENIZE,
+    EMBEDDING,
+    RERANK,
+    SCORE,
+    TOKENIZE,
+    Form,
+)
 from tokenspeed.server.state import ServerState
 
 TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 
 
 BOTH = "`/v1/completions` and `/v1/chat/completions` alike"
+
+
+POOLING = "`/v1/embeddings`, `/v1/score`, `/v1/rerank` and `/rerank` alike"
 
 
 def rows(heading: str) -> dict[str, str]:
@@ -44,6 +56,9 @@ def unsupported(cell: str) -> dict[str, tuple[Any, ...]]:
     [
         ((BOTH, "`/v1/completions`"), COMPLETION),
         ((BOTH, "`/v1/chat/completions`"), CHAT),
+        ((POOLING, "`/v1/embeddings`"), EMBEDDING),
+        ((POOLING, "`/v1/score`"), SCORE),
+        ((POOLING, "`/v1/rerank` `/rerank`"), RERANK),
         (("`/tokenize`",), TOKENIZE),
         (("`/detokenize`",), DETOKENIZE),
     ],

@@ -27,8 +27,9 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "serve",
         help="serve a model over HTTP",
-        description="Serve a model with OpenAI's endpoints: /v1/completions, /v1/chat/completions, /v1/models; and "
-        "/health, /metrics, /version, /admin. SIGTERM finishes what runs, then ends. Without a model: Gemma 3 270M.",
+        description="Serve a model with OpenAI's endpoints: /v1/completions, /v1/chat/completions, /v1/embeddings, "
+        "/v1/models; with /v1/score and /v1/rerank; and /health, /metrics, /version, /admin. SIGTERM finishes what "
+        "runs, then ends. Without a model: Gemma 3 270M.",
     )
     parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
     add_config_flag(parser)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from tokenspeed.contracts.sampling import SamplingParams
-from tokenspeed.contracts.step import TokenLogprobs
+from tokenspeed.contracts.step import Pooling, TokenLogprobs
 
 
 class Request(msgspec.Struct, kw_only=True):
@@ -24,6 +24,8 @@ class Request(msgspec.Struct, kw_only=True):
     """Lower runs earlier; waiting makes up for it in time."""
     processors: int = 0
     """The number that the engine gave to `params.logits_processors`, 0 for none."""
+    pooling: Pooling | None = None
+    """What it wants in place of tokens: then there is one sequence, which ends with its prompt and never samples."""
 
 
 class SequenceUpdate(msgspec.Struct, kw_only=True, array_like=True, gc=False):
@@ -42,3 +44,5 @@ class SequenceUpdate(msgspec.Struct, kw_only=True, array_like=True, gc=False):
     """The stop id that ended it, when that was not an eos."""
     num_cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache."""
+    pooled: bytes = b""
+    """As of ResultRow; it ends the sequence, with "stop"."""

@@ -8,6 +8,8 @@ samples, one token per fed row that it accepts.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -41,15 +43,29 @@ class SamplingRow(msgspec.Struct, array_like=True, frozen=True):
     processors: int = 0
 
 
+class Pooling(msgspec.Struct, array_like=True, frozen=True):
+    """What a sequence gives in place of tokens, once its prompt is computed. float32.
+
+    embedding: the hidden state after the final norm, of the last token or, with `mean`, the mean over all tokens:
+    [hidden size]. score: logits of the last token, of `token_ids` in their order, or all that a classification head has
+    where there are none: [ids] or [labels].
+    """
+
+    kind: Literal["embedding", "score"]
+    mean: bool = False
+    token_ids: list[int] = []
+
+
 class NewSequence(msgspec.Struct, array_like=True, frozen=True):
     """A sequence enters a slot: its known tokens, of which the first `num_prompt` are its prompt and the first
-    `num_computed` are in its pages already, and how to sample it."""
+    `num_computed` are in its pages already, and how to sample it, or what it gives instead."""
 
     slot: int
     token_ids: list[int]
     num_computed: int
     num_prompt: int
     sampling: SamplingRow
+    pooling: Pooling | None = None
 
 
 class PageGrant(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -112,7 +128,8 @@ class ResultRow(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     A step that did not reach the end of what is known has no tokens. One that did has k >= 1, and its computed
     positions end one before the last of them. `prompt_logprobs[i]` belongs to the token at position
-    `first computed + 1 + i`, as far as it is a prompt token.
+    `first computed + 1 + i`, as far as it is a prompt token. Of a sequence that pools the end brings `pooled`
+    (float32, little-endian) and no token.
     """
 
     slot: int
@@ -120,6 +137,7 @@ class ResultRow(msgspec.Struct, array_like=True, frozen=True, gc=False):
     token_ids: list[int]
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []
+    pooled: bytes = b""
 
 
 class StepResult(msgspec.Struct, array_like=True, frozen=True):

@@ -15,6 +15,7 @@ from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import EngineBusyError, EngineClosedError, EngineDeadError, TokenSpeedError
 from tokenspeed.contracts.request import SequenceUpdate
 from tokenspeed.contracts.sampling import SamplingParams, refuse_processors
+from tokenspeed.contracts.step import Pooling
 from tokenspeed.engine.intake import Intake, open_tokenizer
 from tokenspeed.engine.ipc import ServingChannel
 from tokenspeed.engine.loop import FAILED
@@ -144,13 +145,14 @@ class AsyncEngine:
     def submit(
         self,
         prompt: str | list[int],
-        params: SamplingParams,
+        params: SamplingParams | Pooling,
         *,
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
     ) -> RequestStream:
-        """Queue a request, and give the stream of its outputs, cumulative or not as `params.output_kind` says.
+        """Queue a request, and give the stream of its outputs, cumulative or not as `params.output_kind` says; of
+        Pooling it is one output, whose `pooled` is set.
 
         Raises PromptError and ParameterError on what is seen to be wrong here, EngineClosedError, EngineAsleepError,
         EngineDeadError. What the engine itself refuses is raised by the stream.
@@ -158,7 +160,8 @@ class AsyncEngine:
         self._check_open()
         if self._asleep:
             raise asleep_error()
-        refuse_processors(params)
+        if isinstance(params, SamplingParams):
+            refuse_processors(params)
         number = next(self._numbers)
         shown_id = str(number) if request_id is None else request_id
         # Ids that users chose may come again while late updates of an aborted request are still under way.

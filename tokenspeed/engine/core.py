@@ -326,6 +326,9 @@ class EngineCore(StepLoop):
             num_pages=self.capacity.num_pages,
             block_size=self.config.block_size,
             fallback_ops=list(self.backend.fallback_ops),
+            hidden_size=self.files.definition.config.hidden_size,
+            num_labels=self.files.definition.config.num_labels,
+            headless=self.files.definition.config.headless,
             decode_floor=decode_floor(
                 self.model, self.backend.weight_bytes, self.page_shape, self.capacity.max_model_len
             ),
@@ -336,7 +339,8 @@ class EngineCore(StepLoop):
         for token in request.prompt_token_ids:
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise PromptError(f"prompt token id {token!r} is not in the vocabulary (0 to {self.vocab_size - 1})")
-        for name, ids in request.params.token_ids().items():
+        pooled = {} if request.pooling is None else {"token_ids": request.pooling.token_ids}
+        for name, ids in (request.params.token_ids() | pooled).items():
             for token in ids:
                 if token >= self.vocab_size:
                     raise ParameterError(

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tokenspeed.config.source import ModelFormat, ModelSource
 from tokenspeed.contracts.errors import ModelNotFoundError, ParameterError, PromptError
 from tokenspeed.contracts.request import Request
-from tokenspeed.contracts.sampling import SamplingParams, resolve_bad_words, to_row
+from tokenspeed.contracts.sampling import RequestOutputKind, SamplingParams, resolve_bad_words, to_row
+from tokenspeed.contracts.step import Pooling
 from tokenspeed.engine.messages import EngineInfo
 from tokenspeed.formats.gguf import open_gguf
 from tokenspeed.tokenizer.base import Tokenizer
 from tokenspeed.tokenizer.load import load_tokenizer
+
+_UNSAMPLED = SamplingParams(max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+"""Of requests that pool."""
+_SCORED = ("all its labels", "tokens that are named")
 
 
 def open_tokenizer(path: str, format: ModelFormat, name: str) -> Tokenizer | None:
@@ -45,14 +50,27 @@ class Intake:
         self._eos = list(dict.fromkeys([*info.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())]))
 
     def request(
-        self, request_id: str, prompt: str | list[int], params: SamplingParams, priority: int, cache_salt: str
+        self, request_id: str, prompt: str | list[int], params: SamplingParams | Pooling, priority: int, cache_salt: str
     ) -> Request:
         """Raises PromptError on a prompt that is empty, too long, or outside the vocabulary, and on text for a model
         without a tokenizer; ParameterError on token ids outside the vocabulary, on bad words that are text where there
-        is no tokenizer, and where no token is left to choose."""
+        is no tokenizer, where no token is left to choose, and for what the model's head cannot give."""
         ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self._check_prompt(ids)
-        self._check_ids(params)
+        self._check_prompt(ids, spare=0 if isinstance(params, Pooling) else 1)
+        if isinstance(params, Pooling):
+            self._check_pooling(params)
+            return Request(
+                request_id=request_id,
+                prompt_token_ids=ids,
+                params=_UNSAMPLED,
+                seed=0,
+                cache_salt=cache_salt,
+                priority=priority,
+                pooling=params,
+            )
+        if self._info.headless or self._info.num_labels:
+            raise ParameterError(f"model: {self._info.model} completes nothing: it has {self._head}")
+        self._check_ids(params.token_ids())
         tokenizer = self._tokenizer
         if tokenizer is not None and params.bad_words:
             params = resolve_bad_words(params, lambda text: tokenizer.encode(text, add_special_tokens=False))
@@ -76,23 +94,37 @@ class Intake:
             raise PromptError("the prompt is empty")
         return self._tokenizer.encode(text)
 
-    def _check_ids(self, params: SamplingParams) -> None:
-        for name, ids in params.token_ids().items():
+    def _check_pooling(self, pooling: Pooling) -> None:
+        info = self._info
+        self._check_ids({"token_ids": pooling.token_ids})
+        if pooling.kind == "score" and info.headless:
+            raise ParameterError(f"model: {info.model} scores nothing: it has {self._head}")
+        if pooling.kind == "score" and bool(pooling.token_ids) == bool(info.num_labels):
+            raise ParameterError(f"model: {info.model} has {self._head}: it scores {_SCORED[not info.num_labels]}")
+
+    @property
+    def _head(self) -> str:
+        if self._info.headless:
+            return "no head, and gives embeddings alone"
+        labels = self._info.num_labels
+        return f"a classification head of {labels} labels in place of a language head" if labels else "a language head"
+
+    def _check_ids(self, wanted: Mapping[str, Sequence[int]]) -> None:
+        for name, ids in wanted.items():
             for token in ids:
-                if token >= self._info.vocab_size:
+                if not 0 <= token < self._info.vocab_size:
                     raise ParameterError(
                         f"{name}: token id {token} is not in the vocabulary (0 to {self._info.vocab_size - 1})"
                     )
 
-    def _check_prompt(self, ids: list[int]) -> None:
+    def _check_prompt(self, ids: list[int], spare: int) -> None:
+        """spare: tokens that it must leave room for."""
         info = self._info
         if not ids:
             raise PromptError("the prompt is empty")
-        if len(ids) >= info.max_model_len:
-            raise PromptError(
-                f"the prompt has {len(ids)} tokens, "
-                f"max_model_len {info.max_model_len} allows {info.max_model_len - 1} and one sampled token"
-            )
+        if len(ids) + spare > info.max_model_len:
+            allowed = f"allows {info.max_model_len - 1} and one sampled token" if spare else "allows no more"
+            raise PromptError(f"the prompt has {len(ids)} tokens, max_model_len {info.max_model_len} {allowed}")
         for token in ids:
             if type(token) is not int or not 0 <= token < info.vocab_size:
                 raise PromptError(f"prompt token id {token!r} is not in the vocabulary (0 to {info.vocab_size - 1})")

@@ -17,9 +17,21 @@ from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import LogitsProcessorError, ParameterError, PromptError
 from tokenspeed.contracts.request import Request
 from tokenspeed.contracts.sampling import SamplingParams
+from tokenspeed.contracts.step import Pooling
 from tokenspeed.engine.core import EngineCore
 from tokenspeed.engine.intake import Intake, open_tokenizer
 from tokenspeed.engine.output import OutputBuilder, RequestOutput
+from tokenspeed.engine.pooling import (
+    ClassificationOutput,
+    EmbeddingOutput,
+    PooledOutput,
+    ScoringOutput,
+    embedding_of,
+    embedding_pooling,
+    pooled_of,
+    probabilities,
+)
+from tokenspeed.engine.scoring import Scorer, paired
 from tokenspeed.engine.sleep import wakes_cache
 from tokenspeed.runner.build import ModelFiles, open_model
 from tokenspeed.tokenizer.base import Tokenizer
@@ -45,7 +57,8 @@ class LLM:
             tokenizer = pool.submit(_load_tokenizer, files)
             self.core = EngineCore(self.config, files, progress)
             self._tokenizer = tokenizer.result()
-        self._intake = Intake(self.core.info, self._tokenizer, self.config.seed)
+        self._info = self.core.info
+        self._intake = Intake(self._info, self._tokenizer, self.config.seed)
         self._numbers = itertools.count()
         self._unfinished: dict[str, OutputBuilder] = {}
         self._failed: dict[str, LogitsProcessorError] = {}
@@ -74,15 +87,58 @@ class LLM:
         Every prompt is checked before any is run. Raises PromptError, ParameterError, MemoryLimitError,
         EngineAsleepError; LogitsProcessorError once all others are done, whose results it holds.
         """
-        builders = self._submit(_prompt_list(prompts, prompt_token_ids), sampling_params)
-        outputs = [builder.output for builder in builders]
-        with self._abort_unfinished(builders), _progress_bar(len(outputs), use_tqdm) as bar:
-            while (done := sum(output.finished for output in outputs)) < len(outputs):
-                bar.update(done - bar.n)
-                self._step()
-            bar.update(done - bar.n)
-            self._raise_failure(outputs)
-        return outputs
+        listed = _prompt_list(prompts, prompt_token_ids)
+        return self._finish(self._submit(listed, self._params_list(sampling_params, len(listed))), use_tqdm)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: str = "last",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[PooledOutput[EmbeddingOutput]]:
+        """A vector of each prompt: the hidden state after the final norm of its last token or the mean of all ("mean"),
+        then its first `dimensions` numbers, then divided by its length. Means do not read the prefix cache.
+
+        Raises ParameterError, PromptError, MemoryLimitError, EngineAsleepError.
+        """
+        asked = embedding_pooling(pooling, dimensions, self._info.hidden_size)
+        outputs = self._pool(_one_or_many(prompts), asked, use_tqdm)
+        made = [embedding_of(output, normalize, dimensions).tolist() for output in outputs]
+        return [PooledOutput.of(output, EmbeddingOutput(each)) for output, each in zip(outputs, made, strict=True)]
+
+    def score(
+        self,
+        query: str | Sequence[str],
+        documents: str | Sequence[str],
+        instruction: str | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[PooledOutput[ScoringOutput]]:
+        """How well each document answers the query, or the query at its place, from 0 to 1: by a language model the
+        probability of "yes" against "no" after Qwen3-Reranker's template, by a classification head of one label the
+        logistic function of its logit. instruction: what counts as an answer, in the template.
+
+        Raises ParameterError, for a model that is neither too; otherwise as `embed` does.
+        """
+        tokenizer = self.get_tokenizer()
+        scorer = Scorer(tokenizer, self._info, instruction)
+        pieces = [scorer.pieces(*pair) for pair in paired(query, documents)]
+        prompts = [[token for text, special in each for token in tokenizer.encode(text, special)] for each in pieces]
+        outputs = self._pool(prompts, scorer.pooling, use_tqdm)
+        return [PooledOutput.of(each, ScoringOutput(probabilities(pooled_of(each))[0])) for each in outputs]
+
+    def classify(
+        self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True
+    ) -> list[PooledOutput[ClassificationOutput]]:
+        """The probability of each label of a classification head: softmax, of a lone one the logistic function.
+
+        Raises ParameterError for a language model; otherwise as `embed` does.
+        """
+        outputs = self._pool(_one_or_many(prompts), Pooling("score"), use_tqdm)
+        return [PooledOutput.of(each, ClassificationOutput(probabilities(pooled_of(each)))) for each in outputs]
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -92,7 +148,7 @@ class LLM:
 
         Dropping the iterator aborts the request. Several may be read in turns: their requests share the steps.
         """
-        (builder,) = self._submit([prompt], sampling_params)
+        (builder,) = self._submit([prompt], self._params_list(sampling_params, 1))
         pieces = self._pieces(builder)
         next(pieces)  # A generator that never started would not clean up when it is dropped.
         return pieces
@@ -123,6 +179,19 @@ class LLM:
     def close(self) -> None:
         """Release the model. Prompts are refused with EngineClosedError afterwards."""
         self.core.close()
+
+    def _pool(self, prompts: Sequence[Prompt], pooling: Pooling, use_tqdm: bool) -> list[RequestOutput]:
+        return self._finish(self._submit(prompts, [pooling] * len(prompts)), use_tqdm)
+
+    def _finish(self, builders: list[OutputBuilder], use_tqdm: bool) -> list[RequestOutput]:
+        outputs = [builder.output for builder in builders]
+        with self._abort_unfinished(builders), _progress_bar(len(outputs), use_tqdm) as bar:
+            while (done := sum(output.finished for output in outputs)) < len(outputs):
+                bar.update(done - bar.n)
+                self._step()
+            bar.update(done - bar.n)
+            self._raise_failure(outputs)
+        return outputs
 
     def _pieces(self, builder: OutputBuilder) -> Iterator[tuple[str, RequestOutput]]:
         output, completion = builder.output, builder.output.outputs[0]
@@ -189,10 +258,10 @@ class LLM:
                     builder.update(update)
 
     def _submit(
-        self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams] | Sequence[Pooling]
     ) -> list[OutputBuilder]:
-        params = self._params_list(sampling_params, len(prompts))
-        made = [self._request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        wanted: Sequence[SamplingParams | Pooling] = params
+        made = [self._request(prompt, each) for prompt, each in zip(prompts, wanted, strict=True)]
         builders = [OutputBuilder(request, text, self._tokenizer) for request, text in made]
         added: list[str] = []
         try:
@@ -219,7 +288,7 @@ class LLM:
             raise ParameterError(f"{len(given)} sampling_params for {count} prompts")
         return given
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> tuple[Request, str | None]:
+    def _request(self, prompt: Prompt, params: SamplingParams | Pooling) -> tuple[Request, str | None]:
         text, ids = _read_prompt(prompt)
         if ids is None:
             self.get_tokenizer()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -12,6 +12,20 @@ from tokenspeed.contracts import errors
 from tokenspeed.contracts.errors import EngineDeadError, TokenSpeedError
 from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.engine.trace import Span
+
+
+class ModelHead(Protocol):
+    """What a model is asked at its end."""
+
+    @property
+    def model(self) -> str:
+        """Its name, as the user gave it."""
+        ...
+
+    @property
+    def num_labels(self) -> int:
+        """Of a classification head; 0 for a language model."""
+        ...
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +48,12 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The KV cache holds `num_pages * block_size` tokens."""
     fallback_ops: list[str] = []
     """Ops for which the fast backend had no kernel, so that the reference runs the model."""
+    hidden_size: int = 0
+    """Of an embedding."""
+    num_labels: int = 0
+    """Of a classification head, which a model has in place of a language head; 0 for a language model."""
+    headless: bool = False
+    """It has neither, and gives embeddings alone."""
     decode_floor: list[tuple[int, float]] = []
     """(tokens of context, ms that a decode step of one sequence takes at the measured read bandwidth), in order of
     context; empty where the bandwidth was never measured."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from tokenspeed.contracts.errors import ParameterError
 from tokenspeed.contracts.request import Request, SequenceUpdate
 from tokenspeed.contracts.sampling import RequestOutputKind
@@ -86,6 +89,8 @@ class RequestOutput:
     prompt_logprobs: list[TokenAlternatives | None] | None = None
     finished: bool = False
     num_cached_tokens: int = 0
+    pooled: npt.NDArray[np.float32] | None = None
+    """What it gave in place of tokens; see `contracts.step.Pooling`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +139,8 @@ class OutputBuilder:
             return Progress(None)
         if update.new_token_ids and output.metrics.first_token_time is None:
             output.metrics.first_token_time = time.perf_counter()
+        if update.pooled:
+            output.pooled = np.frombuffer(update.pooled, "<f4")
         if update.index == 0:
             output.num_cached_tokens = update.num_cached_tokens
             if output.prompt_logprobs is not None:

@@ -95,6 +95,10 @@ class DenseConfig:
     long_ropes: tuple[Rope, ...] = ()
     """LongRoPE: what `ropes` are in an engine for more than `short_context` tokens."""
     short_context: int = 0
+    num_labels: int = 0
+    """Of a classification head; 0: it has a language head instead."""
+    headless: bool = False
+    """The checkpoint has no head at all, for embeddings alone; the program ends as if it were tied."""
     stretched: bool = False
     """`ropes` are the long ones."""
     sinks: bool = False

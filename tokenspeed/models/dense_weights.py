@@ -21,7 +21,9 @@ def dense_weights(cfg: DenseConfig) -> WeightTable:
     for i in range(cfg.num_layers, cfg.num_layers + cfg.later_layers):
         t.table.ignored += (f"model.layers.{i}.*", f"blk.{i}.*")
     t.norm("final_norm", cfg.hidden_size, "model.norm", "output_norm", factor=1.0 / cfg.logits_divisor)
-    if cfg.tied:
+    if cfg.num_labels:
+        t.plain("score", cfg.num_labels, cfg.hidden_size, "score", "cls.output")
+    elif cfg.tied:
         t.table.ignored += ("lm_head.weight",)
     else:
         t.plain("lm_head", cfg.vocab_size, cfg.hidden_size, "lm_head", "output")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,11 @@ from tokenspeed.models import (
     qwen3_moe,
     smollm3,
 )
-from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig
+from tokenspeed.models.dense import DenseConfig, Family, GGUFConfig, size
 from tokenspeed.models.dense_weights import dense_weights
 from tokenspeed.program.program import Program
 from tokenspeed.program.recorder import record
-from tokenspeed.weights.spec import WeightTable
+from tokenspeed.weights.spec import WeightTable, is_bare
 
 FAMILIES: tuple[Family, ...] = tuple(
     module.FAMILY
@@ -59,6 +59,11 @@ FAMILIES: tuple[Family, ...] = tuple(
         smollm3,
     )
 )
+CLASSIFIER = "ForSequenceClassification"
+CLASSIFIERS = ("gemma2", "gemma3", "glm4", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+"""Families that transformers gives such a head: the final norm's state of the last token, times `score.weight`."""
+DEFAULT_LABELS = 2
+"""Of transformers, which leaves that number out of config.json."""
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 """Of GGUF files: divisors of angles."""
 
@@ -77,18 +82,37 @@ class Definition:
         return record(lambda g: self.family.wire(g, self.config), shapes, adapters, capture)
 
 
-def define_from_hf(config: Mapping[str, Any], length: int | None = None) -> Definition:
-    """From the contents of config.json, for sequences of up to `length` tokens (`DenseConfig.opened`). Raises
-    UnsupportedError on an unknown model_type, listing the known ones."""
+def define_from_hf(
+    config: Mapping[str, Any], length: int | None = None, tensors: Collection[str] | None = None
+) -> Definition:
+    """From the contents of config.json, for sequences of up to `length` tokens (`DenseConfig.opened`), and the names of
+    the checkpoint's tensors. Raises UnsupportedError on an unknown model_type, listing the known ones."""
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "?")
         raise UnsupportedError(f"quantization_config {method!r} is not supported (supported: none)")
     kind = config.get("model_type")
     for family in FAMILIES:
         if kind in family.hf_types:
-            return _define(family, family.from_hf(config).opened(length))
+            made = replace(family.from_hf(config), num_labels=_num_labels(config, family))
+            if tensors and is_bare(tensors) and not (made.num_labels or made.tied or "lm_head.weight" in tensors):
+                made = replace(made, tied=True, headless=True)
+            return _define(family, made.opened(length))
     known = sorted(name for family in FAMILIES for name in family.hf_types)
     raise UnsupportedError(f"model_type {kind!r} is not supported (supported: {', '.join(known)})")
+
+
+def _num_labels(config: Mapping[str, Any], family: Family) -> int:
+    """Labels of a sequence-classification head, 0 for a language model."""
+    named = [name for name in config.get("architectures") or () if name.endswith(CLASSIFIER)]
+    if not named:
+        return 0
+    if family.name not in CLASSIFIERS:
+        known = ", ".join(CLASSIFIERS)
+        raise UnsupportedError(f"architecture {named[0]!r} is not supported (classification heads of: {known})")
+    if config.get("problem_type") == "multi_label_classification":
+        raise UnsupportedError(f"{named[0]} with problem_type 'multi_label_classification' is not supported")
+    labels = config.get("id2label") or {}
+    return size(config, "num_labels", len(labels) or DEFAULT_LABELS)
 
 
 def define_from_gguf(file: GGUFFile, length: int | None = None) -> Definition:
@@ -106,7 +130,7 @@ def define(checkpoint: Checkpoint, length: int | None = None) -> Definition:
     """The definition that fits an open checkpoint, `length` as above."""
     if isinstance(checkpoint, GGUFFile):
         return define_from_gguf(checkpoint, length)
-    return define_from_hf(read_json(_directory(checkpoint.path) / "config.json"), length)
+    return define_from_hf(read_json(_directory(checkpoint.path) / "config.json"), length, checkpoint.tensors)
 
 
 def shipped_configs() -> dict[str, Any]:

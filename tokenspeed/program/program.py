@@ -54,6 +54,14 @@ class Program:
         plain = [part for record in self.records for part in record.plain()]
         return next(part.weights[0] for part in reversed(plain) if part.op == "linear")
 
+    def before_head(self) -> Program:
+        """Its plain records from `select` to what enters the last projection, which is the only output: "hidden"."""
+        plain = [part for record in self.records for part in record.plain()]
+        first = next(i for i, part in enumerate(plain) if part.op == "select")
+        last = max(i for i, part in enumerate(plain) if part.op == "linear")
+        outputs = {"hidden": plain[last].inputs[0]}
+        return Program(tuple(plain[first:last]), self.shapes, self.weight_shapes, self.inputs, outputs)
+
     def operands(self, record: Record) -> Operands:
         """Shapes of everything a plain record touches."""
         return Operands(

@@ -11,6 +11,8 @@ MODES = {"int8": "Q8_0", "int4": "Q4_1"}
 to heavy-tailed weights."""
 ENDS = "Q8_0"
 """Of the embedding and the head, in every mode."""
+HEADS = ("lm_head", "score")
+"""Of a language model, and of a classifier."""
 PLAIN = ("F32", "F16", "BF16")
 
 
@@ -24,4 +26,4 @@ def quantized_format(mode: str, name: str, kind: str, cols: int, fmt: str) -> st
         raise ConfigError(f"--quantization {mode}: weight {name} is quantised already ({fmt}); leave the flag out")
     if cols % GROUP or kind == "router":
         return fmt
-    return ENDS if kind == "embedding" or name == "lm_head" else MODES[mode]
+    return ENDS if kind == "embedding" or name in HEADS else MODES[mode]

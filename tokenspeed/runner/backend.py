@@ -53,5 +53,10 @@ class Backend(Protocol):
         ...
 
     def logits(self, rows: Sequence[int]) -> torch.Tensor:
-        """Float32 logits [rows, vocabulary] of some of the step's tokens, by their place in it."""
+        """Float32 logits [rows, vocabulary] of some of the step's tokens, by their place in it; of a classifier [rows,
+        labels]."""
+        ...
+
+    def hidden(self, rows: Sequence[int]) -> torch.Tensor:
+        """Float32 hidden states [rows, hidden size] after the final norm of some of the step's tokens."""
         ...

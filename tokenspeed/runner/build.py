@@ -91,10 +91,11 @@ def _open_model(config: EngineConfig) -> ModelFiles:
     settings = read_json(source.path / "config.json")
     generation_path = source.path / "generation_config.json"
     generation = generation_from_hf(settings, read_json(generation_path) if generation_path.is_file() else {})
-    definition = define_from_hf(settings, config.max_model_len)
     if dummy:
+        definition = define_from_hf(settings, config.max_model_len)
         return ModelFiles(source.name, definition, source, None, generation, f"dummy {source.name}")
     checkpoint = open_safetensors(source.path)
+    definition = define_from_hf(settings, config.max_model_len, checkpoint.tensors)
     digest = checkpoint_digest(checkpoint)
     return ModelFiles(source.name, definition, source, checkpoint, generation, digest)
 
@@ -121,7 +122,9 @@ class Prepared:
         later = later_bytes(limits, self.backend.vocab_size, self.model.dtype.itemsize)
         self.card.settle()
         executor = gpu_executor(self.backend, Arena(1, self.shape, self.model.device), limits.rows, limits.length)
-        run_largest_steps(executor, limits, self.shape.layout, self.shape.page_size, self.backend.vocab_size)
+        classifies = self.model.definition.config.num_labels > 0
+        layout, size, vocab_size = self.shape.layout, self.shape.page_size, self.backend.vocab_size
+        run_largest_steps(executor, limits, layout, size, vocab_size, classifies)
         use = card_use(self.card, self.free_at_start, later)
         executor.close()
         del executor

@@ -178,9 +178,15 @@ class CpuBackend:
 
     def logits(self, rows: Sequence[int]) -> torch.Tensor:
         self._rows_of_logits += len(rows)
-        out = torch.empty(len(rows), self._model.definition.config.vocab_size)
+        out = torch.empty(len(rows), self._model.program.weight_shapes[self._model.program.head][0])
         self._native.head(np.array(rows, dtype=np.int32), out.numpy())
         return self._cap * torch.tanh(out / self._cap) if self._cap else out
+
+    def hidden(self, rows: Sequence[int]) -> torch.Tensor:
+        shape = self._model.definition.config
+        out = torch.empty(len(rows), shape.hidden_size)
+        self._native.hidden(np.array(rows, dtype=np.int32), out.numpy())
+        return out * shape.logits_divisor
 
     def _needs_cap(self, asks: Sequence[SampledRow]) -> bool:
         """Whether a soft cap of the logits, which the native head leaves out, matters: it keeps their order."""
@@ -324,10 +330,10 @@ class CpuBackend:
 
 
 def _screened_head(model: LoadedModel) -> str | None:
-    """The name of the head's weight where it can be kept in planes."""
+    """The name of the head's weight where it can be kept in planes, which are for drawing tokens."""
     name = model.program.head
     formats = [segment.fmt for segment in model.packed[name].segments]
-    return name if formats == ["Q8_0"] else None
+    return name if formats == ["Q8_0"] and not model.definition.config.num_labels else None
 
 
 def _act(record: Record) -> int:

@@ -12,6 +12,7 @@ from tokenspeed.runner.backend import Backend
 from tokenspeed.runner.edits import drawn_plainly
 from tokenspeed.runner.inputs import FedRow, SlotTable, num_prompt_logprobs, wanted_rows
 from tokenspeed.runner.jobs import Job, jobs_at_once, jobs_of, run_jobs, sampled_row
+from tokenspeed.runner.pooling import with_pooled
 from tokenspeed.runner.processors import LogitsProcessors
 
 
@@ -79,7 +80,7 @@ class LocalExecutor:
             if left:
                 rows, others = map(list, zip(*left, strict=True))
                 run_jobs(self.backend.logits(rows), others, self.processors)
-        return results
+        return with_pooled(fed, results, self.backend.hidden, self.backend.logits, self._chunk)
 
     def _pick(self, wanted: list[tuple[int, Job]]) -> list[tuple[int, Job]]:
         """Draw tokens without logits, of rows that are drawn plainly, where the backend has a way. The other rows."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenspeed.contracts.step import PlanRow, SamplingRow, StepDelta
+from tokenspeed.contracts.step import PlanRow, Pooling, SamplingRow, StepDelta
 from tokenspeed.ops.reference import StepView
 from tokenspeed.runner.arena import Arena
 from tokenspeed.runner.edits import SeenTokens, has_penalties
@@ -17,7 +17,8 @@ from tokenspeed.runner.edits import SeenTokens, has_penalties
 class Slot:
     """One sequence: its known tokens, how many are computed, a block table per page group, and how to sample it.
 
-    seen: counts of its tokens, kept where penalties need them.
+    seen: counts of its tokens, kept where penalties need them. pooling: what it gives in place of tokens; summed: of a
+    mean, the hidden states so far, float64 [hidden size].
     """
 
     tokens: list[int]
@@ -26,6 +27,8 @@ class Slot:
     sampling: SamplingRow
     tables: list[list[int]]
     seen: SeenTokens | None = None
+    pooling: Pooling | None = None
+    summed: torch.Tensor | None = None
 
     def append(self, token: int) -> None:
         """Take in a sampled token."""
@@ -46,6 +49,11 @@ class FedRow:
     samples: bool
     most: int
 
+    @property
+    def pools(self) -> bool:
+        """Whether it reaches the end of a sequence that gives something in place of tokens."""
+        return self.slot.pooling is not None and self.start + self.count == self.slot.num_prompt
+
 
 class SlotTable:
     """The state of all slots; changed by deltas and by the tokens that steps sample."""
@@ -65,7 +73,9 @@ class SlotTable:
             if new.slot in self._slots:
                 raise RuntimeError(f"slot {new.slot} is in use")
             tables: list[list[int]] = [[] for _ in range(groups)]
-            slot = Slot(list(new.token_ids), new.num_computed, new.num_prompt, new.sampling, tables)
+            slot = Slot(
+                list(new.token_ids), new.num_computed, new.num_prompt, new.sampling, tables, pooling=new.pooling
+            )
             if has_penalties(new.sampling):
                 slot.seen = SeenTokens(slot.tokens[: slot.num_prompt])
                 slot.seen.extend(slot.tokens[slot.num_prompt :])
@@ -86,7 +96,8 @@ class SlotTable:
             held = min(map(len, slot.tables)) * self._arena.shape.page_size
             if end > min(row.num_reserved, held):
                 raise RuntimeError(f"slot {row.slot} has no page for position {end - 1}")
-            fed.append(FedRow(row.slot, slot, slot.num_computed, count, end == len(slot.tokens), row.max_tokens))
+            samples = end == len(slot.tokens) and slot.pooling is None
+            fed.append(FedRow(row.slot, slot, slot.num_computed, count, samples, row.max_tokens))
         return fed
 
 

@@ -38,6 +38,7 @@ class RefBackend:
         self._registry = Registry()
         ref.register(self._registry)
         self._plans: dict[int, Plan] = {}
+        self._before_head = model.program.before_head()
         self._view: StepView | None = None
         self._values: dict[int, torch.Tensor] = {}
         self._head: tuple[Planned, ...] = ()
@@ -76,6 +77,15 @@ class RefBackend:
         values = dict(self._values)
         self.walk(self._head, self._view, values)
         return values[self._model.program.outputs["logits"]].float()
+
+    def hidden(self, rows: Sequence[int]) -> torch.Tensor:
+        assert self._view is not None
+        self._view.rows = torch.tensor(rows, dtype=torch.int64, device=self._model.device)
+        values = dict(self._values)
+        dtype = str(self._model.dtype).removeprefix("torch.")
+        situation = Situation(self._model.device.type, dtype, bucket_of(len(rows)), self._model.formats)
+        self.walk(plan(self._before_head, self._registry, situation).steps, self._view, values)
+        return values[self._before_head.outputs["hidden"]].float() * self._model.definition.config.logits_divisor
 
     def walk(self, steps: tuple[Planned, ...], view: StepView, values: dict[int, torch.Tensor]) -> None:
         """Run planned records; `values` takes their outputs and loses what is dead."""

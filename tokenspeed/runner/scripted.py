@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tokenspeed.contracts.step import NewSequence, ResultRow, StepPlan, StepResult, TokenLogprobs
+from tokenspeed.contracts.step import NewSequence, Pooling, ResultRow, StepPlan, StepResult, TokenLogprobs
+from tokenspeed.runner.null import made_up
 
 Key = tuple[tuple[int, ...], int, int]
 
@@ -20,6 +21,7 @@ class _Slot:
     num_computed: int
     logprobs: bool
     prompt_logprobs: bool
+    pooling: Pooling | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,8 @@ class ScriptedExecutor:
     """Gives each new sequence the next script, in the order in which they enter, and then `end_token_id` for ever.
 
     A sequence is known by its prompt, seed and sample index, so one that was preempted goes on where it was. Requested
-    log-probabilities are all -1, without alternatives. Each step takes `delay_s` seconds, one after the other.
+    log-probabilities are all -1, without alternatives; what is pooled is as by `NullExecutor`. Each step takes
+    `delay_s` seconds, one after the other.
     """
 
     max_in_flight = 1
@@ -76,6 +79,8 @@ class ScriptedExecutor:
     def _enter(self, new: NewSequence) -> _Slot:
         sampling = new.sampling
         key = (tuple(new.token_ids[: new.num_prompt]), sampling.seed, sampling.sample_index)
+        if new.pooling is not None:  # it says nothing
+            return _Slot(key, [], new.num_prompt, list(new.token_ids), new.num_computed, False, False, new.pooling)
         running = any(slot.key == key for slot in self._slots.values())
         if running or key not in self._given:
             self._given[key] = self._scripts.pop(0) if self._scripts else []
@@ -87,6 +92,7 @@ class ScriptedExecutor:
             new.num_computed,
             sampling.logprobs >= 0,
             sampling.prompt_logprobs >= 0,
+            None,
         )
 
     def _run(self, number: int, slot: _Slot, max_tokens: int) -> ResultRow:
@@ -96,6 +102,8 @@ class ScriptedExecutor:
         scores = [_logprob(token) for token in scored]
         if end < length:
             return ResultRow(number, end, [], [], scores)
+        if slot.pooling is not None:
+            return ResultRow(number, end, [], pooled=made_up(slot.pooling))
         index = length - slot.num_prompt
         token = slot.script[index] if index < len(slot.script) else self._end_token_id
         slot.token_ids.append(token)

@@ -200,10 +200,12 @@ class Scheduler:
         num_prompt, limit = len(request.prompt_token_ids), self._config.max_model_len
         if num_prompt == 0:
             raise PromptError(f"request {request.request_id!r}: the prompt is empty")
+        if request.pooling is not None and num_prompt <= limit:
+            return num_prompt + 1  # as if one were sampled: it is never fed
         if num_prompt >= limit:
             raise PromptError(
                 f"request {request.request_id!r}: the prompt has {num_prompt} tokens, "
-                f"max_model_len {limit} allows {limit - 1} and one sampled token"
+                f"max_model_len {limit} allows {limit - 1} and one sampled token, or {limit} and none"
             )
         max_tokens = request.params.max_tokens
         return limit if max_tokens is None else min(num_prompt + max_tokens, limit)
@@ -322,14 +324,14 @@ class Scheduler:
         source = next((s for s in siblings if 0 <= s.prompt_step < step.step_id), None)
         if source is not None and not sequence.num_output and self._fork(sequence, source, step):
             return True
-        hit = Hit() if sequence.scores_prompt else self._cache.find(sequence.table, sequence.token_ids)
+        hit = Hit() if sequence.computes_all else self._cache.find(sequence.table, sequence.token_ids)
         if not self._admission.admits(sequence, hit.num_held, self._running, step.step_id):
             sequence.refused = self._admission.version, hit
             return False
         self._cache.take(sequence.table, hit)
         if not sequence.started:
             sequence.num_cached = hit.num_tokens
-            if not sequence.scores_prompt:
+            if not sequence.computes_all:
                 self._cache.count_query(len(sequence.token_ids), hit.num_tokens)
         sequence.start(self._free_slots.pop(), hit.num_tokens)
         return True
@@ -367,13 +369,16 @@ class Scheduler:
             if dead := self._cache.commit(table, sequence.token_ids, num_known):
                 self._release_behind_fence(sequence, dead)
         scores = sequence.new_scores(row.prompt_logprobs, start) if row.prompt_logprobs else None
-        if not new_token_ids and not scores:
+        if row.pooled:
+            finish = Finish("stop")
+        elif not new_token_ids and not scores:
             return None
         update = sequence.update(new_token_ids, finish)
         if scores:
             update.prompt_logprobs = scores
         if row.logprobs:
             update.logprobs = row.logprobs[: len(new_token_ids)]
+        update.pooled = row.pooled
         if finish is not None:
             self._finish(sequence, cut=finish.reason == "length")
         return update

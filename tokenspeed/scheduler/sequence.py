@@ -102,6 +102,13 @@ class Sequence:
         wanted = self.index == 0 and self.live.request.params.prompt_logprobs is not None
         return wanted and self.num_scored < self.live.num_prompt - 1
 
+    @property
+    def computes_all(self) -> bool:
+        """Whether every position of its prompt must be computed, so that cached prefixes are of no use: their hidden
+        states are not kept."""
+        pooling = self.live.request.pooling
+        return self.scores_prompt or (pooling is not None and pooling.mean)
+
     def move(self, status: Status) -> None:
         check_transition(self.status, status)
         self.status = status
@@ -127,7 +134,8 @@ class Sequence:
         """
         num_new, known, before = len(row.token_ids), len(self.token_ids), self.num_computed
         end = known + num_new - 1 if num_new else before + max_tokens
-        if row.num_computed != end or not before < end <= before + max_tokens or (end >= known and not num_new):
+        gives = row.token_ids if self.live.request.pooling is None else row.pooled
+        if row.num_computed != end or not before < end <= before + max_tokens or (end >= known) != bool(gives):
             raise RuntimeError(
                 f"slot {row.slot}: {num_new} tokens and {row.num_computed} positions computed, after {known} tokens, "
                 f"{before} positions and a row of at most {max_tokens}"

@@ -50,7 +50,8 @@ class Step:
         sequence.entered = True
         tokens, live = sequence.token_ids.copy(), sequence.live
         row = sequence.sampling_row()
-        self.new.append(NewSequence(sequence.slot, tokens, sequence.num_computed, live.num_prompt, row))
+        pooling = live.request.pooling
+        self.new.append(NewSequence(sequence.slot, tokens, sequence.num_computed, live.num_prompt, row, pooling))
         if sequence.copies is not None and sequence.copies.pages:
             self.copies.append(sequence.copies)
         sequence.copies = None

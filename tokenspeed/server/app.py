@@ -19,7 +19,9 @@ from tokenspeed.server.errors import ApiError, on_bug, on_engine_error, on_http_
 from tokenspeed.server.limits import read_body
 from tokenspeed.server.openai.chat import chat
 from tokenspeed.server.openai.completions import complete
+from tokenspeed.server.openai.embeddings import embed
 from tokenspeed.server.openai.responses import Model, ModelList
+from tokenspeed.server.openai.scoring import rerank, score
 from tokenspeed.server.openai.tokenize import detokenize, tokenize
 from tokenspeed.server.openapi import openapi
 from tokenspeed.server.reports import HealthReport, Version
@@ -31,6 +33,7 @@ def create_app(state: ServerState) -> FastAPI:
     app = FastAPI(title="TokenSpeed", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
     app.root_path = state.root_path  # put into every scope, before any middleware
     app.include_router(openai_routes(state))
+    app.include_router(scoring_routes(state))
     app.include_router(tokenizer_routes(state))
     app.include_router(operator_routes(state))
     app.include_router(admin_routes(state))
@@ -54,6 +57,10 @@ def openai_routes(state: ServerState) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         return await chat(state, await json_body(request, state.limits))
 
+    @router.post("/embeddings")
+    async def embeddings(request: Request) -> Response:
+        return await embed(state, await json_body(request, state.limits))
+
     @router.get("/models")
     async def models() -> Response:
         info = state.ready().info
@@ -62,6 +69,22 @@ def openai_routes(state: ServerState) -> APIRouter:
             for name in state.names
         ]
         return struct_response(ModelList(data=listed))
+
+    return router
+
+
+def scoring_routes(state: ServerState) -> APIRouter:
+    """Scores, as in vLLM, and rankings, as Jina's and Cohere's clients ask for them."""
+    router = APIRouter()
+
+    @router.post("/v1/score")
+    async def scores(request: Request) -> Response:
+        return await score(state, await json_body(request, state.limits))
+
+    @router.post("/rerank")
+    @router.post("/v1/rerank")
+    async def ranking(request: Request) -> Response:
+        return await rerank(state, await json_body(request, state.limits))
 
     return router
 

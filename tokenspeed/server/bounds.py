@@ -8,7 +8,7 @@ from typing import Any
 from tokenspeed.config.serving import Limits
 from tokenspeed.contracts.sampling import INTEGERS, REALS
 from tokenspeed.server.openai.prompts import RESERVED_VARIABLES
-from tokenspeed.server.openai.requests import CHAT, COMPLETION, Form
+from tokenspeed.server.openai.requests import CHAT, COMPLETION, EMBEDDING, RERANK, SCORE, Form
 from tokenspeed.server.openai.sampling import MAX_TOP_LOGPROBS
 
 Schema = dict[str, Any]
@@ -23,6 +23,13 @@ def field_bounds(form: Form[Any], limits: Limits) -> dict[str, Schema]:
         least = 0  # for an echo alone
         own = {"max_tokens": _span(least, INTEGERS["max_tokens"][1]), "prompt": _prompt(limits)}
         return _sampling(limits) | own
+    if form is EMBEDDING:
+        return {"input": _prompt(limits), "dimensions": _span(1, math.inf), "cache_salt": {"minLength": 1}}
+    if form in (SCORE, RERANK):
+        several = {"minItems": 1, "maxItems": limits.max_choices}
+        texts = _items({"type": "string"}) | several
+        bounds = {"text_1": texts, "text_2": texts, "documents": several, "top_n": _span(1, math.inf)}
+        return bounds | {"cache_salt": {"minLength": 1}}
     if form is CHAT:
         top = min(MAX_TOP_LOGPROBS, limits.max_logprobs)
         own = {"logprobs": {}, "top_logprobs": _span(0, top), "max_completion_tokens": _span(*INTEGERS["max_tokens"])}

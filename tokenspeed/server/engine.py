@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from typing import Any, Protocol
 
 from tokenspeed.contracts.sampling import SamplingParams
+from tokenspeed.contracts.step import Pooling
 from tokenspeed.engine.output import RequestOutput
 from tokenspeed.engine.stream import PlainSink
 from tokenspeed.engine.trace import Span
@@ -38,6 +39,16 @@ class Info(Protocol):
     @property
     def fallback_ops(self) -> Sequence[str]:
         """Ops that run slowly for want of a fast kernel."""
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """Of an embedding."""
+        ...
+
+    @property
+    def num_labels(self) -> int:
+        """Of a classification head; 0 for a language model."""
         ...
 
     @property
@@ -84,7 +95,7 @@ class Engine(Protocol):
     def submit(
         self,
         prompt: str | list[int],
-        params: SamplingParams,
+        params: SamplingParams | Pooling,
         *,
         request_id: str | None = None,
         priority: int = 0,

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from tokenspeed.contracts.sampling import SamplingParams
+from tokenspeed.contracts.step import Pooling
 from tokenspeed.engine.output import RequestOutput
 from tokenspeed.server.client import caller_of_request
 from tokenspeed.server.direct import WriteText
@@ -34,7 +35,7 @@ class Generation:
         metrics: ServerMetrics,
         admission: Admission,
         prompts: Sequence[list[int]],
-        params: SamplingParams,
+        params: SamplingParams | Pooling,
         *,
         request_id: str,
         priority: int = 0,
@@ -42,11 +43,11 @@ class Generation:
     ) -> None:
         arrival = perf_counter()
         self._engine, self._params = engine, params
-        self._prompts = prompts
+        self._prompts, self._samples = prompts, params.n if isinstance(params, SamplingParams) else 1
         self._request_id, self._priority, self._cache_salt = request_id, priority, cache_salt
         caller = caller_of_request.get()
         self._meters = [
-            RequestMeter(metrics, arrival, RequestSummary(f"{request_id}-{number}", prompt, params.n, caller))
+            RequestMeter(metrics, arrival, RequestSummary(f"{request_id}-{number}", prompt, self._samples, caller))
             for number, prompt in enumerate(prompts)
         ]
         self._streams: list[Stream] = []
@@ -58,7 +59,7 @@ class Generation:
     def __enter__(self) -> Generation:
         self._admission.check(self._engine)
         self._unanswered = set(range(len(self._prompts)))
-        self._admission.unanswered += self._params.n * len(self._prompts)
+        self._admission.unanswered += self._samples * len(self._prompts)
         try:
             for number, prompt in enumerate(self._prompts):
                 self._streams.append(
@@ -88,6 +89,11 @@ class Generation:
             meter.end("error" if failed else "abort", now)
 
     @property
+    def request_id(self) -> str:
+        """Of the HTTP request; each prompt adds its number."""
+        return self._request_id
+
+    @property
     def num_prompts(self) -> int:
         """Engine requests behind this one."""
         return len(self._prompts)
@@ -112,7 +118,7 @@ class Generation:
     def push(self, write: WriteText) -> None:
         """From now on hand text that needs no more than to be written to `write`, past `outputs`; nothing where there
         are several samples."""
-        if len(self._streams) == 1 and self._params.n == 1:
+        if len(self._streams) == 1 and self._samples == 1:
             self._streams[0].push_to(self._meters[0].metered(write))
 
     def _aborted(self) -> ApiError:
@@ -123,7 +129,7 @@ class Generation:
 
     def _answer(self, number: int) -> None:
         self._unanswered.remove(number)
-        self._admission.unanswered -= self._params.n
+        self._admission.unanswered -= self._samples
 
     def _leave(self) -> None:
         if self._clock is not None:

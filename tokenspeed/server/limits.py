@@ -84,11 +84,11 @@ def _check_texts(name: str, texts: Sequence[str], limits: Limits) -> None:
         raise ApiError(400, text, name)
 
 
-def check_choices(num_prompts: int, n: int, limits: Limits) -> None:
-    """Raise ApiError for more prompts, with `n` samples each, than one request may have."""
+def check_choices(num_prompts: int, n: int, limits: Limits, name: str = "prompt") -> None:
+    """Raise ApiError for more prompts, in the field `name` and with `n` samples each, than one request may have."""
     if num_prompts * n > limits.max_choices:
-        text = f"prompt: {num_prompts} prompts of {n} samples, at most {limits.max_choices} in all on this server"
-        raise ApiError(400, text, "prompt")
+        text = f"{name}: {num_prompts} prompts of {n} samples, at most {limits.max_choices} in all on this server"
+        raise ApiError(400, text, name)
 
 
 class Admission:

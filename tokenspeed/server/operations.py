@@ -8,8 +8,25 @@ from typing import Any
 import msgspec
 
 from tokenspeed.server.admin import AdminState, NoBody, ProfileBody, ProfileFile, SleepBody
-from tokenspeed.server.openai.requests import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, Form
-from tokenspeed.server.openai.responses import ChatChunk, ChatCompletion, Completion, ModelList
+from tokenspeed.server.openai.requests import (
+    CHAT,
+    COMPLETION,
+    DETOKENIZE,
+    EMBEDDING,
+    RERANK,
+    SCORE,
+    TOKENIZE,
+    Form,
+)
+from tokenspeed.server.openai.responses import (
+    ChatChunk,
+    ChatCompletion,
+    Completion,
+    Embeddings,
+    ModelList,
+    Ranking,
+    Scores,
+)
 from tokenspeed.server.openai.tokenize import Text, Tokens
 from tokenspeed.server.reports import HealthReport, Version
 
@@ -57,6 +74,10 @@ OPERATIONS = (
         "post", "/v1/completions", "Complete a prompt", Completion, COMPLETION, events=Completion, errors=_GENERATING
     ),
     Operation("post", "/v1/chat/completions", "Answer", ChatCompletion, CHAT, events=ChatChunk, errors=_GENERATING),
+    Operation("post", "/v1/embeddings", "Texts to vectors", Embeddings, EMBEDDING, errors=_GENERATING),
+    Operation("post", "/v1/score", "How well texts answer others", Scores, SCORE, errors=_GENERATING),
+    Operation("post", "/v1/rerank", "Documents, the best answer first", Ranking, RERANK, errors=_GENERATING),
+    Operation("post", "/rerank", "The same", Ranking, RERANK, errors=_GENERATING),
     Operation("get", "/v1/models", "The names it is served under", ModelList, errors=(503,)),
     Operation("post", "/tokenize", "A prompt, or messages, to ids", Tokens, TOKENIZE, errors=_TEXT),
     Operation("post", "/detokenize", "Ids to text", Text, DETOKENIZE, errors=_TEXT),

@@ -12,7 +12,7 @@ from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.observability.ceilings import Ceilings, read_ceilings
 from tokenspeed.ops.definitions import KV_ITEM_BYTES, OPS, Cost, Workload, kv_entry_bytes
 from tokenspeed.program.program import Program, Record
-from tokenspeed.quantization.groups import MODES, quantized_format
+from tokenspeed.quantization.groups import HEADS, MODES, quantized_format
 from tokenspeed.weights.spec import WeightSpec, WeightTable
 
 GPUS = {"H200": Ceilings("NVIDIA H200", 4600.0, 770.0, 1410.0)}
@@ -45,7 +45,7 @@ def stored_bytes(table: WeightTable, checkpoint: Checkpoint | None, quantization
 
 
 def _weight_bytes(spec: WeightSpec, checkpoint: Checkpoint | None, quantization: str) -> float:
-    if quantization == "fp8" and spec.kind in ("linear", "experts") and spec.name != "lm_head":
+    if quantization == "fp8" and spec.kind in ("linear", "experts") and spec.name not in HEADS:
         return spec.rows * (spec.cols + SCALE_BYTES)
     if checkpoint is None:
         stored = "F32" if spec.kind == "vector" else "BF16"
@@ -110,7 +110,7 @@ def record_floor(program: Program, record: Record, work: Workload, ceilings: Cei
 
 
 def _rate(record: Record, ceilings: Ceilings, fp8: bool) -> float:
-    quantized = fp8 and record.op in ("linear", "experts") and not {"lm_head", "embed"} & set(record.weights)
+    quantized = fp8 and record.op in ("linear", "experts") and not {*HEADS, "embed"} & set(record.weights)
     return (ceilings.fp8_tflops or ceilings.bf16_tflops) if quantized else ceilings.bf16_tflops
 
 

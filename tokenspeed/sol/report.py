@@ -84,9 +84,10 @@ def find_definition(model: str | None) -> tuple[str, Definition, Checkpoint | No
     if source.format == "gguf":
         file = open_gguf(source.path)
         return source.name, define(file), file
-    definition = define_from_hf(read_json(source.path / "config.json"))
     has_weights = any(Path(source.path).glob("*.safetensors"))
-    return source.name, definition, open_safetensors(source.path) if has_weights else None
+    checkpoint = open_safetensors(source.path) if has_weights else None
+    tensors = checkpoint.tensors if checkpoint else None
+    return source.name, define_from_hf(read_json(source.path / "config.json"), None, tensors), checkpoint
 
 
 def step_report(

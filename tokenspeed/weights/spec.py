@@ -3,7 +3,8 @@ torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
 
@@ -68,11 +69,12 @@ class WeightSpec:
         return source.shape or ((source.rows,) if self.kind == "vector" else (source.rows, self.cols))
 
     def sources(self, checkpoint: Checkpoint) -> tuple[Source, ...]:
-        """Where a checkpoint keeps it."""
+        """Where a checkpoint keeps it, by the names it has there."""
         if checkpoint.format == "gguf":
             return self.gguf
-        stacked = self.hf_stacked and self.hf_stacked[0].name in checkpoint.tensors
-        return self.hf_stacked if stacked else self.hf
+        bare = is_bare(checkpoint.tensors)
+        plain, stacked = (_named(sources, bare) for sources in (self.hf, self.hf_stacked))
+        return stacked if stacked and stacked[0].name in checkpoint.tensors else plain
 
     def source_bytes(self, source: Source, info: TensorInfo) -> int:
         """Bytes that the rows of one source take in the file."""
@@ -80,6 +82,19 @@ class WeightSpec:
             return info.nbytes
         shape = self.tensor_shape(source)
         return info.nbytes * source.rows // prod(shape if self.kind == "vector" else shape[:-1])
+
+
+_BARE = "model."
+"""What names of tensors lack where a model was saved without a head, as embedding models are."""
+
+
+def _named(sources: tuple[Source, ...], bare: bool) -> tuple[Source, ...]:
+    return tuple(replace(source, name=source.name.removeprefix(_BARE)) for source in sources) if bare else sources
+
+
+def is_bare(tensors: Collection[str]) -> bool:
+    """Whether names of a safetensors checkpoint are those of a model without a head."""
+    return "embed_tokens.weight" in tensors
 
 
 @dataclass

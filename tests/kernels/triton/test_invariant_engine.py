@@ -20,6 +20,7 @@ from tests.seeds import SEED
 from tokenspeed.bench.gpu.invariance import different, make_requests, run, run_after_hit, run_alone, run_mixed
 from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.contracts.sampling import SamplingParams
+from tokenspeed.contracts.step import Pooling
 from tokenspeed.engine.llm import LLM
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.kernels.triton import attention_registration, dense, invariant_registration
@@ -91,6 +92,20 @@ def check_every_way(open_gpu: Open, quantization: str | None, count: int, most: 
 
 def test_bits_do_not_depend_on_what_else_runs(open_gpu: Open) -> None:
     check_every_way(open_gpu, None, count=2, most=3, longest=9)
+
+
+def test_bits_of_what_is_pooled(open_gpu: Open) -> None:
+    """By the kernels of a GPU, in its compute dtype."""
+    llm, prompts = open_gpu(70), [[5, 9, 2, 7], [7, 1], [3], [8, 4, 4]]
+    for pooling in (Pooling("embedding"), Pooling("score", token_ids=[4, 9])):
+        alone = [llm._pool([prompt], pooling, False)[0].pooled for prompt in prompts]
+        beside = [output.pooled for output in llm._pool(prompts, pooling, False)]
+        for found, wanted in zip(beside, alone, strict=True):
+            assert found is not None
+            assert wanted is not None
+            assert found.tobytes() == wanted.tobytes()
+    (mean,), (last,) = (llm.embed([[3]], pooling=way, use_tqdm=False) for way in ("mean", "last"))
+    assert mean.outputs.embedding == pytest.approx(last.outputs.embedding, abs=1e-6)
 
 
 @pytest.mark.slow

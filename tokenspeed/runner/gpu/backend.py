@@ -51,6 +51,7 @@ class GpuBackend:
         self._registry.add(Implementation("softcap", "softcap", "gpu", _softcap, _always, priority=10, invariant=True))
         ref.register(self._registry, but=HOST_REFERENCES)
         self._plans: dict[int, Plan] = {}
+        self._before_head = model.program.before_head()
         self.plan_for(1)
         plain = unpack_all(model.packed, model.dtype, progress)
         self.weights = {name: _on_device(tensor, model.device, name in narrow) for name, tensor in plain.items()}
@@ -69,10 +70,12 @@ class GpuBackend:
     def plan_for(self, tokens: int) -> Plan:
         """The plan for a bucket of `tokens`; made on first use."""
         if tokens not in self._plans:
-            dtype = str(self.model.dtype).removeprefix("torch.")
-            situation = Situation(self.model.device.type, dtype, tokens, self.formats, self.batch_invariant)
-            self._plans[tokens] = plan(self.model.program, self._registry, situation)
+            self._plans[tokens] = plan(self.model.program, self._registry, self._situation(tokens))
         return self._plans[tokens]
+
+    def _situation(self, tokens: int) -> Situation:
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return Situation(self.model.device.type, dtype, tokens, self.formats, self.batch_invariant)
 
     def forward(self, view: GpuView) -> torch.Tensor:
         """Logits [rows, vocabulary] of the step's rows, in the compute dtype; KV is written on the way.
@@ -93,6 +96,13 @@ class GpuBackend:
         _, steps = _at_select(self.plan_for(len(view.rows)).steps)
         self.walk(steps, view, values)
         return values[self.model.program.outputs["logits"]]
+
+    def hidden(self, view: GpuView, values: dict[int, torch.Tensor]) -> torch.Tensor:
+        """Hidden states [rows, hidden size] after the final norm of the view's rows, from what `body` left, which is
+        used up; in the compute dtype."""
+        program, situation = self._before_head, self._situation(len(view.rows))
+        self.walk(plan(program, self._registry, situation).steps, view, values)
+        return values[program.outputs["hidden"]] * self.model.definition.config.logits_divisor
 
     def walk(self, steps: Sequence[Planned], view: GpuView, values: dict[int, torch.Tensor]) -> None:
         """Run planned records; `values` takes their outputs and loses what is dead."""

@@ -2,8 +2,8 @@
 where the host looks for them. Of a decoding step nothing but its graph is given to the device.
 
 Sampled tokens are fed back on the device, so the next step is launched before they are known here. Rows that ask for
-log-probabilities, for more than a slot of the sampler holds, or for logits processors make their step wait and go the
-plain way.
+log-probabilities, for more than a slot of the sampler holds, or for logits processors, and what sequences give in place
+of tokens, make their step wait and go the plain way.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from tokenspeed.runner.gpu.state import DeviceState, StateShape
 from tokenspeed.runner.gpu.view import GpuView
 from tokenspeed.runner.inputs import wanted_rows
 from tokenspeed.runner.jobs import Job, jobs_at_once, jobs_of, run_jobs
+from tokenspeed.runner.pooling import with_pooled
 from tokenspeed.runner.processors import LogitsProcessors
 
 DEPTH = 2
@@ -196,12 +197,22 @@ class GpuExecutor:
         for first in range(0, len(jobs), at_once):
             part = slice(first, first + at_once)
             self._run_jobs(self.backend.head(view.asking(wanted[part]), dict(values)), jobs[part])
+        results = with_pooled(
+            rows,
+            results,
+            lambda places: self.backend.hidden(self._at(view, places), dict(values)).float(),
+            lambda places: self.backend.head(self._at(view, places), dict(values)).float(),
+            at_once,
+        )
         drawn = torch.zeros(len(inputs.row_slots), dtype=torch.int32)
         for at, result in enumerate(results):
             drawn[at] = result.token_ids[0] if result.token_ids else -1
         lengths, sampling = self.state.lengths, self.state.sampling
         self._kernels.finish(drawn.to(self.device), inputs, lengths, sampling, self._ring.mailbox)
         launched.found = StepResult(launched.step_id, results)
+
+    def _at(self, view: GpuView, places: list[int]) -> GpuView:
+        return view.asking(torch.tensor(places, dtype=torch.int32, device=self.device))
 
     def _run_jobs(self, logits: torch.Tensor, jobs: list[Job]) -> None:
         if self.backend.batch_invariant:
@@ -303,6 +314,8 @@ def _joined(entries: list[Entries]) -> Entries:
 
 def _needs_logits(row: LaunchedRow) -> bool:
     """Whether a row asks for what the captured sampler does not do."""
-    sampling = row.slot.sampling
+    sampling, pooling = row.slot.sampling, row.slot.pooling
+    if pooling is not None and (pooling.mean or row.pools):
+        return True
     told = sampling.logprobs >= 0 or sampling.prompt_logprobs >= 0
     return told or sampling.masked or bool(sampling.processors) or excess(sampling) is not None

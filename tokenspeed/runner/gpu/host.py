@@ -72,7 +72,7 @@ class HostSlots:
             start, end = slot.num_computed, slot.num_computed + count
             if end > min(row.num_reserved, min(slot.table_lengths) * self._page_size):
                 raise RuntimeError(f"slot {row.slot} has no page for position {end - 1}")
-            samples = end == slot.num_tokens
+            samples = end == slot.num_tokens and slot.pooling is None
             launched.append(LaunchedRow(row.slot, slot, start, count, samples, row.max_tokens, offset=offset))
             slot.num_computed = end
             slot.num_tokens += samples
@@ -82,7 +82,16 @@ class HostSlots:
 
 def _host_slot(new: NewSequence, num_groups: int) -> HostSlot:
     tokens = list(new.token_ids)
-    slot = HostSlot(tokens, new.num_computed, new.num_prompt, new.sampling, [], None, len(tokens), [0] * num_groups)
+    slot = HostSlot(
+        tokens,
+        new.num_computed,
+        new.num_prompt,
+        new.sampling,
+        [],
+        pooling=new.pooling,
+        num_tokens=len(tokens),
+        table_lengths=[0] * num_groups,
+    )
     if has_penalties(new.sampling):
         slot.seen = SeenTokens(tokens[: new.num_prompt])
         slot.seen.extend(tokens[new.num_prompt :])

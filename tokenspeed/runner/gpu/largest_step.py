@@ -8,7 +8,7 @@ import torch
 
 from tokenspeed.contracts.errors import MemoryLimitError
 from tokenspeed.contracts.executor import Executor
-from tokenspeed.contracts.step import NewSequence, PageGrant, PlanRow, SamplingRow, StepDelta, StepPlan
+from tokenspeed.contracts.step import NewSequence, PageGrant, PlanRow, Pooling, SamplingRow, StepDelta, StepPlan
 from tokenspeed.program.plan import BUCKETS, bucket_of
 from tokenspeed.runner.gpu.graphs import RUNS_BEFORE_CAPTURE
 from tokenspeed.runner.jobs import jobs_at_once
@@ -16,6 +16,8 @@ from tokenspeed.runner.layout import PageLayout
 
 SAMPLED = SamplingRow(temperature=1.0, top_k=50, top_p=0.9, seed=0, logit_bias=[(0, 0.0)])
 """Edited logits are a copy."""
+MEAN = Pooling("embedding", mean=True)
+"""What a classifier, which draws no tokens, is asked for."""
 SCORED = SamplingRow(temperature=0.0, top_k=0, top_p=1.0, seed=0, logprobs=0, prompt_logprobs=0)
 
 
@@ -41,18 +43,21 @@ class StepLimits:
 
 
 def run_largest_steps(
-    executor: Executor, limits: StepLimits, layout: PageLayout, page_size: int, vocab_size: int
+    executor: Executor, limits: StepLimits, layout: PageLayout, page_size: int, vocab_size: int, classifies: bool
 ) -> None:
     """The largest step eagerly, then captured and replayed; then one that scores as many prompt tokens as are scored
-    at once. All of it in one page, whose content is worth nothing. The executor is of no use afterwards.
+    at once. Of a classifier the largest one alone. All of it in one page, whose content is worth nothing. The executor
+    is of no use afterwards.
 
     Raises MemoryLimitError where the device has too little memory for a step.
     """
     scored = min(limits.tokens, limits.length - 1, jobs_at_once(vocab_size) + 1)
     steps = [(limits.counts(), SAMPLED)] * (RUNS_BEFORE_CAPTURE + 1) + [([scored], SCORED)]
+    steps = steps[:1] if classifies else steps
+    pooling = MEAN if classifies else None
     before = 0
     for number, (counts, sampling) in enumerate(steps):
-        plan = _step(number, counts, sampling, before, layout, page_size)
+        plan = _step(number, counts, sampling, pooling, before, layout, page_size)
         try:
             executor.launch(plan).result()
         except torch.OutOfMemoryError as error:
@@ -64,9 +69,15 @@ def run_largest_steps(
 
 
 def _step(
-    number: int, counts: list[int], sampling: SamplingRow, before: int, layout: PageLayout, page_size: int
+    number: int,
+    counts: list[int],
+    sampling: SamplingRow,
+    pooling: Pooling | None,
+    before: int,
+    layout: PageLayout,
+    page_size: int,
 ) -> StepPlan:
-    new = [NewSequence(slot, [0] * count, 0, count, sampling) for slot, count in enumerate(counts)]
+    new = [NewSequence(slot, [0] * count, 0, count, sampling, pooling) for slot, count in enumerate(counts)]
     pages = [-(-count // page_size) for count in counts]
     grants = [
         PageGrant(slot, group, 0, [0] * count)

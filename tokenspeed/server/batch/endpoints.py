@@ -12,11 +12,19 @@ from starlette.responses import Response
 from tokenspeed.server.errors import api_error, encode_error
 from tokenspeed.server.openai.chat import chat
 from tokenspeed.server.openai.completions import complete
+from tokenspeed.server.openai.embeddings import embed
+from tokenspeed.server.openai.scoring import rerank, score
 from tokenspeed.server.state import ServerState
 
 logger = logging.getLogger("tokenspeed.server")
 Endpoint = Callable[[ServerState, bytes], Awaitable[Response]]
-ENDPOINTS: dict[str, Endpoint] = {"/v1/chat/completions": chat, "/v1/completions": complete}
+ENDPOINTS: dict[str, Endpoint] = {
+    "/v1/chat/completions": chat,
+    "/v1/completions": complete,
+    "/v1/embeddings": embed,
+    "/v1/rerank": rerank,
+    "/v1/score": score,
+}
 """By url. Each takes the JSON of a request's body."""
 UNAVAILABLE = 503
 """The status of what is no request's fault: the engine is gone."""

@@ -16,7 +16,7 @@ from tokenspeed.server.generation import Generation
 from tokenspeed.server.limits import check_params
 from tokenspeed.server.openai.gather import UsageCount, gather
 from tokenspeed.server.openai.logprobs import completion_logprobs
-from tokenspeed.server.openai.prompts import check_length, completion_prompts
+from tokenspeed.server.openai.prompts import check_length, plain_prompts
 from tokenspeed.server.openai.requests import CompletionRequest, decode_completion
 from tokenspeed.server.openai.responses import Completion, CompletionChoice
 from tokenspeed.server.openai.sampling import completion_params
@@ -34,7 +34,7 @@ async def complete(state: ServerState, body: bytes) -> Response:
     state.admission.check(engine)
     params = completion_params(request, engine.info.sampling_defaults)
     check_params(request.stop, params, state.limits)
-    prompts = await completion_prompts(request.prompt, params.n, state)
+    prompts = await plain_prompts(request.prompt, params.n, state)
     check_length(prompts, engine, "prompt")
     choices = _Choices(request, prompts, _echoes(request, prompts, state), params.n, engine.tokenizer)
     head = Completion(

@@ -32,6 +32,21 @@ CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
+POOLING_WITHOUT_EFFECT = frozenset({"user"})
+
+EMBEDDING_NEUTRAL: dict[str, tuple[Any, ...]] = {"add_special_tokens": (True,), "truncate_prompt_tokens": ()}
+
+SCORE_NEUTRAL: dict[str, tuple[Any, ...]] = {"truncate_prompt_tokens": ()}
+
+RERANK_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "max_chunks_per_doc": (),
+    "max_tokens_per_doc": (),
+    "rank_fields": (),
+    "truncate_prompt_tokens": (),
+    "truncation": (False,),
+}
+"""Cohere's and Jina's: ways to score a part of a document."""
+
 TOKENIZE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
     "continue_final_message": (False,),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenspeed.engine.output import RequestMetrics, RequestOutput
 from tokenspeed.engine.stream import merged
 from tokenspeed.server.engine import Info
 from tokenspeed.server.generation import Generation
-from tokenspeed.server.openai.responses import CachedTokens, Timings, Usage
+from tokenspeed.server.openai.responses import CachedTokens, PoolingUsage, Timings, Usage
 from tokenspeed.server.openai.timings import response_timings
 
 
@@ -57,3 +59,9 @@ async def gather(generation: Generation) -> tuple[list[RequestOutput], UsageCoun
     for output in outputs:
         output.outputs.sort(key=lambda sample: sample.index)
     return outputs, count
+
+
+def pooling_usage(outputs: Sequence[RequestOutput]) -> PoolingUsage:
+    """Of requests that gave no tokens."""
+    tokens = sum(len(output.prompt_token_ids) for output in outputs)
+    return PoolingUsage(prompt_tokens=tokens, total_tokens=tokens)

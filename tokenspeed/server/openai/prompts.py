@@ -19,14 +19,18 @@ SHORT_TEXT = 16384
 RESERVED_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
 
 
-async def completion_prompts(prompt: str | list[str | int | list[int]], n: int, state: ServerState) -> list[list[int]]:
-    """Ids of each prompt. Raises PromptError for no prompt, an empty one, or a list of mixed kinds; ApiError for more
-    of them, with `n` samples each, than a request may have; ParameterError for text where the model has no tokenizer.
-    """
-    listed, prompts = _listed(prompt), []
-    check_choices(len(listed), n, state.limits)
+async def plain_prompts(
+    given: str | list[str | int | list[int]], n: int, state: ServerState, name: str = "prompt"
+) -> list[list[int]]:
+    """Ids of each prompt of the field `name`. Raises PromptError for no prompt, an empty one, or a list of mixed kinds;
+    ApiError for more of them, with `n` samples each, than a request may have; ParameterError for text where the model
+    has no tokenizer."""
+    listed, prompts = _listed(given, name), []
+    check_choices(len(listed), n, state.limits, name)
     for each in listed:
-        prompts.append(each if isinstance(each, list) else await _encode(each, state.tokenizer))
+        if not each:
+            raise PromptError(f"{name} is empty")
+        prompts.append(each if isinstance(each, list) else await encode_text(each, state.tokenizer, True))
         await asyncio.sleep(0)  # many short texts would hold up the streams as one long text does
     return prompts
 
@@ -35,7 +39,9 @@ async def chat_prompt(request: ChatRequest, state: ServerState) -> list[int]:
     """Ids of a conversation under the model's template. Raises ParameterError where there is no template, or it refuses
     the messages."""
     text = render(request.messages, request.chat_template_kwargs or {}, state)
-    return await _encode(text, state.tokenizer, add_special_tokens=False)
+    if not text:
+        raise PromptError("prompt is empty")
+    return await encode_text(text, state.tokenizer, add_special_tokens=False)
 
 
 def render(
@@ -51,30 +57,26 @@ def render(
     return template.render([_plain(message) for message in messages], None, add_generation_prompt, **variables)
 
 
-def check_length(prompts: Sequence[Sequence[int]], engine: Engine, param: str) -> None:
-    """Raise ApiError, with OpenAI's code, for a prompt that leaves no room for output."""
+def check_length(prompts: Sequence[Sequence[int]], engine: Engine, param: str, output: bool = True) -> None:
+    """Raise ApiError, with OpenAI's code, for a prompt that is too long, or leaves no room for output where there is
+    some."""
     limit = engine.info.max_model_len
     for prompt in prompts:
-        if len(prompt) >= limit:
-            message = f"{param}: {len(prompt)} tokens, but this model takes {limit} at most, prompt and output"
+        if len(prompt) + output > limit:
+            message = f"{param}: {len(prompt)} tokens, but this model takes {limit} at most"
+            message += ", prompt and output" if output else ""
             raise ApiError(400, message, param, "context_length_exceeded")
 
 
-def _listed(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    if isinstance(prompt, str):
-        return [prompt]
-    kinds = {type(each) for each in prompt}
+def _listed(given: str | list[str | int | list[int]], name: str) -> list[str | list[int]]:
+    if isinstance(given, str):
+        return [given]
+    kinds = {type(each) for each in given}
     if kinds == {int}:
-        return [[each for each in prompt if isinstance(each, int)]]
+        return [[each for each in given if isinstance(each, int)]]
     if kinds in ({str}, {list}):
-        return [each for each in prompt if not isinstance(each, int)]
-    raise PromptError("prompt must be a text, a list of token ids, or a list of either that is not empty")
-
-
-async def _encode(text: str, tokenizer: Tokenizer, add_special_tokens: bool = True) -> list[int]:
-    if not text:
-        raise PromptError("prompt is empty")
-    return await encode_text(text, tokenizer, add_special_tokens)
+        return [each for each in given if not isinstance(each, int)]
+    raise PromptError(f"{name} must be a text, a list of token ids, or a list of either that is not empty")
 
 
 async def encode_text(text: str, tokenizer: Tokenizer, add_special_tokens: bool) -> list[int]:

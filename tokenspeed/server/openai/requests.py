@@ -14,16 +14,22 @@ from tokenspeed.server.errors import ApiError
 from tokenspeed.server.openai.fields import (
     CHAT_NEUTRAL,
     CHAT_WITHOUT_EFFECT,
+    EMBEDDING_NEUTRAL,
     NEUTRAL,
+    POOLING_WITHOUT_EFFECT,
+    RERANK_NEUTRAL,
+    SCORE_NEUTRAL,
     TOKENIZE_NEUTRAL,
     WITHOUT_EFFECT,
 )
 
 Request = TypeVar("Request", bound=msgspec.Struct)
 Generating = TypeVar("Generating", bound="GenerationRequest")
+Pooled = TypeVar("Pooled", bound="PoolingRequest")
 _PLACE = re.compile(r"(?P<problem>.*) - at (`key` in )?`\$\.?(?P<path>.*)`", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(\w+)`")
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+Priority = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -58,7 +64,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
-    priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+    priority: Priority | None = None
     cache_salt: str | None = None
     return_token_ids: bool | None = None
     prompt_logprobs: int | None = None
@@ -95,6 +101,48 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     prompt: str | list[str | int | list[int]]
     echo: bool | None = None
     logprobs: int | None = None
+
+
+class PoolingRequest(msgspec.Struct, kw_only=True):
+    """What the endpoints take that give no tokens."""
+
+    model: str | None = None
+    priority: Priority | None = None
+    cache_salt: str | None = None
+
+
+class EmbeddingRequest(PoolingRequest, kw_only=True):
+    """/v1/embeddings. input: a text, token ids, or a list of either. pooling: the last token's state, or the mean."""
+
+    input: str | list[str | int | list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    pooling: Literal["last", "mean"] | None = None
+    normalize: bool | None = None
+
+
+class ScoreRequest(PoolingRequest, kw_only=True):
+    """/v1/score. One text_1 goes with every text_2, several with those at their places."""
+
+    text_1: str | list[str]
+    text_2: str | list[str]
+    instruction: str | None = None
+
+
+class Document(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What is ranked."""
+
+    text: str
+
+
+class RerankRequest(PoolingRequest, kw_only=True):
+    """/v1/rerank and /rerank. top_n: how many results."""
+
+    query: str
+    documents: list[str | Document]
+    top_n: int | None = None
+    return_documents: bool | None = None
+    instruction: str | None = None
 
 
 class TextPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -145,6 +193,9 @@ class Form(Generic[Request]):
 
 COMPLETION = Form(CompletionRequest, WITHOUT_EFFECT, NEUTRAL)
 CHAT = Form(ChatRequest, CHAT_WITHOUT_EFFECT, CHAT_NEUTRAL)
+EMBEDDING = Form(EmbeddingRequest, POOLING_WITHOUT_EFFECT, EMBEDDING_NEUTRAL)
+SCORE = Form(ScoreRequest, POOLING_WITHOUT_EFFECT, SCORE_NEUTRAL)
+RERANK = Form(RerankRequest, POOLING_WITHOUT_EFFECT, RERANK_NEUTRAL)
 TOKENIZE = Form(TokenizeRequest, neutral=TOKENIZE_NEUTRAL)
 DETOKENIZE = Form(DetokenizeRequest)
 
@@ -157,6 +208,14 @@ def decode_completion(body: bytes) -> CompletionRequest:
 def decode_chat(body: bytes) -> ChatRequest:
     """Raises ApiError naming every field that is unknown, or the one that has a wrong type."""
     return _checked(_decode(body, CHAT))
+
+
+def decode_pooling(body: bytes, form: Form[Pooled]) -> Pooled:
+    """Raises ApiError naming every field that is unknown, or the one that has a wrong type or may not be empty."""
+    request = _decode(body, form)
+    if request.cache_salt == "":
+        raise ApiError(400, "cache_salt must not be empty", "cache_salt")
+    return request
 
 
 def decode_tokenize(body: bytes) -> TokenizeRequest:

@@ -28,6 +28,72 @@ class Usage(msgspec.Struct, kw_only=True):
     prompt_tokens_details: CachedTokens
 
 
+class PoolingUsage(msgspec.Struct, kw_only=True):
+    """Nothing is generated."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(msgspec.Struct, kw_only=True):
+    """The vector of one input: numbers, or their float32 bytes (little-endian) in base64."""
+
+    index: int
+    embedding: list[float] | str
+    object: Literal["embedding"] = "embedding"
+
+
+class Embeddings(msgspec.Struct, kw_only=True):
+    """Of all inputs, in their order."""
+
+    data: list[Embedding]
+    model: str
+    usage: PoolingUsage
+    object: Literal["list"] = "list"
+
+
+class Score(msgspec.Struct, kw_only=True):
+    """Of one pair."""
+
+    index: int
+    score: float
+    object: Literal["score"] = "score"
+
+
+class Scores(msgspec.Struct, kw_only=True):
+    """In the order of the pairs, in vLLM's shape."""
+
+    id: str
+    created: int
+    model: str
+    data: list[Score]
+    usage: PoolingUsage
+    object: Literal["list"] = "list"
+
+
+class RankedDocument(msgspec.Struct, kw_only=True):
+    """As it was sent."""
+
+    text: str
+
+
+class Ranked(msgspec.Struct, kw_only=True):
+    """index: its place in the request."""
+
+    index: int
+    relevance_score: float
+    document: RankedDocument | msgspec.UnsetType = msgspec.UNSET
+
+
+class Ranking(msgspec.Struct, kw_only=True):
+    """The best first, in the shape of Jina's and Cohere's and vLLM's."""
+
+    id: str
+    model: str
+    results: list[Ranked]
+    usage: PoolingUsage
+
+
 class Timings(msgspec.Struct, kw_only=True):
     """Milliseconds; null where unknown. ttft is queue (until its first step) and prefill together, tpot the mean per
     token after the first. share_of_floor: of tpot, what reading weights and context once takes at this machine's

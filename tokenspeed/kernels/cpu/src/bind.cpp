@@ -154,6 +154,10 @@ NB_MODULE(_walk, m) {
         nb::gil_scoped_release unlocked;
         model.head(rows.data(), static_cast<int64_t>(rows.shape(0)), logits.data());
       })
+      .def("hidden", [](ts::Model& model, const Array1<int32_t>& rows, const Out2<float>& out) {
+        nb::gil_scoped_release unlocked;
+        model.hidden(rows.data(), static_cast<int64_t>(rows.shape(0)), out.data());
+      })
       .def("pick", [](ts::Model& model, const Array1<int32_t>& rows, const std::vector<ts::Ask>& asks) {
         require(asks, rows.shape(0));
         return pairs_from([&]() -> auto& { return model.pick(rows.data(), asks.data(), static_cast<int64_t>(asks.size())); });

@@ -206,6 +206,15 @@ void Model::head(const int32_t* rows, int64_t count, float* logits) {
   timed(last, [&] { linear(last, count, logits, matrices_[static_cast<size_t>(last.matrix)].rows); });
 }
 
+void Model::hidden(const int32_t* rows, int64_t count, float* out) {
+  const Op& last = before_head(rows, count);
+  const Matrix& m = matrices_[static_cast<size_t>(last.matrix)];
+  rows_of(count, [&](int64_t row) {
+    prepare_row(last, m, row);
+    std::memcpy(out + row * m.cols, normed_.data() + row * m.cols, sizeof(float) * static_cast<size_t>(m.cols));
+  });
+}
+
 void Model::run(const Op& op, int64_t tokens) {
   switch (op.kind) {
     case Kind::Embed: return embed(op);

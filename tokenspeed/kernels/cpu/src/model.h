@@ -150,6 +150,8 @@ class Model {
   void body(const Step& step);
   // The head for some of the step's tokens: logits [rows, vocabulary].
   void head(const int32_t* rows, int64_t count, float* logits);
+  // What enters the last projection for some of the step's tokens: out [count, its columns].
+  void hidden(const int32_t* rows, int64_t count, float* out);
   // The head and a token for some of the step's tokens: mostly one pick each; several where only the sampler's own noise
   // can tell which is best, none where the sampler has to draw.
   const std::vector<std::vector<Pick>>& pick(const int32_t* rows, const Ask* asks, int64_t count);
