@@ -73,7 +73,8 @@ def draw_case(
         blocks_of = source.reshape(rows, blocks, 34)
         blocks_of[:, :, 2:] = rng.integers(1, 128, size=(rows, blocks, 32))
         blocks_of[:, :, :2] = np.array([0.25], np.float16).view(np.uint8)
-        x = -np.clip(np.abs(x), 0.01, 30) * np.float32(1e37 if kind == "huge" else 1)
+        # No sum may end near the largest float, where the order of its terms decides whether it is one.
+        x = -np.clip(np.abs(x), 1, 30) * np.float32(1e37) if kind == "huge" else -np.clip(np.abs(x), 0.01, 30)
     first = rng.integers(len(TEMPERATURES))
     return f"draw {kind} {fmt} {rows}x{cols}, {count} rows, from {TEMPERATURES[first]}{', filtered' * filtered}", {
         "format": PLANES if fmt == "Planes" else FORMATS.index(fmt),
