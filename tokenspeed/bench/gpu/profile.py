@@ -29,17 +29,10 @@ def per_op(llm: LLM, batch: int, context: int, tokens: int, draws: bool = False)
 
     Raises UnsupportedError where steps are not captured, ValueError for fewer tokens than the table averages over.
     """
-    labels = launch_order(llm, batch, context, draws)
-    for count in (3, tokens):
-        timed_ms(llm, batch, context, count, draws)
-    launches = profiled(lambda: timed_ms(llm, batch, context, tokens, draws))
-    before, steps = middle_steps(launches)
-    return waterfall(before, steps, labels)
+    return _table(llm, launch_order(llm, batch, context, draws), batch, context, tokens, draws)
 
 
-def per_record(
-    llm: LLM, batch: int, context: int, tokens: int, profiler: Profiler | None = None
-) -> tuple[list[Planned], Waterfall]:
+def per_record(llm: LLM, batch: int, context: int, tokens: int) -> tuple[list[Planned], Waterfall]:
     """The records of a decode step in the order they run in, and the same table with their numbers as ops. Raises as
     `per_op`, and UnsupportedError where the graph's kernels cannot be told apart."""
     walked: list[Planned] = []
@@ -48,15 +41,18 @@ def per_record(
         walked.append(step)
         return str(len(walked) - 1)
 
-    taken = profiler or profiled
-    labels = launch_order(llm, batch, context, profiler=taken, name=numbered)
-    for count in (3, tokens):
-        timed_ms(llm, batch, context, count, False)
-    before, steps = middle_steps(taken(lambda: timed_ms(llm, batch, context, tokens, False)))
-    found = waterfall(before, steps, labels)
+    labels = launch_order(llm, batch, context, profiler=profiled, name=numbered)
+    found = _table(llm, labels, batch, context, tokens, False)
     if not found.labelled:
         raise UnsupportedError("the graph's kernels are not those of the step as it was walked")
     return walked, found
+
+
+def _table(llm: LLM, labels: Sequence[Label], batch: int, context: int, tokens: int, draws: bool) -> Waterfall:
+    for count in (3, tokens):
+        timed_ms(llm, batch, context, count, draws)
+    before, steps = middle_steps(profiled(lambda: timed_ms(llm, batch, context, tokens, draws)))
+    return waterfall(before, steps, labels)
 
 
 def profiled(run: Callable[[], object]) -> list[Launch]:
