@@ -15,18 +15,18 @@ import torch
 
 from tokenspeed.kernels.cuda.stream import stream
 from tokenspeed.kernels.triton.linear import project
-from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue
+from tokenspeed.kernels.triton.operands import Multiplied, Norm, Prologue
 from tokenspeed.quantization.fp8 import Fp8Weight, quantize_fp8
 
 SHAPES = {"1b": (2048, 3072, 8192, 12), "8b": (4096, 6144, 14336, 6)}
 """Hidden size, rows of q, k and v, of up; layers timed."""
 REPEATS, REPLAYS = 4, 9
 Projection = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-Layer = dict[str, Matrix]
+Layer = dict[str, Multiplied]
 
 
 def streamed(
-    x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, act: str, prologue: Prologue | None
+    x: torch.Tensor, weight: Multiplied, bias: torch.Tensor | None, act: str, prologue: Prologue | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The streaming kernel, which must take it."""
     found = stream(x, weight, bias, act, prologue)
@@ -34,7 +34,7 @@ def streamed(
     return found
 
 
-def matrix(rows: int, columns: int, narrow: bool) -> Matrix:
+def matrix(rows: int, columns: int, narrow: bool) -> Multiplied:
     """Random, of unit-scale products."""
     weight = (torch.randn(rows, columns, device="cuda") * columns**-0.5).bfloat16()
     return quantize_fp8(weight) if narrow else weight
@@ -93,7 +93,7 @@ def check(narrow: bool) -> bool:
     return good
 
 
-def _same(weight: Matrix, act: str, kind: str) -> bool:
+def _same(weight: Multiplied, act: str, kind: str) -> bool:
     rows, columns = weight.shape
     x, branch = torch.randn(2, 1, columns, device="cuda").bfloat16()
     norms = [Norm(torch.rand(columns, device="cuda") + 0.5, 1e-5) for _ in range(2)]

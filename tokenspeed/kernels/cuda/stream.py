@@ -11,6 +11,7 @@ import torch
 from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer
 from tokenspeed.kernels.triton.operands import Matrix, Prologue
 from tokenspeed.quantization.fp8 import Fp8Weight
+from tokenspeed.quantization.narrow import PackedWeight
 
 ACTS = {"none": 0, "silu": 1, "gelu_tanh": 2}
 UNIT = 8
@@ -89,6 +90,8 @@ def stream(
     prologue: Prologue | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """`triton.linear.project` of one row of bf16, None where no variant takes it. An Fp8Weight has a scale per row."""
+    if isinstance(weight, PackedWeight):
+        return None
     matrix, scale = (weight.q, weight.scale) if isinstance(weight, Fp8Weight) else (weight, None)
     found = variant(x.shape[1], matrix.element_size(), act, prologue, bias is not None)
     branch = prologue.branch if prologue else None
