@@ -15,18 +15,18 @@ import torch
 
 from tokenspeed.kernels.cuda.stream import stream
 from tokenspeed.kernels.triton.linear import project
-from tokenspeed.kernels.triton.operands import Multiplied, Norm, Prologue
+from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue
 from tokenspeed.quantization.fp8 import Fp8Weight, quantize_fp8
 
 SHAPES = {"1b": (2048, 3072, 8192, 12), "8b": (4096, 6144, 14336, 6)}
 """Hidden size, rows of q, k and v, of up; layers timed."""
 REPEATS, REPLAYS = 4, 9
 Projection = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-Layer = dict[str, Multiplied]
+Layer = dict[str, Matrix]
 
 
 def streamed(
-    x: torch.Tensor, weight: Multiplied, bias: torch.Tensor | None, act: str, prologue: Prologue | None
+    x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, act: str, prologue: Prologue | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The streaming kernel, which must take it."""
     found = stream(x, weight, bias, act, prologue)
@@ -34,7 +34,7 @@ def streamed(
     return found
 
 
-def matrix(rows: int, columns: int, narrow: bool) -> Multiplied:
+def matrix(rows: int, columns: int, narrow: bool) -> Matrix:
     """Random, of unit-scale products."""
     weight = (torch.randn(rows, columns, device="cuda") * columns**-0.5).bfloat16()
     return quantize_fp8(weight) if narrow else weight
@@ -60,11 +60,11 @@ def run(made: list[Layer], projection: Projection, norm: Norm, x: torch.Tensor, 
     return branch
 
 
-def microseconds(made: list[Layer], projection: Projection) -> float:
-    """Of one layer, the median over replays."""
+def microseconds(made: list[Layer], projection: Projection, rows: int = 1) -> float:
+    """Of one layer with so many rows, the median over replays."""
     columns = made[0]["o"].shape[0]
     norm = Norm(torch.ones(columns, device="cuda"), 1e-5)
-    x, branch = torch.randn(2, 1, columns, device="cuda").bfloat16()
+    x, branch = torch.randn(2, rows, columns, device="cuda").bfloat16()
     run(made, projection, norm, x, branch)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -93,7 +93,7 @@ def check(narrow: bool) -> bool:
     return good
 
 
-def _same(weight: Multiplied, act: str, kind: str) -> bool:
+def _same(weight: Matrix, act: str, kind: str) -> bool:
     rows, columns = weight.shape
     x, branch = torch.randn(2, 1, columns, device="cuda").bfloat16()
     norms = [Norm(torch.rand(columns, device="cuda") + 0.5, 1e-5) for _ in range(2)]
@@ -103,12 +103,13 @@ def _same(weight: Multiplied, act: str, kind: str) -> bool:
     poison = torch.full((1 << 20,), float("nan"), device="cuda")
     del poison
     y, joined = streamed(x, weight, bias, act, prologue)
-    entered, total = _prepared(x, prologue)
+    entered, total = prepared(x, prologue)
     if isinstance(weight, Fp8Weight):
         scale = entered.abs().max().clamp(min=1e-12) / torch.full((), 448.0, device="cuda")
         entered = (entered * (1 / scale)).to(torch.float8_e4m3fn).double() * scale.double()
         exact = weight.q.double() * weight.scale.double()[:, None]
     else:
+        assert isinstance(weight, torch.Tensor)
         exact = weight.double()
     product = entered.double() @ exact.T + bias.bfloat16().double()
     if act != "none":
@@ -123,8 +124,8 @@ def _same(weight: Multiplied, act: str, kind: str) -> bool:
     return good
 
 
-def _prepared(x: torch.Tensor, prologue: Prologue | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the product takes, float32 of values rounded to bf16, and the joined row."""
+def prepared(x: torch.Tensor, prologue: Prologue | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the product takes, float32 of values rounded to bf16, and the joined rows."""
     if prologue is None:
         return x.float(), x
     total = x
@@ -150,7 +151,7 @@ def main() -> int:
     if not options.no_check and not check(narrow):
         return 1
     made = layers(options.model, narrow)
-    moved = sum(w.q.nbytes if isinstance(w, Fp8Weight) else w.nbytes for w in made[0].values())
+    moved = sum(w.nbytes for w in made[0].values())
     for name, projection in (("triton", project), ("streamed", streamed), ("triton", project), ("streamed", streamed)):
         us = microseconds(made, projection)
         print(f"{options.model} {options.format} {name}: {us:.2f} us a layer, {moved / us / 1e6:.3f} TB/s", flush=True)
