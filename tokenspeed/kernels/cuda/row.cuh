@@ -192,29 +192,40 @@ __device__ void multiply_columns(float* sums, u32 x0, u32 x1, u32 w0, u32 w1) {
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) : "r"(x0), "r"(0), "r"(x1), "r"(w0), "r"(w1));
 }
 
-// 16 bytes of each of 8 rows of W per thread of a group, and as many columns of x: bf16 or e4m3.
+// The same with x as 16 bytes are loaded: two products, of its first and third, and of its second and fourth pair of columns.
+// Each has the other's pairs as eight more rows, for nothing; what is wanted of the first lies in sums 0 and 1, of the second
+// in sums 2 and 3, and no register has to be moved.
+template <bool Half>
+__device__ void multiply_quad(float* sums, uint4 x, u32 w0, u32 w1) {
+  if (Half)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(w0), "r"(w1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(w0), "r"(w1));
+}
+
+// 16 bytes of each of 8 rows of W per thread of a group, and as many columns of x: bf16 or e4m3. What is wanted lies in the
+// first half of sums[0] and the second of sums[1].
 template <int Format>
 __device__ void multiply_vector(float (*sums)[4], const u16* x, bool mine, uint4 w) {
   const uint4* from = reinterpret_cast<const uint4*>(x);
   uint4 a = make_uint4(0, 0, 0, 0), b = a;
   if (mine) a = from[0];
   if (Format == BF16) {
-    multiply_columns<false>(sums[0], a.x, a.y, w.x, w.y);
-    multiply_columns<false>(sums[1], a.z, a.w, w.z, w.w);
+    multiply_quad<false>(sums[0], a, w.x, w.z);
+    multiply_quad<false>(sums[1], a, w.y, w.w);
   } else {
     if (mine) b = from[1];
-    multiply_columns<true>(sums[0], a.x, a.y, halves(w.x), halves(w.x >> 16));
-    multiply_columns<true>(sums[1], a.z, a.w, halves(w.y), halves(w.y >> 16));
-    multiply_columns<true>(sums[0], b.x, b.y, halves(w.z), halves(w.z >> 16));
-    multiply_columns<true>(sums[1], b.z, b.w, halves(w.w), halves(w.w >> 16));
+    multiply_quad<true>(sums[0], a, halves(w.x), halves(w.y));
+    multiply_quad<true>(sums[1], a, halves(w.x >> 16), halves(w.y >> 16));
+    multiply_quad<true>(sums[0], b, halves(w.z), halves(w.w));
+    multiply_quad<true>(sums[1], b, halves(w.z >> 16), halves(w.w >> 16));
   }
 }
 
-// 8 columns of x for the threads that hold its row; the others, whose rows of the product nobody reads, keep what they have.
-__device__ inline void load_columns(uint4& x, const u16* from, bool mine) {
-  asm volatile("{ .reg .pred mine;\nsetp.ne.u32 mine, %5, 0;\n@mine ld.shared.v4.u32 {%0, %1, %2, %3}, [%4]; }"
-               : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w) : "r"(shared_address(from)), "r"(u32(mine)));
-}
 __device__ inline u32 bytes_of(u32 word, u32 which) {
   u32 r;
   asm("prmt.b32 %0, %1, 0, %2;" : "=r"(r) : "r"(word), "r"(which));
@@ -224,39 +235,42 @@ __device__ inline u32 bytes_of(u32 word, u32 which) {
 __device__ inline u32 e2m1_pair(u32 signs, u32 others) { return signs & 0x80008000u | others & 0x01c001c0u; }
 
 // Adds 64 bytes of each of 8 rows of W, of which each thread of a group holds 16, times as many columns of x, to the sums of
-// two rows. `x` are registers for 32 columns, `from` the thread's first columns, `offset` as prepare_row made it, `scales` of
-// both rows: none, bf16 of one group each, or four exponents each.
+// two rows. `offset` as prepare_row made it, `scales` of both rows: none, bf16 of one group each, or four exponents each.
 template <int Format>
-__device__ void multiply_codes(float* sums, uint4* x, const u16* from, bool mine, uint4 w, float offset, uint2 scales) {
+__device__ void multiply_codes(float* sums, const u16* from, bool mine, uint4 w, float offset, uint2 scales) {
   u32 words[] = {w.x, w.y, w.z, w.w};
   constexpr int vectors = Format == INT8 ? 2 : 4, apart = Format == INT8 ? 8 : 32;
-#pragma unroll
-  for (int j = 0; j < vectors; ++j) load_columns(x[j], from + j * apart, mine);
+  uint4 x[vectors] = {};
+  if (mine)
+    for (int j = 0; j < vectors; ++j) x[j] = *reinterpret_cast<const uint4*>(from + j * apart);
   float low[4] = {offset, offset, 0, 0}, high[4] = {};
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    u32 word = words[j];
-    if (Format == INT8) {
-      word ^= 0x80808080u;
-      u32 first = j % 2 ? x[j / 2].z : x[j / 2].x, second = j % 2 ? x[j / 2].w : x[j / 2].y;
-      multiply_columns<false>(j % 2 ? high : low, first, second, bytes_of(word, 0x4140), bytes_of(word, 0x4342));
-    } else if (Format == INT4) {
-      multiply_columns<false>(low, x[j].x, x[j].z, word & 0x000f000fu, word >> 8 & 0x000f000fu);
-      multiply_columns<false>(high, x[j].y, x[j].w, word & 0x00f000f0u, word >> 8 & 0x00f000f0u);
-    } else {
-      float block[4] = {};
-      multiply_columns<false>(block, x[j].x, x[j].y, e2m1_pair(word << 12, word << 6), e2m1_pair(word << 8, word << 2));
-      multiply_columns<false>(block, x[j].z, x[j].w, e2m1_pair(word << 4, word >> 2), e2m1_pair(word, word >> 6));
-      sums[0] += block[0] * __uint_as_float((j < 3 ? scales.x << (23 - 8 * j) : scales.x >> 1) & 0x7f800000u);
-      sums[1] += block[1] * __uint_as_float((j < 3 ? scales.y << (23 - 8 * j) : scales.y >> 1) & 0x7f800000u);
-    }
-  }
   if (Format == INT8) {
-    sums[0] += low[0] + high[0];
-    sums[1] += low[1] + high[1];
+    for (int j = 0; j < 4; ++j) words[j] ^= 0x80808080u;
+    for (int j = 0; j < 2; ++j) {
+      u32 first = words[2 * j], second = words[2 * j + 1];
+      multiply_quad<false>(low, x[j], bytes_of(first, 0x4140), bytes_of(second, 0x4140));
+      multiply_quad<false>(high, x[j], bytes_of(first, 0x4342), bytes_of(second, 0x4342));
+    }
+    sums[0] += low[0] + high[2];
+    sums[1] += low[1] + high[3];
   } else if (Format == INT4) {
-    sums[0] += (low[0] + high[0] * 0.0625f) * widen(scales.x & 0xffff);
-    sums[1] += (low[1] + high[1] * 0.0625f) * __uint_as_float(scales.x & 0xffff0000u);
+    for (int j = 0; j < 4; ++j) {
+      multiply_quad<false>(low, x[j], words[j] & 0x000f000fu, words[j] >> 8 & 0x000f000fu);
+      multiply_quad<false>(high, x[j], words[j] & 0x00f000f0u, words[j] >> 8 & 0x00f000f0u);
+    }
+    sums[0] += (low[0] + high[2] * 0.0625f) * widen(scales.x & 0xffff);
+    sums[1] += (low[1] + high[3] * 0.0625f) * __uint_as_float(scales.x & 0xffff0000u);
+  } else {
+    for (int j = 0; j < 4; ++j) {
+      u32 word = words[j];
+      float first[4] = {}, second[4] = {};
+      multiply_quad<false>(first, x[j], e2m1_pair(word << 12, word << 6), e2m1_pair(word << 4, word >> 2));
+      multiply_quad<false>(second, x[j], e2m1_pair(word << 8, word << 2), e2m1_pair(word, word >> 6));
+      float left = __uint_as_float((j < 3 ? scales.x << (23 - 8 * j) : scales.x >> 1) & 0x7f800000u);
+      float right = __uint_as_float((j < 3 ? scales.y << (23 - 8 * j) : scales.y >> 1) & 0x7f800000u);
+      sums[0] += (first[0] + second[2]) * left;
+      sums[1] += (first[1] + second[3]) * right;
+    }
   }
 }
 

@@ -111,7 +111,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
   float x_scale = prepare_row<FORMAT, NORM, BRANCH, BRANCH_NORM>(s.x, s.offsets, s.partial, x, branch, norm, branch_norm,
                                                                  joined, eps, branch_eps);
   constexpr int APART = FORMAT == INT4 || FORMAT == MXFP4 ? 8 : 128 / BITS;  // columns between threads of a group
-  uint4 held[2][4] = {};
   int group = lane / 4, part = lane % 4, at = 0, parity = 0, flip = 0;
   for (int unit = blockIdx.x; unit < units; unit += gridDim.x, flip ^= 1) {
     float sums[4][4] = {};  // several, as one product waits for the one before it into the same
@@ -128,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
       for (int step = 0; step < STEPS; ++step) {
         uint4 w = *reinterpret_cast<const uint4*>(weights + step * 64);
         if (CODES)
-          multiply_codes<FORMAT>(sums[0], held[step % 2], columns + step * 512 / BITS, group == 0, w,
+          multiply_codes<FORMAT>(sums[0], columns + step * 512 / BITS, group == 0, w,
                                  FORMAT == MXFP4 ? 0 : s.offsets[first + step],
                                  scales_at(s.ring[warp][at] + SCALES_AT + (step * 4 + part) * 2 * SCALE));
         else
@@ -143,7 +142,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
     }
     if (group == 0) {
       for (int i = 0; i < 2; ++i)
-        s.sums[flip][warp][2 * part + i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
+        s.sums[flip][warp][2 * part + i] =
+            CODES ? sums[0][i] : (sums[0][i] + sums[1][2 + i]) + (sums[2][i] + sums[3][2 + i]);
     }
     __syncthreads();
     if (threadIdx.x < 32) {
