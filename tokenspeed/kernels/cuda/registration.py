@@ -8,7 +8,7 @@ import torch
 
 from tokenspeed.kernels.cuda.attend import MOST_TOKENS, attend, fits
 from tokenspeed.kernels.cuda.program import compiler_found, divide_alike
-from tokenspeed.kernels.cuda.stream import stream
+from tokenspeed.kernels.cuda.stream import MOST_ROWS, stream, stream_rows
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.kernels.triton import dense
 from tokenspeed.kernels.triton.attention_registration import Inputs, Tensors, rotation_of, run_attention, run_rope_write
@@ -22,7 +22,7 @@ PRIORITY = 20
 
 
 def register(registry: Registry) -> None:
-    """Add the projections of one row of bf16, and the attention of decoding tokens."""
+    """Add the projections of few rows of bf16, and the attention of decoding tokens."""
     if usable():
         divide_alike()
     run = partial(dense.run_projection, project=stream_or_project)
@@ -36,7 +36,8 @@ def stream_or_project(
     x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, act: str, prologue: Prologue | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """By the streaming kernel where its tiles fit, else as `triton.linear.project`."""
-    return stream(x, weight, bias, act, prologue) or project(x, weight, bias, act, prologue)
+    streamed = stream(x, weight, bias, act, prologue) if x.shape[0] == 1 else None
+    return streamed or project(x, weight, bias, act, prologue, stream_rows)
 
 
 def run_attend(view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs) -> Tensors:
@@ -61,7 +62,7 @@ def _takes_attend(operands: Operands, situation: Situation) -> bool:
 
 
 def _takes(operands: Operands, situation: Situation) -> bool:
-    return situation.tokens == 1 and _on_device(situation)
+    return situation.tokens <= MOST_ROWS and _on_device(situation)
 
 
 def _on_device(situation: Situation) -> bool:

@@ -146,6 +146,17 @@ __device__ float prepare_row(u16* to, float (*partial)[Threads / 32], const u16*
   return scale;
 }
 
+// Prepared rows, `stride` elements apart, into rows of `pitch`.
+template <int Columns, int Threads>
+__device__ void load_rows(u16* to, int pitch, const u16* from, long long stride, int rows) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < rows * (Columns / 8); i += Threads) {
+    int row = i / (Columns / 8), at = i % (Columns / 8) * 8;
+    *reinterpret_cast<uint4*>(to + row * pitch + at) = *reinterpret_cast<const uint4*>(from + row * stride + at);
+  }
+  __syncthreads();
+}
+
 template <int Act>
 __device__ float gated(float gate, float up) {
   gate = rounded(gate);

@@ -1,11 +1,12 @@
-// y = f(x) W^T for one row x: weights stream from memory through rings in shared memory without a pause.
+// y = f(x) W^T for one row x, or x W^T for up to eight that are ready to multiply: weights stream from memory through rings in
+// shared memory without a pause.
 //
 // A program owns units of 8 rows of W and takes every G-th of them. Each warp has a slice of their columns and a ring of its
 // own, which it fills by bulk copies as soon as the program starts: before the kernel in front has ended (programmatic
 // dependent launch), as weights are constant. Then x is prepared (join, norms, e4m3), and each warp multiplies its slice on
 // tensor cores and asks for more; sums of the warps meet at the end of a unit.
 //
-// Compiled with -D: K columns, ITEM bytes of a weight (2: bf16, 1: e4m3), WARPS, SEGMENT bytes of a row in a stage of a
+// Compiled with -D: ROWS of x that fit (1, 2, 4 or 8; more than one come prepared, in bf16), K columns, ITEM bytes of a weight (2: bf16, 1: e4m3), WARPS, SEGMENT bytes of a row in a stage of a
 // ring, STAGES, ACT (0: none, 1: silu, 2: gelu tanh), SHARED bytes, and 0/1: NORM, BRANCH, BRANCH_NORM, BIAS.
 
 #include "row.cuh"
@@ -25,10 +26,13 @@ static_assert(SLICE % SEGMENT == 0 && SEGMENT % 128 == 0 && SLICE * WARPS == ROW
 
 __device__ int row_at(int row) { return row / 2 * SEGMENT + row % 2 * ODD; }
 
+// Rows of x: neighbours lie half a line of banks apart.
+constexpr int PITCH = ROWS > 1 ? K + 32 : K;
+
 struct Shared {
   u8 ring[WARPS][STAGES][STAGE];
-  u16 x[K];
-  float sums[2][WARPS][UNIT];
+  u16 x[ROWS * PITCH];
+  float sums[2][WARPS][ROWS * UNIT];
   float partial[3][WARPS];
   u64 full[WARPS][STAGES];
 };
@@ -66,7 +70,8 @@ struct Stream {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
     const u16* x, const u16* branch, const u8* weight, const float* w_scale, const float* bias, const float* norm_weight,
-    const float* branch_weight, u16* y, u16* joined, long long w_stride, int n, float eps, float branch_eps) {
+    const float* branch_weight, u16* y, u16* joined, long long x_stride, long long w_stride, int rows, int n, float eps,
+    float branch_eps) {
   extern __shared__ __align__(128) u8 memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
   asm volatile("griddepcontrol.launch_dependents;");
@@ -84,8 +89,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
   if (BRANCH_NORM) branch_norm.load(branch_weight);
 
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  float x_scale =
-      prepare_row<ITEM, NORM, BRANCH, BRANCH_NORM>(s.x, s.partial, x, branch, norm, branch_norm, joined, eps, branch_eps);
+  float scale = 1;
+  if (ROWS > 1)
+    load_rows<K, THREADS>(s.x, PITCH, x, x_stride, rows);
+  else
+    scale = prepare_row<ITEM, NORM, BRANCH, BRANCH_NORM>(
+        s.x, s.partial, x, branch, norm, branch_norm, joined, eps, branch_eps);
   int group = lane / 4, part = lane % 4, at = 0, parity = 0, flip = 0;
   for (int unit = blockIdx.x; unit < units; unit += gridDim.x, flip ^= 1) {
     float sums[4][4] = {};  // several, as one product waits for the one before it into the same
@@ -95,10 +104,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
       u32 full = shared_address(&s.full[warp][at]);
       wait_full(full, parity);
       const u8* weights = s.ring[warp][at] + row_at(group) + part * 16;
-      const u16* columns = s.x + (warp * SLICE + segment * SEGMENT + part * 16) / ITEM;
+      const u16* columns = s.x + group % ROWS * PITCH + (warp * SLICE + segment * SEGMENT + part * 16) / ITEM;
 #pragma unroll
       for (int step = 0; step < STEPS; ++step)
-        multiply_vector<ITEM>(sums + step % 2 * 2, columns + step * 64 / ITEM, group == 0,
+        multiply_vector<ITEM>(sums + step % 2 * 2, columns + step * 64 / ITEM, group < ROWS,
                         *reinterpret_cast<const uint4*>(weights + step * 64));
       __syncwarp();
       stream.request(s.ring[warp][at], full);
@@ -107,24 +116,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
         parity ^= 1;
       }
     }
-    if (group == 0) {
+    if (group < ROWS) {
       for (int i = 0; i < 2; ++i)
-        s.sums[flip][warp][2 * part + i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
+        s.sums[flip][warp][group * UNIT + 2 * part + i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
     }
     __syncthreads();
-    if (threadIdx.x < 32) {
+    if (threadIdx.x < (ROWS * UNIT + 31) / 32 * 32) {
+      int t = threadIdx.x / UNIT, local = lane % UNIT;
       float total = 0;
-      for (int w = 0; w < WARPS; ++w) total += s.sums[flip][w][lane % UNIT];
-      if (ITEM == 1) total *= x_scale * row_scale;
+      for (int w = 0; w < WARPS; ++w) total += s.sums[flip][w][t % ROWS * UNIT + local];
+      if (ITEM == 1) total *= scale * row_scale;
       if (BIAS) total += row_bias;
-      if (ACT) {
-        float up = __shfl_down_sync(~0u, total, 1);
-        int column = unit * OUTPUTS + lane / 2;
-        if (lane < UNIT && lane % 2 == 0 && column < n) y[column] = narrow(gated<ACT>(total, up));
-      } else {
-        int column = unit * UNIT + lane;
-        if (lane < UNIT && column < n) y[column] = narrow(total);
-      }
+      int column = unit * OUTPUTS + (ACT ? local / 2 : local);
+      if (ACT) total = gated<ACT>(total, __shfl_down_sync(~0u, total, 1));
+      if (t < rows && column < n && (!ACT || local % 2 == 0)) y[(long long)t * n + column] = narrow(total);
     }
   }
 }

@@ -1,16 +1,15 @@
-"""y = f(x) W^T for one row of bf16, streamed at the read ceiling (`stream.cu`)."""
+"""y = f(x) W^T for one row of bf16, x W^T for up to eight, streamed at the read ceiling (`stream.cu`)."""
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 
 import torch
 
 from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer
-from tokenspeed.kernels.triton.operands import Matrix, Prologue
-from tokenspeed.quantization.fp8 import Fp8Weight
+from tokenspeed.kernels.triton.operands import Matrix, Prologue, Rows, matrix_parts, scale_block_of
 
 ACTS = {"none": 0, "silu": 1, "gelu_tanh": 2}
 UNIT = 8
@@ -20,6 +19,12 @@ SHARED = 113 << 10
 SHORT_ROW = 4096
 """Bytes. Rows of bf16 up to here are split among 16 warps, longer ones among 8 (a layer of 1B: 32.8 against 34.3 us,
 of 8B: 103.4 and 102.0); those of e4m3 among 8 (8B: 73.1 and 66.3)."""
+MOST_ROWS = 8
+ROW_GAP = 32
+"""Elements between rows of x in shared memory."""
+SEVERAL_SEGMENT = 256
+"""Of several rows, which take their part of a program's memory: with 128 bytes the Triton kernel wins, as it does with
+e4m3."""
 MOST_COLUMNS, MOST_JOINED_COLUMNS = 16384, 8192
 """Beyond, x does not fit the registers that two programs have."""
 SEGMENTS = {2: (256, 128), 1: (512, 384, 256, 128)}
@@ -31,6 +36,7 @@ SEGMENTS = {2: (256, 128), 1: (512, 384, 256, 128)}
 class Variant:
     """What a kernel is compiled for: names of the definitions of `stream.cu`, in lower case."""
 
+    rows: int
     k: int
     item: int
     warps: int
@@ -45,7 +51,8 @@ class Variant:
     @property
     def shared(self) -> int:
         """Bytes of `stream.cu`'s Shared."""
-        return 2 * self.k + (2 * UNIT + 3) * 4 * self.warps + self.stages * self.warps * self.stage
+        x = 2 * self.rows * (self.k + (ROW_GAP if self.rows > 1 else 0))
+        return x + (2 * UNIT * self.rows + 3) * 4 * self.warps + self.stages * self.warps * self.stage
 
     @property
     def stage(self) -> int:
@@ -57,22 +64,27 @@ class Variant:
         return {name.upper(): value for name, value in asdict(self).items()} | {"SHARED": self.shared}
 
 
-def variant(columns: int, item: int, act: str, prologue: Prologue | None, bias: bool) -> Variant | None:
-    """The variant for rows of W of so many columns of `item` bytes, None where they do not fit its tiles."""
+def variant(columns: int, item: int, act: str, prologue: Prologue | None, bias: bool, rows: int = 1) -> Variant | None:
+    """The variant for rows of W of so many columns of `item` bytes, None where they do not fit its tiles. More than one
+    row of x comes without prologue."""
     branch = prologue is not None and prologue.branch is not None
     branch_norm = prologue is not None and prologue.branch_norm is not None
+    padded = 1 << (rows - 1).bit_length()
     warps = 16 if item == 2 and columns * item <= SHORT_ROW else 8
     if columns % 8 or columns > (MOST_JOINED_COLUMNS if branch else MOST_COLUMNS):
         return None
-    for segment in SEGMENTS[item]:
+    if rows > MOST_ROWS or (rows > 1 and item == 1):
+        return None
+    segments = SEGMENTS[item] if rows == 1 else (SEVERAL_SEGMENT,)
+    for segment in segments:
         if columns * item % (warps * segment):
             continue
         found = Variant(
-            columns, item, warps, segment, 0, ACTS[act], prologue is not None, branch, branch_norm, bias
+            padded, columns, item, warps, segment, 0, ACTS[act], prologue is not None, branch, branch_norm, bias
         )  # fmt: skip
         stages = (SHARED - found.shared) // (warps * found.stage)
-        if stages >= 3 or (stages == 2 and segment == SEGMENTS[item][-1]):
-            return Variant(**{**asdict(found), "stages": stages})
+        if stages >= 3 or (stages == 2 and segment == segments[-1]):
+            return replace(found, stages=stages)
     return None
 
 
@@ -91,14 +103,26 @@ def stream(
     prologue: Prologue | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """`triton.linear.project` of one row of bf16, None where no variant takes it. An Fp8Weight has a scale per row."""
-    matrix, scale = (weight.q, weight.scale) if isinstance(weight, Fp8Weight) else (weight, None)
-    found = variant(x.shape[1], matrix.element_size(), act, prologue, bias is not None)
+    return _stream(x, weight, bias, act, prologue)
+
+
+def stream_rows(x: Rows, weight: Matrix, bias: torch.Tensor | None = None, act: str = "none") -> torch.Tensor | None:
+    """`triton.linear.skinny` of up to eight prepared rows of bf16; None where no variant takes them."""
+    found = _stream(x.values, weight, bias, act, None)
+    return None if found is None else found[0]
+
+
+def _stream(
+    x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, act: str, prologue: Prologue | None
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    matrix, scale = matrix_parts(weight)
+    found = variant(x.shape[1], matrix.element_size(), act, prologue, bias is not None, x.shape[0])
     branch = prologue.branch if prologue else None
     branch_norm = prologue.branch_norm if prologue else None
-    if found is None or not _aligned(x, branch, matrix) or (scale is not None and scale.dim() != 1):
+    if found is None or scale_block_of(weight) or not _aligned(x, branch, matrix):
         return None
     n = matrix.shape[0] if act == "none" else matrix.shape[0] // 2
-    y = torch.empty(1, n, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape[0], n, dtype=torch.bfloat16, device=x.device)
     joined = None if branch is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     device = torch.cuda.current_device() if x.device.index is None else x.device.index
     units = -(-n // (UNIT if act == "none" else UNIT // 2))
@@ -114,7 +138,9 @@ def stream(
             pointer(branch_norm.weight if branch_norm else None),
             pointer(y),
             pointer(joined),
+            (x.stride(0), ctypes.c_longlong),
             (matrix.stride(0) * matrix.element_size(), ctypes.c_longlong),
+            (x.shape[0], ctypes.c_int),
             (n, ctypes.c_int),
             (prologue.norm.eps if prologue else 0.0, ctypes.c_float),
             (branch_norm.eps if branch_norm else 0.0, ctypes.c_float),
@@ -123,11 +149,11 @@ def stream(
     return y, joined
 
 
-def _aligned(x: torch.Tensor, branch: torch.Tensor | None, matrix: torch.Tensor) -> bool:
+def _aligned(*matrices: torch.Tensor | None) -> bool:
     """Whether all rows begin at multiples of 16 bytes, as copies and vector loads want."""
-    starts = [x.data_ptr(), matrix.data_ptr(), matrix.stride(0) * matrix.element_size()]
-    starts += [] if branch is None else [branch.data_ptr()]
-    return matrix.stride(1) == 1 and not any(start % 16 for start in starts)
+    given = [matrix for matrix in matrices if matrix is not None]
+    apart = [each for matrix in given for each in (matrix.data_ptr(), matrix.stride(0) * matrix.element_size())]
+    return all(matrix.stride(1) == 1 for matrix in given) and not any(each % 16 for each in apart)
 
 
 @cache
