@@ -1,0 +1,442 @@
+// Attention of prompts over their pages by Hopper's warpgroup products: the same work items as the Triton kernel.
+//
+// A program takes a tile after another: a work item (tokens of one sequence) and a key head. The tile's 128 rows are the
+// item's tokens times the group's query heads, 64 for each of two warpgroups. One more warp has keys and values copied
+// into a ring of slots, in the order of their use: page by page through a tensor map, which lays them out as the
+// products want them and gives zeros beyond the last page. Each warpgroup asks for the scores of a block of keys, then for
+// the weighted values of the block before; while these are made, it turns the scores into weights.
+//
+// Compiled with -D: DIM (64, 128), GROUP query heads of a key head and GROUP_PAD (a power of two) rows for them, PAGE and BOX (tokens of a page, and of one copy),
+// SLOTS of the ring, SHARED bytes.
+
+#include "row.cuh"
+
+constexpr int ROWS = 128, KEYS = 128;
+constexpr int WARPS = 8, THREADS = 32 * WARPS + 128;
+constexpr int REGISTERS = 240, LOADER_REGISTERS = 24;
+constexpr int HALVES = DIM / 64, BOXES = KEYS / BOX;
+constexpr int LINE = 128;
+constexpr int KEY_HALF = KEYS * LINE, ROW_HALF = 64 * LINE;
+constexpr int CHUNKS = DIM / 8;
+
+constexpr float NONE = -1e38f;
+static_assert(DIM % 64 == 0 && KEYS % BOX == 0 && PAGE % BOX == 0 && BOX % 8 == 0 && BOXES * HALVES <= 32 && GROUP_PAD <= ROWS,
+              "unfit sizes");
+
+struct Shared {
+  u8 ring[SLOTS][HALVES * KEY_HALF];
+  u8 rows[2][HALVES * ROW_HALF];  // queries; then results
+  u64 full[SLOTS], empty[SLOTS];
+  int live;
+};
+static_assert(sizeof(Shared) == SHARED, "the launch must know the size");
+
+struct alignas(64) TensorMap {
+  u64 words[16];
+};
+
+__device__ float exp2_fast(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+__device__ u32 pair(float low, float high) {
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+// Eight rows of a line swap their chunks of 16 bytes, so that a column of chunks touches all banks.
+__device__ int swizzled(int row, int chunk) { return row * LINE + (chunk % 8 ^ row % 8) * 16; }
+
+// Where products find a matrix whose lines of 128 bytes lie swizzled in shared memory. Between eight lines and the next
+// are 1024 bytes; `leading` bytes lie between halves, where lines run along a product's columns.
+__device__ u64 matrix(u32 address, int leading) {
+  return (u64(address) & 0x3ffff) >> 4 | u64(leading >> 4) << 16 | u64(1024 >> 4) << 32 | 1ull << 62;
+}
+
+__device__ void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until at most so many groups of products are under way.
+template <int Left>
+__device__ void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Left) : "memory");
+}
+// What products write, or read, is not touched before this.
+template <int N>
+__device__ void hold(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int N>
+__device__ void hold(u32 (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
+
+#define FLOATS8(d, i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define FLOATS32(d, i) FLOATS8(d, i), FLOATS8(d, i + 8), FLOATS8(d, i + 16), FLOATS8(d, i + 24)
+#define NAMES32 \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define NAMES64 \
+  NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58," \
+          "%59,%60,%61,%62,%63"
+
+// d = [d +] 64 rows of a times 128 rows of b, 16 columns of each.
+__device__ void multiply(float (&d)[64], u64 a, u64 b, int add) {
+  asm volatile(
+      "{ .reg .pred add;\n"
+      "setp.ne.b32 add, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NAMES64 "}, %64, %65, add, 1, 1, 0, 0; }"
+      : FLOATS32(d, 0), FLOATS32(d, 32) : "l"(a), "l"(b), "r"(add));
+}
+// d += 64 rows of a, held by the threads, times 16 rows of b, 128 or 64 columns.
+__device__ void multiply(float (&d)[64], const u32* a, u64 b) {
+  asm volatile(
+      "{ .reg .pred add;\n"
+      "setp.ne.b32 add, 1, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NAMES64 "}, {%64,%65,%66,%67}, %68, add, 1, 1, 1; }"
+      : FLOATS32(d, 0), FLOATS32(d, 32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ void multiply(float (&d)[32], const u32* a, u64 b) {
+  asm volatile(
+      "{ .reg .pred add;\n"
+      "setp.ne.b32 add, 1, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES32 "}, {%32,%33,%34,%35}, %36, add, 1, 1, 1; }"
+      : FLOATS32(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ void barrier_init(u64* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+__device__ void copy_box(u32 to, const TensorMap& map, int column, int entry, int head, int which, int page, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6,%7}], [%2];" ::
+          "r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(entry), "r"(head), "r"(which), "r"(page) : "memory");
+}
+
+// A place in the ring, which goes on from tile to tile.
+struct Place {
+  int slot = 0, parity = 0;
+
+  __device__ void next() {
+    if (++slot == SLOTS) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// What a program does next: tokens `first` to first + count of the step, at positions from `start` on, of a sequence.
+struct Tile {
+  int sequence, first, count, start, head;
+
+  __device__ int end() const { return start + count; }
+  __device__ int blocks() const { return (end() + KEYS - 1) / KEYS; }
+};
+
+struct Work {
+  const int4* items;
+  int live, heads, at;
+
+  // Later tokens have more keys: the longest tiles come first.
+  __device__ bool next(Tile& tile) {
+    if (at >= live * heads) return false;
+    int4 item = items[live - 1 - at / heads];
+    tile = {item.x, item.y, item.z, item.w, at % heads};
+    at += gridDim.x;
+    return true;
+  }
+};
+
+// The warp that asks for keys and values.
+struct Loader {
+  Shared& s;
+  const TensorMap& map;
+  const int* table;
+  long long table_slot;
+  int none;  // a page that does not exist
+  Place place;
+
+  // Page of this lane's part of a block.
+  __device__ int page_of(const Tile& tile, int block) const {
+    int key = block * KEYS + threadIdx.x % 32 % BOXES * BOX;
+    return key < tile.end() ? table[tile.sequence * table_slot + key / PAGE] : none;
+  }
+
+  __device__ void load(const Tile& tile, int block, int which, int page) {
+    int lane = threadIdx.x % 32, box = lane % BOXES, half = lane / BOXES;
+    u32 full = shared_address(&s.full[place.slot]);
+    wait_full(shared_address(&s.empty[place.slot]), place.parity ^ 1);
+    if (lane == 0) expect_bytes(full, HALVES * KEY_HALF);
+    __syncwarp();
+    if (half < HALVES) {
+      u32 to = shared_address(s.ring[place.slot]) + half * KEY_HALF + box * BOX * LINE;
+      copy_box(to, map, half * 64, (block * KEYS + box * BOX) % PAGE, tile.head, which, page, full);
+    }
+    place.next();
+  }
+
+  __device__ void run(Work work) {
+    Tile tile;
+    while (work.next(tile)) {
+      if (tile.sequence < 0 || tile.count <= 0) continue;
+      int blocks = tile.blocks(), page = page_of(tile, 0), before = 0;
+      for (int block = 0; block < blocks; ++block) {
+        int next = block + 1 < blocks ? page_of(tile, block + 1) : none;
+        load(tile, block, 0, page);
+        if (block) load(tile, block - 1, 1, before);
+        before = page;
+        page = next;
+      }
+      load(tile, blocks - 1, 1, before);
+    }
+  }
+};
+
+// Part i of 16 bytes of a warp's 16 rows that this lane moves.
+struct Part {
+  int row, chunk;
+
+  __device__ explicit Part(int i) {
+    int at = i * 32 + threadIdx.x % 32;
+    row = threadIdx.x / 32 % 4 * 16 + at / CHUNKS;
+    chunk = at % CHUNKS;
+  }
+  __device__ int shared() const { return chunk / 8 * ROW_HALF + swizzled(row, chunk); }
+};
+
+// A warpgroup's 64 rows of a tile. Thread 4 r + t of a warp holds, of rows r and r + 8 of the warp's 16, columns
+// 8 c + 2 t and the next.
+struct Attention {
+  Shared& s;
+  float scale;
+  Place place;
+  float sums[DIM / 2], scores[KEYS / 2], top[2], total[2], shrink[2];
+  u32 weights[KEYS / 4];
+
+  __device__ int group() const { return threadIdx.x / 128; }
+  __device__ void sync() const { asm volatile("bar.sync %0, 128;" ::"r"(1 + group()) : "memory"); }
+  __device__ u32 wait() const {
+    wait_full(shared_address(&s.full[place.slot]), place.parity);
+    return shared_address(s.ring[place.slot]);
+  }
+  __device__ void release(const Place& done) const {
+    if (threadIdx.x % 32 == 0)
+      asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(&s.empty[done.slot])) : "memory");
+  }
+  __device__ static bool own(const Tile& tile, int row) {
+    return row / GROUP_PAD < tile.count && row % GROUP_PAD < GROUP;
+  }
+  // Where a row lies in a matrix of `stride` elements per token.
+  __device__ static long long at(const Tile& tile, int row, long long stride) {
+    return (tile.first + row / GROUP_PAD) * stride + (tile.head * GROUP + row % GROUP_PAD) * DIM;
+  }
+
+  __device__ void load_queries(const Tile& tile, const u16* q, long long q_row) {
+    uint4 parts[CHUNKS / 2];
+#pragma unroll
+    for (int i = 0; i < CHUNKS / 2; ++i) {
+      Part part(i);
+      int row = group() * 64 + part.row;
+      parts[i] = make_uint4(0, 0, 0, 0);
+      if (own(tile, row)) parts[i] = *reinterpret_cast<const uint4*>(q + at(tile, row, q_row) + part.chunk * 8);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < CHUNKS / 2; ++i) *reinterpret_cast<uint4*>(s.rows[group()] + Part(i).shared()) = parts[i];
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    sync();
+  }
+
+  __device__ void ask_scores(u32 keys) {
+    u32 queries = shared_address(s.rows[group()]);
+    products_fence();
+#pragma unroll
+    for (int step = 0; step < DIM / 16; ++step)
+      multiply(scores, matrix(queries + step / 4 * ROW_HALF + step % 4 * 32, 16),
+               matrix(keys + step / 4 * KEY_HALF + step % 4 * 32, 16), step > 0);
+    products_commit();
+  }
+
+  __device__ void ask_sums(u32 values) {
+    products_fence();
+#pragma unroll
+    for (int step = 0; step < KEYS / 16; ++step)
+      multiply(sums, weights + 4 * step, matrix(values + step * 16 * LINE, KEY_HALF));
+    products_commit();
+  }
+
+  __device__ void mask(const Tile& tile, int block) {
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+    int last[2] = {tile.start + row / GROUP_PAD, tile.start + (row + 8) / GROUP_PAD};
+    int key = block * KEYS + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; ++i)
+      if (key + i / 4 * 8 + i % 2 > last[i / 2 % 2]) scores[i] = NONE;
+  }
+
+  // Scores to weights, and how much what was summed before counts now.
+  __device__ void weigh(const Tile& tile, int block) {
+    if ((block + 1) * KEYS > tile.start + 1) mask(tile, block);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float highest = top[r], sum = 0;
+#pragma unroll
+      for (int i = 2 * r; i < KEYS / 2; i += 4) highest = fmaxf(highest, fmaxf(scores[i], scores[i + 1]));
+      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+      shrink[r] = exp2_fast((top[r] - highest) * scale);
+      top[r] = highest;
+      float base = highest * scale;
+#pragma unroll
+      for (int i = 2 * r; i < KEYS / 2; i += 4) {
+        scores[i] = exp2_fast(fmaf(scores[i], scale, -base));
+        scores[i + 1] = exp2_fast(fmaf(scores[i + 1], scale, -base));
+        sum += scores[i] + scores[i + 1];
+      }
+      total[r] = total[r] * shrink[r] + sum;
+    }
+  }
+
+  __device__ void round_weights() {
+#pragma unroll
+    for (int i = 0; i < KEYS / 4; ++i) weights[i] = pair(scores[2 * i], scores[2 * i + 1]);
+  }
+
+  // Values of tokens that do not exist, in the last page of a sequence, may be anything: not a number times zero, say.
+  __device__ void clear_values(const Tile& tile, u8* values) {
+    int end = tile.end() - (tile.blocks() - 1) * KEYS, whole = min((end + BOX - 1) / BOX * BOX, KEYS);
+    for (int i = threadIdx.x % 128; i < (whole - end) * CHUNKS; i += 128) {
+      int row = end + i / CHUNKS, chunk = i % CHUNKS;
+      *reinterpret_cast<uint4*>(values + chunk / 8 * KEY_HALF + row * LINE + chunk % 8 * 16) = make_uint4(0, 0, 0, 0);
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    sync();
+  }
+
+  __device__ void attend(const Tile& tile) {
+    int blocks = tile.blocks();
+#pragma unroll
+    for (int i = 0; i < DIM / 2; ++i) sums[i] = 0;
+    top[0] = top[1] = NONE;
+    total[0] = total[1] = 0;
+    ask_scores(wait());
+    products_wait<0>();
+    hold(scores);
+    release(place);
+    place.next();
+    weigh(tile, 0);
+    round_weights();
+    for (int block = 1; block < blocks; ++block) {
+      Place keys = place;
+      ask_scores(wait());
+      place.next();
+      ask_sums(wait());
+      products_wait<1>();
+      hold(scores);
+      release(keys);
+      weigh(tile, block);
+      hold(scores);
+      if (total[0] + total[1] < 0) asm volatile("trap;");  // never; but the weights are made before the wait
+      products_wait<0>();
+      hold(sums);
+      hold(weights);
+      release(place);
+      place.next();
+#pragma unroll
+      for (int i = 0; i < DIM / 2; ++i) sums[i] *= shrink[i / 2 % 2];
+      round_weights();
+    }
+    u32 values = wait();
+    clear_values(tile, s.ring[place.slot]);
+    ask_sums(values);
+    products_wait<0>();
+    hold(sums);
+    release(place);
+    place.next();
+  }
+
+  __device__ void store(const Tile& tile, u16* out, long long out_row) {
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
+    u8* rows = s.rows[group()];
+    sync();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      total[r] += __shfl_xor_sync(~0u, total[r], 1);
+      total[r] += __shfl_xor_sync(~0u, total[r], 2);
+      float inverse = 1.0f / total[r];
+#pragma unroll
+      for (int c = 0; c < CHUNKS; ++c)
+        *reinterpret_cast<u32*>(rows + c / 8 * ROW_HALF + swizzled(row + 8 * r, c) + lane % 4 * 4) =
+            pair(sums[4 * c + 2 * r] * inverse, sums[4 * c + 2 * r + 1] * inverse);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < CHUNKS / 2; ++i) {
+      Part part(i);
+      int of_tile = group() * 64 + part.row;
+      uint4 bits = *reinterpret_cast<const uint4*>(rows + part.shared());
+      if (own(tile, of_tile)) *reinterpret_cast<uint4*>(out + at(tile, of_tile, out_row) + part.chunk * 8) = bits;
+    }
+  }
+
+  __device__ void clear(const Tile& tile, u16* out, long long out_row) const {
+    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += 32 * WARPS) {
+      int row = i / CHUNKS;
+      if (own(tile, row))
+        *reinterpret_cast<uint4*>(out + at(tile, row, out_row) + i % CHUNKS * 8) = make_uint4(0, 0, 0, 0);
+    }
+  }
+
+  __device__ void run(Work work, const u16* q, u16* out, long long q_row) {
+    long long out_row = (long long)work.heads * GROUP * DIM;
+    Tile tile;
+    while (work.next(tile)) {
+      if (tile.count <= 0) continue;
+      if (tile.sequence < 0) {
+        clear(tile, out, out_row);
+        continue;
+      }
+      load_queries(tile, q, q_row);
+      attend(tile);
+      store(tile, out, out_row);
+    }
+  }
+};
+
+// One more than the last item that has tokens.
+__device__ int count_live(Shared& s, const int4* items, int number) {
+  int live = 0;
+  for (int i = threadIdx.x; i < number; i += THREADS)
+    if (items[i].z > 0) live = i + 1;
+  if (live) atomicMax(&s.live, live);
+  __syncthreads();
+  return s.live;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
+    const __grid_constant__ TensorMap map, const u16* q, const int* table, const int4* items, u16* out, long long q_row,
+    long long table_slot, int number, int heads, int pages, float scale) {
+  extern __shared__ __align__(1024) u8 memory[];
+  Shared& s = *reinterpret_cast<Shared*>(memory);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < SLOTS; ++i) {
+      barrier_init(&s.full[i], 1);
+      barrier_init(&s.empty[i], WARPS);
+    }
+    s.live = 0;
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  Work work{items, count_live(s, items, number), heads, (int)blockIdx.x};
+  if (threadIdx.x < 32 * WARPS) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+    Attention{s, scale}.run(work, q, out, q_row);
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
+    if (threadIdx.x < 32 * WARPS + 32) Loader{s, map, table, table_slot, pages}.run(work);
+  }
+}
