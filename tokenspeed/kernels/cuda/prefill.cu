@@ -7,13 +7,20 @@
 // the weighted values of the block before; while these are made, it turns the scores into weights.
 //
 // Compiled with -D: DIM (64, 128), GROUP query heads of a key head and GROUP_PAD (a power of two) rows for them, PAGE and BOX (tokens of a page, and of one copy),
-// SLOTS of the ring, SHARED bytes.
+// KEYS of a block (64, 128), SLOTS of the ring, PROGRAMS that share a processor, SHARED bytes.
 
 #include "row.cuh"
 
-constexpr int ROWS = 128, KEYS = 128;
+#ifndef PONG
+#define PONG 0
+#endif
+#ifndef LAZY
+#define LAZY 0
+#endif
+
+constexpr int ROWS = 128;
 constexpr int WARPS = 8, THREADS = 32 * WARPS + 128;
-constexpr int REGISTERS = 240, LOADER_REGISTERS = 24;
+constexpr int REGISTERS = PROGRAMS == 1 ? 240 : 104, LOADER_REGISTERS = 24;
 constexpr int HALVES = DIM / 64, BOXES = KEYS / BOX;
 constexpr int LINE = 128;
 constexpr int KEY_HALF = KEYS * LINE, ROW_HALF = 64 * LINE;
@@ -83,13 +90,20 @@ __device__ void hold(u32 (&d)[N]) {
   NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58," \
           "%59,%60,%61,%62,%63"
 
-// d = [d +] 64 rows of a times 128 rows of b, 16 columns of each.
+// d = [d +] 64 rows of a times 128 or 64 rows of b, 16 columns of each.
 __device__ void multiply(float (&d)[64], u64 a, u64 b, int add) {
   asm volatile(
       "{ .reg .pred add;\n"
       "setp.ne.b32 add, %66, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NAMES64 "}, %64, %65, add, 1, 1, 0, 0; }"
       : FLOATS32(d, 0), FLOATS32(d, 32) : "l"(a), "l"(b), "r"(add));
+}
+__device__ void multiply(float (&d)[32], u64 a, u64 b, int add) {
+  asm volatile(
+      "{ .reg .pred add;\n"
+      "setp.ne.b32 add, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES32 "}, %32, %33, add, 1, 1, 0, 0; }"
+      : FLOATS32(d, 0) : "l"(a), "l"(b), "r"(add));
 }
 // d += 64 rows of a, held by the threads, times 16 rows of b, 128 or 64 columns.
 __device__ void multiply(float (&d)[64], const u32* a, u64 b) {
@@ -138,14 +152,16 @@ struct Tile {
 
 struct Work {
   const int4* items;
-  int live, heads, at;
+  int live, heads, round = 0;
 
-  // Later tokens have more keys: the longest tiles come first.
+  // Later tokens have more keys: the longest tiles come first. They are dealt to and fro, so that who had the longest of
+  // one round gets the shortest of the next.
   __device__ bool next(Tile& tile) {
+    int at = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
     if (at >= live * heads) return false;
     int4 item = items[live - 1 - at / heads];
     tile = {item.x, item.y, item.z, item.w, at % heads};
-    at += gridDim.x;
+    ++round;
     return true;
   }
 };
@@ -212,12 +228,12 @@ struct Part {
 struct Attention {
   Shared& s;
   float scale;
+  int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // so the compiler knows that a warp has one
   Place place;
   float sums[DIM / 2], scores[KEYS / 2], top[2], total[2], shrink[2];
   u32 weights[KEYS / 4];
 
-  __device__ int group() const { return threadIdx.x / 128; }
-  __device__ void sync() const { asm volatile("bar.sync %0, 128;" ::"r"(1 + group()) : "memory"); }
+  __device__ void sync() const { asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); }
   __device__ u32 wait() const {
     wait_full(shared_address(&s.full[place.slot]), place.parity);
     return shared_address(s.ring[place.slot]);
@@ -239,32 +255,32 @@ struct Attention {
 #pragma unroll
     for (int i = 0; i < CHUNKS / 2; ++i) {
       Part part(i);
-      int row = group() * 64 + part.row;
+      int row = group * 64 + part.row;
       parts[i] = make_uint4(0, 0, 0, 0);
       if (own(tile, row)) parts[i] = *reinterpret_cast<const uint4*>(q + at(tile, row, q_row) + part.chunk * 8);
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < CHUNKS / 2; ++i) *reinterpret_cast<uint4*>(s.rows[group()] + Part(i).shared()) = parts[i];
+    for (int i = 0; i < CHUNKS / 2; ++i) *reinterpret_cast<uint4*>(s.rows[group] + Part(i).shared()) = parts[i];
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     sync();
   }
 
   __device__ void ask_scores(u32 keys) {
-    u32 queries = shared_address(s.rows[group()]);
+    u64 a = matrix(shared_address(s.rows[group]), 16), b = matrix(keys, 16);
     products_fence();
 #pragma unroll
     for (int step = 0; step < DIM / 16; ++step)
-      multiply(scores, matrix(queries + step / 4 * ROW_HALF + step % 4 * 32, 16),
-               matrix(keys + step / 4 * KEY_HALF + step % 4 * 32, 16), step > 0);
+      multiply(scores, a + (step / 4 * ROW_HALF + step % 4 * 32) / 16, b + (step / 4 * KEY_HALF + step % 4 * 32) / 16,
+               step > 0);
     products_commit();
   }
 
   __device__ void ask_sums(u32 values) {
+    u64 b = matrix(values, KEY_HALF);
     products_fence();
 #pragma unroll
-    for (int step = 0; step < KEYS / 16; ++step)
-      multiply(sums, weights + 4 * step, matrix(values + step * 16 * LINE, KEY_HALF));
+    for (int step = 0; step < KEYS / 16; ++step) multiply(sums, weights + 4 * step, b + step * 16 * LINE / 16);
     products_commit();
   }
 
@@ -277,27 +293,35 @@ struct Attention {
       if (key + i / 4 * 8 + i % 2 > last[i / 2 % 2]) scores[i] = NONE;
   }
 
-  // Scores to weights, and how much what was summed before counts now.
+  // Scores to weights, and how much what was summed before counts now. Several chains, as each step waits for the last.
   __device__ void weigh(const Tile& tile, int block) {
     if ((block + 1) * KEYS > tile.start + 1) mask(tile, block);
+    float highest[4], sum[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) highest[i] = top[i / 2];
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; i += 2) {
+      float& each = highest[i / 2 % 2 * 2 + i / 4 % 2];
+      each = fmaxf(each, fmaxf(scores[i], scores[i + 1]));
+    }
+    float base[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float highest = top[r], sum = 0;
-#pragma unroll
-      for (int i = 2 * r; i < KEYS / 2; i += 4) highest = fmaxf(highest, fmaxf(scores[i], scores[i + 1]));
-      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
-      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
-      shrink[r] = exp2_fast((top[r] - highest) * scale);
-      top[r] = highest;
-      float base = highest * scale;
-#pragma unroll
-      for (int i = 2 * r; i < KEYS / 2; i += 4) {
-        scores[i] = exp2_fast(fmaf(scores[i], scale, -base));
-        scores[i + 1] = exp2_fast(fmaf(scores[i + 1], scale, -base));
-        sum += scores[i] + scores[i + 1];
-      }
-      total[r] = total[r] * shrink[r] + sum;
+      float most = fmaxf(highest[2 * r], highest[2 * r + 1]);
+      most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+      shrink[r] = exp2_fast((top[r] - most) * scale);
+      top[r] = most;
+      base[r] = most * scale;
     }
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; i += 2) {
+      int r = i / 2 % 2;
+      scores[i] = exp2_fast(fmaf(scores[i], scale, -base[r]));
+      scores[i + 1] = exp2_fast(fmaf(scores[i + 1], scale, -base[r]));
+      sum[r * 2 + i / 4 % 2] += scores[i] + scores[i + 1];
+    }
+    for (int r = 0; r < 2; ++r) total[r] = total[r] * shrink[r] + (sum[2 * r] + sum[2 * r + 1]);
   }
 
   __device__ void round_weights() {
@@ -331,22 +355,28 @@ struct Attention {
     round_weights();
     for (int block = 1; block < blocks; ++block) {
       Place keys = place;
-      ask_scores(wait());
+      u32 first = wait();
+      if (PONG) asm volatile("bar.sync %0, 256;" ::"r"(3 + group) : "memory");
+      ask_scores(first);
       place.next();
       ask_sums(wait());
+      if (PONG) asm volatile("bar.arrive %0, 256;" ::"r"(4 - group) : "memory");
       products_wait<1>();
       hold(scores);
       release(keys);
       weigh(tile, block);
       hold(scores);
-      if (total[0] + total[1] < 0) asm volatile("trap;");  // never; but the weights are made before the wait
+      // Never; but so the weights are made before the wait, not after it.
+      if (__any_sync(~0u, total[0] + total[1] < 0)) asm volatile("trap;");
       products_wait<0>();
       hold(sums);
       hold(weights);
       release(place);
       place.next();
+      if (!LAZY || __any_sync(~0u, shrink[0] < 1 || shrink[1] < 1)) {
 #pragma unroll
-      for (int i = 0; i < DIM / 2; ++i) sums[i] *= shrink[i / 2 % 2];
+        for (int i = 0; i < DIM / 2; ++i) sums[i] *= shrink[i / 2 % 2];
+      }
       round_weights();
     }
     u32 values = wait();
@@ -360,7 +390,7 @@ struct Attention {
 
   __device__ void store(const Tile& tile, u16* out, long long out_row) {
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
-    u8* rows = s.rows[group()];
+    u8* rows = s.rows[group];
     sync();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -376,7 +406,7 @@ struct Attention {
 #pragma unroll
     for (int i = 0; i < CHUNKS / 2; ++i) {
       Part part(i);
-      int of_tile = group() * 64 + part.row;
+      int of_tile = group * 64 + part.row;
       uint4 bits = *reinterpret_cast<const uint4*>(rows + part.shared());
       if (own(tile, of_tile)) *reinterpret_cast<uint4*>(out + at(tile, of_tile, out_row) + part.chunk * 8) = bits;
     }
@@ -393,6 +423,7 @@ struct Attention {
   __device__ void run(Work work, const u16* q, u16* out, long long q_row) {
     long long out_row = (long long)work.heads * GROUP * DIM;
     Tile tile;
+    if (PONG && group == 1) asm volatile("bar.arrive 3, 256;" ::: "memory");
     while (work.next(tile)) {
       if (tile.count <= 0) continue;
       if (tile.sequence < 0) {
@@ -416,7 +447,7 @@ __device__ int count_live(Shared& s, const int4* items, int number) {
   return s.live;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
+extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) prefill(
     const __grid_constant__ TensorMap map, const u16* q, const int* table, const int4* items, u16* out, long long q_row,
     long long table_slot, int number, int heads, int pages, float scale) {
   extern __shared__ __align__(1024) u8 memory[];
@@ -431,7 +462,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
   }
   __syncthreads();
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  Work work{items, count_live(s, items, number), heads, (int)blockIdx.x};
+  Work work{items, count_live(s, items, number), heads};
   if (threadIdx.x < 32 * WARPS) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
     Attention{s, scale}.run(work, q, out, q_row);
