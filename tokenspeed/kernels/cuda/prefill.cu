@@ -20,7 +20,7 @@
 
 constexpr int ROWS = 128;
 constexpr int WARPS = 8, THREADS = 32 * WARPS + 128;
-constexpr int REGISTERS = PROGRAMS == 1 ? 240 : 104, LOADER_REGISTERS = 24;
+constexpr int REGISTERS = PROGRAMS == 1 ? 232 : 104, LOADER_REGISTERS = PROGRAMS == 1 ? 40 : 24;
 constexpr int HALVES = DIM / 64, BOXES = KEYS / BOX;
 constexpr int LINE = 128;
 constexpr int KEY_HALF = KEYS * LINE, ROW_HALF = 64 * LINE;
@@ -216,8 +216,10 @@ struct Part {
   int row, chunk;
 
   __device__ explicit Part(int i) {
-    int at = i * 32 + threadIdx.x % 32;
-    row = threadIdx.x / 32 % 4 * 16 + at / CHUNKS;
+    int thread;  // volatile: where parts lie is not kept in registers from tile to tile
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    int at = i * 32 + thread % 32;
+    row = thread / 32 % 4 * 16 + at / CHUNKS;
     chunk = at % CHUNKS;
   }
   __device__ int shared() const { return chunk / 8 * ROW_HALF + swizzled(row, chunk); }
@@ -232,6 +234,7 @@ struct Attention {
   Place place;
   float sums[DIM / 2], scores[KEYS / 2], top[2], total[2], shrink[2];
   u32 weights[KEYS / 4];
+  uint4 queries[CHUNKS / 2];  // of the next tile
 
   __device__ void sync() const { asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); }
   __device__ u32 wait() const {
@@ -250,18 +253,20 @@ struct Attention {
     return (tile.first + row / GROUP_PAD) * stride + (tile.head * GROUP + row % GROUP_PAD) * DIM;
   }
 
-  __device__ void load_queries(const Tile& tile, const u16* q, long long q_row) {
-    uint4 parts[CHUNKS / 2];
+  __device__ void fetch_queries(const Tile& tile, const u16* q, long long q_row) {
 #pragma unroll
     for (int i = 0; i < CHUNKS / 2; ++i) {
       Part part(i);
       int row = group * 64 + part.row;
-      parts[i] = make_uint4(0, 0, 0, 0);
-      if (own(tile, row)) parts[i] = *reinterpret_cast<const uint4*>(q + at(tile, row, q_row) + part.chunk * 8);
+      queries[i] = make_uint4(0, 0, 0, 0);
+      if (own(tile, row)) queries[i] = *reinterpret_cast<const uint4*>(q + at(tile, row, q_row) + part.chunk * 8);
     }
+  }
+
+  __device__ void put_queries() {
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < CHUNKS / 2; ++i) *reinterpret_cast<uint4*>(s.rows[group] + Part(i).shared()) = parts[i];
+    for (int i = 0; i < CHUNKS / 2; ++i) *reinterpret_cast<uint4*>(s.rows[group] + Part(i).shared()) = queries[i];
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     sync();
   }
@@ -340,7 +345,8 @@ struct Attention {
     sync();
   }
 
-  __device__ void attend(const Tile& tile) {
+  // All but the values of the last block.
+  __device__ void accumulate(const Tile& tile) {
     int blocks = tile.blocks();
 #pragma unroll
     for (int i = 0; i < DIM / 2; ++i) sums[i] = 0;
@@ -379,6 +385,9 @@ struct Attention {
       }
       round_weights();
     }
+  }
+
+  __device__ void finish(const Tile& tile) {
     u32 values = wait();
     clear_values(tile, s.ring[place.slot]);
     ask_sums(values);
@@ -412,27 +421,31 @@ struct Attention {
     }
   }
 
-  __device__ void clear(const Tile& tile, u16* out, long long out_row) const {
-    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += 32 * WARPS) {
-      int row = i / CHUNKS;
-      if (own(tile, row))
-        *reinterpret_cast<uint4*>(out + at(tile, row, out_row) + i % CHUNKS * 8) = make_uint4(0, 0, 0, 0);
+  // The next tile with keys; rows of those without are made zeros.
+  __device__ bool next(Work& work, Tile& tile, u16* out) const {
+    long long out_row = (long long)work.heads * GROUP * DIM;
+    while (work.next(tile)) {
+      if (tile.sequence >= 0 && tile.count > 0) return true;
+      for (int i = threadIdx.x; i < ROWS * CHUNKS; i += 32 * WARPS)
+        if (own(tile, i / CHUNKS))
+          *reinterpret_cast<uint4*>(out + at(tile, i / CHUNKS, out_row) + i % CHUNKS * 8) = make_uint4(0, 0, 0, 0);
     }
+    return false;
   }
 
   __device__ void run(Work work, const u16* q, u16* out, long long q_row) {
-    long long out_row = (long long)work.heads * GROUP * DIM;
-    Tile tile;
+    Tile tile, after;
     if (PONG && group == 1) asm volatile("bar.arrive 3, 256;" ::: "memory");
-    while (work.next(tile)) {
-      if (tile.count <= 0) continue;
-      if (tile.sequence < 0) {
-        clear(tile, out, out_row);
-        continue;
-      }
-      load_queries(tile, q, q_row);
-      attend(tile);
-      store(tile, out, out_row);
+    bool more = next(work, tile, out);
+    if (more) fetch_queries(tile, q, q_row);
+    while (more) {
+      put_queries();
+      accumulate(tile);
+      more = next(work, after, out);
+      if (more) fetch_queries(after, q, q_row);
+      finish(tile);
+      store(tile, out, (long long)work.heads * GROUP * DIM);
+      tile = after;
     }
   }
 };
@@ -453,6 +466,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) prefill(
   extern __shared__ __align__(1024) u8 memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
     for (int i = 0; i < SLOTS; ++i) {
       barrier_init(&s.full[i], 1);
       barrier_init(&s.empty[i], WARPS);
