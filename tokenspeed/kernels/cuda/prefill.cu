@@ -6,25 +6,17 @@
 // products want them and gives zeros beyond the last page. Each warpgroup asks for the scores of a block of keys, then for
 // the weighted values of the block before; while these are made, it turns the scores into weights.
 //
-// Compiled with -D: DIM (64, 128), GROUP query heads of a key head and GROUP_PAD (a power of two) rows for them, PAGE and BOX (tokens of a page, and of one copy),
-// KEYS of a block (64, 128), SLOTS of the ring, PROGRAMS that share a processor, SHARED bytes.
+// Compiled with -D: DIM (64, 128), GROUP query heads of a key head and GROUP_PAD (a power of two) rows for them, PAGE and BOX
+// (tokens of a page, and of one copy), SHARED bytes.
 
 #include "products.cuh"
 
-#ifndef PONG
-#define PONG 0
-#endif
-#ifndef LAZY
-#define LAZY 0
-#endif
-
-constexpr int ROWS = 128;
+constexpr int ROWS = 128, KEYS = 128, SLOTS = 6;
 constexpr int WARPS = 8, THREADS = 32 * WARPS + 128;
-constexpr int REGISTERS = PROGRAMS == 1 ? 232 : 104, LOADER_REGISTERS = PROGRAMS == 1 ? 40 : 24;
+constexpr int REGISTERS = 232, LOADER_REGISTERS = 40;
 constexpr int HALVES = DIM / 64, BOXES = KEYS / BOX;
 constexpr int KEY_HALF = KEYS * LINE, ROW_HALF = 64 * LINE;
 constexpr int CHUNKS = DIM / 8;
-
 constexpr float NONE = -1e38f;
 static_assert(DIM % 64 == 0 && KEYS % BOX == 0 && PAGE % BOX == 0 && BOX % 8 == 0 && BOXES * HALVES <= 32 && GROUP_PAD <= ROWS,
               "unfit sizes");
@@ -268,28 +260,23 @@ struct Attention {
     round_weights();
     for (int block = 1; block < blocks; ++block) {
       Place keys = place;
-      u32 first = wait();
-      if (PONG) asm volatile("bar.sync %0, 256;" ::"r"(3 + group) : "memory");
-      ask_scores(first);
+      ask_scores(wait());
       place.next();
       ask_sums(wait());
-      if (PONG) asm volatile("bar.arrive %0, 256;" ::"r"(4 - group) : "memory");
       products_wait<1>();
       hold(scores);
       release(keys);
       weigh(tile, block);
       hold(scores);
-      // Never; but so the weights are made before the wait, not after it.
+      // Never so. It keeps the compiler from making the weights after the wait.
       if (__any_sync(~0u, total[0] + total[1] < 0)) asm volatile("trap;");
       products_wait<0>();
       hold(sums);
       hold(weights);
       release(place);
       place.next();
-      if (!LAZY || __any_sync(~0u, shrink[0] < 1 || shrink[1] < 1)) {
 #pragma unroll
-        for (int i = 0; i < DIM / 2; ++i) sums[i] *= shrink[i / 2 % 2];
-      }
+      for (int i = 0; i < DIM / 2; ++i) sums[i] *= shrink[i / 2 % 2];
       round_weights();
     }
   }
@@ -342,7 +329,6 @@ struct Attention {
 
   __device__ void run(Work work, const u16* q, u16* out, long long q_row) {
     Tile tile, after;
-    if (PONG && group == 1) asm volatile("bar.arrive 3, 256;" ::: "memory");
     bool more = next(work, tile, out);
     if (more) fetch_queries(tile, q, q_row);
     while (more) {
@@ -367,7 +353,7 @@ __device__ int count_live(Shared& s, const int4* items, int number) {
   return s.live;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) prefill(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
     const __grid_constant__ TensorMap map, const u16* q, const int* table, const int4* items, u16* out, long long q_row,
     long long table_slot, int number, int heads, int pages, float scale) {
   extern __shared__ __align__(1024) u8 memory[];

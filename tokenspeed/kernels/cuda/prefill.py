@@ -16,15 +16,15 @@ from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, poin
 from tokenspeed.kernels.triton.attention_tiles import pad
 from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer
 
-ROWS = 128
-"""Of a tile: query tokens times query heads of one key head."""
+ROWS, KEYS = 128, 128
+"""Of a tile: query tokens times query heads of one key head; keys of a block."""
 THREADS = 384
 """Two warpgroups that multiply, and one of which a warp loads."""
-TILES = {64: (128, 6, 1), 128: (128, 6, 1)}
-"""By head_dim: keys of a block, blocks of keys or of values that a program may have under way, and programs that share
-a processor."""
+SLOTS = 6
+"""Blocks of keys or of values that a program may have under way: with heads of 128, all that shared memory holds."""
+HEAD_DIMS = (64, 128)
 MOST_GROUP = 64
-"""Query heads of one key head that the kernel takes."""
+"""What the kernel takes."""
 COLUMNS = 64
 """Of a copy: 128 bytes."""
 
@@ -38,14 +38,11 @@ class Variant:
     group_pad: int
     page: int
     box: int
-    keys: int
-    slots: int
-    programs: int
 
     @property
     def shared(self) -> int:
         """Bytes of `prefill.cu`'s Shared."""
-        return 2 * self.dim * (self.slots * self.keys + ROWS) + 16 * self.slots + 8
+        return 2 * self.dim * (SLOTS * KEYS + ROWS) + 16 * SLOTS + 8
 
     def defines(self) -> dict[str, int]:
         """For the compiler."""
@@ -54,14 +51,13 @@ class Variant:
 
 def variant(heads: Heads, page: int) -> Variant:
     """The variant for such heads and pages."""
-    keys, slots, programs = TILES[heads.head_dim]
-    return Variant(heads.head_dim, heads.group, pad(heads.group), page, gcd(page, keys), keys, slots, programs)
+    return Variant(heads.head_dim, heads.group, pad(heads.group), page, gcd(page, KEYS))
 
 
 def fits(heads: Heads) -> bool:
     """Whether the kernel takes such an attention."""
     plain = not heads.window and not heads.softcap and heads.scale > 0
-    return plain and heads.head_dim in TILES and heads.group <= MOST_GROUP
+    return plain and heads.head_dim in HEAD_DIMS and heads.group <= MOST_GROUP
 
 
 @cache
@@ -73,7 +69,7 @@ def kernel(found: Variant, device: int) -> Kernel:
 
 @cache
 def processors(device: int) -> int:
-    """Streaming multiprocessors of a device."""
+    """Streaming multiprocessors of a device; one program each."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -140,7 +136,7 @@ def prefill(q: torch.Tensor, paged: PagedLayer, items: torch.Tensor, heads: Head
     out = torch.empty((q.shape[0], heads.heads * heads.head_dim), dtype=q.dtype, device=q.device)
     device = torch.cuda.current_device() if q.device.index is None else q.device.index
     kv, found = paged.kv, variant(heads, paged.kv.shape[2])
-    programs = min(processors(device) * found.programs, items.shape[0] * heads.kv_heads)
+    programs = min(processors(device), items.shape[0] * heads.kv_heads)
     kernel(found, device).launch(
         (programs, 1, 1),
         [

@@ -45,20 +45,13 @@ __device__ inline void hold(u32 (&d)[N]) {
   NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58," \
           "%59,%60,%61,%62,%63"
 
-// d = [d +] 64 rows of a times 128 or 64 rows of b, 16 columns of each.
+// d = [d +] 64 rows of a times 128 rows of b, 16 columns of each.
 __device__ inline void multiply(float (&d)[64], u64 a, u64 b, int add) {
   asm volatile(
       "{ .reg .pred add;\n"
       "setp.ne.b32 add, %66, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NAMES64 "}, %64, %65, add, 1, 1, 0, 0; }"
       : FLOATS32(d, 0), FLOATS32(d, 32) : "l"(a), "l"(b), "r"(add));
-}
-__device__ inline void multiply(float (&d)[32], u64 a, u64 b, int add) {
-  asm volatile(
-      "{ .reg .pred add;\n"
-      "setp.ne.b32 add, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES32 "}, %32, %33, add, 1, 1, 0, 0; }"
-      : FLOATS32(d, 0) : "l"(a), "l"(b), "r"(add));
 }
 // d += 64 rows of a, held by the threads, times 16 rows of b, 128 or 64 columns.
 __device__ inline void multiply(float (&d)[64], const u32* a, u64 b) {
@@ -84,4 +77,3 @@ __device__ inline void copy_box(u32 to, const TensorMap& map, int column, int en
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6,%7}], [%2];" ::
           "r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(entry), "r"(head), "r"(which), "r"(page) : "memory");
 }
-
