@@ -1,6 +1,6 @@
 """Projections y = f(x) W^T (+ bias) (then an activation) of any number of rows and weight formats.
 
-One or two rows: one kernel with everything inside (`gemv`). Up to 64, or 128 by e4m3 weights: a norm kernel and a
+One row: one kernel with everything inside (`gemv`). Up to 64, or 128 by e4m3 weights: a norm kernel and a
 tensor-core kernel that reads each weight byte once (`skinny`). More: a norm kernel, a library product and an activation
 kernel.
 """
