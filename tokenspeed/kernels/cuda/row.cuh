@@ -11,6 +11,17 @@ __device__ inline u16 narrow(float v) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
   return r;
 }
+// Two as bf16, the first in the lower half.
+__device__ inline u32 pair(float low, float high) {
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+__device__ inline float exp2_fast(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
 __device__ inline float rounded(float v) { return widen(narrow(v)); }
 __device__ inline u16 e4m3_pair(float low, float high) {
   u16 r;
