@@ -63,7 +63,8 @@ def test_no_value_moves_further_than_stated(fmt, seed):
     d, _ = factors(packed, fmt)
     largest = np.abs(wide).max(-1, keepdims=True)
     bound = np.abs(d) / 2 + (2 * HALF_ULP * largest + 16 * SMALLEST_HALF if fmt == "Q4_1" else 127 * SMALLEST_HALF)
-    assert (error <= bound * (1 + 1e-6)).all()
+    # Dividing by d rounds twice in float32, which moves a value that lies halfway.
+    assert (error <= bound * (1 + 1e-6) + 2.0**-23 * largest).all()
     span = wide.max(-1, keepdims=True) - wide.min(-1, keepdims=True)
     ideal = {"Q8_0": largest / 127, "Q4_1": span / 15}[fmt]
     assert (np.abs(np.abs(d) - ideal) <= 2 * HALF_ULP * (ideal + largest / 15) + 2 * SMALLEST_HALF).all()

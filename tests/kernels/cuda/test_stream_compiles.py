@@ -10,8 +10,8 @@ import torch
 from tests.kernels.cuda.nvrtc import compile_
 from tokenspeed.contracts.errors import DeviceError
 from tokenspeed.kernels.cuda import program, registration
-from tokenspeed.kernels.cuda.stream import BITS, FORMATS, SHARED, Variant, stream, variant
-from tokenspeed.kernels.triton.operands import Norm, Prologue
+from tokenspeed.kernels.cuda.stream import BITS, FORMATS, MOST_ROWS, SHARED, Variant, stream, stream_rows, variant
+from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue, Rows
 from tokenspeed.quantization.fp8 import Fp8Weight
 from tokenspeed.quantization.int4 import Int4Weight, int4_weight, quantize_int4
 from tokenspeed.quantization.int8 import Int8Weight
@@ -70,6 +70,29 @@ def test_hopper(columns: int, prologue: str, act: str, fmt: int) -> None:
     check(found, compile_("stream", found.defines(), "sm_90a"))
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(2, 14336), (3, 2048), (8, 4096)])
+def test_several_rows(rows: int, columns: int) -> None:
+    found = variant(columns, BF16, "silu", None, bias=True, rows=rows)
+    assert found is not None
+    assert (found.rows, found.segment) == (1 << (rows - 1).bit_length(), 256)
+    assert found.shared <= SHARED
+    check(found, compile_("stream", found.defines(), "sm_90a"))
+    assert variant(columns, E4M3, "silu", None, bias=True, rows=rows) is None
+    assert variant(columns, INT4, "silu", None, bias=True, rows=rows) is None
+    assert variant(columns, BF16, "silu", None, bias=True, rows=MOST_ROWS + 1) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("act", ["none", "silu", "gelu_tanh"])
+@pytest.mark.parametrize("columns", [2048, 3072, 4096, 5120, 8192, 14336])
+@pytest.mark.parametrize("rows", [2, 4, 8])
+def test_every_variant_of_several_rows(rows: int, columns: int, act: str, architecture: str) -> None:
+    found = variant(columns, BF16, act, None, True, rows)
+    if found is not None:
+        check(found, compile_("stream", found.defines(), architecture))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize("fmt", FORMATS.values())
@@ -112,9 +135,27 @@ def test_what_no_tile_fits_is_left_to_the_twin() -> None:
     assert stream(odd, torch.ones(8, 4096, dtype=torch.bfloat16)) is None
 
 
+def test_several_rows_are_asked_of_it_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(3, 64, dtype=torch.bfloat16), torch.randn(16, 64, dtype=torch.bfloat16)
+    asked: list[Rows] = []
+
+    def answer(rows: Rows, weight: Matrix, bias: torch.Tensor | None, act: str) -> torch.Tensor:
+        asked.append(rows)
+        return torch.full((3, 8), 7.0)
+
+    monkeypatch.setattr(registration, "stream_rows", answer)
+    prologue = Prologue(Norm(torch.ones(64), 1e-5), x)
+    y, joined = registration.stream_or_project(x, weight, None, "silu", prologue)
+    assert (y == 7).all()
+    assert joined is not None
+    assert torch.equal(joined, x + x)
+    assert asked[0].values.float().pow(2).mean(-1).sub(1).abs().max() < 0.02
+    assert stream_rows(asked[0], weight) is None
+
+
 def test_a_cubin_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = variant(4096, 2, "none", None, False)
+    found = variant(4096, BF16, "none", None, False)
     assert found is not None
     defines = {name: int(value) for name, value in found.defines().items()}
     first = program.compiled("stream", defines, "sm_90a")

@@ -11,8 +11,10 @@ from functools import lru_cache, partial
 
 import torch
 
+from tokenspeed.bench.gpu import prefill
 from tokenspeed.bench.gpu.graph_timing import Case, Launch, run_table
 from tokenspeed.bench.gpu.paged_steps import PagedStep, paged_step
+from tokenspeed.kernels.cuda.registration import hopper
 from tokenspeed.kernels.triton.attention_tiles import (
     MAX_SPLITS,
     DecodeTile,
@@ -89,6 +91,12 @@ def _prefill(rows: tuple[tuple[int, int], ...], heads: Heads, page: int, tile: P
     return lambda i: prefill_attention(q, step.layer(i), items, heads, tile)
 
 
+def _prefill_cuda(rows: tuple[tuple[int, int], ...], heads: Heads, page: int) -> Launch:
+    step = _step(rows, heads, page)
+    q, items = _query(step, heads), prefill.items_of(step, heads)
+    return lambda i: prefill.by_cuda(q, step.layer(i), items, heads)
+
+
 def _mixed(rows: tuple[tuple[int, int], ...], heads: Heads, page: int, apart: bool) -> Launch:
     """The table's tiles; decoding rows as items, or by the decode kernel."""
     step, tile = _step(rows, heads, page), prefill_tile(heads.head_dim, 2)
@@ -151,6 +159,9 @@ def _prefill_cases(model: str, heads: Heads, page: int) -> Iterator[Case]:
             make = partial(_prefill, rows, heads, page, tile)
             name = f"prefill {model} at={before} fed={fed} page={page} {_short(tile)}"
             yield Case(name, *_moved(rows, heads), make)
+        if hopper():
+            make = partial(_prefill_cuda, rows, heads, page)
+            yield Case(f"prefill {model} at={before} fed={fed} page={page} cuda", *_moved(rows, heads), make)
     for batch in (8, 128):
         rows = (*((1023, 1),) * batch, (4096, 512))
         for apart in (False, True):
@@ -173,12 +184,12 @@ def check() -> bool:
             outs = [decode_attention(q, step.layer(0), heads, tile, pdl=pdl) for pdl in (False, small_step(q))]
             good &= _same(f"decode {heads} page={page}", outs, step.answer(q, heads))
             step = paged_step([(1000, 333), (0, 200), (2500, 1)], heads, page, layers=1)
-            q, prefill = _query(step, heads), prefill_tile(heads.head_dim, 2)
-            items, alone = step.items(prefill.rows // pad(heads.group), decode_rows=True)
-            out = prefill_attention(q, step.layer(0), items, heads, prefill)
+            q, wide = _query(step, heads), prefill_tile(heads.head_dim, 2)
+            items, alone = step.items(wide.rows // pad(heads.group), decode_rows=True)
+            out = prefill_attention(q, step.layer(0), items, heads, wide)
             decode_attention(q, step.layer(0), heads, tile, rows=alone, out=out)
             good &= _same(f"prefill {heads} page={page}", [out], step.answer(q, heads))
-    return good
+    return (prefill.check() and good) if hopper() else good
 
 
 def _same(name: str, outs: list[torch.Tensor], expected: torch.Tensor) -> bool:

@@ -1,21 +1,21 @@
-"""A layer's projections as a decode step chains them: `python -m tokenspeed.bench.gpu.chain --model 8b --format fp8`.
+"""A layer's projections as a decode step chains them: `python -m tokenspeed.bench.gpu.chain --model 8b --rows 1 8`.
 
-Compares the streaming kernel with float64 first, over outputs poisoned before, then times layers of distinct weights in
-one graph: without attention, norms and joins included. Ends with status 1 where a result is wrong.
+Compares the streaming kernels with float64 first, over outputs poisoned before, then times layers of distinct weights
+in one graph: without attention, norms and joins included. Ends with status 1 where a result is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
 
-from tokenspeed.kernels.cuda.stream import stream
-from tokenspeed.kernels.triton.linear import project
-from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue
+from tokenspeed.kernels.cuda.stream import MOST_ROWS, stream, stream_rows
+from tokenspeed.kernels.triton.linear import prepared, project
+from tokenspeed.kernels.triton.operands import Matrix, Multiplied, Norm, Prologue, matrix_parts
 from tokenspeed.quantization.fp8 import Fp8Weight, quantize_fp8
 
 SHAPES = {"1b": (2048, 3072, 8192, 12), "8b": (4096, 6144, 14336, 6)}
@@ -28,13 +28,15 @@ Layer = dict[str, Matrix]
 def streamed(
     x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, act: str, prologue: Prologue | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The streaming kernel, which must take it."""
+    """The streaming kernel, which must take one row; more where they fit beside it."""
+    if x.shape[0] > 1:
+        return project(x, weight, bias, act, prologue, stream_rows)
     found = stream(x, weight, bias, act, prologue)
     assert found is not None, f"no variant for {tuple(weight.shape)}"
     return found
 
 
-def matrix(rows: int, columns: int, narrow: bool) -> Matrix:
+def matrix(rows: int, columns: int, narrow: bool) -> Multiplied:
     """Random, of unit-scale products."""
     weight = (torch.randn(rows, columns, device="cuda") * columns**-0.5).bfloat16()
     return quantize_fp8(weight) if narrow else weight
@@ -60,7 +62,7 @@ def run(made: list[Layer], projection: Projection, norm: Norm, x: torch.Tensor, 
     return branch
 
 
-def microseconds(made: list[Layer], projection: Projection, rows: int = 1) -> float:
+def microseconds(made: list[Layer], projection: Projection, rows: int) -> float:
     """Of one layer with so many rows, the median over replays."""
     columns = made[0]["o"].shape[0]
     norm = Norm(torch.ones(columns, device="cuda"), 1e-5)
@@ -82,20 +84,25 @@ def microseconds(made: list[Layer], projection: Projection, rows: int = 1) -> fl
     return median(times[1:])
 
 
-def check(narrow: bool) -> bool:
+def check(narrow: bool, entering: Sequence[int]) -> bool:
     """Against float64 of the same rounded operands, every prologue and activation, sizes with a ragged last unit."""
     good = True
-    for rows, columns in ((24, 4096), (1001 * 2, 2048), (4096, 14336), (6144, 4096), (66, 8192)):
+    for rows, columns in ((24, 4096), (1001 * 2, 2048), (4096, 14336), (6144, 4096), (66, 8192), (176, 1040)):
         for act in ("none", "silu", "gelu_tanh"):
             for kind in ("bare", "norm", "join", "branch norm"):
-                if columns <= 8192 or kind in ("bare", "norm"):
-                    good &= _same(matrix(rows, columns, narrow), act, kind)
+                for count in entering:
+                    if _taken(columns, kind, count):
+                        good &= _same(matrix(rows, columns, narrow), act, kind, count)
     return good
 
 
-def _same(weight: Matrix, act: str, kind: str) -> bool:
+def _taken(columns: int, kind: str, entering: int) -> bool:
+    return entering > 1 or (columns % 1024 == 0 and (columns <= 8192 or kind in ("bare", "norm")))
+
+
+def _same(weight: Multiplied, act: str, kind: str, entering: int) -> bool:
     rows, columns = weight.shape
-    x, branch = torch.randn(2, 1, columns, device="cuda").bfloat16()
+    x, branch = torch.randn(2, entering, columns, device="cuda").bfloat16()
     norms = [Norm(torch.rand(columns, device="cuda") + 0.5, 1e-5) for _ in range(2)]
     prologue = None if kind == "bare" else Prologue(norms[0], None if kind == "norm" else branch,
                                                     norms[1] if kind == "branch norm" else None)  # fmt: skip
@@ -103,28 +110,36 @@ def _same(weight: Matrix, act: str, kind: str) -> bool:
     poison = torch.full((1 << 20,), float("nan"), device="cuda")
     del poison
     y, joined = streamed(x, weight, bias, act, prologue)
-    entered, total = prepared(x, prologue)
-    if isinstance(weight, Fp8Weight):
-        scale = entered.abs().max().clamp(min=1e-12) / torch.full((), 448.0, device="cuda")
-        entered = (entered * (1 / scale)).to(torch.float8_e4m3fn).double() * scale.double()
-        exact = weight.q.double() * weight.scale.double()[:, None]
-    else:
-        assert isinstance(weight, torch.Tensor)
-        exact = weight.double()
-    product = entered.double() @ exact.T + bias.bfloat16().double()
+    entered, total = _entered(x, weight, prologue)
+    values, scales = matrix_parts(weight)
+    exact = values.double() * (1 if scales is None else scales.double()[:, None])
+    product = entered @ exact.T + bias.bfloat16().double()
     if act != "none":
         gate, up = product.bfloat16().double().chunk(2, dim=1)
         opened = torch.nn.functional.silu(gate) if act == "silu" else torch.nn.functional.gelu(gate, approximate="tanh")
         product = opened * up
     worst = float(((y.double() - product).abs() / (1 + product.abs())).max())
     # The last bit of a norm may move the row's largest value, and with it the rounding of all others to e4m3.
-    bound = 0.06 if isinstance(weight, Fp8Weight) and prologue is not None else 0.02
+    bound = 0.06 if isinstance(weight, Fp8Weight) and prologue is not None and entering == 1 else 0.02
     good = worst < bound and (joined is None or torch.equal(joined, total))
-    print(f"{'ok' if good else 'WRONG':6} {worst:.5f}  [{rows}, {columns}] {act} {kind}", flush=True)
+    print(f"{'ok' if good else 'WRONG':6} {worst:.5f}  {entering} by [{rows}, {columns}] {act} {kind}", flush=True)
     return good
 
 
-def prepared(x: torch.Tensor, prologue: Prologue | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _entered(x: torch.Tensor, weight: Multiplied, prologue: Prologue | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is multiplied, float64, and the joined rows: one row's as the kernel should prepare it."""
+    if x.shape[0] > 1:
+        given, joined = prepared(x, weight, prologue)
+        scales = 1 if given.scale is None else given.scale.double()[:, None]
+        return given.values.double() * scales, x if joined is None else joined
+    entered, total = ready(x, prologue)
+    if not isinstance(weight, Fp8Weight):
+        return entered.double(), total
+    scale = entered.abs().max().clamp(min=1e-12) / torch.full((), 448.0, device="cuda")
+    return (entered * (1 / scale)).to(torch.float8_e4m3fn).double() * scale.double(), total
+
+
+def ready(x: torch.Tensor, prologue: Prologue | None) -> tuple[torch.Tensor, torch.Tensor]:
     """What the product takes, float32 of values rounded to bf16, and the joined rows."""
     if prologue is None:
         return x.float(), x
@@ -145,16 +160,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="8b")
     parser.add_argument("--format", choices=("bf16", "fp8"), default="bf16")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1], help=f"of x, up to {MOST_ROWS}")
     parser.add_argument("--no-check", action="store_true", help="only time")
     options = parser.parse_args()
     narrow = options.format == "fp8"
-    if not options.no_check and not check(narrow):
+    if not options.no_check and not check(narrow, options.rows):
         return 1
     made = layers(options.model, narrow)
     moved = sum(w.nbytes for w in made[0].values())
-    for name, projection in (("triton", project), ("streamed", streamed), ("triton", project), ("streamed", streamed)):
-        us = microseconds(made, projection)
-        print(f"{options.model} {options.format} {name}: {us:.2f} us a layer, {moved / us / 1e6:.3f} TB/s", flush=True)
+    compared = (("triton", project), ("streamed", streamed)) * 2
+    for rows in options.rows:
+        for name, projection in compared:
+            us = microseconds(made, projection, rows)
+            what = f"{options.model} {options.format} {rows} rows {name}"
+            print(f"{what}: {us:.2f} us a layer, {moved / us / 1e6:.3f} TB/s", flush=True)
     return 0
 
 

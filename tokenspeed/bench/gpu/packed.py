@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from tokenspeed.bench.gpu.chain import SHAPES, Layer, Projection, microseconds, prepared, streamed
+from tokenspeed.bench.gpu.chain import SHAPES, Layer, Projection, microseconds, ready, streamed
 from tokenspeed.bench.gpu.graph_timing import write_timed
 from tokenspeed.kernels.cuda.registration import stream_or_project
 from tokenspeed.kernels.cuda.stream import stream
@@ -94,7 +94,7 @@ def wrong(case: Case, device: str = "cuda") -> str | None:
     if made is None:
         return None if case.columns % 1024 or case.kind == "int4 zeros" else "the streaming kernel does not take it"
     y, total = made
-    entered, wanted_total = prepared(x, prologue)
+    entered, wanted_total = ready(x, prologue)
     product = entered.double() @ weight.dequantized(torch.float64).T + bias.bfloat16().double()
     if case.act != "none":
         gate, up = product.bfloat16().double().chunk(2, dim=1)

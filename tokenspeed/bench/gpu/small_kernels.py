@@ -4,7 +4,8 @@ tokenspeed.bench.gpu.small_kernels` ends with 1 where a result is not finite."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import msgspec
 import torch
@@ -13,12 +14,16 @@ from tokenspeed.bench.gpu.paged_steps import paged_step
 from tokenspeed.bench.gpu.sample import HISTORY, KINDS, state_of
 from tokenspeed.bench.gpu.sample import around as step_around
 from tokenspeed.contracts.step import SamplingRow
+from tokenspeed.kernels.cuda.attend import attend
+from tokenspeed.kernels.cuda.prefill import prefill
+from tokenspeed.kernels.cuda.registration import hopper
+from tokenspeed.kernels.cuda.stream import stream, stream_rows
 from tokenspeed.kernels.triton import norm as row_kernels
-from tokenspeed.kernels.triton.attention_tiles import decode_tile, pad, prefill_tile
+from tokenspeed.kernels.triton.attention_tiles import decode_tile, item_tokens, pad, prefill_tile
 from tokenspeed.kernels.triton.decode_attention import decode_attention
 from tokenspeed.kernels.triton.launch import small_step
 from tokenspeed.kernels.triton.linear import gemv, skinny
-from tokenspeed.kernels.triton.operands import Norm, Prologue
+from tokenspeed.kernels.triton.operands import Norm, Prologue, Rows
 from tokenspeed.kernels.triton.packed_linear import packed_product, plain
 from tokenspeed.kernels.triton.paged import Heads
 from tokenspeed.kernels.triton.prefill_attention import prefill_attention
@@ -32,9 +37,11 @@ from tokenspeed.quantization.narrow import PackedWeight, narrow
 HEADS = Heads(6, 2, 80, 80**-0.5, 0)
 WINDOWED = Heads(4, 1, 64, 0.125, 19)
 PAGE = 16
-WIDTH, OUT = 208, 90
+CUDA_HEADS = Heads(8, 2, 64, 0.125, 0)
+WIDTH, OUT, STREAMED = 208, 90, 2048
 VOCAB = 1237
 Results = list[torch.Tensor]
+T = TypeVar("T")
 
 
 def _values(device: str, *size: int) -> torch.Tensor:
@@ -114,6 +121,33 @@ def prefills(device: str) -> Results:
     return [decode_attention(q, step.layer(0), HEADS, few, rows=alone, out=out)]
 
 
+def streams(device: str) -> Results:
+    """The CUDA projections: one row, plain, in fp8 and with all around, and three."""
+    x, w = _values(device, 3, STREAMED), _values(device, OUT, STREAMED)
+    prologue = Prologue(Norm(torch.ones(STREAMED, device=device), 1e-5), x[1:2])
+    found = [stream(x[:1], w), stream(x[:1], quantize_fp8(w)), stream(x[:1], w, None, "silu", prologue)]
+    return [*(each[0] for each in _taken(found)), *_taken([stream_rows(Rows(x), w)])]
+
+
+def attends(device: str) -> Results:
+    """The CUDA kernels of attention: two decoding rows, one long; a prompt's end and a decoding row."""
+    step = paged_step([(0, 1), (700, 1)], CUDA_HEADS, PAGE, _dtype(device), 1, device)
+    size = CUDA_HEADS.kv_heads * CUDA_HEADS.head_dim
+    q, k, v = _values(device, 2, (CUDA_HEADS.group + 2) * size).split([CUDA_HEADS.group * size, size, size], dim=-1)
+    found = [attend(q, k, v, step.layer(0), Rope(1e4, CUDA_HEADS.head_dim), CUDA_HEADS)]
+    step = paged_step([(5, 67), (160, 1)], CUDA_HEADS, PAGE, _dtype(device), 1, device)
+    items = step.items(item_tokens(CUDA_HEADS.heads, CUDA_HEADS.kv_heads, CUDA_HEADS.head_dim, 2))[0]
+    queries = _values(device, 68, CUDA_HEADS.group * size)
+    return _taken([*found, prefill(queries, step.layer(0), items, CUDA_HEADS)])
+
+
+def _taken(results: Sequence[T | None]) -> list[T]:
+    found = [each for each in results if each is not None]
+    if len(found) < len(results):
+        raise AssertionError("a CUDA kernel does not take what it is given here")
+    return found
+
+
 def samples(device: str) -> Results:
     """Greedy, every filter, edits with counts."""
     return [_sample(device, KINDS[kind]) for kind in ("greedy", "top_k50_p95", "top_p95", "min_p", "penalties", "bias")]
@@ -148,9 +182,14 @@ GROUPS: dict[str, Callable[[str], Results]] = {
 }
 
 
+CUDA_GROUPS: dict[str, Callable[[str], Results]] = {"stream": streams, "attend": attends}
+"""The same where CUDA kernels can be used."""
+
+
 def run(device: str) -> list[str]:
     """Launch all; the groups whose results are not all finite."""
-    return [name for name, launch in GROUPS.items() if not all(bool(each.isfinite().all()) for each in launch(device))]
+    groups = GROUPS | (CUDA_GROUPS if device == "cuda" and hopper() else {})
+    return [name for name, launch in groups.items() if not all(bool(each.isfinite().all()) for each in launch(device))]
 
 
 def main() -> int:

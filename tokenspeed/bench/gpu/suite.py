@@ -53,10 +53,11 @@ class Contexts:
 
     model: str
     contexts: tuple[int, ...] = (128, 8192, 32768)
+    quantization: str | None = None
 
     def run(self, publisher: Publisher) -> None:
         """Measure and publish."""
-        setup = Setup(self.model)
+        setup = Setup(self.model, self.quantization)
         length = length_for(max(self.contexts), TOKENS)
         measurement = Measurement.opened(setup, 1, length, publisher)
         for context in self.contexts:
@@ -80,6 +81,7 @@ GROUPS: dict[str, Callable[[Publisher], None]] = {
     "mixed": lambda publisher: mixed.run_mixed(Setup("llama-3.1-8b"), publisher),
     "start": lambda publisher: run_startup(Setup("llama-3.1-8b"), publisher),
     "8b-contexts": Contexts("llama-3.1-8b").run,
+    "8b-fp8-contexts": Contexts("llama-3.1-8b", (8192, 32768), "fp8").run,
     "1b-contexts": Contexts("llama-3.2-1b").run,
 }
 """By name, in order of importance; a last one, reference, needs the demo model's file."""

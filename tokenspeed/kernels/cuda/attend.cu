@@ -40,12 +40,6 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == SHARED, "the launch must know the size");
 
-__device__ float exp2_fast(float v) {
-  float r;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-  return r;
-}
-
 __device__ void store_remote(const void* here, int rank, float v) {
   asm volatile(
       "{ .reg .b32 there;\n"
@@ -94,12 +88,6 @@ struct Turn {
     }
   }
 };
-
-__device__ u32 pair(float low, float high) {
-  u32 r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
 
 // What a warp has seen. Thread 4 h + t holds head h's highest score, in units of log 2, its share of the sum of weights,
 // and columns 8 c + 2 t and the next of the sum of values.

@@ -6,15 +6,24 @@ from functools import cache, partial
 
 import torch
 
+from tokenspeed.kernels.cuda import prefill
 from tokenspeed.kernels.cuda.attend import MOST_TOKENS, attend, fits
 from tokenspeed.kernels.cuda.program import compiler_found, divide_alike
-from tokenspeed.kernels.cuda.stream import stream
+from tokenspeed.kernels.cuda.stream import MOST_ROWS, stream, stream_rows
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.kernels.triton import dense
-from tokenspeed.kernels.triton.attention_registration import Inputs, Tensors, rotation_of, run_attention, run_rope_write
+from tokenspeed.kernels.triton.attention_registration import (
+    MOST_DECODE_TOKENS,
+    Inputs,
+    Tensors,
+    by_tiles,
+    rotation_of,
+    run_attention,
+    run_rope_write,
+)
 from tokenspeed.kernels.triton.linear import project
 from tokenspeed.kernels.triton.operands import Matrix, Prologue
-from tokenspeed.kernels.triton.paged import heads_of, paged_layer
+from tokenspeed.kernels.triton.paged import Heads, PagedLayer, heads_of, paged_layer
 from tokenspeed.kernels.triton.view import PagedView, RecordView
 from tokenspeed.ops.definitions import Operands
 
@@ -22,7 +31,7 @@ PRIORITY = 20
 
 
 def register(registry: Registry) -> None:
-    """Add the projections of one row of bf16, and the attention of decoding tokens."""
+    """Add the projections of few rows of bf16, and the attention of decoding tokens and of prompts."""
     if usable():
         divide_alike()
     run = partial(dense.run_projection, project=stream_or_project)
@@ -30,13 +39,15 @@ def register(registry: Registry) -> None:
         registry.add(Implementation(f"cuda.{op}", op, "cuda", run, _takes, PRIORITY))
     for op in ("rope_attention", "qk_norm_rope_attention"):
         registry.add(Implementation("cuda.attend", op, "cuda", run_attend, _takes_attend, PRIORITY))
+    registry.add(Implementation("cuda.prefill", "attention", "cuda", run_prefill, _takes_prefill, PRIORITY))
 
 
 def stream_or_project(
     x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, act: str, prologue: Prologue | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """By the streaming kernel where its tiles fit, else as `triton.linear.project`."""
-    return stream(x, weight, bias, act, prologue) or project(x, weight, bias, act, prologue)
+    streamed = stream(x, weight, bias, act, prologue) if x.shape[0] == 1 else None
+    return streamed or project(x, weight, bias, act, prologue, stream_rows)
 
 
 def run_attend(view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs) -> Tensors:
@@ -51,7 +62,20 @@ def run_attend(view: PagedView, record: RecordView, inputs: Inputs, weights: Inp
         if out is not None:
             return (out,)
     rotated, _ = run_rope_write(view, record, inputs, weights)
-    return run_attention(view, record, (rotated,), rest)
+    return run_attention(view, record, (rotated,), rest, prefill_or_tiles)
+
+
+def prefill_or_tiles(
+    q: torch.Tensor, paged: PagedLayer, items: torch.Tensor, heads: Heads, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention of work items by the CUDA kernel where it can, else by the Triton kernel."""
+    out = prefill.prefill(q, paged, items, heads) if sinks is None and prefill.fits(heads) and hopper() else None
+    return by_tiles(q, paged, items, heads, sinks) if out is None else out
+
+
+def run_prefill(view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs) -> Tensors:
+    """attention of a bucket beyond MOST_DECODE_TOKENS."""
+    return run_attention(view, record, inputs, weights, prefill_or_tiles)
 
 
 def _takes_attend(operands: Operands, situation: Situation) -> bool:
@@ -60,12 +84,23 @@ def _takes_attend(operands: Operands, situation: Situation) -> bool:
     return fitting and not attrs["softcap"] and _on_device(situation)
 
 
+def _takes_prefill(operands: Operands, situation: Situation) -> bool:
+    fitting = situation.tokens > MOST_DECODE_TOKENS and not operands.weights and prefill.fits(heads_of(operands.attrs))
+    return fitting and _on_device(situation) and hopper()
+
+
 def _takes(operands: Operands, situation: Situation) -> bool:
-    return situation.tokens == 1 and _on_device(situation)
+    return situation.tokens <= MOST_ROWS and _on_device(situation)
 
 
 def _on_device(situation: Situation) -> bool:
     return situation.device == "cuda" and situation.dtype == "bfloat16" and usable()
+
+
+@cache
+def hopper() -> bool:
+    """Whether the device has warpgroup products, which only Hopper has, and the compiler is there."""
+    return usable() and torch.cuda.get_device_capability()[0] == 9
 
 
 @cache

@@ -22,6 +22,17 @@ __device__ inline u16 narrow(float v) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
   return r;
 }
+// Two as bf16, the first in the lower half.
+__device__ inline u32 pair(float low, float high) {
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+__device__ inline float exp2_fast(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
 __device__ inline float rounded(float v) { return widen(narrow(v)); }
 __device__ inline u16 e4m3_pair(float low, float high) {
   u16 r;
@@ -71,11 +82,12 @@ struct Row {
       }
   }
 
-  __device__ void store(u16* to, float factor = 1) const {
+  // Times a factor; `turned`: pairs of columns in the order in which bf16 products take them.
+  __device__ void store(u16* to, float factor = 1, bool turned = false) const {
     for (int i = 0; i < VECTORS; ++i) {
       u32 words[4];
       for (int j = 0; j < 4; ++j)
-        words[j] = narrow(v[i][2 * j] * factor) | u32(narrow(v[i][2 * j + 1] * factor)) << 16;
+        words[turned ? j / 2 + j % 2 * 2 : j] = narrow(v[i][2 * j] * factor) | u32(narrow(v[i][2 * j + 1] * factor)) << 16;
       if (at(i) < Columns) *reinterpret_cast<uint4*>(to + at(i)) = make_uint4(words[0], words[1], words[2], words[3]);
     }
   }
@@ -160,7 +172,7 @@ __device__ float prepare_row(u16* to, float* offsets, float (*partial)[Threads /
   if (Norm) row.scale(rsqrtf(across<false, warps>(row.squares(), partial[1]) / Columns + eps), norm);
   float scale = 1;
   if (Format == BF16) {
-    row.store(to);
+    row.store(to, 1, true);
   } else if (Format != E4M3) {
     row.store(to, X_FACTOR);
     if (Format == INT8) row.template store_sums<64>(offsets, -128 / CODE_FACTOR);
@@ -171,6 +183,18 @@ __device__ float prepare_row(u16* to, float* offsets, float (*partial)[Threads /
   }
   __syncthreads();
   return scale;
+}
+
+// Prepared rows, `stride` elements apart, into rows of `pitch`, turned as Row::store does.
+template <int Columns, int Threads>
+__device__ void load_rows(u16* to, int pitch, const u16* from, long long stride, int rows) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < rows * (Columns / 8); i += Threads) {
+    int row = i / (Columns / 8), at = i % (Columns / 8) * 8;
+    uint4 pairs = *reinterpret_cast<const uint4*>(from + row * stride + at);
+    *reinterpret_cast<uint4*>(to + row * pitch + at) = make_uint4(pairs.x, pairs.z, pairs.y, pairs.w);
+  }
+  __syncthreads();
 }
 
 template <int Act>
@@ -215,8 +239,8 @@ __device__ void multiply_vector(float (*sums)[4], const u16* x, bool mine, uint4
   uint4 a = make_uint4(0, 0, 0, 0), b = a;
   if (mine) a = from[0];
   if (Format == BF16) {
-    multiply_quad<false>(sums[0], a, w.x, w.z);
-    multiply_quad<false>(sums[1], a, w.y, w.w);
+    multiply_quad<false>(sums[0], a, w.x, w.y);
+    multiply_quad<false>(sums[1], a, w.z, w.w);
   } else {
     if (mine) b = from[1];
     multiply_quad<true>(sums[0], a, halves(w.x), halves(w.y));

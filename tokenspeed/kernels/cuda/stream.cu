@@ -1,4 +1,5 @@
-// y = f(x) W^T for one row x: weights stream from memory through rings in shared memory without a pause.
+// y = f(x) W^T for one row x, or x W^T for up to eight that are ready to multiply: weights stream from memory through rings in
+// shared memory without a pause.
 //
 // A program owns units of 8 rows of W and takes every G-th of them. Each warp has a slice of their columns and a ring of its
 // own, which it fills by bulk copies as soon as the program starts: before the kernel in front has ended (programmatic
@@ -7,8 +8,9 @@
 //
 // Codes of four bits have scales of groups of columns, which come into the ring with them; what multiplies codes is in row.cuh.
 //
-// Compiled with -D: K columns, FORMAT (row.cuh's), WARPS, SEGMENT bytes of a row in a stage of a ring, STAGES, ACT (0: none,
-// 1: silu, 2: gelu tanh), SHARED bytes, and 0/1: NORM, BRANCH, BRANCH_NORM, BIAS.
+// Compiled with -D: ROWS of x that fit (1, 2, 4 or 8; more than one come prepared, and to bf16), K columns, FORMAT (row.cuh's),
+// WARPS, SEGMENT bytes of a row in a stage of a ring, STAGES, ACT (0: none, 1: silu, 2: gelu tanh), SHARED bytes, and 0/1:
+// NORM, BRANCH, BRANCH_NORM, BIAS.
 
 #include "row.cuh"
 
@@ -34,12 +36,15 @@ static_assert(SLICE % SEGMENT == 0 && SEGMENT % 128 == 0 && SLICE * WARPS == ROW
 
 __device__ int row_at(int row) { return row / 2 * SEGMENT + row % 2 * ODD; }
 
+// Rows of x: neighbours lie half a line of banks apart.
+constexpr int PITCH = ROWS > 1 ? K + 32 : K;
+
 struct Shared {
   u8 ring[WARPS][STAGES][STAGE];
-  u16 x[K];
+  u16 x[ROWS * PITCH];
   u64 full[WARPS][STAGES];
   float offsets[OFFSETS];
-  float sums[2][WARPS][UNIT];
+  float sums[2][WARPS][ROWS * UNIT];
   float partial[3][WARPS];
 };
 
@@ -90,7 +95,8 @@ struct Stream {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
     const u16* x, const u16* branch, const u8* weight, const u8* scale, const float* bias, const float* norm_weight,
-    const float* branch_weight, u16* y, u16* joined, long long w_stride, int n, float eps, float branch_eps) {
+    const float* branch_weight, u16* y, u16* joined, long long x_stride, long long w_stride, int rows, int n, float eps,
+    float branch_eps) {
   extern __shared__ __align__(128) u8 memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
   asm volatile("griddepcontrol.launch_dependents;");
@@ -108,8 +114,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
   if (BRANCH_NORM) branch_norm.load(branch_weight);
 
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  float x_scale = prepare_row<FORMAT, NORM, BRANCH, BRANCH_NORM>(s.x, s.offsets, s.partial, x, branch, norm, branch_norm,
-                                                                 joined, eps, branch_eps);
+  float x_scale = 1;
+  if (ROWS > 1)
+    load_rows<K, THREADS>(s.x, PITCH, x, x_stride, rows);
+  else
+    x_scale = prepare_row<FORMAT, NORM, BRANCH, BRANCH_NORM>(s.x, s.offsets, s.partial, x, branch, norm, branch_norm, joined,
+                                                             eps, branch_eps);
   constexpr int APART = FORMAT == INT4 || FORMAT == MXFP4 ? 8 : 128 / BITS;  // columns between threads of a group
   int group = lane / 4, part = lane % 4, at = 0, parity = 0, flip = 0;
   for (int unit = blockIdx.x; unit < units; unit += gridDim.x, flip ^= 1) {
@@ -122,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
       wait_full(full, parity);
       const u8* weights = s.ring[warp][at] + row_at(group) + part * 16;
       int first = (warp * SLICE + segment * SEGMENT) / 64;
-      const u16* columns = s.x + first * 512 / BITS + part * APART;
+      const u16* columns = s.x + group % ROWS * PITCH + first * 512 / BITS + part * APART;
 #pragma unroll
       for (int step = 0; step < STEPS; ++step) {
         uint4 w = *reinterpret_cast<const uint4*>(weights + step * 64);
@@ -131,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
                                  FORMAT == MXFP4 ? 0 : s.offsets[first + step],
                                  scales_at(s.ring[warp][at] + SCALES_AT + (step * 4 + part) * 2 * SCALE));
         else
-          multiply_vector<FORMAT>(sums + step % 2 * 2, columns + step * 512 / BITS, group == 0, w);
+          multiply_vector<FORMAT>(sums + step % 2 * 2, columns + step * 512 / BITS, group < ROWS, w);
       }
       __syncwarp();
       stream.request(s.ring[warp][at], full);
@@ -140,26 +150,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
         parity ^= 1;
       }
     }
-    if (group == 0) {
+    if (group < ROWS) {
       for (int i = 0; i < 2; ++i)
-        s.sums[flip][warp][2 * part + i] =
+        s.sums[flip][warp][group * UNIT + 2 * part + i] =
             CODES ? sums[0][i] : (sums[0][i] + sums[1][2 + i]) + (sums[2][i] + sums[3][2 + i]);
     }
     __syncthreads();
-    if (threadIdx.x < 32) {
+    if (threadIdx.x < (ROWS * UNIT + 31) / 32 * 32) {
+      int t = threadIdx.x / UNIT, local = lane % UNIT;
       float total = 0;
-      for (int w = 0; w < WARPS; ++w) total += s.sums[flip][w][lane % UNIT];
+      for (int w = 0; w < WARPS; ++w) total += s.sums[flip][w][t % ROWS * UNIT + local];
       if (FORMAT == E4M3 || FORMAT == INT8) total *= x_scale * row_scale;
       if (CODES) total *= FORMAT == MXFP4 ? E2M1_FACTOR : CODE_FACTOR;
       if (BIAS) total += row_bias;
-      if (ACT) {
-        float up = __shfl_down_sync(~0u, total, OUTPUTS);
-        int column = unit * OUTPUTS + lane;
-        if (lane < OUTPUTS && column < n) y[column] = narrow(gated<ACT>(total, up));
-      } else {
-        int column = unit * UNIT + lane;
-        if (lane < UNIT && column < n) y[column] = narrow(total);
-      }
+      int column = unit * OUTPUTS + local;
+      if (ACT) total = gated<ACT>(total, __shfl_down_sync(~0u, total, UNIT / 2));
+      if (t < rows && column < n && local < OUTPUTS) y[(long long)t * n + column] = narrow(total);
     }
   }
 }

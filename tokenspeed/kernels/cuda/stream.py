@@ -1,16 +1,17 @@
-"""y = f(x) W^T for one row of bf16 by weights of any type, streamed at the read ceiling (`stream.cu`)."""
+"""y = f(x) W^T for one row of bf16 by weights of any type, x W^T for up to eight by bf16, streamed at the read ceiling
+(`stream.cu`)."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 
 import torch
 
 from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer
-from tokenspeed.kernels.triton.operands import Matrix, Prologue
+from tokenspeed.kernels.triton.operands import Matrix, Prologue, Rows
 from tokenspeed.quantization.fp8 import Fp8Weight
 from tokenspeed.quantization.int4 import Int4Weight
 from tokenspeed.quantization.int8 import Int8Weight
@@ -31,9 +32,17 @@ SHARED = 113 << 10
 SHORT_ROW = 4096
 """Bytes. Rows of bf16 up to here are split among 16 warps, longer ones among 8 (a layer of 1B: 32.8 against 34.3 us,
 of 8B: 103.4 and 102.0); those of e4m3 among 8 (8B: 73.1 and 66.3)."""
+MOST_ROWS = 8
+ROW_GAP = 32
+"""Elements between rows of x in shared memory."""
+SEVERAL_SEGMENT = 256
+"""Of several rows, which take their part of a program's memory: with 128 bytes the Triton kernel wins, as it does with
+e4m3."""
 MOST_COLUMNS = {"bare": 16384, "norm": 12288, "branch": 8192}
 """Beyond, x does not fit the registers that two programs have: a warp takes an eighth of these at most."""
-SEGMENTS = (512, 384, 256, 128)
+SEGMENTS = {16: (256, 128), 8: (512, 384, 256, 128)}
+"""Bytes of a row in a stage, by the bits of a weight (a layer of 8B in bf16: 98.5 us by 256, 102.6 by 512; e4m3: 65.1
+and 63.3)."""
 NIBBLE_WARPS, NIBBLE_SEGMENTS = (8, 7, 6, 5), ((512, 256), (128,))
 """Rows of four-bit codes are short: any number of warps that leaves copies of 256 bytes or more, else of 128."""
 
@@ -42,6 +51,7 @@ NIBBLE_WARPS, NIBBLE_SEGMENTS = (8, 7, 6, 5), ((512, 256), (128,))
 class Variant:
     """What a kernel is compiled for: names of the definitions of `stream.cu`, in lower case."""
 
+    rows: int
     k: int
     format: int
     warps: int
@@ -56,10 +66,11 @@ class Variant:
     @property
     def shared(self) -> int:
         """Bytes of `stream.cu`'s Shared."""
-        row_bytes = self.k * BITS[self.format] // 8
-        offsets = row_bytes // 64 * _OFFSETS[self.format] or 8
-        floats = offsets + (2 * UNIT + 3) * 4 * self.warps
-        return 2 * self.k + -(-floats // 8) * 8 + self.stages * self.warps * self.stage
+        """Bytes of `stream.cu`'s Shared."""
+        x = 2 * self.rows * (self.k + (ROW_GAP if self.rows > 1 else 0))
+        offsets = self.k * BITS[self.format] // 8 // 64 * _OFFSETS[self.format] or 8
+        floats = offsets + (2 * UNIT * self.rows + 3) * 4 * self.warps
+        return x + -(-floats // 8) * 8 + self.stages * self.warps * self.stage
 
     @property
     def stage(self) -> int:
@@ -71,31 +82,39 @@ class Variant:
         return {name.upper(): value for name, value in asdict(self).items()} | {"SHARED": self.shared}
 
 
-def variant(columns: int, format: int, act: str, prologue: Prologue | None, bias: bool) -> Variant | None:
-    """The variant for rows of W of so many columns in a format of FORMATS, None where they do not fit its tiles."""
+def variant(
+    columns: int, format: int, act: str, prologue: Prologue | None, bias: bool, rows: int = 1
+) -> Variant | None:
+    """The variant for rows of W of so many columns in a format of FORMATS, None where they do not fit its tiles. More
+    than one row of x comes without prologue, and to bf16."""
     branch = prologue is not None and prologue.branch is not None
     branch_norm = prologue is not None and prologue.branch_norm is not None
+    padded = 1 << (rows - 1).bit_length()
     most = MOST_COLUMNS["bare" if prologue is None else "branch" if branch else "norm"]
     row_bytes = columns * BITS[format] // 8
-    for warps, segment in _splits(format, row_bytes):
-        if columns % 8 or columns > min(warps, 8) * most // 8 or row_bytes % (warps * segment):
+    if columns % 8 or rows > MOST_ROWS or (rows > 1 and BITS[format] != 16):
+        return None
+    splits = list(_splits(format, row_bytes, rows))
+    for warps, segment in splits:
+        if columns > min(warps, 8) * most // 8 or row_bytes % (warps * segment):
             continue
         found = Variant(
-            columns, format, warps, segment, 0, ACTS[act], prologue is not None, branch, branch_norm, bias
+            padded, columns, format, warps, segment, 0, ACTS[act], prologue is not None, branch, branch_norm, bias
         )  # fmt: skip
         stages = (SHARED - found.shared) // (warps * found.stage)
-        if stages >= 3 or (stages == 2 and segment == SEGMENTS[-1]):
-            return Variant(**{**asdict(found), "stages": stages})
+        if stages >= 3 or (stages == 2 and segment == splits[-1][1]):
+            return replace(found, stages=stages)
     return None
 
 
-def _splits(format: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+def _splits(format: int, row_bytes: int, rows: int) -> Iterator[tuple[int, int]]:
     """Warps and segments to try, the better first."""
     if BITS[format] == 4:
         yield from ((warps, each) for segments in NIBBLE_SEGMENTS for warps in NIBBLE_WARPS for each in segments)
     else:
         warps = 16 if BITS[format] == 16 and row_bytes <= SHORT_ROW else 8
-        yield from ((warps, segment) for segment in SEGMENTS)
+        segments = SEGMENTS[BITS[format]] if rows == 1 else (SEVERAL_SEGMENT,)
+        yield from ((warps, segment) for segment in segments)
 
 
 @cache
@@ -114,14 +133,26 @@ def stream(
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """`triton.linear.project` of one row of bf16, None where no variant takes it. Taken are Fp8Weights with a scale per
     row and Int4Weights without zero points."""
+    return _stream(x, weight, bias, act, prologue)
+
+
+def stream_rows(x: Rows, weight: Matrix, bias: torch.Tensor | None = None, act: str = "none") -> torch.Tensor | None:
+    """`triton.linear.skinny` of up to eight prepared rows of bf16; None where no variant takes them."""
+    found = _stream(x.values, weight, bias, act, None)
+    return None if found is None else found[0]
+
+
+def _stream(
+    x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, act: str, prologue: Prologue | None
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     matrix, scale = (weight, None) if isinstance(weight, torch.Tensor) else (weight.q, weight.scale)
-    found = variant(x.shape[1], FORMATS.get(type(weight), 0), act, prologue, bias is not None)
+    found = variant(x.shape[1], FORMATS.get(type(weight), 0), act, prologue, bias is not None, x.shape[0])
     branch = prologue.branch if prologue else None
     branch_norm = prologue.branch_norm if prologue else None
-    if found is None or not _aligned(x, branch, matrix) or not _streams(weight, act):
+    if found is None or not _streams(weight, act) or not _aligned(x, branch, matrix):
         return None
     n = matrix.shape[0] if act == "none" else matrix.shape[0] // 2
-    y = torch.empty(1, n, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape[0], n, dtype=torch.bfloat16, device=x.device)
     joined = None if branch is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     device = torch.cuda.current_device() if x.device.index is None else x.device.index
     units = -(-n // (UNIT if act == "none" else UNIT // 2))
@@ -137,7 +168,9 @@ def stream(
             pointer(branch_norm.weight if branch_norm else None),
             pointer(y),
             pointer(joined),
+            (x.stride(0), ctypes.c_longlong),
             (matrix.stride(0) * matrix.element_size(), ctypes.c_longlong),
+            (x.shape[0], ctypes.c_int),
             (n, ctypes.c_int),
             (prologue.norm.eps if prologue else 0.0, ctypes.c_float),
             (branch_norm.eps if branch_norm else 0.0, ctypes.c_float),
@@ -156,11 +189,11 @@ def _streams(weight: Matrix, act: str) -> bool:
     return True
 
 
-def _aligned(x: torch.Tensor, branch: torch.Tensor | None, matrix: torch.Tensor) -> bool:
+def _aligned(*matrices: torch.Tensor | None) -> bool:
     """Whether all rows begin at multiples of 16 bytes, as copies and vector loads want."""
-    starts = [x.data_ptr(), matrix.data_ptr(), matrix.stride(0) * matrix.element_size()]
-    starts += [] if branch is None else [branch.data_ptr()]
-    return matrix.stride(1) == 1 and not any(start % 16 for start in starts)
+    given = [matrix for matrix in matrices if matrix is not None]
+    apart = [each for matrix in given for each in (matrix.data_ptr(), matrix.stride(0) * matrix.element_size())]
+    return all(matrix.stride(1) == 1 for matrix in given) and not any(each % 16 for each in apart)
 
 
 @cache

@@ -22,6 +22,8 @@ from tokenspeed.ops.rope import Rope
 
 Tensors = tuple[torch.Tensor, ...]
 Inputs = Sequence[torch.Tensor]
+AttendItems = Callable[[torch.Tensor, PagedLayer, torch.Tensor, Heads, torch.Tensor | None], torch.Tensor]
+"""Attention of work items, as `prefill_attention`: queries, pages, items, heads, sinks."""
 MOST_DECODE_TOKENS = 64
 """Buckets up to this hold the decode kernel alone, which takes every token as a sequence of its own."""
 MOST_EARLY_TOKENS = 4
@@ -35,23 +37,34 @@ def run_decode(view: PagedView, record: RecordView, inputs: Inputs, weights: Inp
     return (_decode(inputs[0], paged, heads, _sinks(weights), None, None),)
 
 
-def run_prefill(view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs) -> Tensors:
+def by_tiles(
+    q: torch.Tensor, paged: PagedLayer, items: torch.Tensor, heads: Heads, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """`prefill_attention` with the table's tile."""
+    return prefill_attention(q, paged, items, heads, prefill_tile(heads.head_dim, q.element_size()), sinks)
+
+
+def run_prefill(
+    view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs, attend: AttendItems = by_tiles
+) -> Tensors:
     """attention of a larger bucket: the view's items, then its decode rows where it has them; without items every token
     is a sequence of its own."""
     if view.items is None:
         return run_decode(view, record, inputs, weights)
     heads, paged, q = heads_of(record.attrs), paged_layer(view, record.attrs["layer"]), inputs[0]
-    tile = prefill_tile(heads.head_dim, q.element_size())
-    out = prefill_attention(q, paged, view.items, heads, tile, _sinks(weights))
+    out = attend(q, paged, view.items, heads, _sinks(weights))
     if view.decode_rows is not None:
         _decode(q, paged, heads, _sinks(weights), view.decode_rows, out)
     return (out,)
 
 
-def run_attention(view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs) -> Tensors:
+def run_attention(
+    view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs, attend: AttendItems = by_tiles
+) -> Tensors:
     """attention of a bucket of any size."""
-    run = run_decode if inputs[0].shape[0] <= MOST_DECODE_TOKENS else run_prefill
-    return run(view, record, inputs, weights)
+    if inputs[0].shape[0] <= MOST_DECODE_TOKENS:
+        return run_decode(view, record, inputs, weights)
+    return run_prefill(view, record, inputs, weights, attend)
 
 
 def _sinks(weights: Inputs) -> torch.Tensor | None:

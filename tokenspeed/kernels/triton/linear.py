@@ -1,12 +1,14 @@
 """Projections y = f(x) W^T (+ bias) (then an activation) of any number of rows and weight formats.
 
-One or two rows: one kernel with everything inside (`gemv`). Up to 64, or 128 by e4m3 weights: a norm kernel and a
+One row: one kernel with everything inside (`gemv`). Up to 64, or 128 by e4m3 weights: a norm kernel and a
 tensor-core kernel that reads each weight byte once (`skinny`). More: a norm kernel, a library product and an activation
 kernel. By int8, int4 and MXFP4 weights up to 64 rows go through a norm kernel and one of their own (`packed`), more
 through the library, with the weights made plain for that one product.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,8 @@ from tokenspeed.quantization.fp8 import Fp8Weight
 from tokenspeed.quantization.narrow import PackedWeight
 
 _ADD_COLUMNS = 512
+Small = Callable[[Rows, Matrix, torch.Tensor | None, str], torch.Tensor | None]
+"""A product of few prepared rows of bf16, as `skinny`; None for what it does not take."""
 
 
 def project(
@@ -49,11 +53,13 @@ def project(
     bias: torch.Tensor | None = None,
     act: str = "none",
     prologue: Prologue | None = None,
+    small: Small | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y [T, N] of x [T, K] in the dtype of x, and the joined rows [T, K], or None without a branch.
 
     weight: [N, K], or with `act` (silu, gelu_tanh) gate rows over up rows [2N, K]. bias: float32 [rows of weight]. x
-    and the branch may be column slices. Raises UnsupportedError for a weight whose rows are not contiguous.
+    and the branch may be column slices. small: asked first where rows are few. Raises UnsupportedError for a weight
+    whose rows are not contiguous.
     """
     rows, cols = x.shape
     check_matrix(weight, cols)
@@ -64,9 +70,10 @@ def project(
         return packed_product(ready.values, weight, bias, act), joined
     if _is_gemv(rows, weight) and _fits(rows, cols, prologue):
         return gemv(x, weight, bias, act, prologue)
-    given, joined = _prepared(x, weight, prologue)
+    given, joined = prepared(x, weight, prologue)
     if rows <= _small_rows(weight):
-        return skinny(given, weight, x.dtype, bias, act), joined
+        y = small(given, weight, bias, act) if small is not None else None
+        return skinny(given, weight, x.dtype, bias, act) if y is None else y, joined
     return _library(given, weight, x.dtype, bias, act), joined
 
 
@@ -179,7 +186,7 @@ def skinny(
     return y
 
 
-def _prepared(x: torch.Tensor, weight: Multiplied, prologue: Prologue | None) -> tuple[Rows, torch.Tensor | None]:
+def prepared(x: torch.Tensor, weight: Multiplied, prologue: Prologue | None) -> tuple[Rows, torch.Tensor | None]:
     """x as the product takes it: joined, normed, quantised for an fp8 weight where a kernel multiplies fp8."""
     quantize = isinstance(weight, Fp8Weight) and (x.shape[0] <= FP8_SMALL_ROWS or not weight.scale_block)
     if prologue is None and quantize:

@@ -11,8 +11,9 @@ SMALL_ROWS = 64
 """Up to here a projection is bound by reading W, and ours; above it is the library's."""
 FP8_SMALL_ROWS = 128
 """The same for e4m3 weights (128 rows, a layer of 8B: 95.5 us against the library's 115.6)."""
-GEMV_ROWS = 2
-"""Up to here rows are multiplied and summed with joins and norms inside; above they go to tensor cores."""
+GEMV_ROWS = 1
+"""Up to here rows are multiplied and summed with joins and norms inside; above they go to tensor cores (two rows, a
+layer of 8B: 117 us, without them 200; of 1B 43 and 59)."""
 FP8_GEMV_BYTES = 30 << 20
 """Of e4m3 weights: larger ones go to tensor cores even for one row, as widening them binds the gemv (measured: 28.3 and
 18.3 us for 4096 x 14336)."""
