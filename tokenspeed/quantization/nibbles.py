@@ -20,7 +20,7 @@ def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     """Codes 0..15, integers [N, K] with K a multiple of 128, to int32 [N, K / 8]."""
     rows, cols = codes.shape
     # [N, run, j, p, i, half] to [N, run, p, j, half, i]
-    split = codes.view(rows, cols // RUN, 4, 4, 4, 2).permute(0, 1, 3, 2, 5, 4).reshape(rows, cols // WORD, WORD)
+    split = codes.reshape(rows, cols // RUN, 4, 4, 4, 2).permute(0, 1, 3, 2, 5, 4).reshape(rows, cols // WORD, WORD)
     low = split.to(torch.uint8)
     return (low[..., 0::2] | low[..., 1::2] << 4).contiguous().view(torch.int32).view(rows, cols // WORD)
 
