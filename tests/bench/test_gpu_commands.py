@@ -131,6 +131,7 @@ def test_startup(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         ("h200.llama-3.1-8b.bf16.decode.b32", ("value", 5.2)),
         ("h200.llama-3.1-8b.fp8.decode.b128.sampled", ("ratio", 1.05)),
         ("h200.llama-3.2-1b.bf16.decode.b1.ctx8192", ("share", 0.75)),
+        ("h200.llama-3.1-8b.int4.decode.b1", ("value", 1.45)),
         ("h200.llama-3.1-8b.fp8.decode.b1.ctx8192", ("share", 0.82)),
         ("h200.llama-3.1-8b.fp8.decode.b1.ctx128", ("share", 0.75)),
         ("h200.llama-3.1-8b.fp8.ttft1024", ("value", 14.0)),

@@ -121,7 +121,7 @@ def test_the_constructor_names_an_unknown_parameter() -> None:
         ({"dtype": "float16"}, ConfigError, "--dtype float16"),
         ({"kv_cache_dtype": "float16"}, ConfigError, "--kv-cache-dtype float16"),
         ({"kv_cache_dtype": "int4"}, ConfigError, "--kv-cache-dtype must be one of auto, .* int8, fp8, fp8_e4m3"),
-        ({"quantization": "int3"}, ConfigError, "--quantization must be one of int8, int4, fp8, got 'int3'"),
+        ({"quantization": "int3"}, ConfigError, "--quantization must be one of int8, int4, fp8, mxfp4, got 'int3'"),
         ({"quantization": 8}, ConfigError, "--quantization must be str or none, got 8"),
         ({"device": "tpu"}, ConfigError, "--device must be one of"),
         ({"max_model_len": 1}, ConfigError, "--max-model-len must be at least 2"),

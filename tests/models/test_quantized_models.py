@@ -18,7 +18,9 @@ from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
 from tokenspeed.quantization.groups import MODES
+from tokenspeed.quantization.mxfp4 import quantize_mxfp4
 from tokenspeed.quantization.pack import pack
+from tokenspeed.runner.ref_backend import RefBackend
 from tokenspeed.sol.floor import stored_bytes
 from tokenspeed.sol.plan_table import plan_table
 from tokenspeed.sol.report import step_report
@@ -118,12 +120,32 @@ def test_quantised_files_are_refused_by_name(tiny) -> None:
             refuse()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_mxfp4_on_the_cpu_is_the_reference(tiny, dtype: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Projections have the values of the format; embedding, head and vectors stay."""
+    path = tiny("llama", "BF16").path
+    plain, packed = (LLM(str(path), dtype=dtype, quantization=mode).core.backend for mode in (None, "mxfp4"))
+    assert isinstance(packed, RefBackend)
+    if dtype == "bfloat16":
+        assert packed.fallback_ops == ["--quantization mxfp4"]
+        assert "no fast kernel for: --quantization mxfp4" in caplog.text
+    original = LLM(str(path), dtype="float32").core.backend
+    assert isinstance(original, RefBackend)
+    assert plain is not packed
+    for name, values in packed.weights.items():
+        wanted = original.weights[name]
+        if wanted.dim() > 1 and "layers" in name:
+            wanted = quantize_mxfp4(wanted).dequantized(torch.float32)
+        assert (values == wanted.to(values.dtype)).all(), name
+
+
 def test_prefix_keys_tell_quantised_models_apart(tiny) -> None:
     path = tiny("llama", "BF16").path
     changes: tuple[dict[str, Any], ...] = (
         {},
         {"quantization": "int8"},
         {"quantization": "int4"},
+        {"quantization": "mxfp4"},
         {"kv_cache_dtype": "int8"},
         {"kv_cache_dtype": "fp8"},
     )

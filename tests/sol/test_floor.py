@@ -17,6 +17,7 @@ ANCHORS = [
     ("llama-3.2-1b", "none", 0.545),
     ("llama-3.1-8b", "none", 3.29),
     ("llama-3.1-8b", "fp8", 1.775),
+    ("llama-3.1-8b", "int4", 1.04),
     ("qwen3-8b", "none", 3.32),
     ("qwen3-8b", "fp8", 1.81),
 ]
@@ -107,8 +108,24 @@ def test_group_quantization_counted_by_hand(mode: str, per_group: int) -> None:
     d, ff, vocab, kv = 4096, 12288, 151936, 1024
     layer = (d + 2 * kv) * d + d * d + 3 * ff * d
     weights = 36 * layer // 32 * per_group + (vocab * d + d) // 32 * 34 + 4 * (36 * (2 * d + 2 * 128) + d)
-    report = step_report("qwen3-8b", "H200", 1, 1024, mode)
-    assert report.total.cost.weight_bytes == weights
+    _, definition, _ = find_definition("qwen3-8b")
+    work = decode_work(1, 1024, stored_bytes(definition.weights, None, mode))
+    floors = floors_by_op(definition.program(), work, ceilings_for("H200"), False)
+    assert total(list(floors.values())).cost.weight_bytes == weights
+
+
+@pytest.mark.parametrize("mode, per_weight, per_row", [("int8", 1, 4), ("int4", 66 / 128, 0), ("mxfp4", 68 / 128, 0)])
+def test_quantization_of_a_gpu_counted_by_hand(mode: str, per_weight: float, per_row: int) -> None:
+    """Qwen3-8B: projections; the head and one embedding row in bf16, norms in float32. Nothing is multiplied in fp8."""
+    d, ff, vocab, kv = 4096, 12288, 151936, 1024
+    layer, rows = (d + 2 * kv) * d + d * d + 3 * ff * d, d + 2 * kv + d + 2 * ff + d
+    weights = 36 * (layer * per_weight + rows * per_row) + 2 * (vocab * d + d) + 4 * (36 * (2 * d + 2 * 128) + d)
+    report, table = (made("qwen3-8b", "H200", 1, 1024, mode) for made in (step_report, plan_table))
+    assert report.total.cost.weight_bytes == table.total.cost.weight_bytes == weights
+    plain, packed = (step_report("qwen3-8b", "H200", 4096, 8, each).by_op["linear"] for each in ("none", mode))
+    assert plain.bound == packed.bound == "compute"
+    assert plain.cost.flops == packed.cost.flops
+    assert packed.seconds == pytest.approx(plain.seconds, rel=0.01)
 
 
 @pytest.mark.parametrize("kv, entry", [("float32", 512), ("fp8", 128), ("fp8_e4m3", 128), ("int8", 136)])
@@ -153,7 +170,7 @@ def test_stored_formats_of_a_checkpoint_count(tmp_path: Path) -> None:
         (("llama-3.1-8b", "H900", 1, 1, "none"), "H900.*known: H200"),
         (("llama-3.1-8b", "H200", 0, 1, "none"), "--batch must be at least 1"),
         (("llama-3.1-8b", "H200", 1, 0, "none"), "--context must be at least 1"),
-        (("llama-3.1-8b", "H200", 1, 1, "int3"), "--quantization must be one of none, fp8, int8, int4"),
+        (("llama-3.1-8b", "H200", 1, 1, "int3"), "--quantization must be one of none, fp8, int8, int4, mxfp4"),
         (("llama-3.1-8b", "H200", 1, 1, "none", "int4"), "--kv-cache-dtype must be one of bfloat16, .*got 'int4'"),
     ],
 )

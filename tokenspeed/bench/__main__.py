@@ -104,7 +104,7 @@ def _measuring(commands: Any, name: str, run: Command, text: str) -> argparse.Ar
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="llama-3.1-8b", help="a shipped config or a directory; weights are random")
-    parser.add_argument("--quantization", metavar="KIND", help="fp8, int8 or int4 (default: bf16 weights)")
+    parser.add_argument("--quantization", metavar="KIND", help="fp8, int8, int4 or mxfp4 (default: bf16 weights)")
 
 
 def _positive(text: str) -> int:

@@ -139,7 +139,10 @@ def add_floor_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences decoding together (default: 1)")
     parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens each one holds (default: 1024)")
     parser.add_argument(
-        "--quantization", default="none", metavar="KIND", help="none, fp8, int8 or int4 (default: none)"
+        "--quantization",
+        default="none",
+        metavar="KIND",
+        help="none, fp8, int8, int4 or mxfp4 (default: none)",
     )
     parser.add_argument("--kv-cache-dtype", default="bfloat16", metavar="TYPE", help="of the KV (default: bfloat16)")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -11,7 +11,7 @@ from tokenspeed.contracts.errors import ConfigError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 KV_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8", "fp8", "fp8_e4m3")
-QUANTIZATIONS = ("int8", "int4", "fp8")
+QUANTIZATIONS = ("int8", "int4", "fp8", "mxfp4")
 LOAD_FORMATS = ("auto", "dummy")
 GENERATION_CONFIGS = ("auto", "none")
 LM_HEADS = ("screened", "full")
@@ -62,8 +62,9 @@ class EngineConfig:
     )
     quantization: str | None = setting(
         None,
-        "quantise matrices at load: int8 and int4 in groups of 32 columns (int4 leaves the embedding and the head at "
-        "int8); fp8 on GPUs, per output channel, but for the embedding and the head; by default they stay as they come",
+        "quantise matrices at load: on the CPU int8 and int4 in groups of 32 columns (int4 leaves the embedding and "
+        "the head at int8); on GPUs, but for the embedding and the head, int8 and fp8 per output channel, int4 in "
+        "groups of 128 columns, mxfp4 in blocks of 32; by default they stay as they come",
         choices=QUANTIZATIONS,
     )
     precise: bool = setting(

@@ -38,6 +38,10 @@ class Fp8Weight:
         return self.q.shape
 
     @property
+    def nbytes(self) -> int:
+        return self.q.nbytes + self.scale.nbytes
+
+    @property
     def scale_block(self) -> int:
         """Rows and columns that share a scale; 0 where each row has its own."""
         return 0 if self.scale.dim() == 1 else BLOCK

@@ -1,6 +1,9 @@
-"""Which format `--quantization` gives a matrix. No torch."""
+"""Which format `--quantization` gives a matrix: on the CPU blocks of 32 columns, on GPUs what their kernels read. No
+torch."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from tokenspeed.contracts.errors import ConfigError
 
@@ -14,6 +17,26 @@ ENDS = "Q8_0"
 HEADS = ("lm_head", "score")
 """Of a language model, and of a classifier."""
 PLAIN = ("F32", "F16", "BF16")
+GPU_MODES = ("fp8", "int8", "int4", "mxfp4")
+"""On GPUs: of every projection but the head, which stays as it comes, as does the embedding. int8 and fp8 have a scale
+per output channel, int4 one per 128 columns, mxfp4 one per 32."""
+_SCALE_BYTES = 4
+_RUN, _RUN_BYTES = 128, {"int4": 64 + 2, "mxfp4": 64 + 4}
+"""Columns, and bytes of codes and scales that a row of so many takes."""
+
+
+def gpu_bytes(mode: str, rows: int, cols: int) -> int:
+    """Bytes of a matrix as a mode of a GPU holds it, scales included."""
+    if mode in _RUN_BYTES:
+        return rows * -(-cols // _RUN) * _RUN_BYTES[mode]
+    return rows * (cols + _SCALE_BYTES)
+
+
+def refuse_quantized(mode: str, name: str, formats: Iterable[str]) -> None:
+    """Raise ConfigError for a matrix that is quantised already."""
+    for fmt in formats:
+        if fmt not in PLAIN:
+            raise ConfigError(f"--quantization {mode}: weight {name} is quantised already ({fmt}); leave the flag out")
 
 
 def quantized_format(mode: str, name: str, kind: str, cols: int, fmt: str) -> str:
@@ -22,8 +45,7 @@ def quantized_format(mode: str, name: str, kind: str, cols: int, fmt: str) -> st
 
     name, kind: of its WeightSpec. Raises ConfigError for a matrix that is quantised already.
     """
-    if fmt not in PLAIN:
-        raise ConfigError(f"--quantization {mode}: weight {name} is quantised already ({fmt}); leave the flag out")
+    refuse_quantized(mode, name, (fmt,))
     if cols % GROUP or kind == "router":
         return fmt
     return ENDS if kind == "embedding" or name in HEADS else MODES[mode]

@@ -22,6 +22,7 @@ from tokenspeed.kernels.cpu.registration import extension_available
 from tokenspeed.models.registry import Definition, define, define_from_hf, read_json, shipped_configs
 from tokenspeed.observability.memory import free_memory
 from tokenspeed.ops.kv import KV_TORCH
+from tokenspeed.quantization.groups import MODES
 from tokenspeed.runner.arena import Arena, PageShape
 from tokenspeed.runner.cpu_backend import CpuBackend, why_not
 from tokenspeed.runner.executor import LocalExecutor
@@ -158,7 +159,7 @@ def prepare(files: ModelFiles, config: EngineConfig, progress: Progress | None =
     backend = choose_backend(model, config, kv_dtype, progress, _packed_copy(files, checkpoint, config))
     if checkpoint is not None:
         checkpoint.drop_pages()  # the backend has its own copy by now
-    if config.quantization in ("int8", "int4") or isinstance(backend, GpuBackend):
+    if config.quantization is not None or isinstance(backend, GpuBackend):
         model.release()
     if card is not None:
         card.settle()
@@ -217,14 +218,21 @@ def choose_backend(
         if model.device.type == "cuda" and config.dtype != "float32" and triton_available():
             return GpuBackend(model, progress, quantization=config.quantization, batch_invariant=config.batch_invariant)
         _refuse_invariant(config, "--dtype float32" if config.dtype == "float32" else "no Triton")
-        return RefBackend(model, progress=progress)
+        return RefBackend(model, progress=progress, quantization=_unpacked_mode(model, config))
     missing = why_not(model, kv_dtype) if extension_available() else ["all: the C++ extension is not built"]
+    later = _unpacked_mode(model, config)
+    missing += [] if later is None else [f"--quantization {later}"]
     if not missing:
         return CpuBackend(model, config.threads, config.lm_head, progress, copy)
     _refuse_invariant(config, f"no fast kernel for: {', '.join(missing)}")
     no_use = "" if copy is None else "; --packed-cache has no use"
     logger.warning("the slow reference runs this model; no fast kernel for: %s%s", ", ".join(missing), no_use)
-    return RefBackend(model, fallback_ops=missing, progress=progress)
+    return RefBackend(model, fallback_ops=missing, progress=progress, quantization=later)
+
+
+def _unpacked_mode(model: LoadedModel, config: EngineConfig) -> str | None:
+    """The quantization that a backend has yet to do: on the CPU, int8 and int4 weights come packed."""
+    return None if model.device.type == "cpu" and config.quantization in MODES else config.quantization
 
 
 def _refuse_invariant(config: EngineConfig, reason: str) -> None:

@@ -13,6 +13,7 @@ from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.models.registry import Definition
 from tokenspeed.program.fuse import fuse
 from tokenspeed.program.program import Program
+from tokenspeed.quantization.groups import MODES, refuse_quantized
 from tokenspeed.weights.dummy import dummy_weights
 from tokenspeed.weights.loader import load_weights
 from tokenspeed.weights.packed import Weight
@@ -43,6 +44,17 @@ class LoadedModel:
         """Bytes of each weight in the file, or as it was quantised at load."""
         return {name: float(weight.nbytes) for name, weight in self.packed.items()}
 
+    def projections(self, mode: str | None) -> frozenset[str]:
+        """The weights that a mode of `groups.GPU_MODES` narrows: every projection but the head; none without a mode.
+        Raises ConfigError for matrices that are quantised already, which fp8 unpacks."""
+        if mode is None:
+            return frozenset()
+        for name, weight in self.packed.items():
+            if weight.spec.kind != "vector" and mode != "fp8":
+                refuse_quantized(mode, name, weight.formats)
+        head = self.program.head
+        return frozenset(name for name, w in self.packed.items() if w.spec.kind == "linear" and name != head)
+
     def release(self) -> None:
         """Forget the data of `packed`, of which a backend holds its own copy by now; formats and sizes stay."""
         for weight in self.packed.values():
@@ -72,10 +84,9 @@ def load_model(definition: Definition, checkpoint: Checkpoint | None, config: En
         packed = dummy_weights(definition.weights, seed=config.seed or 0, device=str(device))
     else:
         packed = load_weights(checkpoint, definition.weights)
-    if config.quantization == "fp8":
-        if device.type != "cuda":
-            raise ConfigError("--quantization fp8 runs on GPUs only: use int8 or int4 here")
-    elif config.quantization is not None:
+    if config.quantization == "fp8" and device.type != "cuda":
+        raise ConfigError("--quantization fp8 runs on GPUs only: use int8 or int4 here")
+    if config.quantization in MODES and device.type == "cpu":
         packed = quantize_weights(packed, config.quantization)
     wanted = "float32" if config.precise and config.dtype == "auto" else config.dtype
     return LoadedModel(definition, fuse(definition.program()), packed, compute_dtype(wanted, device), device)

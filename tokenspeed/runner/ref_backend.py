@@ -10,6 +10,7 @@ from tokenspeed.kernels import ref
 from tokenspeed.kernels.registry import Registry, Situation
 from tokenspeed.ops.reference import StepView
 from tokenspeed.program.plan import Plan, Planned, bucket_of, plan
+from tokenspeed.quantization.narrow import narrow
 from tokenspeed.runner.arena import Arena
 from tokenspeed.runner.edits import SampledRow
 from tokenspeed.runner.inputs import FedRow, step_view
@@ -28,12 +29,16 @@ class RefBackend:
         model: LoadedModel,
         fallback_ops: Sequence[str] = (),
         progress: Progress | None = None,
+        quantization: str | None = None,
     ) -> None:
+        """quantization: a mode of `groups.GPU_MODES`, whose values the projections but the head then have."""
         self._model = model
         self._arena: Arena | None = None
         self.fallback_ops = list(fallback_ops)
         unpacked = unpack_all(model.packed, model.dtype, progress)
         self.weights = {name: tensor.to(model.device) for name, tensor in unpacked.items()}
+        for name in sorted(model.projections(quantization)):
+            self.weights[name] = narrow(self.weights[name], str(quantization), name).dequantized(model.dtype)
         self.weight_bytes = {name: float(w.numel() * w.element_size()) for name, w in self.weights.items()}
         self._registry = Registry()
         ref.register(self._registry)

@@ -12,14 +12,12 @@ from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.observability.ceilings import Ceilings, read_ceilings
 from tokenspeed.ops.definitions import KV_ITEM_BYTES, OPS, Cost, Workload, kv_entry_bytes
 from tokenspeed.program.program import Program, Record
-from tokenspeed.quantization.groups import HEADS, MODES, quantized_format
+from tokenspeed.quantization.groups import GPU_MODES, HEADS, MODES, gpu_bytes, quantized_format, refuse_quantized
 from tokenspeed.weights.spec import WeightSpec, WeightTable
 
 GPUS = {"H200": Ceilings("NVIDIA H200", 4600.0, 770.0, 1410.0)}
 """Measured ceilings; benchmarks/README.md says how."""
-QUANTIZATIONS = ("none", "fp8", *MODES)
-SCALE_BYTES = 4
-"""One float32 scale per output channel of an fp8 weight."""
+QUANTIZATIONS = ("none", *GPU_MODES)
 
 
 def ceilings_for(gpu: str | None) -> Ceilings:
@@ -36,26 +34,34 @@ def ceilings_for(gpu: str | None) -> Ceilings:
     return known[gpu.lower()]
 
 
-def stored_bytes(table: WeightTable, checkpoint: Checkpoint | None, quantization: str) -> dict[str, float]:
-    """Bytes of each weight: as the checkpoint has it, or bf16; fp8 makes every projection but the head 1 byte; int8 and
-    int4 are what the engine does at load. Raises ConfigError as that does for weights that are quantised already."""
+def stored_bytes(
+    table: WeightTable, checkpoint: Checkpoint | None, quantization: str, gpu: bool = False
+) -> dict[str, float]:
+    """Bytes of each weight: as the checkpoint has it, or bf16, or as the engine quantises it at load, which it does
+    differently on a GPU. Raises ConfigError as that does for weights that are quantised already."""
     if quantization not in QUANTIZATIONS:
         raise ConfigError(f"--quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
-    return {name: _weight_bytes(spec, checkpoint, quantization) for name, spec in table.specs.items()}
+    by_gpu = gpu or quantization not in MODES
+    return {name: _weight_bytes(spec, checkpoint, quantization, by_gpu) for name, spec in table.specs.items()}
 
 
-def _weight_bytes(spec: WeightSpec, checkpoint: Checkpoint | None, quantization: str) -> float:
-    if quantization == "fp8" and spec.kind in ("linear", "experts") and spec.name not in HEADS:
-        return spec.rows * (spec.cols + SCALE_BYTES)
+def _weight_bytes(spec: WeightSpec, checkpoint: Checkpoint | None, quantization: str, gpu: bool) -> float:
+    narrow = gpu and quantization in GPU_MODES and spec.kind in ("linear", "experts") and spec.name not in HEADS
     if checkpoint is None:
+        if narrow:
+            return gpu_bytes(quantization, spec.rows, spec.cols)
         stored = "F32" if spec.kind == "vector" else "BF16"
-        return _rows_bytes(spec, spec.rows, stored, quantization)
+        return _rows_bytes(spec, spec.rows, stored, "none" if gpu else quantization)
     sources = spec.sources(checkpoint)
     missing = [source.name for source in sources if source.name not in checkpoint.tensors]
     if missing:
         raise WeightError(f"{checkpoint.path}: the checkpoint lacks {', '.join(missing)}")
     found = [(source, checkpoint.tensors[source.name]) for source in sources]
-    if spec.kind == "vector" or quantization not in MODES:
+    if gpu and spec.kind != "vector" and quantization in ("int8", "int4", "mxfp4"):
+        refuse_quantized(quantization, spec.name, [info.dtype for _, info in found])
+    if narrow:
+        return gpu_bytes(quantization, spec.rows, spec.cols)
+    if gpu or spec.kind == "vector":
         return sum(spec.source_bytes(source, info) for source, info in found)
     return sum(_rows_bytes(spec, source.rows, info.dtype, quantization) for source, info in found)
 

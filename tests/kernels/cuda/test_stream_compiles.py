@@ -10,9 +10,12 @@ import torch
 from tests.kernels.cuda.nvrtc import compile_
 from tokenspeed.contracts.errors import DeviceError
 from tokenspeed.kernels.cuda import program, registration
-from tokenspeed.kernels.cuda.stream import MOST_ROWS, SHARED, Variant, stream, stream_rows, variant
+from tokenspeed.kernels.cuda.stream import BITS, FORMATS, MOST_ROWS, SHARED, Variant, stream, stream_rows, variant
 from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue, Rows
 from tokenspeed.quantization.fp8 import Fp8Weight
+from tokenspeed.quantization.int4 import Int4Weight, int4_weight, quantize_int4
+from tokenspeed.quantization.int8 import Int8Weight
+from tokenspeed.quantization.mxfp4 import Mxfp4Weight, quantize_mxfp4
 
 NORM = Norm(torch.ones(1), 1e-5)
 PROLOGUES = {
@@ -21,6 +24,11 @@ PROLOGUES = {
     "join": Prologue(NORM, torch.ones(1)),
     "branch norm": Prologue(NORM, torch.ones(1), NORM),
 }
+
+
+BF16, E4M3, INT8, INT4, MXFP4 = (
+    FORMATS[kind] for kind in (torch.Tensor, Fp8Weight, Int8Weight, Int4Weight, Mxfp4Weight)
+)
 
 
 def check(found: Variant, compiled: tuple[str, str]) -> None:
@@ -34,18 +42,28 @@ def check(found: Variant, compiled: tuple[str, str]) -> None:
         < ptx.index("cp.async.bulk.shared")
         < ptx.index("griddepcontrol.wait")
     )
-    assert ("mma.sync.aligned.m16n8k16.row.col.f32.f16" in ptx) == (found.item == 1)
-    assert ("mma.sync.aligned.m16n8k16.row.col.f32.bf16" in ptx) == (found.item == 2)
+    assert ("mma.sync.aligned.m16n8k16.row.col.f32.f16" in ptx) == (found.format == E4M3)
+    products = ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.bf16")
+    per_step = {BF16: 2, E4M3: 0, INT8: 4, INT4: 8, MXFP4: 8}[found.format]
+    steps = found.segment // 64
+    assert products % max(1, per_step * steps) == 0  # bf16's loop over short segments is unrolled
+    assert (products > 0) == (found.format != E4M3)
+    # Scales of groups are asked for with the weights, also before the wait.
+    grouped = found.format in (INT4, MXFP4)
+    assert ("cp.async.ca.shared.global" in ptx) == ("cp.async.mbarrier.arrive.noinc" in ptx) == grouped
+    assert not grouped or ptx.index("cp.async.ca.shared.global") < ptx.index("griddepcontrol.wait")
+    # Codes become bf16 by a shift and a mask each: nothing is converted.
+    assert found.format in (E4M3, BF16) or "cvt.rn.f32" not in ptx.replace("cvt.rn.f32.bf16", "")
 
 
-@pytest.mark.parametrize("item", [1, 2])
+@pytest.mark.parametrize("fmt", FORMATS.values())
 @pytest.mark.parametrize(
     ("columns", "prologue", "act"),
     [(4096, "join", "silu"), (14336, "bare", "none"), (2048, "branch norm", "gelu_tanh"), (640, "norm", "none")],
 )
-def test_hopper(columns: int, prologue: str, act: str, item: int) -> None:
-    found = variant(columns, item, act, PROLOGUES[prologue], bias=act == "none")
-    if columns * item % 1024:
+def test_hopper(columns: int, prologue: str, act: str, fmt: int) -> None:
+    found = variant(columns, fmt, act, PROLOGUES[prologue], bias=act == "none")
+    if columns * BITS[fmt] // 8 % 1024 and columns == 640:
         assert found is None
         return
     assert found is not None
@@ -54,13 +72,14 @@ def test_hopper(columns: int, prologue: str, act: str, item: int) -> None:
 
 @pytest.mark.parametrize(("rows", "columns"), [(2, 14336), (3, 2048), (8, 4096)])
 def test_several_rows(rows: int, columns: int) -> None:
-    found = variant(columns, 2, "silu", None, bias=True, rows=rows)
+    found = variant(columns, BF16, "silu", None, bias=True, rows=rows)
     assert found is not None
     assert (found.rows, found.segment) == (1 << (rows - 1).bit_length(), 256)
     assert found.shared <= SHARED
     check(found, compile_("stream", found.defines(), "sm_90a"))
-    assert variant(columns, 1, "silu", None, bias=True, rows=rows) is None
-    assert variant(columns, 2, "silu", None, bias=True, rows=MOST_ROWS + 1) is None
+    assert variant(columns, E4M3, "silu", None, bias=True, rows=rows) is None
+    assert variant(columns, INT4, "silu", None, bias=True, rows=rows) is None
+    assert variant(columns, BF16, "silu", None, bias=True, rows=MOST_ROWS + 1) is None
 
 
 @pytest.mark.slow
@@ -69,31 +88,31 @@ def test_several_rows(rows: int, columns: int) -> None:
 @pytest.mark.parametrize("columns", [2048, 3072, 4096, 5120, 8192, 14336])
 @pytest.mark.parametrize("rows", [2, 4, 8])
 def test_every_variant_of_several_rows(rows: int, columns: int, act: str, architecture: str) -> None:
-    found = variant(columns, 2, act, None, True, rows)
+    found = variant(columns, BF16, act, None, True, rows)
     if found is not None:
         check(found, compile_("stream", found.defines(), architecture))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_90a", "sm_100a"])
-@pytest.mark.parametrize("item", [1, 2])
+@pytest.mark.parametrize("fmt", FORMATS.values())
 @pytest.mark.parametrize("act", ["none", "silu", "gelu_tanh"])
 @pytest.mark.parametrize("prologue", PROLOGUES)
 @pytest.mark.parametrize("columns", [1024, 2048, 3072, 4096, 5120, 8192, 14336, 16384])
-def test_every_variant(columns: int, prologue: str, act: str, item: int, architecture: str) -> None:
-    found = variant(columns, item, act, PROLOGUES[prologue], bias=True)
+def test_every_variant(columns: int, prologue: str, act: str, fmt: int, architecture: str) -> None:
+    found = variant(columns, fmt, act, PROLOGUES[prologue], bias=True)
     if found is not None:
         check(found, compile_("stream", found.defines(), architecture))
 
 
-@pytest.mark.parametrize("item", [1, 2])
-def test_two_programs_fit_a_processor(item: int) -> None:
-    found = [variant(columns, item, "none", PROLOGUES["join"], True) for columns in range(64, 9000, 64)]
+@pytest.mark.parametrize("fmt", FORMATS.values())
+def test_two_programs_fit_a_processor(fmt: int) -> None:
+    found = [variant(columns, fmt, "none", PROLOGUES["join"], True) for columns in range(64, 9000, 64)]
     fitting = [each for each in found if each is not None]
     assert len(fitting) >= 8
     for each in fitting:
         assert each.shared <= SHARED
-        assert each.k * item % (each.warps * each.segment) == 0
+        assert each.k * BITS[fmt] // 8 % (each.warps * each.segment) == 0
         assert each.segment % 128 == 0
         assert each.stages >= 2
 
@@ -103,6 +122,14 @@ def test_what_no_tile_fits_is_left_to_the_twin() -> None:
     assert stream(x, weight) is None
     blocks = Fp8Weight(torch.ones(128, 4096).to(torch.float8_e4m3fn), torch.ones(1, 32))
     assert stream(torch.ones(1, 4096, dtype=torch.bfloat16), blocks) is None
+    group = torch.ones(6, 1024)
+    one = torch.ones(1, 1024, dtype=torch.bfloat16)
+    for odd_rows in (quantize_int4(group[:5]), quantize_mxfp4(group[:5])):
+        assert stream(one, odd_rows) is None
+    for odd_halves in (quantize_int4(group), quantize_mxfp4(group)):
+        assert stream(one, odd_halves, act="silu") is None
+    zeros = int4_weight(torch.ones(6, 1024), torch.ones(6, 8), torch.ones(6, 8))
+    assert stream(one, zeros) is None
     odd = torch.ones(1, 4104, dtype=torch.bfloat16)[:, 4:4100]
     assert odd.data_ptr() % 16 == 8
     assert stream(odd, torch.ones(8, 4096, dtype=torch.bfloat16)) is None
@@ -128,7 +155,7 @@ def test_several_rows_are_asked_of_it_first(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_cubin_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = variant(4096, 2, "none", None, False)
+    found = variant(4096, BF16, "none", None, False)
     assert found is not None
     defines = {name: int(value) for name, value in found.defines().items()}
     first = program.compiled("stream", defines, "sm_90a")

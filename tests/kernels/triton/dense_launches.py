@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from typing import Any
 
 import torch
 
 from tests.kernels.triton.compilation import recorded
-from tokenspeed.kernels.triton import invariant_linear, linear, norm
+from tokenspeed.kernels.triton import invariant_linear, linear, norm, packed_linear
 from tokenspeed.kernels.triton.invariant_linear import project_invariant
 from tokenspeed.kernels.triton.linear import project
 from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue
 from tokenspeed.quantization.fp8 import Fp8Weight
+from tokenspeed.quantization.int4 import Int4Weight
+from tokenspeed.quantization.int8 import Int8Weight
+from tokenspeed.quantization.mxfp4 import Mxfp4Weight
 
 NO_FP8 = ("sm_80", "gfx942")
 
@@ -28,6 +32,23 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def fp8(rows: int, cols: int, block: bool = False) -> Fp8Weight:
     scale = (rows // 128, cols // 128) if block else (rows,)
     return Fp8Weight(meta(rows, cols, dtype=torch.float8_e4m3fn), meta(*scale, dtype=torch.float32))
+
+
+def int8(rows: int, cols: int) -> Int8Weight:
+    return Int8Weight(meta(rows, cols, dtype=torch.int8), meta(rows, dtype=torch.float32))
+
+
+def int4(rows: int, cols: int, zeros: bool = False) -> Int4Weight:
+    zero = meta(cols // 128, rows, dtype=torch.uint8) if zeros else None
+    return Int4Weight(meta(rows, cols // 8, dtype=torch.int32), meta(cols // 128, rows), zero)
+
+
+def mxfp4(rows: int, cols: int) -> Mxfp4Weight:
+    runs = -(-cols // 128)
+    return Mxfp4Weight(meta(rows, 16 * runs, dtype=torch.int32), meta(runs, rows, 4, dtype=torch.uint8), cols)
+
+
+PACKED = (int8, int4, partial(int4, zeros=True), mxfp4)
 
 
 def vector(cols: int) -> torch.Tensor:
@@ -69,6 +90,10 @@ def few(target: str) -> None:
     project(x, fp8(6144, 4096), prologue=prologue)
     project(meta(32, 4096), meta(4096, 4096), vector(4096))
     project(meta(64, 4096), fp8(28672, 4096), act="silu")
+    for packed in (int4, mxfp4):
+        project(meta(32, 4096), packed(4096, 4096))
+    project(meta(64, 4096), int8(28672, 4096), act="silu")
+    packed_linear.plain(int4(4096, 4096), torch.bfloat16)
     project_invariant(x, meta(4096, 4096), prologue=prologue)
     project_invariant(meta(999, 4096), fp8(28672, 4096), act="silu")
     row_kernels(torch.bfloat16)
@@ -87,6 +112,12 @@ def product(target: str) -> None:
         for rows in (1, 300) if dtype == torch.bfloat16 else (300,):
             layer(rows, 2048, 8192, plain, dtype, project_invariant)
         row_kernels(dtype)
+    for packed in PACKED:
+        for rows in (1, 8, 64, 100):
+            layer(rows, 4096, 14336, packed, torch.bfloat16)
+        layer(33, 4096, 14336, packed, torch.float16)
+    project(meta(9, 2880), mxfp4(5120, 2880))
+    project(meta(9, 2880), int8(5120, 2880))
     if target not in NO_FP8:
         quantised_rows()
         for rows in (1, 8, 64):
@@ -101,7 +132,7 @@ def main() -> None:
     target, which = sys.argv[1:]
     # Kernels of a target without dependent launch are compiled as they are launched there.
     ahead = target in ("sm_90", "sm_100")
-    for module in (linear, norm, invariant_linear):
+    for module in (linear, norm, invariant_linear, packed_linear):
         module.dependent_launch = lambda device: ahead  # type: ignore[attr-defined]
     with recorded(target) as kernels:
         (few if which == "few" else product)(target)

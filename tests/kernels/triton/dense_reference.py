@@ -61,7 +61,7 @@ def projected(
     """
     dtype = x.dtype
     step = torch.finfo(dtype).eps / 2
-    matrix = weight.dequantized(torch.float64) if isinstance(weight, Fp8Weight) else weight.double()
+    matrix = weight.double() if isinstance(weight, torch.Tensor) else weight.dequantized(torch.float64)
     wide, steps = x.double(), (24 if dtype == torch.float32 else 4) * step
     if isinstance(weight, Fp8Weight):
         q, scale = quantize_rows(x)

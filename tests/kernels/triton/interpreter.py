@@ -18,8 +18,8 @@ _create_dot = interpreter.InterpreterBuilder.create_dot
 
 
 def _cast(self, src, dst_type):
-    """To bfloat16 by torch: the interpreter cuts bits off instead of rounding."""
-    if dst_type.scalar != tl.bfloat16 or src.dtype.scalar != tl.float32:
+    """To bfloat16 by torch: the interpreter cuts bits off instead of rounding, and takes int8 for bits."""
+    if dst_type.scalar != tl.bfloat16 or src.dtype.scalar not in (tl.float32, tl.int8):
         return _cast_impl(self, src, dst_type)
     values = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.bfloat16)
     return interpreter.TensorHandle(values.view(torch.uint16).numpy(), dst_type.scalar)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.kernels.triton.triton_versions import INSTALLED, ROOT, VERSIONS, child_environment
 
-PRODUCTS = {"skinny_kernel", "product_kernel"}
+PRODUCTS = {"skinny_kernel", "product_kernel", "packed_kernel"}
 """What multiplies on tensor cores."""
 
 
@@ -27,7 +27,14 @@ def compiled(target: str, which: str, cache: Path, version: str = INSTALLED) -> 
 
 def test_one_of_each_for_hopper(tmp_path: Path) -> None:
     kernels = compiled("sm_90", "few", tmp_path)
-    names = {"gemv_kernel", "add_parts_kernel", "rows_kernel", "act_kernel", "embed_kernel"} | PRODUCTS
+    names = {
+        "gemv_kernel",
+        "add_parts_kernel",
+        "rows_kernel",
+        "act_kernel",
+        "embed_kernel",
+        "dequantize_kernel",
+    } | PRODUCTS
     assert {kernel["name"] for kernel in kernels} == names
     for kernel in kernels:
         assert kernel["griddepcontrol.wait"] == 1, kernel
@@ -40,6 +47,7 @@ def test_one_of_each_for_hopper(tmp_path: Path) -> None:
             assert kernel["other loads before wait"] == 0, kernel
     # Tiles that measured better so ask for weights before the wait.
     assert any(kernel["prefetch.global.L2"] > 0 for kernel in kernels if kernel["name"] == "skinny_kernel")
+    assert all(kernel["prefetch.global.L2"] > 0 for kernel in kernels if kernel["name"] == "packed_kernel")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from tests.kernels.triton.test_dense_projection import BF16, FP16, FP32, check, 
 from tests.seeds import SEED
 from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.kernels.triton.invariant_linear import ROWS, invariant_tile, product, project_invariant
-from tokenspeed.kernels.triton.operands import Matrix, Prologue, Rows
+from tokenspeed.kernels.triton.operands import Multiplied, Prologue, Rows
 from tokenspeed.kernels.triton.tiles import SkinnyTile
 from tokenspeed.quantization.fp8 import quantize_fp8, quantize_rows
 
@@ -18,7 +18,7 @@ TILE = SkinnyTile(16, 64, 3, 4, 2)
 FORMATS = ("plain", "channel", "block")
 
 
-def weight_of(kind: str, rows: int, cols: int, dtype: torch.dtype, g: torch.Generator) -> Matrix:
+def weight_of(kind: str, rows: int, cols: int, dtype: torch.dtype, g: torch.Generator) -> Multiplied:
     if kind == "plain":
         return matrix(rows, cols, dtype, g)
     return quantize_fp8(matrix(rows, cols, FP32, g), kind)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ import torch
 
 from tokenspeed.kernels.cuda.stream import MOST_ROWS, stream, stream_rows
 from tokenspeed.kernels.triton.linear import prepared, project
-from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue, matrix_parts
+from tokenspeed.kernels.triton.operands import Matrix, Multiplied, Norm, Prologue, matrix_parts
 from tokenspeed.quantization.fp8 import Fp8Weight, quantize_fp8
 
 SHAPES = {"1b": (2048, 3072, 8192, 12), "8b": (4096, 6144, 14336, 6)}
@@ -36,7 +36,7 @@ def streamed(
     return found
 
 
-def matrix(rows: int, columns: int, narrow: bool) -> Matrix:
+def matrix(rows: int, columns: int, narrow: bool) -> Multiplied:
     """Random, of unit-scale products."""
     weight = (torch.randn(rows, columns, device="cuda") * columns**-0.5).bfloat16()
     return quantize_fp8(weight) if narrow else weight
@@ -63,7 +63,7 @@ def run(made: list[Layer], projection: Projection, norm: Norm, x: torch.Tensor, 
 
 
 def microseconds(made: list[Layer], projection: Projection, rows: int) -> float:
-    """Of one layer, the median over replays."""
+    """Of one layer with so many rows, the median over replays."""
     columns = made[0]["o"].shape[0]
     norm = Norm(torch.ones(columns, device="cuda"), 1e-5)
     x, branch = torch.randn(2, rows, columns, device="cuda").bfloat16()
@@ -100,7 +100,7 @@ def _taken(columns: int, kind: str, entering: int) -> bool:
     return entering > 1 or (columns % 1024 == 0 and (columns <= 8192 or kind in ("bare", "norm")))
 
 
-def _same(weight: Matrix, act: str, kind: str, entering: int) -> bool:
+def _same(weight: Multiplied, act: str, kind: str, entering: int) -> bool:
     rows, columns = weight.shape
     x, branch = torch.randn(2, entering, columns, device="cuda").bfloat16()
     norms = [Norm(torch.rand(columns, device="cuda") + 0.5, 1e-5) for _ in range(2)]
@@ -126,21 +126,21 @@ def _same(weight: Matrix, act: str, kind: str, entering: int) -> bool:
     return good
 
 
-def _entered(x: torch.Tensor, weight: Matrix, prologue: Prologue | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _entered(x: torch.Tensor, weight: Multiplied, prologue: Prologue | None) -> tuple[torch.Tensor, torch.Tensor]:
     """What is multiplied, float64, and the joined rows: one row's as the kernel should prepare it."""
     if x.shape[0] > 1:
         given, joined = prepared(x, weight, prologue)
         scales = 1 if given.scale is None else given.scale.double()[:, None]
         return given.values.double() * scales, x if joined is None else joined
-    entered, total = _prepared(x, prologue)
+    entered, total = ready(x, prologue)
     if not isinstance(weight, Fp8Weight):
         return entered.double(), total
     scale = entered.abs().max().clamp(min=1e-12) / torch.full((), 448.0, device="cuda")
     return (entered * (1 / scale)).to(torch.float8_e4m3fn).double() * scale.double(), total
 
 
-def _prepared(x: torch.Tensor, prologue: Prologue | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the product takes, float32 of values rounded to bf16, and the joined row."""
+def ready(x: torch.Tensor, prologue: Prologue | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the product takes, float32 of values rounded to bf16, and the joined rows."""
     if prologue is None:
         return x.float(), x
     total = x
@@ -167,7 +167,7 @@ def main() -> int:
     if not options.no_check and not check(narrow, options.rows):
         return 1
     made = layers(options.model, narrow)
-    moved = sum(w.q.nbytes if isinstance(w, Fp8Weight) else w.nbytes for w in made[0].values())
+    moved = sum(w.nbytes for w in made[0].values())
     compared = (("triton", project), ("streamed", streamed)) * 2
     for rows in options.rows:
         for name, projection in compared:

@@ -25,7 +25,7 @@ from tokenspeed.bench.gpu.dense_candidates import gemv_candidates, skinny_candid
 from tokenspeed.bench.gpu.graph_timing import CEILING_GBS, write_timed
 from tokenspeed.kernels.triton import norm as row_kernels
 from tokenspeed.kernels.triton.linear import gemv, skinny
-from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue, Rows
+from tokenspeed.kernels.triton.operands import Multiplied, Norm, Prologue, Rows
 from tokenspeed.kernels.triton.tiles import GemvTile, SkinnyTile
 from tokenspeed.quantization.fp8 import Fp8Weight, quantize_fp8
 
@@ -128,7 +128,7 @@ def _random(rows: int, cols: int) -> torch.Tensor:
     return torch.empty(rows, cols, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
 
 
-def _weights(shape: Shape, fmt: str, copies: int) -> list[Matrix]:
+def _weights(shape: Shape, fmt: str, copies: int) -> list[Multiplied]:
     plain = [_random(shape.n, shape.k) for _ in range(1 if fmt == "fp8" else copies)]
     if fmt == "bf16":
         return list(plain)
@@ -157,7 +157,7 @@ def _apart(shape: Shape, fmt: str, rows: int, tile: GemvTile) -> Callable[[int],
         x, prologue = _before(shape, rows)
         assert prologue is not None
 
-        def launch(w: Matrix) -> object:
+        def launch(w: Multiplied) -> object:
             y, _ = row_kernels.norm_rows(x, prologue.norm, prologue.branch)
             return gemv(y.values, w, None, shape.act, None, tile)
 
@@ -177,7 +177,7 @@ def _skinny(shape: Shape, fmt: str, rows: int, tile: SkinnyTile) -> Callable[[in
     def make(copies: int) -> list[Launch]:
         x, prologue = _before(shape, rows)
 
-        def launch(w: Matrix) -> object:
+        def launch(w: Multiplied) -> object:
             return skinny(_prepare(x, prologue, fmt), w, x.dtype, None, shape.act, tile)
 
         return [lambda w=w: launch(w) for w in _weights(shape, fmt, copies)]  # type: ignore[misc]
@@ -188,7 +188,7 @@ def _skinny(shape: Shape, fmt: str, rows: int, tile: SkinnyTile) -> Callable[[in
 def _library(shape: Shape, fmt: str, rows: int, copies: int) -> list[Launch]:
     x, prologue = _before(shape, rows)
 
-    def launch(w: Matrix) -> object:
+    def launch(w: Multiplied) -> object:
         given = _prepare(x, prologue, fmt)
         if isinstance(w, Fp8Weight):
             assert given.scale is not None

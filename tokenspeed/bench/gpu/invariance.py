@@ -25,6 +25,7 @@ from tokenspeed.bench.stats import paired
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
 from tokenspeed.engine.output import RequestOutput
+from tokenspeed.quantization.groups import GPU_MODES
 
 BUDGETS = (512, 64, 100, 2048)
 """Most tokens of a step; the first is that of the answers which others are compared with."""
@@ -213,7 +214,7 @@ def main() -> int:
     """Check, measure, print."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     parser.add_argument("--model", default="llama-3.2-1b", help="a shipped config")
-    parser.add_argument("--quantization", choices=("fp8",), default=None)
+    parser.add_argument("--quantization", choices=GPU_MODES, default=None)
     parser.add_argument("--seed", type=int, default=0, help="of prompts and mixes (default: 0)")
     parser.add_argument("--no-cost", action="store_true", help="leave out the times")
     parser.add_argument("--out", type=Path, help="merge the records of the times into this file")

@@ -24,6 +24,7 @@ from tokenspeed.kernels.triton.decode_attention import decode_attention
 from tokenspeed.kernels.triton.launch import small_step
 from tokenspeed.kernels.triton.linear import gemv, skinny
 from tokenspeed.kernels.triton.operands import Norm, Prologue, Rows
+from tokenspeed.kernels.triton.packed_linear import packed_product, plain
 from tokenspeed.kernels.triton.paged import Heads
 from tokenspeed.kernels.triton.prefill_attention import prefill_attention
 from tokenspeed.kernels.triton.rope_write import rope_write
@@ -31,6 +32,7 @@ from tokenspeed.kernels.triton.sample import sample
 from tokenspeed.kernels.triton.sampling_state import is_edited
 from tokenspeed.ops.rope import Rope
 from tokenspeed.quantization.fp8 import quantize_fp8
+from tokenspeed.quantization.narrow import PackedWeight, narrow
 
 HEADS = Heads(6, 2, 80, 80**-0.5, 0)
 WINDOWED = Heads(4, 1, 64, 0.125, 19)
@@ -61,8 +63,19 @@ def gemvs(device: str) -> Results:
 def skinnies(device: str) -> Results:
     """Five rows, plain and in fp8."""
     x, w = _values(device, 5, WIDTH), _values(device, OUT, WIDTH)
-    plain, narrow = row_kernels.norm_rows(x, None)[0], row_kernels.norm_rows(x, None, quantize=True)[0]
-    return [skinny(plain, w, x.dtype), skinny(narrow, quantize_fp8(w), x.dtype, None, "gelu_tanh")]
+    rows, quantized = row_kernels.norm_rows(x, None)[0], row_kernels.norm_rows(x, None, quantize=True)[0]
+    return [skinny(rows, w, x.dtype), skinny(quantized, quantize_fp8(w), x.dtype, None, "gelu_tanh")]
+
+
+def packed(device: str) -> Results:
+    """Five rows by codes, and the values of those."""
+    found = []
+    for mode, width in (("int8", WIDTH), ("int4", 256), ("mxfp4", 224)):
+        w = narrow(_values(device, OUT, width), mode, "w")
+        assert isinstance(w, PackedWeight)
+        x = _values(device, 5, width)
+        found += [packed_product(x, w, None, "silu"), packed_product(x[:1], w), plain(w, x.dtype)]
+    return found
 
 
 def norms(device: str) -> Results:
@@ -70,9 +83,9 @@ def norms(device: str) -> Results:
     x, branch = _values(device, 3, WIDTH), _values(device, 3, WIDTH)
     norm, head = Norm(torch.ones(WIDTH, device=device), 1e-5), Norm(torch.ones(WIDTH // 4, device=device), 1e-5)
     rows, joined = row_kernels.norm_rows(x, norm, branch, norm)
-    narrow = row_kernels.norm_rows(x, norm, quantize=True)[0]
+    quantized = row_kernels.norm_rows(x, norm, quantize=True)[0]
     ids = torch.tensor([2, 0, 1], dtype=torch.int32, device=device)
-    some = [rows.values, narrow.values.float(), row_kernels.norm_heads(x, head), row_kernels.add_rows(x, branch)]
+    some = [rows.values, quantized.values.float(), row_kernels.norm_heads(x, head), row_kernels.add_rows(x, branch)]
     some += [row_kernels.act_mul(x, "silu").values, row_kernels.embed_rows(ids, branch, 1.5)]
     return some if joined is None else [*some, joined]
 
@@ -159,6 +172,7 @@ def steps(device: str) -> Results:
 GROUPS: dict[str, Callable[[str], Results]] = {
     "gemv": gemvs,
     "skinny": skinnies,
+    "packed": packed,
     "norm": norms,
     "rope_write": writes,
     "decode_attention": decodes,

@@ -76,6 +76,7 @@ GROUPS: dict[str, Callable[[Publisher], None]] = {
     "ceilings": _ceilings,
     "8b": Rows("llama-3.1-8b", None, (1, 8, 32, 128)).run,
     "8b-fp8": Rows("llama-3.1-8b", "fp8", (1, 32, 128)).run,
+    "8b-int4": Rows("llama-3.1-8b", "int4", (1,)).run,
     "1b": Rows("llama-3.2-1b", None, (1, 8, 32, 128)).run,
     "mixed": lambda publisher: mixed.run_mixed(Setup("llama-3.1-8b"), publisher),
     "start": lambda publisher: run_startup(Setup("llama-3.1-8b"), publisher),

@@ -1,16 +1,29 @@
-"""y = f(x) W^T for one row of bf16, x W^T for up to eight, streamed at the read ceiling (`stream.cu`)."""
+"""y = f(x) W^T for one row of bf16 by weights of any type, x W^T for up to eight by bf16, streamed at the read ceiling
+(`stream.cu`)."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 
 import torch
 
 from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer
-from tokenspeed.kernels.triton.operands import Matrix, Prologue, Rows, matrix_parts, scale_block_of
+from tokenspeed.kernels.triton.operands import Matrix, Prologue, Rows
+from tokenspeed.quantization.fp8 import Fp8Weight
+from tokenspeed.quantization.int4 import Int4Weight
+from tokenspeed.quantization.int8 import Int8Weight
+from tokenspeed.quantization.mxfp4 import Mxfp4Weight
 
+FORMATS: dict[type, int] = {torch.Tensor: 0, Fp8Weight: 1, Int8Weight: 2, Int4Weight: 3, Mxfp4Weight: 4}
+"""By the type of a weight, as `row.cuh` counts them."""
+BITS = (16, 8, 8, 4, 4)
+_SCALES = (0, 0, 0, 2, 4)
+"""Bytes of the scales that lie in the ring, of a row and 64 bytes of it."""
+_OFFSETS = (0, 0, 4, 4, 0)
+"""Bytes that 64 bytes of a row take for what the codes of zeros add."""
 ACTS = {"none": 0, "silu": 1, "gelu_tanh": 2}
 UNIT = 8
 PROGRAMS_PER_SM = 2
@@ -25,11 +38,13 @@ ROW_GAP = 32
 SEVERAL_SEGMENT = 256
 """Of several rows, which take their part of a program's memory: with 128 bytes the Triton kernel wins, as it does with
 e4m3."""
-MOST_COLUMNS, MOST_JOINED_COLUMNS = 16384, 8192
-"""Beyond, x does not fit the registers that two programs have."""
-SEGMENTS = {2: (256, 128), 1: (512, 384, 256, 128)}
-"""Bytes of a row in a stage, by those of a weight (a layer of 8B in bf16: 98.5 us by 256, 102.6 by 512; e4m3: 65.1 and
-63.3)."""
+MOST_COLUMNS = {"bare": 16384, "norm": 12288, "branch": 8192}
+"""Beyond, x does not fit the registers that two programs have: a warp takes an eighth of these at most."""
+SEGMENTS = {16: (256, 128), 8: (512, 384, 256, 128)}
+"""Bytes of a row in a stage, by the bits of a weight (a layer of 8B in bf16: 98.5 us by 256, 102.6 by 512; e4m3: 65.1
+and 63.3)."""
+NIBBLE_WARPS, NIBBLE_SEGMENTS = (8, 7, 6, 5), ((512, 256), (128,))
+"""Rows of four-bit codes are short: any number of warps that leaves copies of 256 bytes or more, else of 128."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,7 @@ class Variant:
 
     rows: int
     k: int
-    item: int
+    format: int
     warps: int
     segment: int
     stages: int
@@ -51,41 +66,55 @@ class Variant:
     @property
     def shared(self) -> int:
         """Bytes of `stream.cu`'s Shared."""
+        """Bytes of `stream.cu`'s Shared."""
         x = 2 * self.rows * (self.k + (ROW_GAP if self.rows > 1 else 0))
-        return x + (2 * UNIT * self.rows + 3) * 4 * self.warps + self.stages * self.warps * self.stage
+        offsets = self.k * BITS[self.format] // 8 // 64 * _OFFSETS[self.format] or 8
+        floats = offsets + (2 * UNIT * self.rows + 3) * 4 * self.warps
+        return x + -(-floats // 8) * 8 + self.stages * self.warps * self.stage
 
     @property
     def stage(self) -> int:
         """Bytes of a stage of a ring, with its barrier."""
-        return UNIT * self.segment + 64 + 8
+        return UNIT * self.segment + 64 + self.segment // 64 * UNIT * _SCALES[self.format] + 8
 
     def defines(self) -> dict[str, int]:
         """For the compiler."""
         return {name.upper(): value for name, value in asdict(self).items()} | {"SHARED": self.shared}
 
 
-def variant(columns: int, item: int, act: str, prologue: Prologue | None, bias: bool, rows: int = 1) -> Variant | None:
-    """The variant for rows of W of so many columns of `item` bytes, None where they do not fit its tiles. More than one
-    row of x comes without prologue."""
+def variant(
+    columns: int, format: int, act: str, prologue: Prologue | None, bias: bool, rows: int = 1
+) -> Variant | None:
+    """The variant for rows of W of so many columns in a format of FORMATS, None where they do not fit its tiles. More
+    than one row of x comes without prologue, and to bf16."""
     branch = prologue is not None and prologue.branch is not None
     branch_norm = prologue is not None and prologue.branch_norm is not None
     padded = 1 << (rows - 1).bit_length()
-    warps = 16 if item == 2 and columns * item <= SHORT_ROW else 8
-    if columns % 8 or columns > (MOST_JOINED_COLUMNS if branch else MOST_COLUMNS):
+    most = MOST_COLUMNS["bare" if prologue is None else "branch" if branch else "norm"]
+    row_bytes = columns * BITS[format] // 8
+    if columns % 8 or rows > MOST_ROWS or (rows > 1 and BITS[format] != 16):
         return None
-    if rows > MOST_ROWS or (rows > 1 and item == 1):
-        return None
-    segments = SEGMENTS[item] if rows == 1 else (SEVERAL_SEGMENT,)
-    for segment in segments:
-        if columns * item % (warps * segment):
+    splits = list(_splits(format, row_bytes, rows))
+    for warps, segment in splits:
+        if columns > min(warps, 8) * most // 8 or row_bytes % (warps * segment):
             continue
         found = Variant(
-            padded, columns, item, warps, segment, 0, ACTS[act], prologue is not None, branch, branch_norm, bias
+            padded, columns, format, warps, segment, 0, ACTS[act], prologue is not None, branch, branch_norm, bias
         )  # fmt: skip
         stages = (SHARED - found.shared) // (warps * found.stage)
-        if stages >= 3 or (stages == 2 and segment == segments[-1]):
+        if stages >= 3 or (stages == 2 and segment == splits[-1][1]):
             return replace(found, stages=stages)
     return None
+
+
+def _splits(format: int, row_bytes: int, rows: int) -> Iterator[tuple[int, int]]:
+    """Warps and segments to try, the better first."""
+    if BITS[format] == 4:
+        yield from ((warps, each) for segments in NIBBLE_SEGMENTS for warps in NIBBLE_WARPS for each in segments)
+    else:
+        warps = 16 if BITS[format] == 16 and row_bytes <= SHORT_ROW else 8
+        segments = SEGMENTS[BITS[format]] if rows == 1 else (SEVERAL_SEGMENT,)
+        yield from ((warps, segment) for segment in segments)
 
 
 @cache
@@ -102,7 +131,8 @@ def stream(
     act: str = "none",
     prologue: Prologue | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """`triton.linear.project` of one row of bf16, None where no variant takes it. An Fp8Weight has a scale per row."""
+    """`triton.linear.project` of one row of bf16, None where no variant takes it. Taken are Fp8Weights with a scale per
+    row and Int4Weights without zero points."""
     return _stream(x, weight, bias, act, prologue)
 
 
@@ -115,11 +145,11 @@ def stream_rows(x: Rows, weight: Matrix, bias: torch.Tensor | None = None, act: 
 def _stream(
     x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, act: str, prologue: Prologue | None
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    matrix, scale = matrix_parts(weight)
-    found = variant(x.shape[1], matrix.element_size(), act, prologue, bias is not None, x.shape[0])
+    matrix, scale = (weight, None) if isinstance(weight, torch.Tensor) else (weight.q, weight.scale)
+    found = variant(x.shape[1], FORMATS.get(type(weight), 0), act, prologue, bias is not None, x.shape[0])
     branch = prologue.branch if prologue else None
     branch_norm = prologue.branch_norm if prologue else None
-    if found is None or scale_block_of(weight) or not _aligned(x, branch, matrix):
+    if found is None or not _streams(weight, act) or not _aligned(x, branch, matrix):
         return None
     n = matrix.shape[0] if act == "none" else matrix.shape[0] // 2
     y = torch.empty(x.shape[0], n, dtype=torch.bfloat16, device=x.device)
@@ -147,6 +177,16 @@ def _stream(
         ],
     )
     return y, joined
+
+
+def _streams(weight: Matrix, act: str) -> bool:
+    """Whether its scales and zero points are such as the kernel takes, which reads groups' scales for two rows."""
+    if isinstance(weight, Fp8Weight):
+        return not weight.scale_block
+    if isinstance(weight, Int4Weight | Mxfp4Weight):
+        zeros = isinstance(weight, Int4Weight) and weight.zero is not None
+        return not zeros and weight.shape[0] % (2 if act == "none" else 4) == 0
+    return True
 
 
 def _aligned(*matrices: torch.Tensor | None) -> bool:

@@ -1,7 +1,7 @@
 """The dense ops of a GPU as implementations: projections with what is fused around them, norms, activations, rows.
 
 An implementation is called as run(view, record, inputs, weights) and returns the record's outputs in order. inputs are
-[T, columns] on the device; weights are float32 vectors, matrices [N, K] in the compute dtype, or `Fp8Weight`.
+[T, columns] on the device; weights are float32 vectors, matrices [N, K] in the compute dtype, or narrow ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue
 from tokenspeed.kernels.triton.tiles import SMALL_ROWS
 from tokenspeed.ops.definitions import Attrs, Operands
 from tokenspeed.quantization.fp8 import FORMAT as FP8_FORMAT
-from tokenspeed.quantization.fp8 import Fp8Weight
+from tokenspeed.quantization.narrow import PACKED_FORMATS
 
 DTYPES = ("bfloat16", "float16", "float32")
 PRIORITY = 10
@@ -61,11 +61,11 @@ def register(registry: Registry, *, fp8: bool = True) -> None:
         return _takes(operands, situation, fp8)
 
     def takes_fused(operands: Operands, situation: Situation) -> bool:
-        quantized = any(_is_fp8(name, situation.formats) for name in operands.weights)
-        return takes(operands, situation) and (quantized or situation.tokens <= SMALL_ROWS)
+        narrow = any(_is_narrow(name, situation.formats) for name in operands.weights)
+        return takes(operands, situation) and (narrow or situation.tokens <= SMALL_ROWS)
 
     def takes_table(operands: Operands, situation: Situation) -> bool:
-        return takes(operands, situation) and not _is_fp8(operands.weights[0], situation.formats)
+        return takes(operands, situation) and not _is_narrow(operands.weights[0], situation.formats)
 
     def takes_apart(operands: Operands, situation: Situation) -> bool:
         return situation.batch_invariant and takes(operands, situation)
@@ -175,9 +175,13 @@ def _norm(record: Node, named: Mapping[str, Matrix]) -> Norm:
 
 def _vector(named: Mapping[str, Matrix], name: str) -> torch.Tensor:
     vector = named[name]
-    assert not isinstance(vector, Fp8Weight)
+    assert isinstance(vector, torch.Tensor)
     return vector
 
 
 def _is_fp8(name: str, formats: Mapping[str, tuple[str, ...]]) -> bool:
     return FP8_FORMAT in formats.get(name, ())
+
+
+def _is_narrow(name: str, formats: Mapping[str, tuple[str, ...]]) -> bool:
+    return not PACKED_FORMATS.isdisjoint(formats.get(name, ())) or _is_fp8(name, formats)

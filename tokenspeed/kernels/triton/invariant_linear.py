@@ -16,11 +16,21 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tokenspeed.kernels.triton import norm as row_kernels
 from tokenspeed.kernels.triton.gemv import weight_rows
 from tokenspeed.kernels.triton.launch import dependent_launch, options
-from tokenspeed.kernels.triton.operands import Matrix, Prologue, Rows, check_matrix, matrix_parts, scale_block_of
+from tokenspeed.kernels.triton.operands import (
+    Matrix,
+    Multiplied,
+    Prologue,
+    Rows,
+    check_matrix,
+    matrix_parts,
+    scale_block_of,
+)
+from tokenspeed.kernels.triton.packed_linear import plain
 from tokenspeed.kernels.triton.prefetch import prefetch_rows
 from tokenspeed.kernels.triton.skinny import add_parts_kernel, store_columns, tile_pair
 from tokenspeed.kernels.triton.tiles import SkinnyTile
 from tokenspeed.quantization.fp8 import Fp8Weight
+from tokenspeed.quantization.narrow import PackedWeight
 
 ROWS = 64
 """Rows of x in a tile, always."""
@@ -113,7 +123,7 @@ def product_kernel(x, x_scale, weight, scale, bias, y, parts, x_stride, w_stride
 
 def product(
     x: Rows,
-    weight: Matrix,
+    weight: Multiplied,
     dtype: torch.dtype,
     bias: torch.Tensor | None = None,
     act: str = "none",
@@ -156,8 +166,10 @@ def project_invariant(
     prologue: Prologue | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `linear.project`, with bits that depend on a row alone. Raises UnsupportedError for a weight that does not fit
-    or whose rows are not contiguous."""
+    or whose rows are not contiguous. int8, int4 and MXFP4 weights are made plain first."""
     check_matrix(weight, x.shape[1])
+    if isinstance(weight, PackedWeight):
+        weight = plain(weight, x.dtype)
     quantize = isinstance(weight, Fp8Weight)
     given, joined = Rows(x), None
     if prologue is not None:

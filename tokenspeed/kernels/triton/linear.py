@@ -2,7 +2,8 @@
 
 One row: one kernel with everything inside (`gemv`). Up to 64, or 128 by e4m3 weights: a norm kernel and a
 tensor-core kernel that reads each weight byte once (`skinny`). More: a norm kernel, a library product and an activation
-kernel.
+kernel. By int8, int4 and MXFP4 weights up to 64 rows go through a norm kernel and one of their own (`packed`), more
+through the library, with the weights made plain for that one product.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ import triton
 from tokenspeed.kernels.triton import norm as row_kernels
 from tokenspeed.kernels.triton.gemv import gemv_kernel
 from tokenspeed.kernels.triton.launch import dependent_launch, options
-from tokenspeed.kernels.triton.operands import Matrix, Prologue, Rows, check_matrix, matrix_parts, scale_block_of
+from tokenspeed.kernels.triton.operands import (
+    Matrix,
+    Multiplied,
+    Prologue,
+    Rows,
+    check_matrix,
+    matrix_parts,
+    scale_block_of,
+)
+from tokenspeed.kernels.triton.packed_linear import packed_product, plain
 from tokenspeed.kernels.triton.skinny import add_parts_kernel, skinny_kernel
 from tokenspeed.kernels.triton.tiles import (
     FP8_GEMV_BYTES,
@@ -30,6 +40,7 @@ from tokenspeed.kernels.triton.tiles import (
     skinny_tile,
 )
 from tokenspeed.quantization.fp8 import Fp8Weight
+from tokenspeed.quantization.narrow import PackedWeight
 
 _ADD_COLUMNS = 512
 Small = Callable[[Rows, Matrix, torch.Tensor | None, str], torch.Tensor | None]
@@ -52,6 +63,11 @@ def project(
     """
     rows, cols = x.shape
     check_matrix(weight, cols)
+    if isinstance(weight, PackedWeight):
+        if rows > SMALL_ROWS:
+            return project(x, plain(weight, x.dtype), bias, act, prologue)
+        ready, joined = _normed(x, prologue)
+        return packed_product(ready.values, weight, bias, act), joined
     if _is_gemv(rows, weight) and _fits(rows, cols, prologue):
         return gemv(x, weight, bias, act, prologue)
     given, joined = prepared(x, weight, prologue)
@@ -61,11 +77,11 @@ def project(
     return _library(given, weight, x.dtype, bias, act), joined
 
 
-def _small_rows(weight: Matrix) -> int:
+def _small_rows(weight: Multiplied) -> int:
     return FP8_SMALL_ROWS if isinstance(weight, Fp8Weight) else SMALL_ROWS
 
 
-def _is_gemv(rows: int, weight: Matrix) -> bool:
+def _is_gemv(rows: int, weight: Multiplied) -> bool:
     if isinstance(weight, Fp8Weight):
         return rows <= GEMV_ROWS and weight.scale_block == 0 and weight.q.nbytes <= FP8_GEMV_BYTES
     return rows <= GEMV_ROWS
@@ -73,7 +89,7 @@ def _is_gemv(rows: int, weight: Matrix) -> bool:
 
 def gemv(
     x: torch.Tensor,
-    weight: Matrix,
+    weight: Multiplied,
     bias: torch.Tensor | None = None,
     act: str = "none",
     prologue: Prologue | None = None,
@@ -119,7 +135,7 @@ def gemv(
 
 def skinny(
     x: Rows,
-    weight: Matrix,
+    weight: Multiplied,
     dtype: torch.dtype,
     bias: torch.Tensor | None = None,
     act: str = "none",
@@ -170,17 +186,21 @@ def skinny(
     return y
 
 
-def prepared(x: torch.Tensor, weight: Matrix, prologue: Prologue | None) -> tuple[Rows, torch.Tensor | None]:
+def prepared(x: torch.Tensor, weight: Multiplied, prologue: Prologue | None) -> tuple[Rows, torch.Tensor | None]:
     """x as the product takes it: joined, normed, quantised for an fp8 weight where a kernel multiplies fp8."""
     quantize = isinstance(weight, Fp8Weight) and (x.shape[0] <= FP8_SMALL_ROWS or not weight.scale_block)
-    if prologue is None and not quantize:
-        return Rows(x), None
-    if prologue is None:
+    if prologue is None and quantize:
         return row_kernels.norm_rows(x, None, quantize=True)
+    return _normed(x, prologue, quantize)
+
+
+def _normed(x: torch.Tensor, prologue: Prologue | None, quantize: bool = False) -> tuple[Rows, torch.Tensor | None]:
+    if prologue is None:
+        return Rows(x), None
     return row_kernels.norm_rows(x, prologue.norm, prologue.branch, prologue.branch_norm, quantize)
 
 
-def _library(x: Rows, weight: Matrix, dtype: torch.dtype, bias: torch.Tensor | None, act: str) -> torch.Tensor:
+def _library(x: Rows, weight: Multiplied, dtype: torch.dtype, bias: torch.Tensor | None, act: str) -> torch.Tensor:
     rounded = None if bias is None else bias.to(dtype)
     if isinstance(weight, Fp8Weight):
         y = _scaled_product(x, weight, dtype)

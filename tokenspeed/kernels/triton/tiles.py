@@ -44,6 +44,19 @@ class SkinnyTile:
     pdl: bool = True
 
 
+@dataclass(frozen=True)
+class PackedTile:
+    """block_n rows of packed W by a run of 128 columns per stage; K split between split_k programs; bytes of each row
+    asked for ahead."""
+
+    block_n: int
+    split_k: int
+    warps: int
+    stages: int
+    prefetch: int = 256
+    pdl: bool = True
+
+
 Key = tuple[int, int, int, int]
 """(rows rounded up to a power of two, rows of W, columns, bytes of an element of W)."""
 
@@ -153,6 +166,15 @@ def _wide_tile(n: int, k: int, item: int, scale_block: int) -> SkinnyTile:
     while -(-n // 128) * split < _WIDE_PROGRAMS and split < 8 and k // (2 * split) >= 512:
         split *= 2
     return SkinnyTile(128, scale_block or 128 // item, split, 8, 4, prefetch=256 // item)
+
+
+def packed_tile(rows: int, n: int, k: int, kind: str) -> PackedTile:
+    """The tile for 16 to 64 (padded) rows against packed W [n, k] of kind int8, int4 or mxfp4."""
+    tiles, split = -(-n // 64), 1
+    while tiles * split < _SKINNY_PROGRAMS and split < 8 and k // (2 * split) >= 512:
+        split *= 2
+    per_part = k // split * (2 if kind == "int8" else 1) // 2
+    return PackedTile(64, split, 4, 4, prefetch=256 if per_part >= 256 else 0)
 
 
 def _columns(k: int, most: int) -> int:

@@ -12,8 +12,7 @@ from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.ops.definitions import Operands
 from tokenspeed.program.plan import Plan, Planned, plan
 from tokenspeed.program.program import Record
-from tokenspeed.quantization.fp8 import FORMAT as FP8_FORMAT
-from tokenspeed.quantization.fp8 import Fp8Weight, quantize_fp8
+from tokenspeed.quantization.narrow import FORMATS, NarrowWeight, narrow
 from tokenspeed.runner.gpu.view import GpuView
 from tokenspeed.runner.model import LoadedModel, Progress
 from tokenspeed.weights.unpacked import unpack_all
@@ -36,15 +35,15 @@ class GpuBackend:
         quantization: str | None = None,
         batch_invariant: bool = False,
     ) -> None:
-        """register: adds the fast kernels; by default Triton's. quantization: fp8 makes every projection but the head
-        e4m3 with a scale per output channel, and its activations e4m3 per token. batch_invariant: a row's bits depend
+        """register: adds the fast kernels; by default Triton's. quantization: a mode of `groups.GPU_MODES` for every
+        projection but the head; fp8 makes its activations e4m3 per token, too. batch_invariant: a row's bits depend
         on its own sequence alone.
 
         Raises UnsupportedError naming an op that has no kernel, of invariant ones in that mode, and no reference that
         a graph can hold."""
         self.model, self.batch_invariant = model, batch_invariant
-        narrow = _fp8_names(model) if quantization == "fp8" else frozenset()
-        self.formats = model.formats | dict.fromkeys(narrow, (FP8_FORMAT,))
+        narrowed = model.projections(quantization)
+        self.formats = model.formats | {name: (FORMATS[str(quantization)],) for name in narrowed}
         self._registry = Registry()
         (register or _register_kernels)(self._registry)
         self._registry.add(Implementation("rows", "select", "gpu", _select, _always, priority=10, invariant=True))
@@ -54,8 +53,11 @@ class GpuBackend:
         self._before_head = model.program.before_head()
         self.plan_for(1)
         plain = unpack_all(model.packed, model.dtype, progress)
-        self.weights = {name: _on_device(tensor, model.device, name in narrow) for name, tensor in plain.items()}
-        self.weight_bytes = {name: _nbytes(weight) for name, weight in self.weights.items()}
+        self.weights: dict[str, torch.Tensor | NarrowWeight] = {}
+        for name in list(plain):  # one by one, so that plain and narrow weights are never all there
+            moved = plain.pop(name).to(model.device)
+            self.weights[name] = narrow(moved, str(quantization), name) if name in narrowed else moved
+        self.weight_bytes = {name: float(weight.nbytes) for name, weight in self.weights.items()}
 
         shape = model.definition.config
         self.num_heads, self.vocab_size = shape.num_heads, shape.vocab_size
@@ -117,21 +119,6 @@ class GpuBackend:
             values.update(zip(record.outputs, outputs, strict=True))
             for value in step.frees:
                 values.pop(value, None)
-
-
-def _fp8_names(model: LoadedModel) -> frozenset[str]:
-    head = model.program.head
-    return frozenset(name for name, w in model.packed.items() if w.spec.kind == "linear" and name != head)
-
-
-def _on_device(tensor: torch.Tensor, device: torch.device, narrow: bool) -> torch.Tensor | Fp8Weight:
-    moved = tensor.to(device)
-    return quantize_fp8(moved) if narrow else moved
-
-
-def _nbytes(weight: torch.Tensor | Fp8Weight) -> float:
-    parts = (weight.q, weight.scale) if isinstance(weight, Fp8Weight) else (weight,)
-    return float(sum(part.nbytes for part in parts))
 
 
 def _at_select(steps: Sequence[Planned]) -> tuple[Sequence[Planned], Sequence[Planned]]:
