@@ -121,7 +121,7 @@ class GpuBackend:
 
 def _fp8_names(model: LoadedModel) -> frozenset[str]:
     head = model.program.head
-    return frozenset(name for name, w in model.packed.items() if w.spec.kind == "linear" and name != head)
+    return frozenset(name for name, w in model.packed.items() if w.spec.kind in ("linear", "experts") and name != head)
 
 
 def _on_device(tensor: torch.Tensor, device: torch.device, narrow: bool) -> torch.Tensor | Fp8Weight:
@@ -166,9 +166,10 @@ def triton_available() -> bool:
 def _register_kernels(registry: Registry) -> None:
     # Triton is an optional package.
     from tokenspeed.kernels.cuda import registration as cuda_registration
-    from tokenspeed.kernels.triton import attention_registration, dense, invariant_registration
+    from tokenspeed.kernels.triton import attention_registration, dense, expert_registration, invariant_registration
 
     attention_registration.register(registry)
     invariant_registration.register(registry)
     dense.register(registry)
+    expert_registration.register(registry)
     cuda_registration.register(registry)

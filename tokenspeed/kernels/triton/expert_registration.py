@@ -1,0 +1,80 @@
+"""Routers and experts on a GPU as implementations. A `run` is called as run(view, record, inputs, weights)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from tokenspeed.kernels.registry import Implementation, Registry, Situation
+from tokenspeed.kernels.triton.dense import DTYPES, PRIORITY
+from tokenspeed.kernels.triton.expert_tiles import tile_of
+from tokenspeed.kernels.triton.experts import ACTS, Experts, run_experts
+from tokenspeed.kernels.triton.operands import Matrix, matrix_parts, scale_block_of
+from tokenspeed.kernels.triton.route import MOST_EXPERTS, route
+from tokenspeed.kernels.triton.view import PagedView, RecordView
+from tokenspeed.ops.definitions import Operands
+from tokenspeed.quantization.fp8 import FORMAT as FP8_FORMAT
+from tokenspeed.quantization.fp8 import Fp8Weight
+
+SAME_ROWS = 64
+"""Choices of a block where a row must have the same bits in every batch."""
+Outputs = tuple[torch.Tensor, ...]
+Takes = Callable[[Operands, Situation], bool]
+
+
+def register(registry: Registry, *, fp8: bool = True) -> None:
+    """Add `route` and `experts` of backend "triton". fp8: as `dense.register`."""
+
+    def takes(operands: Operands, situation: Situation) -> bool:
+        narrow = [FP8_FORMAT in situation.formats.get(name, ()) for name in operands.weights[:2]]
+        one_format = all(narrow) if fp8 and any(narrow) else not any(narrow)
+        return one_format and operands.attrs["act"] in ACTS and _fits(operands.weight_shapes[0][0], situation)
+
+    def takes_apart(operands: Operands, situation: Situation) -> bool:
+        return situation.batch_invariant and takes(operands, situation)
+
+    same = partial(run_chosen, rows=SAME_ROWS)
+    registry.add(Implementation("triton.route", "route", "triton", run_route, _takes_route, PRIORITY, invariant=True))
+    registry.add(Implementation("invariant.experts", "experts", "triton", same, takes_apart, PRIORITY, invariant=True))
+    registry.add(Implementation("triton.experts", "experts", "triton", run_chosen, takes, PRIORITY))
+
+
+def run_route(
+    view: PagedView, record: RecordView, inputs: Sequence[torch.Tensor], weights: Sequence[Matrix]
+) -> Outputs:
+    """route: ids and weights. Tokens of padding choose nobody, so that no expert is read for them."""
+    return route(inputs[0], _vector(weights[0]) if weights else None, record.attrs, view.slots)
+
+
+def run_chosen(
+    view: PagedView,
+    record: RecordView,
+    inputs: Sequence[torch.Tensor],
+    weights: Sequence[Matrix],
+    rows: int | None = None,
+) -> Outputs:
+    """experts. rows: choices of a block, whatever the number of tokens; by default what suits that."""
+    gate_up, down, *biases = weights
+    attrs = record.attrs
+    up_bias, down_bias = map(_vector, biases) if biases else (None, None)
+    given = Experts(gate_up, down, attrs["act"], up_bias, down_bias, attrs["alpha"], attrs["limit"])
+    tile = None
+    if rows is not None:
+        tile = tile_of(rows, matrix_parts(gate_up)[0].element_size(), scale_block_of(gate_up))
+    x, ids, shares = inputs
+    return (run_experts(x, ids, shares, given, tile),)
+
+
+def _vector(weight: Matrix) -> torch.Tensor:
+    assert not isinstance(weight, Fp8Weight)
+    return weight
+
+
+def _takes_route(operands: Operands, situation: Situation) -> bool:
+    return _fits(int(operands.inputs[0][-1]), situation)
+
+
+def _fits(experts: int, situation: Situation) -> bool:
+    return experts <= MOST_EXPERTS and situation.device == "cuda" and situation.dtype in DTYPES
