@@ -24,6 +24,11 @@ from tokenspeed.quantization.fp8 import Fp8Weight
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
+ATTRS: dict[str, Any] = {
+    "k": 8, "score": "softmax", "renormalize": True, "groups": 1, "kept_groups": 1, "scale": 1.0
+}  # fmt: skip
+
+
 def weight(fmt: str, dtype: torch.dtype, *shape: int) -> Any:
     """fmt: "plain", "channel" or "block"."""
     if fmt == "plain":
@@ -52,13 +57,12 @@ def layer(rows: int, shape: tuple[int, int, int, int], fmt: str = "plain", act: 
 
 def routers(rows: int) -> None:
     """Every kind of score, with groups and a bias."""
-    attrs: dict[str, Any] = {"k": 8, "score": "softmax", "renormalize": True, "groups": 1, "kept_groups": 1, "scale": 1.0}
     slots = meta(rows, dtype=torch.int32)
-    route(meta(rows, 128), None, attrs, slots)
-    route(meta(rows, 32), None, attrs | {"k": 4, "score": "logits"}, slots)
-    groups = attrs | {"score": "sigmoid", "groups": 8, "kept_groups": 4, "scale": 2.5}
+    route(meta(rows, 128), None, ATTRS, slots)
+    route(meta(rows, 32), None, ATTRS | {"k": 4, "score": "logits"}, slots)
+    groups = ATTRS | {"score": "sigmoid", "groups": 8, "kept_groups": 4, "scale": 2.5}
     route(meta(rows, 256, dtype=FP32), meta(256, dtype=FP32), groups)
-    route(meta(rows, 512), None, attrs | {"renormalize": False, "k": 10}, slots)
+    route(meta(rows, 512), None, ATTRS | {"renormalize": False, "k": 10}, slots)
 
 
 QWEN, MIXTRAL, GPT_OSS, MINIMAX = (128, 8, 2048, 768), (8, 2, 4096, 14336), (32, 4, 2880, 2880), (256, 8, 3072, 1536)
@@ -66,9 +70,8 @@ QWEN, MIXTRAL, GPT_OSS, MINIMAX = (128, 8, 2048, 768), (8, 2, 4096, 14336), (32,
 
 def few(target: str) -> None:
     """Each kernel once or twice."""
-    routers(1)
+    route(meta(1, 128), None, ATTRS, meta(1, dtype=torch.int32))
     layer(1, QWEN)
-    layer(1, QWEN, "channel")
     layer(8, QWEN)
     layer(8, QWEN, "channel")
     layer(1000, QWEN)
