@@ -40,8 +40,8 @@ def by_choice(tokens: int, experts: int, k: int, scale_block: int = 0) -> bool:
 def gate_up_tile(choices: int, n: int, k: int) -> GemvTile:
     """For `choices` rows against gate_up [experts, 2n, k] each."""
     block_k = _columns(k, 1024)
-    block_n = max(2, min(16, _ELEMENTS * 2 // block_k))
-    while block_n > 2 and choices * 2 * n // block_n < 2 * _PROGRAMS:
+    block_n = max(4, min(16, _ELEMENTS * 2 // block_k))
+    while block_n > 4 and choices * 2 * n // block_n < 2 * _PROGRAMS:
         block_n //= 2
     return GemvTile(block_n, block_k, _warps(block_n * block_k))
 

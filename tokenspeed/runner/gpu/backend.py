@@ -54,7 +54,8 @@ class GpuBackend:
         self._before_head = model.program.before_head()
         self.plan_for(1)
         plain = unpack_all(model.packed, model.dtype, progress)
-        self.weights = {name: _on_device(tensor, model.device, name in narrow) for name, tensor in plain.items()}
+        # One by one, each given back once it is moved or quantised: there may be no room for a copy of all.
+        self.weights = {name: _on_device(plain.pop(name), model.device, name in narrow) for name in list(plain)}
         self.weight_bytes = {name: _nbytes(weight) for name, weight in self.weights.items()}
 
         shape = model.definition.config
@@ -72,6 +73,12 @@ class GpuBackend:
         if tokens not in self._plans:
             self._plans[tokens] = plan(self.model.program, self._registry, self._situation(tokens))
         return self._plans[tokens]
+
+    def prefer(self, implementation: Implementation) -> None:
+        """Take another implementation where it fits, in plans made from now on: for measurements. Graphs that were
+        captured before do not change."""
+        self._registry.add(implementation)
+        self._plans.clear()
 
     def _situation(self, tokens: int) -> Situation:
         dtype = str(self.model.dtype).removeprefix("torch.")
