@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -16,8 +17,10 @@ from tests.kernels.triton.dense_launches import NO_FP8, meta
 from tokenspeed.kernels.triton import experts as module
 from tokenspeed.kernels.triton import norm
 from tokenspeed.kernels.triton import route as router
+from tokenspeed.kernels.triton import router as fused
 from tokenspeed.kernels.triton.expert_tiles import tile_of
 from tokenspeed.kernels.triton.experts import Experts, run_experts
+from tokenspeed.kernels.triton.operands import Norm, Prologue
 from tokenspeed.kernels.triton.route import route
 from tokenspeed.quantization.fp8 import Fp8Weight
 
@@ -55,6 +58,15 @@ def layer(rows: int, shape: tuple[int, int, int, int], fmt: str = "plain", act: 
     run_experts(meta(rows, hidden, dtype=dtype), ids, shares, given, tile_of(64, item, block) if same else None)
 
 
+def fused_router(rows: int, hidden: int, experts: int, dtype: torch.dtype, attrs: dict[str, Any]) -> None:
+    """With a join; a bias and a correction where scores are sigmoids."""
+    x, norm = meta(rows, hidden, dtype=dtype), Norm(meta(hidden, dtype=FP32), 1e-6)
+    extra = meta(experts, dtype=FP32) if attrs["score"] == "sigmoid" else None
+    weight = meta(experts, hidden, dtype=dtype)
+    with mock.patch.object(fused, "_counters", return_value=meta(rows, dtype=torch.int32)):
+        fused.route_rows(x, Prologue(norm, x), weight, extra, extra, attrs, meta(rows, dtype=torch.int32))
+
+
 def routers(rows: int) -> None:
     """Every kind of score, with groups and a bias."""
     slots = meta(rows, dtype=torch.int32)
@@ -63,6 +75,9 @@ def routers(rows: int) -> None:
     groups = ATTRS | {"score": "sigmoid", "groups": 8, "kept_groups": 4, "scale": 2.5}
     route(meta(rows, 256, dtype=FP32), meta(256, dtype=FP32), groups)
     route(meta(rows, 512), None, ATTRS | {"renormalize": False, "k": 10}, slots)
+    for dtype in (BF16, FP32):
+        fused_router(rows, 2048, 128, dtype, ATTRS)
+        fused_router(rows, 6144, 256, dtype, groups)
 
 
 QWEN, MIXTRAL, GPT_OSS, MINIMAX = (128, 8, 2048, 768), (8, 2, 4096, 14336), (32, 4, 2880, 2880), (256, 8, 3072, 1536)
@@ -71,6 +86,7 @@ QWEN, MIXTRAL, GPT_OSS, MINIMAX = (128, 8, 2048, 768), (8, 2, 4096, 14336), (32,
 def few(target: str) -> None:
     """Each kernel once or twice."""
     route(meta(1, 128), None, ATTRS, meta(1, dtype=torch.int32))
+    fused_router(1, 2048, 128, BF16, ATTRS)
     layer(1, QWEN)
     layer(8, QWEN)
     layer(8, QWEN, "channel")
@@ -97,7 +113,7 @@ def main() -> None:
     target, which = sys.argv[1:]
     # Kernels of a target without dependent launch are compiled as they are launched there.
     ahead = target in ("sm_90", "sm_100")
-    for each in (module, norm, router):
+    for each in (module, norm, router, fused):
         each.dependent_launch = lambda device: ahead  # type: ignore[attr-defined]
     with recorded(target) as kernels:
         (few if which == "few" else product)(target)

@@ -13,7 +13,7 @@ import pytest
 from tests.kernels.triton.triton_versions import INSTALLED, ROOT, VERSIONS, child_environment
 
 NAMES = {
-    "route_kernel", "gate_up_kernel", "down_kernel", "_count_kernel", "_list_kernel", "grouped_kernel",
+    "route_kernel", "router_kernel", "gate_up_kernel", "down_kernel", "_count_kernel", "_list_kernel", "grouped_kernel",
     "combine_kernel", "rows_kernel",
 }  # fmt: skip
 
@@ -36,7 +36,9 @@ def test_one_of_each_for_hopper(tmp_path: Path) -> None:
         if kernel["name"] == "down_kernel":
             # It knows its first expert before the wait, and asks for that one's weights.
             assert kernel["evict_first loads before wait"] > 0, kernel
-        if kernel["name"] in ("route_kernel", "gate_up_kernel", "down_kernel"):
+        if kernel["name"] == "router_kernel":
+            assert kernel["other loads before wait"] > 0, kernel
+        if kernel["name"] in ("route_kernel", "router_kernel", "gate_up_kernel", "down_kernel"):
             assert kernel["griddepcontrol.wait"] == kernel["griddepcontrol.launch_dependents"] == 1, kernel
     # So does a block of down.
     assert any(kernel["prefetch.global.L2"] > 0 for kernel in kernels if kernel["name"] == "grouped_kernel")

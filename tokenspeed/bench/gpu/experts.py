@@ -26,8 +26,9 @@ from tokenspeed.kernels.triton.expert_tiles import by_choice, tile_of
 from tokenspeed.kernels.triton.experts import ACTS, Experts, experts_by_choice, experts_in_blocks, run_experts
 from tokenspeed.kernels.triton.linear import project
 from tokenspeed.kernels.triton.norm import norm_rows
-from tokenspeed.kernels.triton.operands import Norm
-from tokenspeed.kernels.triton.route import route
+from tokenspeed.kernels.triton.operands import Norm, Prologue
+from tokenspeed.kernels.triton.route import Noise, route
+from tokenspeed.kernels.triton.router import FEW_TOKENS, route_rows
 from tokenspeed.ops.reference import REFERENCE
 
 TOKENS = (1, 2, 3, 8, 17, 64, 300)
@@ -35,7 +36,7 @@ SMALL = ExpertCase(24, 4, 360, 200)
 QWEN = ExpertCase(128, 8, 2048, 768)
 MODEL = "qwen3-30b-a3b"
 FORMATS = {"bf16": "plain", "fp8": "channel"}
-ATTRS = {"k": 8, "score": "softmax", "renormalize": True, "groups": 1, "kept_groups": 1, "scale": 1.0}
+ATTRS: dict[str, Any] = {"k": 8, "score": "softmax", "renormalize": True, "groups": 1, "kept_groups": 1, "scale": 1.0}
 ROUTERS: tuple[tuple[int, bool, dict[str, Any]], ...] = (
     (128, False, {}),
     (37, False, {"k": 5, "renormalize": False, "scale": 1.7}),
@@ -53,6 +54,7 @@ def check(device: str = "cuda", tokens: Sequence[int] = TOKENS) -> bool:
     """Everything against float64; says what is wrong."""
     g = torch.Generator(device).manual_seed(torch.seed() % (1 << 40))
     results = [_right_route(g, *router, count) for router in ROUTERS for count in tokens]
+    results += [_right_router(g, count, QWEN.hidden) for count in tokens if count <= FEW_TOKENS]
     for act in ACTS:
         for fmt in ("plain", "channel", "block"):
             case = ExpertCase(SMALL.experts, SMALL.k, SMALL.hidden, SMALL.ff, act, act == "swiglu_clamped", fmt)
@@ -99,6 +101,25 @@ def _right_route(g: torch.Generator, experts: int, biased: bool, changes: dict[s
     return good
 
 
+def _right_router(g: torch.Generator, tokens: int, hidden: int, repeats: int = 50) -> bool:
+    """Norm, router and choice in one kernel, whose programs wait for each other: the best of float64's scores where
+    they are clearly so, and the same bits each time."""
+    experts, k = 128, ATTRS["k"]
+    x, weight = (torch.randn(n, hidden, generator=g, device=g.device) for n in (tokens, experts))
+    prologue = Prologue(Norm(torch.ones(hidden, device=g.device), 1e-6), x.flip(1))
+    slots = torch.arange(tokens, dtype=torch.int32, device=g.device)
+    with poisoned():
+        found = [route_rows(x, prologue, weight / hidden, None, None, ATTRS, slots) for _ in range(repeats)]
+    scores = (found[0].normed.double() @ (weight / hidden).double().T).softmax(-1)
+    best = scores.sort(dim=-1, descending=True)
+    clear = (best.values[:, :k] - best.values[:, 1 : k + 1]).amin(1) > 1e-7
+    good = torch.equal(found[0].ids[clear].long(), best.indices[clear, :k])
+    first = found[0]
+    good &= all(torch.equal(first.ids, each.ids) and torch.equal(first.shares, each.shares) for each in found)
+    print(f"{'ok' if good else 'WRONG':14} router in one kernel, {tokens} tokens, {int(clear.sum())} clear", flush=True)
+    return good
+
+
 @dataclass(frozen=True)
 class Turns:
     """Layers of one format, and choices of `tokens` tokens, that take turns. distinct: experts of a launch's choices,
@@ -106,7 +127,6 @@ class Turns:
 
     layers: list[Experts]
     asked: list[Asked]
-    logits: list[torch.Tensor]
     distinct: float
 
     def launch(self, run: Callable[..., object]) -> Launch:
@@ -119,7 +139,7 @@ def turns(case: ExpertCase, tokens: int, layers: list[Experts], g: torch.Generat
     x = torch.randn(tokens, case.hidden, generator=g, device=g.device).to(case.dtype)
     noise = [torch.rand(tokens, case.experts, generator=g, device=g.device) for _ in range(SETS)]
     asked = [(x, *route(each, None, ATTRS)) for each in noise]
-    return Turns(layers, asked, noise, sum(ids.unique().numel() for _, ids, _ in asked) / SETS)
+    return Turns(layers, asked, sum(ids.unique().numel() for _, ids, _ in asked) / SETS)
 
 
 def cases(
@@ -155,18 +175,27 @@ def _cases(case: ExpertCase, fmt: str, given: Turns, tiles: bool) -> Iterator[Ca
 
 
 def _block(case: ExpertCase, given: Turns) -> Launch:
-    """Join, norm, router, whose scores are then those of the noise, and experts: what a layer has of it."""
+    """Join, norm, router, in whose place noise chooses, and experts: what a layer has of it."""
     device = given.asked[0][0].device
     norm = Norm(torch.ones(case.hidden, device=device), 1e-6)
     routers = [torch.randn(case.experts, case.hidden, device=device).to(case.dtype) for _ in range(LAYERS)]
 
-    def launch(i: int) -> object:
-        x, noise = given.asked[0][0], given.logits[i % SETS]
-        rows, _ = norm_rows(x, norm, x)
-        project(rows.values, routers[i % LAYERS])
-        return run_experts(rows.values, *route(noise, None, ATTRS), given.layers[i % LAYERS])
+    x = given.asked[0][0]
+    slots = torch.arange(len(x), dtype=torch.int32, device=device)
+    at = [slots + i * len(x) for i in range(SETS)]
 
-    return launch
+    def together(i: int) -> object:
+        noise = Noise(at[i % SETS], i)
+        found = route_rows(x, Prologue(norm, x), routers[i % LAYERS], None, None, ATTRS, slots, noise)
+        return run_experts(found.normed, found.ids, found.shares, given.layers[i % LAYERS])
+
+    def apart(i: int) -> object:
+        rows, _ = norm_rows(x, norm, x)
+        scores, _ = project(rows.values, routers[i % LAYERS])
+        chosen = route(scores, None, ATTRS, slots, Noise(at[i % SETS], i))
+        return run_experts(rows.values, *chosen, given.layers[i % LAYERS])
+
+    return together if len(x) <= FEW_TOKENS else apart
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

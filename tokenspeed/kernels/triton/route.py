@@ -6,6 +6,8 @@ the order of their ids, so places are distinct whatever the scores are, and ever
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,16 @@ TOGETHER = tl.constexpr(64)
 """Experts that all others are compared with at once: with 512 the compiler takes minutes."""
 TINY = tl.constexpr(1e-20)
 """Added to the sum that weights are divided by."""
+SLOTS = tl.constexpr(4096)
+"""Streams of noise of a position, one for each sequence slot."""
+
+
+class Noise(NamedTuple):
+    """For measurements: experts are chosen by uniform noise, keyed by seed, slot and positions int32 [T], and not by
+    scores, which random weights send to a few experts."""
+
+    positions: torch.Tensor
+    seed: int
 
 
 @triton.jit
@@ -93,7 +105,14 @@ def choose(logits, bias, ids, shares, row, scale, live, K: tl.constexpr, SCORE: 
 
 
 @triton.jit
-def route_kernel(logits, bias, slots, ids, shares, stride, scale, K: tl.constexpr, SCORE: tl.constexpr,
+def scores_of_noise(scores, position, slot, seed, at, EXPERTS: tl.constexpr):
+    """Uniform noise of a slot and a position for the experts `at`, in place of scores, which are waited for."""
+    noise = tl.rand(seed, (position.to(tl.int32) * SLOTS + slot) * EXPERTS + at)
+    return tl.where(scores == float("inf"), 2.0, noise)
+
+
+@triton.jit
+def route_kernel(logits, bias, slots, positions, ids, shares, stride, seed, scale, K: tl.constexpr, SCORE: tl.constexpr,
                  RENORMALIZE: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, WIDTH: tl.constexpr,
                  GROUP_PAD: tl.constexpr, WIDTH_PAD: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
     """ids, shares [rows, K] of logits [rows, GROUPS * WIDTH]."""
@@ -110,28 +129,39 @@ def route_kernel(logits, bias, slots, ids, shares, stride, scale, K: tl.constexp
     if slots is not None:
         live = tl.load(slots + row) >= 0
     values = tl.load(logits + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+    if positions is not None:
+        values = scores_of_noise(values, tl.load(positions + row), tl.load(slots + row), seed, at, GROUPS * WIDTH)
     choose(values, correction, ids, shares, row, scale, live, K, SCORE, RENORMALIZE, GROUPS, KEPT, WIDTH, GROUP_PAD,
            WIDTH_PAD)  # fmt: skip
 
 
 def route(
-    logits: torch.Tensor, bias: torch.Tensor | None, attrs: Attrs, slots: torch.Tensor | None = None
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    attrs: Attrs,
+    slots: torch.Tensor | None = None,
+    noise: Noise | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids int32 [T, k] and weights float32 [T, k] of the experts that rows of logits [T, experts] choose.
 
     bias: float32 [experts], added for choosing alone. attrs: of the op `route`. slots: int32 [T]; a row whose slot is
-    below 0 is padding and gets ids of -1. At most MOST_EXPERTS.
+    below 0 is padding and gets ids of -1. noise: needs slots. At most MOST_EXPERTS.
     """
-    rows, experts = logits.shape
-    groups, k = attrs["groups"], attrs["k"]
-    width = experts // groups
+    rows, k, shape = logits.shape[0], attrs["k"], shape_of(logits.shape[1], attrs)
     ids = torch.empty(rows, k, dtype=torch.int32, device=logits.device)
     shares = torch.empty(rows, k, dtype=torch.float32, device=logits.device)
-    pads = {"GROUP_PAD": triton.next_power_of_2(groups), "WIDTH_PAD": triton.next_power_of_2(width)}
-    warps = 8 if pads["GROUP_PAD"] * pads["WIDTH_PAD"] > 128 else 4
+    warps = 8 if shape["GROUP_PAD"] * shape["WIDTH_PAD"] >= 128 else 4
     route_kernel[(rows,)](
-        logits, bias, slots, ids, shares, logits.stride(0), attrs["scale"], K=k, SCORE=attrs["score"],
-        RENORMALIZE=attrs["renormalize"], GROUPS=groups, KEPT=attrs["kept_groups"], WIDTH=width, **pads,
-        **options(warps, dependent_launch(logits.device)),
+        logits, bias, slots, noise.positions if noise else None, ids, shares, logits.stride(0),
+        noise.seed if noise else 0, attrs["scale"], **shape, **options(warps, dependent_launch(logits.device)),
     )  # fmt: skip
     return ids, shares
+
+
+def shape_of(experts: int, attrs: Attrs) -> dict[str, Any]:
+    """What `choose` is compiled for."""
+    groups = attrs["groups"]
+    width = experts // groups
+    pads = {"GROUP_PAD": triton.next_power_of_2(groups), "WIDTH_PAD": triton.next_power_of_2(width)}
+    variant = {"K": attrs["k"], "SCORE": attrs["score"], "RENORMALIZE": attrs["renormalize"]}
+    return {**variant, "GROUPS": groups, "KEPT": attrs["kept_groups"], "WIDTH": width, **pads}
