@@ -40,6 +40,8 @@ SEVERAL_SEGMENT = 256
 e4m3."""
 MOST_COLUMNS = {"bare": 16384, "norm": 12288, "branch": 8192}
 """Beyond, x does not fit the registers that two programs have: a warp takes an eighth of these at most."""
+MOST_NORMED_TWICE = 7168
+"""The same of codes of four bits, after a norm of the branch and one of the sum."""
 SEGMENTS = {16: (256, 128), 8: (512, 384, 256, 128)}
 """Bytes of a row in a stage, by the bits of a weight (a layer of 8B in bf16: 98.5 us by 256, 102.6 by 512; e4m3: 65.1
 and 63.3)."""
@@ -91,6 +93,8 @@ def variant(
     branch_norm = prologue is not None and prologue.branch_norm is not None
     padded = 1 << (rows - 1).bit_length()
     most = MOST_COLUMNS["bare" if prologue is None else "branch" if branch else "norm"]
+    if branch_norm and BITS[format] == 4:
+        most = MOST_NORMED_TWICE
     row_bytes = columns * BITS[format] // 8
     if columns % 8 or rows > MOST_ROWS or (rows > 1 and BITS[format] != 16):
         return None
