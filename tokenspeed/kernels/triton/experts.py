@@ -82,16 +82,18 @@ def experts_by_choice(
     (tokens, hidden), k = x.shape, ids.shape[1]
     (gate_up, up_scale), (down, down_scale) = matrix_parts(given.gate_up), matrix_parts(given.down)
     ff, ahead = down.shape[2], dependent_launch(x.device)
+    halves = ahead and up_scale is not None
     first, second = first or gate_up_tile(tokens * k, ff, hidden), second or down_tile(tokens, hidden, ff)
     between = torch.empty(tokens * k, ff, dtype=x.dtype, device=x.device)
     gate_up_kernel[(triton.cdiv(2 * ff, first.block_n), tokens * k)](
         x, ids, gate_up, up_scale, given.gate_up_bias, between, x.stride(0), ff, given.alpha, given.limit, CHOICES=k,
-        K=hidden, BLOCK_N=first.block_n, BLOCK_K=first.block_k, ACT=given.act, **options(first.warps, ahead),
+        K=hidden, BLOCK_N=first.block_n, BLOCK_K=first.block_k, ACT=given.act, HALVES=halves,
+        **options(first.warps, ahead),
     )  # fmt: skip
     y = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
     down_kernel[(triton.cdiv(hidden, second.block_n), tokens)](
         between, ids, shares, down, down_scale, given.down_bias, y, hidden, CHOICES=k, K=ff, BLOCK_N=second.block_n,
-        BLOCK_K=second.block_k, **options(second.warps, ahead),
+        BLOCK_K=second.block_k, HALVES=halves, **options(second.warps, ahead),
     )  # fmt: skip
     return y
 

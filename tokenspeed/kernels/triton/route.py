@@ -38,7 +38,7 @@ class Noise(NamedTuple):
 
 @triton.jit
 def sortable(value: tl.tensor) -> tl.tensor:
-    """int32 in the order of the float32 values: both zeros are equal, and what is no number comes last."""
+    """int32 in the order of the float32 values: both zeros are equal, and what is no number is greatest."""
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
     return tl.where(value != value, GREATEST, bits ^ ((bits >> 31) & GREATEST))
 
