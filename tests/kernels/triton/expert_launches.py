@@ -84,13 +84,10 @@ QWEN, MIXTRAL, GPT_OSS, MINIMAX = (128, 8, 2048, 768), (8, 2, 4096, 14336), (32,
 
 
 def few(target: str) -> None:
-    """Each kernel once or twice."""
-    route(meta(1, 128), None, ATTRS, meta(1, dtype=torch.int32))
+    """The kernels of a decode step."""
     fused_router(1, 2048, 128, BF16, ATTRS)
     layer(1, QWEN)
-    layer(8, QWEN)
     layer(8, QWEN, "channel")
-    layer(1000, QWEN)
 
 
 def product(target: str) -> None:
