@@ -135,6 +135,7 @@ def test_startup(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         ("h200.llama-3.1-8b.fp8.decode.b1.ctx8192", ("share", 0.82)),
         ("h200.llama-3.1-8b.fp8.decode.b1.ctx128", ("share", 0.75)),
         ("h200.llama-3.1-8b.fp8.ttft1024", ("value", 14.0)),
+        ("h200.qwen3-30b-a3b.fp8.decode.b8", ("value", 4.4)),
         ("h200.llama-3.1-8b.bf16.start.cold", ("value", 40.0)),
         ("h200.llama-3.1-8b.bf16.idle.b1.p99", ("value", 20.0)),
         ("h200.llama-3.1-8b.bf16.mixed.prefill", ("value", 80.0)),

@@ -11,7 +11,7 @@ from tokenspeed.program.fuse import fuse
 # What the table must find in each family's layers; without these the comparison would compare a program with itself.
 PRE_NORM_OPS = {"join_norm_linear", "join_norm_linear_act"}
 SANDWICH_OPS = {"branch_join_norm_linear", "branch_join_norm_linear_act"}
-MOE_OPS = {"join_norm_linear", "join_norm"}
+MOE_OPS = {"join_norm_linear", "join_norm_route"}
 FUSED_OPS = {
     "llama": PRE_NORM_OPS | {"rope_attention"},
     "qwen2": PRE_NORM_OPS | {"rope_attention"},

@@ -143,6 +143,19 @@ def test_a_captured_residual_costs_no_fusion() -> None:
     assert_same_function(plain, fuse(plain))
 
 
+def test_a_router_takes_its_norm_whose_row_the_experts_still_see() -> None:
+    shapes: dict[str, tuple[int, ...]] = {"table": (37, 32), "norm": (32,), "router": (4, 32), "up": (4, 16, 32)}
+    g = Recorder(shapes | {"down": (4, 32, 8), "branch": (32, 32), "head": (37, 32)})
+    x = g.embed(g.tokens, "table")
+    normed = g.norm(g.add(x, g.linear(x, "branch")), "norm", eps=1e-6)
+    chosen = g.route(g.linear(normed, "router"), k=2, score="softmax")
+    plain = g.program(logits=g.linear(g.experts(normed, chosen, "up", "down", act="silu"), "head"))
+    fused = fuse(plain)
+    assert ops(fused) == ["embed", "linear", "join_norm_route", "experts", "linear"]
+    assert len(fused.records[2].outputs) == 3  # the row, ids and weights; nobody reads the sum
+    assert_same_function(plain, fused)
+
+
 def test_a_captured_norm_stops_the_match() -> None:
     plain = build("llama", capture=("layers.1.qkv",))
     found = ops(fuse(plain))

@@ -42,6 +42,20 @@ def test_scales_by_channel_tensor_and_block() -> None:
     assert (quantize_fp8(w).scale_block, blocks.scale_block) == (0, 128)
 
 
+@pytest.mark.parametrize("granularity", ["channel", "tensor", "block"])
+def test_experts_are_quantised_one_by_one(granularity: str) -> None:
+    w = torch.stack([weights(130, 150, torch.float32), 3 * weights(130, 150, torch.float32).roll(7, 0)])
+    packed = quantize_fp8(w, granularity)  # type: ignore[arg-type]
+    assert packed.scale_block == (128 if granularity == "block" else 0)
+    for expert, matrix in enumerate(w):
+        alone = quantize_fp8(matrix, granularity)  # type: ignore[arg-type]
+        assert torch.equal(packed.q[expert].float(), alone.q.float())
+        assert torch.equal(packed.scale[expert], alone.scale)
+        assert torch.equal(packed.dequantized(torch.float32)[expert], alone.dequantized(torch.float32))
+    with pytest.raises(UnsupportedError, match=r"scales \(130,\) \(supported: .* \(2, 130\) or \(2, 2, 2\)\)"):
+        Fp8Weight(packed.q, torch.ones(130))
+
+
 def test_rows_of_zeros_stay_zeros() -> None:
     w = torch.zeros(3, 32)
     w[1] = 1

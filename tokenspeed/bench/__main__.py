@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tokenspeed.bench.gpu.publish import Publisher
     from tokenspeed.bench.gpu.setup import Setup
 
-TABLES = ("attention", "dense", "memory", "sample")
+TABLES = ("attention", "dense", "experts", "memory", "sample")
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -105,6 +105,7 @@ def _measuring(commands: Any, name: str, run: Command, text: str) -> argparse.Ar
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="llama-3.1-8b", help="a shipped config or a directory; weights are random")
     parser.add_argument("--quantization", metavar="KIND", help="fp8, int8, int4 or mxfp4 (default: bf16 weights)")
+    parser.add_argument("--router", choices=("uniform",), help="choose experts by seeded noise (default: the model's)")
 
 
 def _positive(text: str) -> int:
@@ -125,7 +126,7 @@ def _at_least(text: str, least: int) -> int:
 def _setup(options: argparse.Namespace) -> Setup:
     from tokenspeed.bench.gpu.setup import Setup
 
-    return Setup(options.model, options.quantization, options.device)
+    return Setup(options.model, options.quantization, options.device, options.router)
 
 
 def _publisher(options: argparse.Namespace) -> Publisher:

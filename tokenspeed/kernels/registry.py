@@ -55,6 +55,10 @@ class Registry:
         known.append(implementation)
         known.sort(key=lambda item: -item.priority)
 
+    def implementations(self, op: str) -> tuple[Implementation, ...]:
+        """All of an op, the first to be asked first."""
+        return tuple(self._by_op.get(op, ()))
+
     def choose(self, op: str, operands: Operands, situation: Situation) -> Implementation | None:
         """The first that fits, or None."""
         known = self._by_op.get(op, ())

@@ -94,6 +94,17 @@ def linear_act(window: Window, record: Record) -> Record | None:
     return window.group(f"{linear.op}_act", linear, record) if linear is not None else None
 
 
+def norm_route(window: Window, record: Record) -> Record | None:
+    """Norm, or join and norm, the router behind it, and the choice. The normed row stays visible: experts take it."""
+    if record.op != "route":
+        return None
+    linear = window.only(record.inputs[0], "linear")
+    norm = linear and window.producer(linear.inputs[0], "norm", "join_norm", "branch_join_norm")
+    if linear is None or norm is None or (norm.op == "norm" and norm.attrs["per_head"]):
+        return None
+    return window.group(f"{norm.op}_route", norm, linear, record)
+
+
 def rope_write(window: Window, record: Record) -> Record | None:
     """[per-head norms of q and k +] rope + KV page write."""
     if record.op != "kv_write":
@@ -119,7 +130,7 @@ def rope_attention(window: Window, record: Record) -> Record | None:
     return group and replace(group, attrs=record.attrs)
 
 
-PATTERNS: tuple[Pattern, ...] = (join_norm, norm_linear, linear_act, rope_write, rope_attention)
+PATTERNS: tuple[Pattern, ...] = (join_norm, norm_linear, linear_act, norm_route, rope_write, rope_attention)
 
 
 def fuse(program: Program) -> Program:

@@ -19,14 +19,15 @@ Granularity = Literal["channel", "tensor", "block"]
 
 @dataclass(frozen=True)
 class Fp8Weight:
-    """q: float8_e4m3fn [N, K]. scale: float32 [N], or [ceil(N/128), ceil(K/128)]; the value is q times its scale."""
+    """q: float8_e4m3fn [N, K]. scale: float32 [N], or [ceil(N/128), ceil(K/128)]; the value is q times its scale. Of
+    experts, one matrix after the other, both have a first axis more."""
 
     q: torch.Tensor
     scale: torch.Tensor
 
     def __post_init__(self) -> None:
-        rows, cols = self.q.shape
-        allowed = ((rows,), (-(-rows // BLOCK), -(-cols // BLOCK)))
+        *experts, rows, cols = self.q.shape
+        allowed = ((*experts, rows), (*experts, -(-rows // BLOCK), -(-cols // BLOCK)))
         if self.q.dtype != torch.float8_e4m3fn or tuple(self.scale.shape) not in allowed:
             raise UnsupportedError(
                 f"fp8 weight {self.q.dtype} {tuple(self.q.shape)} with scales {tuple(self.scale.shape)} "
@@ -44,23 +45,25 @@ class Fp8Weight:
     @property
     def scale_block(self) -> int:
         """Rows and columns that share a scale; 0 where each row has its own."""
-        return 0 if self.scale.dim() == 1 else BLOCK
+        return BLOCK if self.scale.dim() == self.q.dim() else 0
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        """q * scale, computed in float32: [N, K] of `dtype`."""
-        scale = self.scale
-        if scale.dim() == 1:
-            return (self.q.float() * scale[:, None]).to(dtype)
-        rows, cols = self.q.shape
-        wide = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :cols]
+        """q * scale, computed in float32: the shape of q, of `dtype`."""
+        if not self.scale_block:
+            return (self.q.float() * self.scale[..., None]).to(dtype)
+        rows, cols = self.q.shape[-2:]
+        wide = self.scale.repeat_interleave(BLOCK, -2)[..., :rows, :].repeat_interleave(BLOCK, -1)[..., :cols]
         return (self.q.float() * wide).to(dtype)
 
 
 def quantize_fp8(weight: torch.Tensor, granularity: Granularity = "channel") -> Fp8Weight:
-    """Weights [N, K] of any float dtype to e4m3, scale = absmax / 448 of each row, 128x128 block, or the whole.
+    """Weights [N, K], or of experts [E, N, K], of any float dtype to e4m3, scale = absmax / 448 of each row, 128x128
+    block, or the whole matrix.
 
     One scale for the whole is kept as N equal ones. Works on any device in float32, a few million elements at a time.
     """
+    if weight.dim() == 3:
+        return _quantize_experts(weight, granularity)
     rows, _ = weight.shape
     if granularity == "block":
         return _quantize_blocks(weight)
@@ -81,6 +84,14 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Activations [T, K] to e4m3 [T, K] with a float32 scale [T] per row: the reference of what kernels do."""
     scale = x.float().abs().amax(-1).clamp_min(TINY) / FP8_MAX
     return _cast(x.float() * (1.0 / scale)[:, None]), scale
+
+
+def _quantize_experts(weight: torch.Tensor, granularity: Granularity) -> Fp8Weight:
+    if granularity == "channel":
+        flat = quantize_fp8(weight.flatten(0, 1))
+        return Fp8Weight(flat.q.view(weight.shape), flat.scale.view(weight.shape[:2]))
+    each = [quantize_fp8(matrix, granularity) for matrix in weight]
+    return Fp8Weight(torch.stack([one.q for one in each]), torch.stack([one.scale for one in each]))
 
 
 def _quantize_blocks(weight: torch.Tensor) -> Fp8Weight:

@@ -53,7 +53,9 @@ class LoadedModel:
             if weight.spec.kind != "vector" and mode != "fp8":
                 refuse_quantized(mode, name, weight.formats)
         head = self.program.head
-        return frozenset(name for name, w in self.packed.items() if w.spec.kind == "linear" and name != head)
+        return frozenset(
+            name for name, w in self.packed.items() if w.spec.kind in ("linear", "experts") and name != head
+        )
 
     def release(self) -> None:
         """Forget the data of `packed`, of which a backend holds its own copy by now; formats and sizes stay."""

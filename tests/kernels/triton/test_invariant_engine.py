@@ -23,7 +23,7 @@ from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.contracts.step import Pooling
 from tokenspeed.engine.llm import LLM
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
-from tokenspeed.kernels.triton import attention_registration, dense, invariant_registration
+from tokenspeed.kernels.triton import attention_registration, dense, expert_registration, invariant_registration
 from tokenspeed.ops.definitions import Operands
 from tokenspeed.runner import build
 from tokenspeed.runner.gpu.backend import GpuBackend
@@ -39,7 +39,7 @@ Open = Callable[..., LLM]
 def register_here(registry: Registry) -> None:
     """The kernels of a GPU, on this device."""
     known = Registry()
-    for room in (attention_registration, invariant_registration, dense):
+    for room in (attention_registration, invariant_registration, dense, expert_registration):
         room.register(known)
     for made in (each for items in known._by_op.values() for each in items):
         registry.add(replace(made, takes=partial(_takes_here, made)))

@@ -97,7 +97,7 @@ def check(narrow: bool, entering: Sequence[int]) -> bool:
 
 
 def _taken(columns: int, kind: str, entering: int) -> bool:
-    return entering > 1 or (columns % 1024 == 0 and (columns <= 8192 or kind in ("bare", "norm")))
+    return entering > 1 or (columns % 1024 == 0 and (columns <= 8192 or kind == "bare"))
 
 
 def _same(weight: Multiplied, act: str, kind: str, entering: int) -> bool:

@@ -40,6 +40,7 @@ class Measurement:
     def decode(self, batch: int, context: int, tokens: int = TOKENS, *, plain: Point | None = None) -> Point:
         """Milliseconds per token, published. plain: the greedy point that a sampled one is compared with."""
         draws = plain is not None
+        self.setup.say_experts(self.llm, batch, context)
         point = measure(self.llm, batch, context, tokens, draws=draws)
         floor = decode_floor_ms(self.llm, batch, point.mean_context, ceilings_of(self.setup.device))
         beside: dict[str, Any] = {}

@@ -23,11 +23,13 @@ SAMPLED: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "top_k": 50}
 
 @dataclass(frozen=True)
 class Setup:
-    """A model with random weights on a device. model: a shipped config, or a directory with a config.json."""
+    """A model with random weights on a device. model: a shipped config, or a directory with a config.json. router:
+    None for the model's own, or "uniform" (`uniform_router`)."""
 
     model: str
     quantization: str | None = None
     device: str = "cuda"
+    router: str | None = None
 
     @property
     def name(self) -> str:
@@ -39,8 +41,9 @@ class Setup:
         return ".".join((machine_name(self.device), self.name, *parts))
 
     def open(self, sequences: int, length: int, step_tokens: int = STEP_TOKENS) -> LLM:
-        """An engine with room for so many sequences of at most `length` tokens. Raises the errors of `LLM`."""
-        return LLM(
+        """An engine with room for so many sequences of at most `length` tokens. Raises the errors of `LLM`, and
+        ConfigError for a router where there is no GPU."""
+        llm = LLM(
             self.model,
             load_format="dummy",
             device=self.device,
@@ -50,6 +53,19 @@ class Setup:
             max_num_batched_tokens=step_tokens,
             max_model_len=length,
         )
+        if self.router is not None:
+            from tokenspeed.bench.gpu.uniform_router import route_uniformly  # Triton is an optional package
+
+            route_uniformly(llm)
+        return llm
+
+    def say_experts(self, llm: LLM, batch: int, context: int) -> None:
+        """Print how many experts a decode step touches, where the router is not the model's own."""
+        if self.router is not None:
+            from tokenspeed.bench.gpu.uniform_router import distinct_experts_of
+
+            found = distinct_experts_of(llm, batch, context)
+            print(f"{self.name} b{batch}: router {self.router}, {found:.1f} distinct experts per layer", flush=True)
 
 
 def machine_name(device: str) -> str:

@@ -21,6 +21,7 @@ from tokenspeed.kernels.cuda.stream import stream, stream_rows
 from tokenspeed.kernels.triton import norm as row_kernels
 from tokenspeed.kernels.triton.attention_tiles import decode_tile, item_tokens, pad, prefill_tile
 from tokenspeed.kernels.triton.decode_attention import decode_attention
+from tokenspeed.kernels.triton.experts import Experts, experts_by_choice, experts_in_blocks
 from tokenspeed.kernels.triton.launch import small_step
 from tokenspeed.kernels.triton.linear import gemv, skinny
 from tokenspeed.kernels.triton.operands import Norm, Prologue, Rows
@@ -28,6 +29,7 @@ from tokenspeed.kernels.triton.packed_linear import packed_product, plain
 from tokenspeed.kernels.triton.paged import Heads
 from tokenspeed.kernels.triton.prefill_attention import prefill_attention
 from tokenspeed.kernels.triton.rope_write import rope_write
+from tokenspeed.kernels.triton.route import route
 from tokenspeed.kernels.triton.sample import sample
 from tokenspeed.kernels.triton.sampling_state import is_edited
 from tokenspeed.ops.rope import Rope
@@ -153,6 +155,20 @@ def samples(device: str) -> Results:
     return [_sample(device, KINDS[kind]) for kind in ("greedy", "top_k50_p95", "top_p95", "min_p", "penalties", "bias")]
 
 
+def routed(device: str) -> Results:
+    """Experts chosen by groups, and run choice by choice and in blocks, of bf16 and of e4m3; one row of padding."""
+    attrs = {"k": 2, "score": "sigmoid", "renormalize": True, "groups": 3, "kept_groups": 2, "scale": 1.5}
+    number, hidden, ff = 6, 40, 24
+    slots = torch.arange(7, dtype=torch.int32, device=device) - 1
+    ids, shares = route(_values(device, 7, number), torch.linspace(0, 1, number, device=device), attrs, slots)
+    x, up_bias, down_bias = (_values(device, *size) for size in ((7, hidden), (number, 2 * ff), (number, hidden)))
+    gate_up, down = _values(device, number, 2 * ff, hidden), _values(device, number, hidden, ff)
+    plain = Experts(gate_up, down, "silu", up_bias.float(), down_bias.float())
+    narrow = Experts(quantize_fp8(gate_up), quantize_fp8(down), "gelu_tanh")
+    few = [experts_by_choice(x[:2], ids[:2], shares[:2], given) for given in (plain, narrow)]
+    return [shares[1:], *few, *(experts_in_blocks(x, ids, shares, given) for given in (plain, narrow))]
+
+
 def _sample(device: str, sampling: SamplingRow) -> torch.Tensor:
     logits = _values(device, 3, VOCAB)
     slots = torch.arange(3, dtype=torch.int32, device=device)
@@ -177,6 +193,7 @@ GROUPS: dict[str, Callable[[str], Results]] = {
     "rope_write": writes,
     "decode_attention": decodes,
     "prefill_attention": prefills,
+    "experts": routed,
     "sample": samples,
     "step": steps,
 }

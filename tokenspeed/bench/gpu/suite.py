@@ -31,10 +31,11 @@ class Rows:
     model: str
     quantization: str | None
     batches: tuple[int, ...]
+    router: str | None = None
 
     def run(self, publisher: Publisher) -> None:
         """Measure and publish."""
-        setup = Setup(self.model, self.quantization)
+        setup = Setup(self.model, self.quantization, router=self.router)
         length = max(length_for(USUAL_CONTEXT, TOKENS), idle.LENGTH)
         measurement = Measurement.opened(setup, max(self.batches), length, publisher)
         for batch in self.batches:
@@ -78,6 +79,8 @@ GROUPS: dict[str, Callable[[Publisher], None]] = {
     "8b-fp8": Rows("llama-3.1-8b", "fp8", (1, 32, 128)).run,
     "8b-int4": Rows("llama-3.1-8b", "int4", (1,)).run,
     "1b": Rows("llama-3.2-1b", None, (1, 8, 32, 128)).run,
+    "30b-a3b": Rows("qwen3-30b-a3b", None, (1, 8, 32, 128), "uniform").run,
+    "30b-a3b-fp8": Rows("qwen3-30b-a3b", "fp8", (1, 8, 32, 128), "uniform").run,
     "mixed": lambda publisher: mixed.run_mixed(Setup("llama-3.1-8b"), publisher),
     "start": lambda publisher: run_startup(Setup("llama-3.1-8b"), publisher),
     "8b-contexts": Contexts("llama-3.1-8b").run,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 HIP = torch.version.hip is not None
-HIP_STAGES = 2
+HIP_STAGES, HIP_PREFILL_KEYS = 2, 64
 """AMD's compiler takes 64 KiB of shared memory at most on gfx942, and pipelines by direct loads."""
 
 
@@ -87,7 +87,7 @@ def decode_tile(sequences: int, kv_heads: int, head_dim: int, itemsize: int, hip
 def prefill_tile(head_dim: int, itemsize: int, hip: bool = HIP) -> PrefillTile:
     """Tile for a head_dim up to 256; itemsize: bytes of the compute dtype."""
     tile = PREFILL[max(64, pad(head_dim)), itemsize]
-    return tile._replace(stages=min(tile.stages, HIP_STAGES)) if hip else tile
+    return tile._replace(stages=min(tile.stages, HIP_STAGES), keys=min(tile.keys, HIP_PREFILL_KEYS)) if hip else tile
 
 
 def item_tokens(heads: int, kv_heads: int, head_dim: int, itemsize: int) -> int:

@@ -100,21 +100,21 @@ def run_projection(
     parts = list(record.plain())
     linear = next(part for part in parts if part.op == "linear")
     acts = [part for part in parts if part.op == "act_mul"]
-    x, prologue = _prologue(parts, values, named)
+    x, prologue = prologue_of(parts, values, named)
     bias = _vector(named, linear.weights[1]) if len(linear.weights) > 1 else None
     act = acts[0].attrs["act"] if acts else "none"
     y, joined = project(x, named[linear.weights[0]], bias, act, prologue)
-    return _outputs(record, parts, y, joined)
+    return outputs_of(record, parts, {parts[-1].outputs[0]: y}, joined)
 
 
 def run_join_norm(view: object, record: Node, inputs: Sequence[torch.Tensor], weights: Sequence[Matrix]) -> Outputs:
     """Residual add, its branch normed or not, and a norm of the sum."""
     values, named = dict(zip(record.inputs, inputs, strict=True)), dict(zip(record.weights, weights, strict=True))
     parts = list(record.plain())
-    x, prologue = _prologue(parts, values, named)
+    x, prologue = prologue_of(parts, values, named)
     assert prologue is not None
     y, joined = row_kernels.norm_rows(x, prologue.norm, prologue.branch, prologue.branch_norm)
-    return _outputs(record, parts, y.values, joined)
+    return outputs_of(record, parts, {parts[-1].outputs[0]: y.values}, joined)
 
 
 def run_norm(view: object, record: Node, inputs: Sequence[torch.Tensor], weights: Sequence[Matrix]) -> Outputs:
@@ -142,7 +142,7 @@ def run_embed(view: object, record: Node, inputs: Sequence[torch.Tensor], weight
     return (row_kernels.embed_rows(inputs[0], table, record.attrs["scale"]),)
 
 
-def _prologue(
+def prologue_of(
     parts: Sequence[Node], values: Mapping[int, torch.Tensor], named: Mapping[str, Matrix]
 ) -> tuple[torch.Tensor, Prologue | None]:
     """The rows that enter, and what happens to them before the product."""
@@ -162,8 +162,10 @@ def _prologue(
     return values[x], Prologue(norm, values[normed.inputs[0]], _norm(normed, named))
 
 
-def _outputs(record: Node, parts: Sequence[Node], y: torch.Tensor, joined: torch.Tensor | None) -> Outputs:
-    made = {parts[-1].outputs[0]: y}
+def outputs_of(
+    record: Node, parts: Sequence[Node], made: dict[int, torch.Tensor], joined: torch.Tensor | None
+) -> Outputs:
+    """A record's outputs in order, from values by number and the sum where a branch was joined."""
     if joined is not None:
         made[next(part for part in parts if part.op == "add").outputs[0]] = joined
     return tuple(made[value] for value in record.outputs)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -19,6 +21,9 @@ from tokenspeed.weights.unpacked import unpack_all
 
 HOST_REFERENCES = ("experts",)
 """Ops whose reference waits for the device, so no graph can hold it: without a kernel they are refused."""
+
+MEASURED = 100
+"""Priority, beyond its own, of what runs instead of a kernel."""
 
 
 class GpuBackend:
@@ -74,6 +79,16 @@ class GpuBackend:
         if tokens not in self._plans:
             self._plans[tokens] = plan(self.model.program, self._registry, self._situation(tokens))
         return self._plans[tokens]
+
+    def run_instead(self, runs: Mapping[str, Callable[..., Any]]) -> None:
+        """In plans made from now on, for ops by name, call these where one of the fast kernels would be: for
+        measurements. Graphs that were captured before do not change."""
+        for op, run in runs.items():
+            for own in self._registry.implementations(op):
+                if own.backend != "ref":
+                    name, priority = f"instead of {own.name}", own.priority + MEASURED
+                    self._registry.add(replace(own, name=name, run=run, priority=priority))
+        self._plans.clear()
 
     def _situation(self, tokens: int) -> Situation:
         dtype = str(self.model.dtype).removeprefix("torch.")
@@ -153,9 +168,10 @@ def triton_available() -> bool:
 def _register_kernels(registry: Registry) -> None:
     # Triton is an optional package.
     from tokenspeed.kernels.cuda import registration as cuda_registration
-    from tokenspeed.kernels.triton import attention_registration, dense, invariant_registration
+    from tokenspeed.kernels.triton import attention_registration, dense, expert_registration, invariant_registration
 
     attention_registration.register(registry)
     invariant_registration.register(registry)
     dense.register(registry)
+    expert_registration.register(registry)
     cuda_registration.register(registry)

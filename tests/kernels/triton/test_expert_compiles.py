@@ -1,0 +1,55 @@
+"""Routers and experts compile, and their assembly holds what makes them fast. In child processes, no interpreter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernels.triton.triton_versions import INSTALLED, ROOT, VERSIONS, child_environment
+
+DECODE = {
+    "router_kernel", "gate_up_kernel", "down_kernel", "_list_kernel", "grouped_kernel", "combine_kernel", "rows_kernel",
+}  # fmt: skip
+NAMES = DECODE | {"route_kernel", "_count_kernel"}
+
+
+def compiled(target: str, which: str, cache: Path, version: str = INSTALLED) -> list[dict[str, Any]]:
+    environment = child_environment(version) | {"TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-m", "tests.kernels.triton.expert_launches", target, which]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kernels: list[dict[str, Any]] = json.loads(done.stdout)
+    return kernels
+
+
+def test_one_of_each_for_hopper(tmp_path: Path) -> None:
+    kernels = compiled("sm_90", "few", tmp_path)
+    assert {kernel["name"] for kernel in kernels} == DECODE
+    for kernel in kernels:
+        if kernel["name"] == "grouped_kernel":
+            assert kernel["wgmma.mma_async"] > 0, kernel
+        if kernel["name"] == "down_kernel":
+            # It knows its first expert before the wait, and asks for that one's weights.
+            assert kernel["evict_first loads before wait"] > 0, kernel
+        if kernel["name"] == "router_kernel":
+            assert kernel["other loads before wait"] > 0, kernel
+        assert kernel["griddepcontrol.wait"] == kernel["griddepcontrol.launch_dependents"] == 1, kernel
+    # So does a block of down.
+    assert any(kernel["prefetch.global.L2"] > 0 for kernel in kernels if kernel["name"] == "grouped_kernel")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"])
+def test_every_path_for_every_target(target: str, version: str, tmp_path: Path) -> None:
+    kernels = compiled(target, "product", tmp_path, version)
+    assert len(kernels) > 50
+    assert {kernel["name"] for kernel in kernels} >= NAMES - {"rows_kernel"}
+    if target.startswith("sm"):
+        products = [kernel for kernel in kernels if kernel["name"] == "grouped_kernel" and kernel["x"] != "*fp32"]
+        assert all(k["wgmma.mma_async"] + k["mma.sync"] + k["tcgen05.mma"] > 0 for k in products)

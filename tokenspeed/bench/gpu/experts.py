@@ -1,0 +1,220 @@
+"""Routers and experts on a GPU: `python -m tokenspeed.bench.gpu.experts --check`, and without --check their times.
+
+--check compares with float64 on fresh random data, over memory that shows what nobody wrote: every activation, format
+and number of tokens; it ends with status 1 where one is wrong. Times are those of a layer of Qwen3-30B-A3B in a CUDA
+graph, its experts chosen by uniform noise that differs from launch to launch, over weights that the second-level cache
+cannot hold; bytes are those of the experts that were touched. --tiles times candidates for the tile rules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenspeed.bench.gpu.expert_candidates import choice_candidates, product_candidates
+from tokenspeed.bench.gpu.expert_cases import Asked, ExpertCase, exact, poisoned, worst_error
+from tokenspeed.bench.gpu.graph_timing import Case, Launch, print_table, write_timed
+from tokenspeed.kernels.triton.expert_registration import SAME_ROWS
+from tokenspeed.kernels.triton.expert_tiles import by_choice, tile_of
+from tokenspeed.kernels.triton.experts import ACTS, Experts, experts_by_choice, experts_in_blocks, run_experts
+from tokenspeed.kernels.triton.linear import project
+from tokenspeed.kernels.triton.norm import norm_rows
+from tokenspeed.kernels.triton.operands import Norm, Prologue
+from tokenspeed.kernels.triton.route import Noise, route
+from tokenspeed.kernels.triton.router import FEW_TOKENS, route_rows
+from tokenspeed.ops.reference import REFERENCE
+
+TOKENS = (1, 2, 3, 8, 17, 64, 300)
+SMALL = ExpertCase(24, 4, 360, 200)
+QWEN = ExpertCase(128, 8, 2048, 768)
+MODEL = "qwen3-30b-a3b"
+FORMATS = {"bf16": "plain", "fp8": "channel"}
+ATTRS: dict[str, Any] = {"k": 8, "score": "softmax", "renormalize": True, "groups": 1, "kept_groups": 1, "scale": 1.0}
+ROUTERS: tuple[tuple[int, bool, dict[str, Any]], ...] = (
+    (128, False, {}),
+    (37, False, {"k": 5, "renormalize": False, "scale": 1.7}),
+    (32, False, {"k": 4, "score": "logits"}),
+    (256, True, {"score": "sigmoid"}),
+    (256, True, {"score": "sigmoid", "groups": 8, "kept_groups": 4, "scale": 2.5}),
+    (512, False, {"k": 10}),
+)
+"""Experts, whether with a correction, and what differs from ATTRS."""
+LAYERS, SETS = 4, 64
+"""Weights that take turns, and choices."""
+
+
+def check(device: str = "cuda", tokens: Sequence[int] = TOKENS) -> bool:
+    """Everything against float64; says what is wrong."""
+    g = torch.Generator(device).manual_seed(torch.seed() % (1 << 40))
+    results = [_right_route(g, *router, count) for router in ROUTERS for count in tokens]
+    results += [_right_router(g, count, QWEN.hidden) for count in tokens if count <= FEW_TOKENS]
+    for act in ACTS:
+        for fmt in ("plain", "channel", "block"):
+            case = ExpertCase(SMALL.experts, SMALL.k, SMALL.hidden, SMALL.ff, act, act == "swiglu_clamped", fmt)
+            results += [_right(case, count, g) for count in tokens]
+    if device != "cpu":
+        results += [_right(ExpertCase(128, 8, 2048, 768, fmt=fmt), count, g) for fmt in FORMATS.values()
+                    for count in (1, 8, 128, 1500)]  # fmt: skip
+    return all(results)
+
+
+def _right(case: ExpertCase, tokens: int, g: torch.Generator) -> bool:
+    """By the usual kernels and by those of batch-invariant mode, twice; the latter beside fewer others, too."""
+    given, asked = case.random(g), case.choices(tokens, g, padding=tokens // 8)
+    wanted, block = exact(*asked, given), 128 if case.fmt == "block" else 0
+    same = partial(run_experts, tile=tile_of(SAME_ROWS, 2 if case.fmt == "plain" else 1, block))
+    good, text = True, []
+    for run in (run_experts, same):
+        with poisoned():
+            first, second = run(*asked, given), run(*asked, given)
+        error = worst_error(first, wanted)
+        good &= error < case.tolerance and torch.equal(first, second)
+        text.append(f"{error:.5f}")
+    some = torch.randperm(tokens, generator=g, device=g.device)[: max(1, tokens // 3)]
+    x, ids, shares = (each[some] for each in asked)
+    alike = torch.equal(same(x, ids, shares, given), second[some])
+    verdict = "ok" if good and alike else "WRONG" if not good else "DIFFERENT BITS"
+    print(f"{verdict:14} {' '.join(text)} of {case.tolerance}  experts {case} {tokens} tokens", flush=True)
+    return good and alike
+
+
+def _right_route(g: torch.Generator, experts: int, biased: bool, changes: dict[str, Any], tokens: int) -> bool:
+    """Ids as the reference has them, ties included, and weights near to it; padding chooses nobody."""
+    logits = torch.randn(tokens, experts, generator=g, device=g.device).bfloat16()
+    bias = 0.3 * torch.randn(experts, generator=g, device=g.device) if biased else None
+    attrs, nothing = ATTRS | changes, None
+    slots = torch.arange(tokens, dtype=torch.int32, device=g.device) - 1
+    with poisoned():
+        ids, shares = route(logits, bias, attrs, slots)
+    view: Any = nothing
+    wanted = REFERENCE["route"](view, (logits,), () if bias is None else (bias,), attrs)
+    good = torch.equal(ids[1:], wanted[0][1:]) and bool((ids[0] == -1).all())
+    good &= torch.allclose(shares[1:], wanted[1][1:], rtol=1e-5, atol=1e-7)
+    print(f"{'ok' if good else 'WRONG':14} route {experts} {attrs} {tokens} tokens", flush=True)
+    return good
+
+
+def _right_router(g: torch.Generator, tokens: int, hidden: int, repeats: int = 50) -> bool:
+    """Norm, router and choice in one kernel, whose programs wait for each other: the best of float64's scores where
+    they are clearly so, and the same bits each time."""
+    experts, k = 128, ATTRS["k"]
+    x, weight = (torch.randn(n, hidden, generator=g, device=g.device) for n in (tokens, experts))
+    prologue = Prologue(Norm(torch.ones(hidden, device=g.device), 1e-6), x.flip(1))
+    slots = torch.arange(tokens, dtype=torch.int32, device=g.device)
+    with poisoned():
+        found = [route_rows(x, prologue, weight / hidden, None, None, ATTRS, slots) for _ in range(repeats)]
+    scores = (found[0].normed.double() @ (weight / hidden).double().T).softmax(-1)
+    best = scores.sort(dim=-1, descending=True)
+    clear = (best.values[:, :k] - best.values[:, 1 : k + 1]).amin(1) > 1e-7
+    good = torch.equal(found[0].ids[clear].long(), best.indices[clear, :k])
+    first = found[0]
+    good &= all(torch.equal(first.ids, each.ids) and torch.equal(first.shares, each.shares) for each in found)
+    print(f"{'ok' if good else 'WRONG':14} router in one kernel, {tokens} tokens, {int(clear.sum())} clear", flush=True)
+    return good
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Layers of one format, and choices of `tokens` tokens, that take turns. distinct: experts of a launch's choices,
+    on average."""
+
+    layers: list[Experts]
+    asked: list[Asked]
+    distinct: float
+
+    def launch(self, run: Callable[..., object]) -> Launch:
+        """run(x, ids, shares, experts), with other weights and choices each time."""
+        return lambda i: run(*self.asked[i % len(self.asked)], self.layers[i % len(self.layers)])
+
+
+def turns(case: ExpertCase, tokens: int, layers: list[Experts], g: torch.Generator) -> Turns:
+    """Choices by uniform noise."""
+    x = torch.randn(tokens, case.hidden, generator=g, device=g.device).to(case.dtype)
+    noise = [torch.rand(tokens, case.experts, generator=g, device=g.device) for _ in range(SETS)]
+    asked = [(x, *route(each, None, ATTRS)) for each in noise]
+    return Turns(layers, asked, sum(ids.unique().numel() for _, ids, _ in asked) / SETS)
+
+
+def cases(
+    tokens: Sequence[int], formats: Sequence[str], tiles: bool, device: str = "cuda", qwen: ExpertCase = QWEN
+) -> Iterator[Case]:
+    """Experts alone, and the whole block with norm and router; with `tiles` every candidate."""
+    g = torch.Generator(device).manual_seed(7)
+    for fmt in formats:
+        case = ExpertCase(qwen.experts, qwen.k, qwen.hidden, qwen.ff, fmt=FORMATS[fmt])
+        layers = [case.random(g) for _ in range(LAYERS)]
+        for count in tokens:
+            yield from _cases(case, fmt, turns(case, count, layers, g), tiles)
+
+
+def _cases(case: ExpertCase, fmt: str, given: Turns, tiles: bool) -> Iterator[Case]:
+    tokens, item = len(given.asked[0][0]), 2 if fmt == "bf16" else 1
+    moved = given.distinct * 3 * case.ff * case.hidden * item
+    flops = 2.0 * tokens * case.k * 3 * case.ff * case.hidden
+    stem = f"{MODEL} {fmt} B{tokens} ({given.distinct:.1f} distinct)"
+
+    def made(name: str, run: Callable[..., object]) -> Case:
+        return Case(f"{stem} {name}", moved, flops, lambda: given.launch(run))
+
+    yield made("experts", run_experts)
+    yield Case(f"{stem} block", moved + 2 * case.experts * case.hidden, flops, lambda: _block(case, given))
+    if not tiles:
+        return
+    if tokens <= 8 or by_choice(tokens, case.experts, case.k):
+        for first, second in choice_candidates():
+            yield made(f"by choice {first} {second}", partial(experts_by_choice, first=first, second=second))
+    for tile in product_candidates(tokens, item):
+        yield made(f"in blocks {tile}", partial(experts_in_blocks, tile=tile))
+
+
+def _block(case: ExpertCase, given: Turns) -> Launch:
+    """Join, norm, router, in whose place noise chooses, and experts: what a layer has of it."""
+    device = given.asked[0][0].device
+    norm = Norm(torch.ones(case.hidden, device=device), 1e-6)
+    routers = [torch.randn(case.experts, case.hidden, device=device).to(case.dtype) for _ in range(LAYERS)]
+
+    x = given.asked[0][0]
+    slots = torch.arange(len(x), dtype=torch.int32, device=device)
+    at = [slots + i * len(x) for i in range(SETS)]
+
+    def together(i: int) -> object:
+        noise = Noise(at[i % SETS], i)
+        found = route_rows(x, Prologue(norm, x), routers[i % LAYERS], None, None, ATTRS, slots, noise)
+        return run_experts(found.normed, found.ids, found.shares, given.layers[i % LAYERS])
+
+    def apart(i: int) -> object:
+        rows, _ = norm_rows(x, norm, x)
+        scores, _ = project(rows.values, routers[i % LAYERS])
+        chosen = route(scores, None, ATTRS, slots, Noise(at[i % SETS], i))
+        return run_experts(rows.values, *chosen, given.layers[i % LAYERS])
+
+    return together if len(x) <= FEW_TOKENS else apart
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check, or time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with float64, and time nothing")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32, 128], metavar="N")
+    parser.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--tiles", action="store_true", help="every candidate tile")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="of records to add to")
+    options = parser.parse_args(arguments)
+    if options.check:
+        return 0 if check() else 1
+    with torch.inference_mode():
+        timed = print_table(cases(options.tokens, options.format, options.tiles))
+    if options.out is not None:
+        write_timed(options.out, "experts", [(case.name, case.bytes, us) for case, us in timed])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
