@@ -188,14 +188,16 @@ def test_a_group_that_fails_does_not_stop_the_suite(
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(suite, "GROUPS", {"bad": bad, "good": good})
+    monkeypatch.setattr(suite, "_reference", lambda publisher, demo: None)
     monkeypatch.setattr(suite, "free_memory", lambda device: None)
     assert suite.run_suite(tmp_path / "h200.json", ["bad", "good"]) == ["bad"]
     assert [each["id"] for each in json.loads((tmp_path / "h200.json").read_text())] == [
         "h200.llama-3.2-1b.bf16.decode.b1"
     ]
     assert "1 met, 0 missed" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"no such group: 9b \(known: bad, good, reference\)"):
+    with pytest.raises(ConfigError, match=r"no such group: 9b \(known: bad, good, reference, 30b-a3b, "):
         suite.run_suite(tmp_path / "h200.json", ["9b"])
+    assert suite.run_suite(tmp_path / "h200.json") == ["bad"], "groups of large models are run by name"
 
 
 @pytest.mark.parametrize("given", [["latency", "--tokens", "1"], ["mixed", "--cap", "0"], ["kernels", "none"]])
