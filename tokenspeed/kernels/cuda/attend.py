@@ -10,6 +10,7 @@ from functools import cache
 import torch
 
 from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer
+from tokenspeed.kernels.triton.launch import device_index
 from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer
 from tokenspeed.kernels.triton.rope_write import HeadNorm, device_frequencies
 from tokenspeed.ops.rope import Rope
@@ -105,7 +106,7 @@ def attend(
         return None
     out = torch.empty((tokens, heads.heads * heads.head_dim), dtype=q.dtype, device=q.device)
     found = variant(tokens, heads, rope, page, norms is not None, sinks is not None)
-    device = torch.cuda.current_device() if q.device.index is None else q.device.index
+    device = device_index(q.device)
     strides = (q.stride(0), k.stride(0), v.stride(0), paged.table.stride(0), *paged.kv.stride()[:4])
     q_norm, k_norm = norms or (None, None)
     kernel(found, device).launch(

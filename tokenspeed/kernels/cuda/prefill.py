@@ -12,8 +12,9 @@ from math import gcd
 import torch
 
 from tokenspeed.contracts.errors import DeviceError
-from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer
+from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer, processors
 from tokenspeed.kernels.triton.attention_tiles import pad
+from tokenspeed.kernels.triton.launch import device_index
 from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer
 
 ROWS, KEYS = 128, 128
@@ -65,12 +66,6 @@ def kernel(found: Variant, device: int) -> Kernel:
     """Compiled and loaded."""
     cubin = compiled("prefill", found.defines(), architecture(device))
     return Kernel(cubin, "prefill", THREADS, found.shared)
-
-
-@cache
-def processors(device: int) -> int:
-    """Streaming multiprocessors of a device; one program each."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class TensorMap(ctypes.Structure):
@@ -134,7 +129,7 @@ def prefill(q: torch.Tensor, paged: PagedLayer, items: torch.Tensor, heads: Head
     if not takes_pages(q, paged.kv):
         return None
     out = torch.empty((q.shape[0], heads.heads * heads.head_dim), dtype=q.dtype, device=q.device)
-    device = torch.cuda.current_device() if q.device.index is None else q.device.index
+    device = device_index(q.device)
     kv, found = paged.kv, variant(heads, paged.kv.shape[2])
     programs = min(processors(device), items.shape[0] * heads.kv_heads)
     kernel(found, device).launch(

@@ -147,6 +147,12 @@ def pointer(tensor: torch.Tensor | None) -> Argument:
 
 
 @cache
+def processors(index: int) -> int:
+    """How many streaming multiprocessors a device has."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@cache
 def architecture(index: int) -> str:
     """Of a device, as NVRTC names it, with the instructions that only this one has."""
     major, minor = torch.cuda.get_device_capability(index)

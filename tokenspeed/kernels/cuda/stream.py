@@ -10,7 +10,8 @@ from functools import cache
 
 import torch
 
-from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer
+from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer, processors
+from tokenspeed.kernels.triton.launch import device_index
 from tokenspeed.kernels.triton.operands import Matrix, Prologue, Rows
 from tokenspeed.quantization.fp8 import Fp8Weight
 from tokenspeed.quantization.int4 import Int4Weight
@@ -158,10 +159,10 @@ def _stream(
     n = matrix.shape[0] if act == "none" else matrix.shape[0] // 2
     y = torch.empty(x.shape[0], n, dtype=torch.bfloat16, device=x.device)
     joined = None if branch is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    device = torch.cuda.current_device() if x.device.index is None else x.device.index
+    device = device_index(x.device)
     units = -(-n // (UNIT if act == "none" else UNIT // 2))
     kernel(found, device).launch(
-        (min(units, PROGRAMS_PER_SM * _processors(device)), 1, 1),
+        (min(units, PROGRAMS_PER_SM * processors(device)), 1, 1),
         [
             pointer(x),
             pointer(branch),
@@ -198,8 +199,3 @@ def _aligned(*matrices: torch.Tensor | None) -> bool:
     given = [matrix for matrix in matrices if matrix is not None]
     apart = [each for matrix in given for each in (matrix.data_ptr(), matrix.stride(0) * matrix.element_size())]
     return all(matrix.stride(1) == 1 for matrix in given) and not any(each % 16 for each in apart)
-
-
-@cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

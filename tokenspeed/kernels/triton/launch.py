@@ -23,12 +23,16 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def device_index(device: torch.device) -> int:
+    """Of a CUDA device: that of the current one where it names none."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def dependent_launch(device: torch.device) -> bool:
     """Whether kernels on this device can be launched ahead: NVIDIA GPUs from Hopper on."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _capability(index) >= (9, 0)
+    return _capability(device_index(device)) >= (9, 0)
 
 
 def small(tokens: int, device: torch.device) -> bool:
