@@ -176,3 +176,11 @@ def test_wrong_parts_are_refused() -> None:
 def test_every_mode_has_a_format_of_its_own() -> None:
     assert set(FORMATS) == set(GPU_MODES)
     assert len(set(FORMATS.values())) == len(GPU_MODES)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4", "mxfp4"])
+def test_experts_are_refused_by_name(mode: str) -> None:
+    experts = torch.zeros(3, 8, 128)
+    with pytest.raises(UnsupportedError, match=f"{mode}: weight layers.0.up: experts are supported in fp8"):
+        narrow(experts, mode, "layers.0.up")
+    assert narrow(experts, "fp8", "layers.0.up").shape == experts.shape

@@ -31,11 +31,11 @@ _QUANTIZE: dict[str, Callable[[torch.Tensor], NarrowWeight]] = {
 def narrow(weight: torch.Tensor, mode: str, name: str) -> NarrowWeight:
     """A matrix [N, K], or of fp8 one per expert [E, N, K], as `mode` holds it, on its device.
 
-    Raises UnsupportedError where the columns are no whole groups, WeightError for values that are not finite; both name
-    the weight.
+    Raises UnsupportedError where the columns are no whole groups and for experts, WeightError for values that are not
+    finite; both name the weight.
     """
     if weight.dim() > 2 and mode != "fp8":
-        raise UnsupportedError(f"--quantization {mode}: weight {name}: experts on a GPU are held in bf16 or fp8")
+        raise UnsupportedError(f"--quantization {mode}: weight {name}: experts are supported in fp8 only")
     try:
         made = _QUANTIZE[mode](weight)
     except WeightError as error:
