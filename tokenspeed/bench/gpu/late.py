@@ -27,7 +27,7 @@ from tokenspeed.kernels.triton.operands import Norm, Prologue
 from tokenspeed.kernels.triton.paged import Heads
 from tokenspeed.kernels.triton.rope_write import rope_write
 from tokenspeed.ops.rope import Rope
-from tokenspeed.quantization.fp8 import quantize_fp8
+from tokenspeed.quantization.narrow import narrow
 
 LATE_NS = 1_000_000
 """Longer than the host takes to launch what is behind."""
@@ -93,10 +93,13 @@ def _random(device: str, *size: int) -> torch.Tensor:
     return torch.randn(size, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
 
 
-def projection(name: str, device: str, rows: int, width: int, narrow: bool = False, product: Project = project) -> Case:
+def projection(
+    name: str, device: str, rows: int, width: int, mode: str | None = None, product: Project = project
+) -> Case:
     """Join, norm, gate and up, and the projection behind them."""
-    matrices = [_random(device, 32, width) / 32, _random(device, width, 16) / 4]
-    up, down = [quantize_fp8(each) for each in matrices] if narrow else matrices
+    inner = 128 if mode == "int4" else 16
+    matrices = [_random(device, 2 * inner, width) / 32, _random(device, width, inner) / 4]
+    up, down = [narrow(each, mode, name) for each in matrices] if mode else matrices
     norm = Norm(torch.ones(width, device=device), 1e-5)
 
     def layer(written: torch.Tensor) -> list[torch.Tensor]:
@@ -150,7 +153,8 @@ def triton_cases(device: str) -> list[Case]:
     return [
         projection("gemv", device, 1, 128, product=gemv),
         projection("norm and skinny", device, 5, 256),
-        projection("norm and skinny, fp8", device, 5, 256, narrow=True),
+        projection("norm and skinny, fp8", device, 5, 256, mode="fp8"),
+        projection("norm and packed, int4", device, 5, 128, mode="int4"),
         decoding("rope_write and decode attention", device, 3, one_kernel=False),
     ]
 
@@ -159,7 +163,8 @@ def cuda_cases(device: str) -> list[Case]:
     """The CUDA kernels, each behind the kernels that it runs behind."""
     return [
         projection("stream, one row", device, 1, 4096, product=stream_or_project),
-        projection("stream, one row, fp8", device, 1, 4096, narrow=True, product=stream_or_project),
+        projection("stream, one row, fp8", device, 1, 4096, mode="fp8", product=stream_or_project),
+        projection("stream, one row, int4", device, 1, 4096, mode="int4", product=stream_or_project),
         projection("norm and stream, three rows", device, 3, 4096, product=stream_or_project),
         decoding("attend", device, 4, one_kernel=True),
         prompt("prefill", device),
