@@ -130,7 +130,7 @@ def _gpu() -> Registry:
 
 
 def _format(name: str) -> str:
-    cpu = "as it is" if name in cpu_registration.FORMATS else "no"
+    cpu = "as it is" if name in cpu_registration.FORMATS else "by the reference"
     gpu = "as it is" if name == "BF16" else "as bf16"
     return f"| {name} | yes | {'yes' if name in SAFETENSORS else 'no'} | {cpu} | {gpu} |\n"
 

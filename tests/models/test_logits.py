@@ -66,6 +66,13 @@ def test_gguf(tiny, name, fmt):
     assert_same_logits(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "llama"])
+def test_gguf_of_mxfp4(tiny, name):
+    checkpoint = tiny(name, "gguf-MXFP4")
+    assert kinds_of_matrices(checkpoint.path) == {"MXFP4"}
+    assert_same_logits(checkpoint)
+
+
 @pytest.mark.parametrize("name", [*FAMILY_CASES, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE_FAMILY_CASES)])
 def test_gguf_of_mixed_k_quants(tiny, name):
     checkpoint = tiny(name, "gguf-K")

@@ -18,6 +18,7 @@ FACTORS_AT = {
     "Q6_K": (208,),
     "IQ4_NL": (0,),
     "IQ4_XS": (0,),
+    "MXFP4": (),
 }
 PLAIN = {"F32": np.float32, "F16": np.float16}
 

@@ -23,6 +23,7 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "Q6_K": (256, 210),
     "IQ4_NL": (32, 18),
     "IQ4_XS": (256, 136),
+    "MXFP4": (32, 17),
 }
 """Supported format -> (elements per block, bytes per block)."""
 

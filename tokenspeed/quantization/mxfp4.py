@@ -11,7 +11,7 @@ from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.quantization.nibbles import RUN, WORD, pack_nibbles, unpack_nibbles
 from tokenspeed.quantization.parts import finite, parts, whole_groups
 
-FORMAT = "MXFP4"
+FORMAT = "E2M1_G32"
 """Name of the stored format, as ggml has it."""
 BLOCK = 32
 """Columns that share a scale."""

@@ -194,6 +194,21 @@ def _unpack_iq4_xs(blocks: torch.Tensor, out: torch.Tensor) -> None:
     out.unflatten(1, (8, 32)).mul_(scales.unsqueeze(-1))
 
 
+E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+"""Twice what the codes of e2m1 stand for (OCP Microscaling Formats 1.0), as ggml has them: zero has no sign."""
+
+
+def _unpack_mxfp4(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    """[e: exponent][16 bytes of codes as in Q4_0]; value = 2^(e - 128) * table[code]."""
+    packed, exponents = blocks[:, 1:], blocks[:, :1].int()
+    values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=blocks.device)
+    out[:, :16] = values[(packed & 15).int()]
+    out[:, 16:] = values[(packed >> 4).int()]
+    # Bits of float32; the two smallest are subnormal.
+    bits = torch.where(exponents < 2, (1 << 21) << exponents.clamp(max=1), (exponents - 1) << 23)
+    out.mul_(bits.view(torch.float32))
+
+
 def _unpack_q4_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
     """[d: f16][dmin: f16][12 bytes: 8 x 6-bit scale and min][128 bytes]; value = d * scale * q - dmin * min.
 
@@ -251,4 +266,5 @@ _UNPACKERS: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {
     "Q6_K": _unpack_q6_k,
     "IQ4_NL": _unpack_iq4_nl,
     "IQ4_XS": _unpack_iq4_xs,
+    "MXFP4": _unpack_mxfp4,
 }

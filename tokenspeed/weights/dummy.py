@@ -67,5 +67,9 @@ def _random_matrix(spec: WeightSpec, fmt: str, generator: torch.Generator) -> We
 
 def _set_factors(data: torch.Tensor, fmt: str) -> None:
     blocks = data.view(-1, BLOCKS[fmt][1])
+    if fmt == "MXFP4":
+        # Exponents of 2^-7 and 2^-8, so often that codes of 2.926 on average give STD.
+        blocks[:, 0] = torch.where(blocks[:, 0] < 176, 120, 119)
+        return
     for at, factor in _FACTORS[fmt]:
         blocks[:, at : at + 2] = torch.tensor([factor], dtype=torch.float16, device=data.device).view(torch.uint8)
