@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,21 @@ class PackedTensor:
     @property
     def nbytes(self) -> int:
         return self.data.numel()
+
+    @property
+    def unit(self) -> int:
+        """Rows that are unpacked from a multiple of this on."""
+        return 1
+
+    def unpack_rows(self, first: int, last: int, dtype: torch.dtype, out: torch.Tensor) -> int:
+        """Rows [first, last) into `out` [last - first, cols] of `dtype`; the packed bytes read."""
+        data = self.rows_at(first, last)
+        unpack(data, self.fmt, self.cols, dtype, out)
+        return data.numel()
+
+    def released(self) -> PackedTensor:
+        """The same without data."""
+        return replace(self, data=self.data.to("meta"), mapped=None)
 
     def rows_at(self, first: int, last: int) -> torch.Tensor:
         """Rows [first, last) in the program's order: uint8 [last - first, row bytes], a view where none is moved."""
@@ -78,8 +93,7 @@ class Weight:
         out = torch.empty(count, cols, dtype=dtype, device=self.segments[0].data.device)
         start = 0
         for segment in self.segments:
-            rows = segment.rows_at(0, segment.rows)
-            unpack(rows, segment.fmt, cols, dtype, out[start : start + segment.rows])
+            segment.unpack_rows(0, segment.rows, dtype, out[start : start + segment.rows])
             start += segment.rows
         return out.view(self.shape)
 
