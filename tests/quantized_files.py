@@ -34,6 +34,7 @@ class Method:
     config: dict[str, Any]
     draw: Callable[..., Drawn]
     modules: str = r"model\.layers\.\d+\.(self_attn|mlp)\..*_proj"
+    """Pattern of the names of quantised modules."""
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
     """Tensors by suffix that each matrix has beside."""
 
@@ -291,21 +292,61 @@ class Quantized:
 
 
 def make_quantized(case: Case, method: Method, folder: Path, seed: int) -> Quantized:
-    """Of a family whose parameters are called in transformers as in files; what is not quantised is bf16."""
+    """What is not quantised is bf16. Experts have a tensor for each part of each."""
     made, rng = make_safetensors(case, "BF16", folder), np.random.default_rng(seed)
     tensors, values, pattern = load_file(folder / "model.safetensors"), {}, re.compile(method.modules + r"\.weight")
-    with torch.no_grad():
-        for name, parameter in made.oracle.named_parameters():
-            if not pattern.fullmatch(name):
-                continue
-            drawn, values[name] = method.draw(*parameter.shape, rng)
-            parameter.copy_(torch.from_numpy(values[name]))
-            del tensors[name]
-            base = name.removesuffix("weight")
-            tensors |= {base + suffix: tensor.clone() for suffix, tensor in (drawn | method.extra).items()}
+    for name in sorted(filter(pattern.fullmatch, tensors)):
+        drawn, values[name] = method.draw(*tensors.pop(name).shape, rng)
+        _put(made.oracle, name, torch.from_numpy(values[name]))
+        base = name.removesuffix("weight")
+        tensors |= {base + suffix: tensor.clone() for suffix, tensor in (drawn | method.extra).items()}
     assert values
     save_file(tensors, folder / "model.safetensors")
     write_config(folder, quantization_config=method.config)
+    return Quantized(folder, made.oracle, values)
+
+
+def _put(oracle: PreTrainedModel, name: str, values: torch.Tensor) -> None:
+    """Into the parameter that holds them: experts lie in one, gate rows over up rows."""
+    parameters = dict(oracle.named_parameters())
+    expert = re.fullmatch(r"(.*\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight", name)
+    with torch.no_grad():
+        if expert is None:
+            parameters[name].copy_(values)
+            return
+        base, number, part = expert.groups()
+        stacked = parameters[base + ("down_proj" if part == "down" else "gate_up_proj")][int(number)]
+        first = len(values) if part == "up" else 0
+        stacked[first : first + len(values)].copy_(values)
+
+
+MXFP4 = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+
+
+def make_mxfp4(case: Case, folder: Path, seed: int) -> Quantized:
+    """gpt-oss: e2m1 codes [experts, rows, blocks, 16] and exponents [experts, rows, blocks] of a layer's experts."""
+    made, rng = make_safetensors(case, "BF16", folder), np.random.default_rng(seed)
+    tensors, values, parameters = load_file(folder / "model.safetensors"), {}, dict(made.oracle.named_parameters())
+    for name in [name for name in tensors if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]:
+        experts, cols, rows = tensors.pop(name).shape
+        codes = rng.integers(0, 16, (experts, rows, cols))
+        exponents = rng.integers(120, 127, (experts, rows, cols // 32))
+        values[name] = E2M1[codes] * np.repeat(2.0 ** (exponents - 128), 32, axis=2)
+        packed_codes = (codes[..., 0::2] | codes[..., 1::2] << 4).astype(np.uint8)
+        tensors[name + "_blocks"] = torch.from_numpy(packed_codes.reshape(experts, rows, cols // 32, 16))
+        tensors[name + "_scales"] = torch.from_numpy((exponents - 1).astype(np.uint8))
+        with torch.no_grad():
+            parameters[name].copy_(torch.from_numpy(values[name]).transpose(1, 2))
+    save_file(tensors, folder / "model.safetensors")
+    write_config(folder, quantization_config=MXFP4)
     return Quantized(folder, made.oracle, values)
 
 

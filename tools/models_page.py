@@ -57,7 +57,7 @@ the file: on a GPU as they are, in a type of ours that holds them exactly, else 
 which takes its memory. Unpacked are also head and embeddings, experts that are not fp8, blocks of fp8 that parts of a
 joined weight (q, k, v; gate, up) cut, and four-bit codes whose columns are no multiple of 128. On the CPU the torch
 reference runs them, unpacked. Beside fp8 weights activations get an e4m3 scale per token, beside others they keep their
-type, whatever the file says of them. Scales of KV caches are not read.
+type, whatever the file says of them. The KV cache has the type of `--kv-cache-dtype`.
 
 | `quant_method` | files | one NVIDIA GPU |
 |---|---|---|

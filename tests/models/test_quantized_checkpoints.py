@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.parity_tools import CASES, Walker, load, oracle_logits, random_prompt
-from tests.quantized_files import METHODS, Quantized, make_quantized, write_config
+from tests.parity_cases import ROUTING_MARGIN
+from tests.parity_tools import CASES, Walker, load, oracle_logits, random_prompt, routing_margin
+from tests.quantized_files import METHODS, Quantized, make_mxfp4, make_quantized, write_config
 from tests.seeds import SEED
 from tokenspeed.contracts.errors import ConfigError, FormatError, UnsupportedError, WeightError
 from tokenspeed.engine.llm import LLM
@@ -39,7 +40,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Maker:
             case = CASES[family]
             case = replace(case, settings=case.settings | settings)
             folder = tmp_path_factory.mktemp("quantized")
-            kept[key] = make_quantized(case, METHODS[name], folder, SEED)
+            # Of experts, choices must be clear.
+            kept[key] = make_quantized(case, METHODS[name], folder, case.seed if "moe" in family else SEED)
         return kept[key]
 
     return make
@@ -67,7 +69,12 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> N
     save_file(tensors, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", METHODS)
+FIRST = ("fp8-block", "fp8-tensor", "ct-fp8-channel", "ct-int8-zeros", "ct-int4-zeros", "ct-nvfp4", "gptq-zeros", "awq")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FIRST else pytest.mark.slow) for name in METHODS]
+)
 def test_logits(made: Maker, name: str) -> None:
     quantized = made(name)
     prompt = random_prompt(21, SEED)
@@ -89,6 +96,30 @@ def test_logits_of_families_with_odd_widths(made: Maker, name: str, family: str,
     """Heads tied and not, biases, blocks and groups cut short."""
     quantized = made(name, family, settings)
     prompt = random_prompt(21, SEED)
+    logits = Walker(load(quantized.path)).logits(prompt)
+    assert (logits - oracle_logits(quantized.oracle, prompt)).abs().max() < BOUND
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "gpt_oss-limit"])
+def test_experts_in_mxfp4(name: str, tmp_path: Path) -> None:
+    """Gate and up rows by turns, biases, the router and attention in bf16."""
+    seed = CASES[name].seed
+    quantized, prompt = make_mxfp4(CASES[name], tmp_path, seed), random_prompt(21, seed)
+    assert routing_margin(quantized.oracle, prompt) > ROUTING_MARGIN, "choose another seed"
+    model = load(quantized.path)
+    sizes = {key: size for key, size in model.file_bytes.items() if "experts_" in key and "bias" not in key}
+    assert sum(sizes.values()) == sum(values.size for values in quantized.values.values()) * 17 / 32
+    logits = Walker(model).logits(prompt)
+    assert (logits - oracle_logits(quantized.oracle, prompt)).abs().max() < BOUND
+    report = step_report(str(tmp_path), "H200", 1, 64, "none")
+    assert report.total.cost.weight_bytes < sum(model.file_bytes.values())
+
+
+@pytest.mark.parametrize("name", ["fp8-block", "gptq-row"])
+def test_experts_of_each_their_own_tensors(made: Maker, name: str) -> None:
+    """Widths that are no multiples of blocks."""
+    quantized, prompt = made(name, "qwen3_moe", {}), random_prompt(21, CASES["qwen3_moe"].seed)
+    assert routing_margin(quantized.oracle, prompt) > ROUTING_MARGIN, "choose another seed"
     logits = Walker(load(quantized.path)).logits(prompt)
     assert (logits - oracle_logits(quantized.oracle, prompt)).abs().max() < BOUND
 

@@ -57,7 +57,7 @@ def read(name: str, rows: int, cols: int, seed: int = SEED) -> tuple[Codes, torc
 
 @pytest.mark.parametrize("name", METHODS)
 def test_values(name: str) -> None:
-    """In float64 as the layout's definition has them; in float32 and bfloat16 rounded once."""
+    """In float64 as the layout's definition has them; in float32 and bfloat16 rounded once, of NVFP4 twice."""
     codes, values = read(name, 24 * 8 + 8, 384)
     wide = codes.values(torch.float64)
     assert wide.shape == values.shape
@@ -65,7 +65,7 @@ def test_values(name: str) -> None:
     assert torch.allclose(wide, values, rtol=2**-24 if "nvfp4" in name else 0, atol=0)
     for dtype in (torch.float32, torch.bfloat16):
         error = (codes.values(dtype).double() - values).abs()
-        assert (error <= values.abs() * torch.finfo(dtype).eps * 0.51).all()
+        assert (error <= values.abs() * torch.finfo(dtype).eps * (1.02 if "nvfp4" in name else 0.51)).all()
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -20,7 +20,7 @@ from tokenspeed.weights.dummy import dummy_weights
 from tokenspeed.weights.loader import load_weights
 from tokenspeed.weights.packed import Weight
 from tokenspeed.weights.quantized import quantize_weights
-from tokenspeed.weights.stored import StoredRows
+from tokenspeed.weights.stored import is_stored
 
 logger = logging.getLogger("tokenspeed")
 Progress = Callable[[int, int], None]
@@ -51,9 +51,7 @@ class LoadedModel:
     @property
     def stored(self) -> frozenset[str]:
         """The weights that a checkpoint holds, in part or whole, by a layout of its quantization_config."""
-        return frozenset(
-            name for name, w in self.packed.items() if any(isinstance(segment, StoredRows) for segment in w.segments)
-        )
+        return frozenset(name for name, weight in self.packed.items() if is_stored(weight))
 
     def projections(self, mode: str | None) -> frozenset[str]:
         """The weights that a mode of `groups.GPU_MODES` narrows: every projection but the head; none without a mode.

@@ -41,7 +41,7 @@ class PackedTensor:
     def unpack_rows(self, first: int, last: int, dtype: torch.dtype, out: torch.Tensor) -> int:
         """Rows [first, last) into `out` [last - first, cols] of `dtype`; the packed bytes read."""
         data = self.rows_at(first, last)
-        unpack(data, self.fmt, self.cols, dtype, out)
+        unpack(data.to(out.device), self.fmt, self.cols, dtype, out)
         return data.numel()
 
     def released(self) -> PackedTensor:

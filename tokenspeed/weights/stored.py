@@ -15,7 +15,7 @@ from tokenspeed.formats.quantized.mxfp4 import Mxfp4Layout
 from tokenspeed.quantization.codes import Codes
 from tokenspeed.quantization.layouts import read_codes
 from tokenspeed.weights.layouts import Stored
-from tokenspeed.weights.packed import PackedTensor, share_bytes, unpermute_rope
+from tokenspeed.weights.packed import PackedTensor, Weight, share_bytes, unpermute_rope
 from tokenspeed.weights.spec import Source
 
 DTYPES = {
@@ -119,6 +119,11 @@ class Mxfp4Rows(PackedTensor):
 
     def drop_pages(self, first: int, last: int) -> None:
         return None
+
+
+def is_stored(weight: Weight) -> bool:
+    """Whether some of its rows come in a layout of a quantization_config."""
+    return any(isinstance(segment, StoredRows | Mxfp4Rows) for segment in weight.segments)
 
 
 def stored_rows(stored: Stored, source: Source, checkpoint: Checkpoint) -> PackedTensor:

@@ -8,16 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.kernels.triton.gpu_fakes import FakeLink
 from tests.kernels.triton.test_invariant_engine import register_here
 from tests.parity_tools import CASES, load, oracle_logits, random_prompt
-from tests.quantized_files import METHODS, Quantized, make_quantized
+from tests.quantized_files import METHODS, Quantized, make_mxfp4, make_quantized
 from tests.seeds import SEED
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
+from tokenspeed.quantization.fp8 import Fp8Weight
 from tokenspeed.quantization.narrow import NarrowWeight
 from tokenspeed.runner import build
 from tokenspeed.runner.gpu.backend import GpuBackend
@@ -59,7 +61,12 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+FIRST = ("fp8-block", "fp8-tensor", "ct-int8-packed", "ct-nvfp4", "gptq-zeros", "awq-64")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FIRST else pytest.mark.slow) for name in METHODS]
+)
 def test_weights_have_the_values_of_the_file(made: Maker, name: str) -> None:
     """As they are in narrow types, else in the compute dtype; parts have other scales than their neighbours."""
     quantized = made(name)
@@ -80,6 +87,46 @@ def test_blocks_that_parts_cut_are_unpacked(made: Maker) -> None:
     narrow = {name for name, weight in backend.weights.items() if isinstance(weight, NarrowWeight)}
     assert narrow == {f"layers.0.{name}" for name in ("o", "gate_up", "down")}
     assert backend.formats["layers.0.qkv"] == ("BF16",)
+
+
+MOE = FEW_KEYS | {"num_experts": 3}
+
+
+@pytest.mark.parametrize(
+    "name, ff, held",
+    [
+        ("fp8-block", 128, True),
+        ("fp8-block", 192, False),
+        ("ct-fp8-channel", 192, True),
+        ("gptq", 128, False),
+        ("gptq-zeros", 192, False),
+    ],
+)
+def test_experts(made: Maker, name: str, ff: int, held: bool) -> None:
+    """In fp8 as they are, by block only where the blocks of gate rows end with them; else both unpacked."""
+    quantized = made(name, MOE | {"moe_intermediate_size": ff}, "qwen3_moe")
+    backend = backend_of(quantized.path)
+    for part, parts in (("gate_up", ("gate", "up")), ("down", ("down",))):
+        weight = backend.weights[f"layers.0.experts_{part}"]
+        assert isinstance(weight, Fp8Weight) == held
+        found = weight.dequantized(torch.float32) if isinstance(weight, Fp8Weight) else weight
+        assert isinstance(found, torch.Tensor)
+        for number, matrix in enumerate(found.double().numpy()):
+            base = f"model.layers.0.mlp.experts.{number}."
+            wanted = np.concatenate([quantized.values[f"{base}{each}_proj.weight"] for each in parts])
+            assert np.abs(matrix - wanted).max() <= np.abs(wanted).max() * 2**-23
+
+
+def test_experts_in_mxfp4_are_unpacked(tmp_path: Path) -> None:
+    quantized = make_mxfp4(CASES["gpt_oss"], tmp_path, SEED)
+    backend = backend_of(quantized.path, "bfloat16")
+    for name, part in (("gate_up", "gate_up_proj"), ("down", "down_proj")):
+        values = torch.from_numpy(quantized.values[f"model.layers.1.mlp.experts.{part}"])
+        if name == "gate_up":
+            values = torch.cat((values[:, 0::2], values[:, 1::2]), dim=1)
+        found = backend.weights[f"layers.1.experts_{name}"]
+        assert isinstance(found, torch.Tensor)
+        assert (found.double() == values).all()
 
 
 def opened(monkeypatch: pytest.MonkeyPatch, path: Path) -> LLM:

@@ -29,7 +29,7 @@ PLAIN_FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
 """One value in an element of the tensor."""
 FORMATS = (*PLAIN_FORMATS, "pack-quantized", "nvfp4-pack-quantized")
 DENSE = "dense"
-KV_NOTE = "the KV cache has the type of --kv-cache-dtype; the checkpoint's scales for it are not read"
+KV_NOTE = "the KV cache has the type of --kv-cache-dtype, whatever the checkpoint was made for"
 ACTIVATIONS_NOTE = "activations of int8 matrices keep their type, which is more exact than the config asks for"
 
 

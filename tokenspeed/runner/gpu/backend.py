@@ -17,7 +17,7 @@ from tokenspeed.program.program import Record
 from tokenspeed.quantization.narrow import FORMATS, NarrowWeight, narrow
 from tokenspeed.runner.gpu.view import GpuView
 from tokenspeed.runner.model import LoadedModel, Progress
-from tokenspeed.weights.held import held_modes, hold_weight
+from tokenspeed.weights.held import held_modes, take_stored
 from tokenspeed.weights.unpacked import unpack_all
 
 HOST_REFERENCES = ("experts",)
@@ -61,14 +61,14 @@ class GpuBackend:
         self._plans: dict[int, Plan] = {}
         self._before_head = model.program.before_head()
         self.plan_for(1)
-        others = {name: weight for name, weight in model.packed.items() if name not in held}
+        others = {name: weight for name, weight in model.packed.items() if name not in model.stored}
         plain = unpack_all(others, model.dtype, progress)
         self.weights: dict[str, torch.Tensor | NarrowWeight] = {}
         for name in list(plain):  # one by one, so that plain and narrow weights are never all there
             moved = plain.pop(name).to(model.device)
             self.weights[name] = narrow(moved, str(quantization), name) if name in narrowed else moved
-        for name in held:
-            self.weights[name] = hold_weight(model.packed[name], model.device)
+        stored = {name: model.packed[name] for name in model.stored}
+        self.weights |= take_stored(stored, held, model.dtype, model.device)
         self.weight_bytes = {name: float(weight.nbytes) for name, weight in self.weights.items()}
 
         shape = model.definition.config
