@@ -86,6 +86,7 @@ def test_safetensors_of_all_kinds(
         vector("norm", Source("norm", 17, "add_one")),
         WeightSpec("turned", (4, 10, cols), "experts", (turned,), ()),
         linear("other", cols, Source("other", 300)),
+        linear("vkv", cols, Source("v", 5), Source("k", 6), Source("v", 5)),
     )
     checkpoint, descriptors = open_safetensors(tmp_path), len(os.listdir("/proc/self/fd"))
     weights, seen = load_weights(checkpoint, specs), []
@@ -99,6 +100,7 @@ def test_safetensors_of_all_kinds(
         "norm": norm + 1,
         "turned": torch.stack([pairs_apart(matrix.T, 1, 10) for matrix in both]),
         "other": other,
+        "vkv": torch.cat([parts[name].to(dtype) for name in "vkv"]),
     }
     assert list(made) == list(expected)
     for name, values in expected.items():
