@@ -17,7 +17,7 @@ from tokenspeed.program.program import Record
 from tokenspeed.quantization.narrow import FORMATS, NarrowWeight, narrow
 from tokenspeed.runner.gpu.view import GpuView
 from tokenspeed.runner.model import LoadedModel, Progress
-from tokenspeed.weights.unpacked import unpack_all
+from tokenspeed.weights.placing import place_weights
 
 HOST_REFERENCES = ("experts",)
 """Ops whose reference waits for the device, so no graph can hold it: without a kernel they are refused."""
@@ -57,11 +57,9 @@ class GpuBackend:
         self._plans: dict[int, Plan] = {}
         self._before_head = model.program.before_head()
         self.plan_for(1)
-        plain = unpack_all(model.packed, model.dtype, progress)
         self.weights: dict[str, torch.Tensor | NarrowWeight] = {}
-        for name in list(plain):  # one by one, so that plain and narrow weights are never all there
-            moved = plain.pop(name).to(model.device)
-            self.weights[name] = narrow(moved, str(quantization), name) if name in narrowed else moved
+        for name, plain in place_weights(model.packed, model.dtype, model.device, progress):  # few of them at a time
+            self.weights[name] = narrow(plain, str(quantization), name) if name in narrowed else plain
         self.weight_bytes = {name: float(weight.nbytes) for name, weight in self.weights.items()}
 
         shape = model.definition.config
