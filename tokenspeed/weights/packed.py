@@ -13,6 +13,10 @@ from tokenspeed.formats.checkpoint import Bytes, drop_pages
 from tokenspeed.quantization.unpack import unpack
 from tokenspeed.weights.spec import WeightSpec
 
+PLAIN_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+"""Of one value."""
+_WORDS = {2: torch.int16, 4: torch.int32}
+
 
 @dataclass(frozen=True)
 class PackedTensor:
@@ -28,10 +32,18 @@ class PackedTensor:
     """Of each head the first so many rows are; 0 for all."""
     mapped: Bytes | None = None
     """The bytes of `data` as a view of the file's map, where they are one."""
+    exchanged: int = 0
+    """More than 0: data holds so many matrices of a plain format, each with rows and columns exchanged: a line of it
+    has one column of a matrix."""
 
     @property
     def nbytes(self) -> int:
         return self.data.numel()
+
+    @property
+    def views(self) -> tuple[Bytes, ...]:
+        """All bytes of the file's map that it holds."""
+        return () if self.mapped is None else (self.mapped,)
 
     @property
     def unit(self) -> int:
@@ -48,15 +60,48 @@ class PackedTensor:
         """The same without data."""
         return replace(self, data=self.data.to("meta"), mapped=None)
 
+    @property
+    def lines(self) -> int:
+        """Runs of bytes one after the other, each of which is a row, or of an exchanged matrix a column."""
+        return self.exchanged * self.cols or self.rows
+
     def rows_at(self, first: int, last: int) -> torch.Tensor:
-        """Rows [first, last) in the program's order: uint8 [last - first, row bytes], a view where none is moved."""
-        if not self.heads:
-            return self.data[first:last]
-        return self.data[unpermute_rope(torch.arange(self.rows), self.heads, self.turned)[first:last]]
+        """Rows [first, last) in the program's order: uint8 [last - first, row bytes], a view where none is moved and
+        values of a plain format lie on their alignment."""
+        if self.exchanged:
+            return self._rows_of_exchanged(self._origins(first, last))
+        rows = self.data[self._origins(first, last)] if self.heads else self.data[first:last]
+        return rows if rows.data_ptr() % PLAIN_BYTES.get(self.fmt, 1) == 0 else rows.clone()
+
+    def _rows_of_exchanged(self, rows: torch.Tensor) -> torch.Tensor:
+        each, size = self.rows // self.exchanged, PLAIN_BYTES[self.fmt]
+        aligned = self.data.data_ptr() % size == 0
+        values = self.data.view(_WORDS[size]) if aligned else self.data
+        return (
+            values.view(self.exchanged, self.cols, each, -1)[rows // each, :, rows % each].flatten(1).view(torch.uint8)
+        )
+
+    def places(self, first: int, last: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Where rows [first, last), counted as `data` has them, come to lie in the program's order: int64."""
+        rows = torch.arange(first, last, device=device)
+        within, turned = self._within_heads(rows)
+        return rows - within + torch.where(within < turned, within % 2 * (turned // 2) + within // 2, within)
+
+    def _origins(self, first: int, last: int) -> torch.Tensor:
+        """The inverse of `places`: which rows of `data` are [first, last) in the program's order."""
+        rows = torch.arange(first, last)
+        within, turned = self._within_heads(rows)
+        half = max(1, turned // 2)
+        return rows - within + torch.where(within < turned, within % half * 2 + within // half, within)
+
+    def _within_heads(self, rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Each row's number within its head, and how many of a head are interleaved."""
+        size = self.rows // max(1, self.heads)
+        return rows % size, (self.turned or size) if self.heads else 0
 
     def drop_pages(self, first: int, last: int) -> None:
         """Give the file's pages of rows [first, last) back, where the data are its map; rows before are done with."""
-        if self.mapped is None:
+        if self.mapped is None or self.exchanged:
             return
         head = self.rows // self.heads if self.heads else 1
         width = self.nbytes // self.rows

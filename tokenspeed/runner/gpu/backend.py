@@ -17,8 +17,8 @@ from tokenspeed.program.program import Record
 from tokenspeed.quantization.narrow import FORMATS, NarrowWeight, narrow
 from tokenspeed.runner.gpu.view import GpuView
 from tokenspeed.runner.model import LoadedModel, Progress
-from tokenspeed.weights.held import held_modes, take_stored
-from tokenspeed.weights.unpacked import unpack_all
+from tokenspeed.weights.held import held_modes, hold_weights
+from tokenspeed.weights.placing import place_weights, share
 
 HOST_REFERENCES = ("experts",)
 """Ops whose reference waits for the device, so no graph can hold it: without a kernel they are refused."""
@@ -61,14 +61,14 @@ class GpuBackend:
         self._plans: dict[int, Plan] = {}
         self._before_head = model.program.before_head()
         self.plan_for(1)
-        others = {name: weight for name, weight in model.packed.items() if name not in model.stored}
-        plain = unpack_all(others, model.dtype, progress)
         self.weights: dict[str, torch.Tensor | NarrowWeight] = {}
-        for name in list(plain):  # one by one, so that plain and narrow weights are never all there
-            moved = plain.pop(name).to(model.device)
-            self.weights[name] = narrow(moved, str(quantization), name) if name in narrowed else moved
-        stored = {name: model.packed[name] for name in model.stored}
-        self.weights |= take_stored(stored, held, model.dtype, model.device)
+        others = {name: weight for name, weight in model.packed.items() if name not in held}
+        total, first = (sum(weight.nbytes for weight in each.values()) for each in (model.packed, others))
+        # Few of them at a time.
+        for name, plain in place_weights(others, model.dtype, model.device, share(progress, 0, total)):
+            self.weights[name] = narrow(plain, str(quantization), name) if name in narrowed else plain
+        kept = {name: model.packed[name] for name in held}
+        self.weights |= hold_weights(kept, model.device, share(progress, first, total))
         self.weight_bytes = {name: float(weight.nbytes) for name, weight in self.weights.items()}
 
         shape = model.definition.config
