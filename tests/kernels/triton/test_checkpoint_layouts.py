@@ -67,7 +67,7 @@ FIRST = ("fp8-block", "fp8-tensor", "ct-int8-packed", "ct-nvfp4", "gptq-zeros", 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in FIRST else pytest.mark.slow) for name in METHODS]
 )
-def test_weights_have_the_values_of_the_file(made: Maker, name: str) -> None:
+def test_weights_have_the_values_of_the_file(made: Maker, name: str, caplog: pytest.LogCaptureFixture) -> None:
     """As they are in narrow types, else in the compute dtype; parts have other scales than their neighbours."""
     quantized = made(name)
     backend = backend_of(quantized.path)
@@ -76,6 +76,8 @@ def test_weights_have_the_values_of_the_file(made: Maker, name: str) -> None:
         assert isinstance(held, NarrowWeight) == (name not in UNPACKED)
         found = held.dequantized(torch.float32) if isinstance(held, NarrowWeight) else held
         assert (found.double() - wanted).abs().max() <= wanted.abs().max() * 2**-23
+    said = f"4 quantised matrices are unpacked to float32, {4 * 163840 / 1e9:.2f} GB" in caplog.text
+    assert said == (name in UNPACKED)
     if name not in UNPACKED:
         narrow = {key: size for key, size in backend.weight_bytes.items() if "norm" not in key and "embed" not in key}
         assert sum(narrow.values()) < 1.2 * sum(backend.model.file_bytes[key] for key in narrow)
@@ -115,6 +117,14 @@ def test_experts(made: Maker, name: str, ff: int, held: bool) -> None:
             base = f"model.layers.0.mlp.experts.{number}."
             wanted = np.concatenate([quantized.values[f"{base}{each}_proj.weight"] for each in parts])
             assert np.abs(matrix - wanted).max() <= np.abs(wanted).max() * 2**-23
+
+
+@pytest.mark.parametrize("parts", ["(gate|up)", "down"])
+def test_experts_whose_parts_differ_are_unpacked(parts: str, tmp_path: Path) -> None:
+    method = replace(METHODS["ct-fp8-channel"], modules=rf"model\.layers\.\d+\.mlp\..*{parts}_proj")
+    case = replace(CASES["qwen3_moe"], settings=CASES["qwen3_moe"].settings | MOE)
+    backend = backend_of(make_quantized(case, method, tmp_path, SEED).path)
+    assert not any(isinstance(weight, NarrowWeight) for weight in backend.weights.values())
 
 
 def test_experts_in_mxfp4_are_unpacked(tmp_path: Path) -> None:
