@@ -44,11 +44,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def descriptors_in(folder: Path) -> int:
     """How many files of a folder this process has open, maps' own included."""
-    links = (
-        os.readlink(f"/proc/self/fd/{number}")
-        for number in os.listdir("/proc/self/fd")
-        if os.path.exists(f"/proc/self/fd/{number}")
-    )
+    numbers = [number for number in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{number}")]
+    links = [os.readlink(f"/proc/self/fd/{number}") for number in numbers]
     return sum(link.startswith(str(folder)) for link in links)
 
 

@@ -82,7 +82,7 @@ def test_late_copies_arrive_whole(late: list[LateStream], direct: bool) -> None:
         used = size - number
 
         def read(buffer: memoryview, row: torch.Tensor = row, used: int = used) -> int:
-            buffer[:used] = memoryview(row.numpy())[:used]
+            buffer[:used] = row.numpy().data[:used]
             return used
 
         assert lane.fill(read) == used

@@ -163,7 +163,7 @@ class _Readers:
         with suppress(Empty):  # what nobody waits for
             while True:
                 self._jobs.get_nowait()
-        for _ in self._threads:
+        for _thread in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()

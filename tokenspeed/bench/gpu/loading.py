@@ -105,11 +105,9 @@ def _sweep(folder: Path, files: Sequence[Path], nbytes: int, device: str) -> Non
         found = nbytes / 1e9 / read_seconds(files, readers, buffer_bytes, device)
         seconds, times = place_seconds(folder, readers, buffer_bytes, device)
         spent = [each / readers / seconds for each in (times.waiting, times.reading, times.sending)]
-        print(
-            f"  {readers} readers, {buffer_bytes // MIB} MiB: into buffers {found:.1f} GB/s, to the device "
-            f"{nbytes / 1e9 / seconds:.1f} GB/s; waiting {spent[0]:.0%}, reading {spent[1]:.0%}, sending {spent[2]:.0%}",
-            flush=True,
-        )
+        share = f"waiting {spent[0]:.0%}, reading {spent[1]:.0%}, sending {spent[2]:.0%}"
+        name, placed = f"{readers} readers, {buffer_bytes // MIB} MiB", nbytes / 1e9 / seconds
+        print(f"  {name}: into buffers {found:.1f} GB/s, to the device {placed:.1f} GB/s; {share}", flush=True)
 
 
 def readers_here() -> list[int]:
