@@ -80,6 +80,7 @@ def _check_room(folder: Path, nbytes: int) -> None:
 
 def _measure(folder: Path, nbytes: int, device: str, publisher: Publisher, runs: int) -> None:
     files, stem = sorted(folder.glob("*.safetensors")), f"{machine_name(device)}.loading"
+    _settle(device)  # the device's own libraries are in memory from here on
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     loads = [load_once(folder, device) for _ in range(runs)]
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
