@@ -48,9 +48,11 @@ def stored_bytes(
 def _weight_bytes(spec: WeightSpec, checkpoint: Checkpoint | None, quantization: str, gpu: bool) -> float:
     narrow = gpu and quantization in GPU_MODES and spec.kind in ("linear", "experts") and spec.name not in HEADS
     if checkpoint is None:
+        stored = "F32" if spec.kind == "vector" else spec.dummy_format
         if narrow:
+            if quantization != "fp8":
+                refuse_quantized(quantization, spec.name, (stored,))
             return gpu_bytes(quantization, spec.rows, spec.cols)
-        stored = "F32" if spec.kind == "vector" else "BF16"
         return _rows_bytes(spec, spec.rows, stored, "none" if gpu else quantization)
     sources = spec.sources(checkpoint)
     missing = [source.name for source in sources if source.name not in checkpoint.tensors]

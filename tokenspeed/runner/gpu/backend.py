@@ -14,9 +14,10 @@ from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.ops.definitions import Operands
 from tokenspeed.program.plan import Plan, Planned, plan
 from tokenspeed.program.program import Record
-from tokenspeed.quantization.narrow import FORMATS, NarrowWeight, narrow
+from tokenspeed.quantization.narrow import FORMATS, Narrow, narrow
 from tokenspeed.runner.gpu.view import GpuView
 from tokenspeed.runner.model import LoadedModel, Progress
+from tokenspeed.weights.packed_experts import load_experts, packed_experts
 from tokenspeed.weights.unpacked import unpack_all
 
 HOST_REFERENCES = ("experts",)
@@ -48,7 +49,9 @@ class GpuBackend:
         a graph can hold."""
         self.model, self.batch_invariant = model, batch_invariant
         narrowed = model.projections(quantization)
+        packed = packed_experts(model.packed) - narrowed
         self.formats = model.formats | {name: (FORMATS[str(quantization)],) for name in narrowed}
+        self.formats |= dict.fromkeys(packed, (FORMATS["mxfp4"],))
         self._registry = Registry()
         (register or _register_kernels)(self._registry)
         self._registry.add(Implementation("rows", "select", "gpu", _select, _always, priority=10, invariant=True))
@@ -57,8 +60,11 @@ class GpuBackend:
         self._plans: dict[int, Plan] = {}
         self._before_head = model.program.before_head()
         self.plan_for(1)
-        plain = unpack_all(model.packed, model.dtype, progress)
-        self.weights: dict[str, torch.Tensor | NarrowWeight] = {}
+        unpacked = {name: weight for name, weight in model.packed.items() if name not in packed}
+        plain = unpack_all(unpacked, model.dtype, progress)
+        self.weights: dict[str, torch.Tensor | Narrow] = {
+            name: load_experts(model.packed[name], model.device) for name in packed
+        }
         for name in list(plain):  # one by one, so that plain and narrow weights are never all there
             moved = plain.pop(name).to(model.device)
             self.weights[name] = narrow(moved, str(quantization), name) if name in narrowed else moved
