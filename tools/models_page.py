@@ -21,6 +21,7 @@ from tokenspeed.program.fuse import fuse
 from tokenspeed.program.plan import plan
 from tokenspeed.quantization.groups import GPU_MODES, MODES
 from tokenspeed.runner.gpu.backend import HOST_REFERENCES
+from tokenspeed.weights.packed_experts import STORED
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 HEAD = """\
@@ -88,7 +89,7 @@ ON_GPU = {
     "fp8": "e4m3, a scale per output channel, activations per token; experts too",
     "int8": "a scale per output channel",
     "int4": "groups of 128 columns",
-    "mxfp4": "e2m1, an exponent per 32 columns",
+    "mxfp4": "e2m1, an exponent per 32 columns; experts too",
 }
 TOKENS = (1, 8, 64, 512)
 """Buckets that are asked for."""
@@ -157,7 +158,7 @@ def _gpu() -> Registry:
 
 def _format(name: str) -> str:
     cpu = "as it is" if name in cpu_registration.FORMATS else "by the reference"
-    gpu = "as it is" if name == "BF16" else "as bf16"
+    gpu = {"BF16": "as it is", STORED: "experts as they are, else as bf16"}.get(name, "as bf16")
     return f"| {name} | yes | {'yes' if name in SAFETENSORS else 'no'} | {cpu} | {gpu} |\n"
 
 

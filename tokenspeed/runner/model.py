@@ -12,6 +12,7 @@ from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import ConfigError, UnsupportedError
 from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.formats.quantized.layout import Quantization
+from tokenspeed.formats.quantized.mxfp4 import METHOD as MXFP4
 from tokenspeed.models.registry import Definition
 from tokenspeed.program.fuse import fuse
 from tokenspeed.program.program import Program
@@ -108,7 +109,7 @@ def load_model(definition: Definition, checkpoint: Checkpoint | None, config: En
 def _check_stored(stored: Quantization, checkpoint: Checkpoint | None, config: EngineConfig) -> None:
     """Refuse what a quantised checkpoint has no part in, and say what is done otherwise than its config says."""
     refuse_stored(config.quantization, stored.method)
-    if checkpoint is None:
+    if checkpoint is None and stored.method != MXFP4:  # of whose experts `dummy_weights` makes codes
         raise UnsupportedError(
             f"--load-format dummy: random weights of quantization_config {stored.method!r} are not made; leave it out "
             "of config.json and use --quantization"

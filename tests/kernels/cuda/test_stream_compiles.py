@@ -70,6 +70,15 @@ def test_hopper(columns: int, prologue: str, act: str, fmt: int) -> None:
     check(found, compile_("stream", found.defines(), "sm_90a"))
 
 
+@pytest.mark.parametrize(("columns", "warps"), [(2880, 9), (3840, 10), (5376, 7)])
+def test_rows_that_eight_warps_do_not_divide(columns: int, warps: int) -> None:
+    found = variant(columns, BF16, "none", PROLOGUES["join"], bias=True)
+    assert found is not None
+    assert found.warps == warps
+    check(found, compile_("stream", found.defines(), "sm_90a"))
+    assert variant(columns, BF16, "none", None, bias=True, rows=2) is None
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(2, 14336), (3, 2048), (8, 4096)])
 def test_several_rows(rows: int, columns: int) -> None:
     found = variant(columns, BF16, "silu", None, bias=True, rows=rows)

@@ -14,10 +14,11 @@ from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.ops.definitions import Operands
 from tokenspeed.program.plan import Plan, Planned, plan
 from tokenspeed.program.program import Record
-from tokenspeed.quantization.narrow import FORMATS, NarrowWeight, narrow
+from tokenspeed.quantization.narrow import FORMATS, Narrow, narrow
 from tokenspeed.runner.gpu.view import GpuView
 from tokenspeed.runner.model import LoadedModel, Progress
 from tokenspeed.weights.held import held_modes, take_stored
+from tokenspeed.weights.packed_experts import load_experts, packed_experts
 from tokenspeed.weights.placing import place_weights
 
 HOST_REFERENCES = ("experts",)
@@ -51,8 +52,11 @@ class GpuBackend:
         a graph can hold."""
         self.model, self.batch_invariant = model, batch_invariant
         narrowed, held = model.projections(quantization), held_modes(model.packed, model.program.head)
+        packed = packed_experts(model.packed) - narrowed
+        stored = model.stored - packed
         self.formats = model.formats | {name: (FORMATS[str(quantization)],) for name in narrowed}
-        self.formats |= dict.fromkeys(model.stored, (UNPACKED,)) | {name: (FORMATS[held[name]],) for name in held}
+        self.formats |= dict.fromkeys(stored, (UNPACKED,)) | {name: (FORMATS[held[name]],) for name in held}
+        self.formats |= dict.fromkeys(packed, (FORMATS["mxfp4"],))
         self._registry = Registry()
         (register or _register_kernels)(self._registry)
         self._registry.add(Implementation("rows", "select", "gpu", _select, _always, priority=10, invariant=True))
@@ -61,12 +65,14 @@ class GpuBackend:
         self._plans: dict[int, Plan] = {}
         self._before_head = model.program.before_head()
         self.plan_for(1)
-        others = {name: weight for name, weight in model.packed.items() if name not in model.stored}
-        self.weights: dict[str, torch.Tensor | NarrowWeight] = {}
+        self.weights: dict[str, torch.Tensor | Narrow] = {
+            name: load_experts(model.packed[name], model.device) for name in packed
+        }
+        others = {name: weight for name, weight in model.packed.items() if name not in stored | packed}
         for name, plain in place_weights(others, model.dtype, model.device, progress):  # few of them at a time
             self.weights[name] = narrow(plain, str(quantization), name) if name in narrowed else plain
-        stored = {name: model.packed[name] for name in model.stored}
-        self.weights |= take_stored(stored, held, model.dtype, model.device)
+        taken = {name: model.packed[name] for name in stored}
+        self.weights |= take_stored(taken, held, model.dtype, model.device)
         self.weight_bytes = {name: float(weight.nbytes) for name, weight in self.weights.items()}
 
         shape = model.definition.config
