@@ -55,7 +55,7 @@ def vector(name: str, *sources: Source) -> WeightSpec:
 
 def plain(values: torch.Tensor) -> tuple[str, tuple[int, ...], np.ndarray]:
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
-    return names[values.dtype], tuple(values.shape), values.contiguous().view(torch.uint8).numpy()
+    return names[values.dtype], tuple(values.shape), values.reshape(-1).view(torch.uint8).numpy()
 
 
 @pytest.mark.parametrize("seed", [SEED])

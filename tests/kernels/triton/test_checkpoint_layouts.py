@@ -75,6 +75,7 @@ def test_weights_have_the_values_of_the_file(made: Maker, name: str) -> None:
         held, wanted = backend.weights[f"layers.0.{weight}"], joined(quantized, *parts)
         assert isinstance(held, NarrowWeight) == (name not in UNPACKED)
         found = held.dequantized(torch.float32) if isinstance(held, NarrowWeight) else held
+        assert isinstance(found, torch.Tensor)
         assert (found.double() - wanted).abs().max() <= wanted.abs().max() * 2**-23
     if name not in UNPACKED:
         narrow = {key: size for key, size in backend.weight_bytes.items() if "norm" not in key and "embed" not in key}
@@ -125,6 +126,7 @@ def test_experts_in_mxfp4_are_unpacked(tmp_path: Path) -> None:
         if name == "gate_up":
             values = torch.cat((values[:, 0::2], values[:, 1::2]), dim=1)
         found = backend.weights[f"layers.1.experts_{name}"]
+        assert isinstance(found, torch.Tensor)
         assert isinstance(found, torch.Tensor)
         assert (found.double() == values).all()
 
