@@ -215,7 +215,7 @@ def test_a_gguf_that_is_something_else(tmp_path: Path) -> None:
     "change, message",
     [
         ({"model_type": "mamba9"}, "model_type 'mamba9' is not supported .*gemma3_text.*llama.*qwen3"),
-        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"quantization_config": {"quant_method": "quip"}}, "quip"),
     ],
 )
 def test_unsupported_configs(broken: Path, change: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tokenspeed.contracts.errors import ConfigError
+from tokenspeed.quantization.groups import gpu_bytes
 from tokenspeed.sol.floor import ceilings_for, decode_work, stored_bytes, total
 from tokenspeed.sol.plan_table import plan_table
 from tokenspeed.sol.report import find_definition, floors_by_op, step_report
@@ -27,9 +28,8 @@ BATCHED = [
     ("llama-3.1-8b", "fp8", {8: 1.98, 32: 2.68, 128: 5.48}),
     ("qwen3-30b-a3b", "none", {1: 1.34, 8: 5.79, 32: 12.24, 128: 15.94}),
     ("qwen3-30b-a3b", "fp8", {1: 0.75, 8: 3.05, 32: 6.54, 128: 9.44}),
+    ("gpt-oss-20b", "none", {1: 0.81, 8: 2.03, 32: 2.90, 128: 3.52}),
 ]
-MXFP4 = {1: 0.81, 8: 2.03, 32: 2.90, 128: 3.52}
-"""gpt-oss-20b."""
 
 
 @pytest.mark.parametrize("model, quantization, milliseconds", ANCHORS)
@@ -46,16 +46,21 @@ def test_batched_floors(model: str, quantization: str, floors: dict[int, float])
         assert report.total.seconds * 1e3 == pytest.approx(milliseconds, rel=0.02)
 
 
-@pytest.mark.parametrize("batch", MXFP4)
-def test_floors_of_experts_in_4_bits(batch: int) -> None:
-    """Experts at 4.25 bits a weight, the rest of the shipped config in bf16."""
+def test_experts_in_4_bits_counted_by_hand() -> None:
+    """gpt-oss-20b: 17 bytes for 32 weights of experts, 4 of 32 of which one token reads; on a GPU whole runs of 128."""
+    found = step_report("gpt-oss-20b", "H200", 1, 10, "none").by_op["experts"].cost.weight_bytes
+    biases = 4 * (2 * 2880 + 2880)
+    assert found == pytest.approx(24 * 4 * (3 * 2880 * 2880 * 17 / 32 + biases))
     _, definition, _ = find_definition("gpt-oss-20b")
-    stored = stored_bytes(definition.weights, None, "none")
-    for name, spec in definition.weights.specs.items():
-        if spec.kind == "experts":
-            stored[name] = spec.rows * spec.cols * 4.25 / 8
-    floors = floors_by_op(definition.program(), decode_work(batch, 1024, stored), ceilings_for("H200"), False)
-    assert total(list(floors.values())).seconds * 1e3 == pytest.approx(MXFP4[batch], rel=0.02)
+    held = sum(gpu_bytes("mxfp4", s.rows, s.cols) for s in definition.weights.specs.values() if s.kind == "experts")
+    assert held == 24 * 32 * 3 * 2880 * 23 * 68
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4", "mxfp4"])
+def test_experts_in_4_bits_are_not_quantised_again(mode: str) -> None:
+    _, definition, _ = find_definition("gpt-oss-20b")
+    with pytest.raises(ConfigError, match=rf"--quantization {mode}: .*experts_gate_up is quantised already \(MXFP4\)"):
+        stored_bytes(definition.weights, None, mode, gpu=True)
 
 
 def test_experts_counted_by_hand() -> None:

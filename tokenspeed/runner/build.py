@@ -97,7 +97,7 @@ def _open_model(config: EngineConfig) -> ModelFiles:
         return ModelFiles(source.name, definition, source, None, generation, f"dummy {source.name}")
     checkpoint = open_safetensors(source.path)
     definition = define_from_hf(settings, config.max_model_len, checkpoint.tensors)
-    digest = checkpoint_digest(checkpoint)
+    digest = checkpoint_digest(checkpoint, definition.stored_as)
     return ModelFiles(source.name, definition, source, checkpoint, generation, digest)
 
 

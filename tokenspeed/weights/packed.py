@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,21 @@ class PackedTensor:
     def lines(self) -> int:
         """Runs of bytes one after the other, each of which is a row, or of an exchanged matrix a column."""
         return self.exchanged * self.cols or self.rows
+
+    @property
+    def unit(self) -> int:
+        """Rows that are unpacked from a multiple of this on."""
+        return 1
+
+    def unpack_rows(self, first: int, last: int, dtype: torch.dtype, out: torch.Tensor) -> int:
+        """Rows [first, last) into `out` [last - first, cols] of `dtype`; the packed bytes read."""
+        data = self.rows_at(first, last)
+        unpack(data.to(out.device), self.fmt, self.cols, dtype, out)
+        return data.numel()
+
+    def released(self) -> PackedTensor:
+        """The same without data."""
+        return replace(self, data=self.data.to("meta"), mapped=None)
 
     def rows_at(self, first: int, last: int) -> torch.Tensor:
         """Rows [first, last) in the program's order: uint8 [last - first, row bytes], a view where none is moved and
@@ -112,14 +127,13 @@ class Weight:
         """The formats that occur, each once, in row order."""
         return tuple(dict.fromkeys(segment.fmt for segment in self.segments))
 
-    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
-        """A fresh tensor of `shape` and `dtype`, on the device of the segments."""
+    def unpacked(self, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+        """A fresh tensor of `shape` and `dtype`, on a device, by default that of the segments."""
         count, cols = sum(segment.rows for segment in self.segments), self.spec.cols
-        out = torch.empty(count, cols, dtype=dtype, device=self.segments[0].data.device)
+        out = torch.empty(count, cols, dtype=dtype, device=device or self.segments[0].data.device)
         start = 0
         for segment in self.segments:
-            rows = segment.rows_at(0, segment.rows)
-            unpack(rows, segment.fmt, cols, dtype, out[start : start + segment.rows])
+            segment.unpack_rows(0, segment.rows, dtype, out[start : start + segment.rows])
             start += segment.rows
         return out.view(self.shape)
 

@@ -19,6 +19,7 @@ import torch
 from tokenspeed.weights.packed import Weight
 from tokenspeed.weights.parts import ALIGNMENT, Part, line_bytes, parts_of, plain_dtype
 from tokenspeed.weights.staging import Lane, OpenFiles, Times
+from tokenspeed.weights.stored import is_stored
 from tokenspeed.weights.tasks import usable_cores
 from tokenspeed.weights.unpacked import unpack_all
 
@@ -118,6 +119,8 @@ class _Readers:
         kept = torch.float32 if weight.spec.kind == "vector" else dtype
         if all(segment.data.device.type == "cuda" for segment in weight.segments):
             return _Weight(name, _as_it_lies(weight, kept).to(self._device), weight.nbytes)
+        if is_stored(weight):
+            return _Weight(name, weight.unpacked(kept, self._device), weight.nbytes)
         made = torch.empty(weight.shape, dtype=kept, device=self._device)
         # The memory may have been another tensor's until now.
         ready = torch.cuda.current_stream(self._device).record_event() if made.is_cuda else None
@@ -181,4 +184,5 @@ def _as_it_lies(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _widest(weights: Mapping[str, Weight]) -> int:
-    return max((line_bytes(segment) for weight in weights.values() for segment in weight.segments), default=0)
+    read = (weight for weight in weights.values() if not is_stored(weight))
+    return max((line_bytes(segment) for weight in read for segment in weight.segments), default=0)

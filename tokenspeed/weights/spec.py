@@ -9,6 +9,7 @@ from math import prod
 from typing import Literal
 
 from tokenspeed.formats.checkpoint import Checkpoint, TensorInfo
+from tokenspeed.formats.quantized.layout import Quantization
 
 Transform = Literal["none", "add_one", "unpermute_rope"]
 """Change on loading. add_one: a norm stored as w that multiplies by (1 + w). unpermute_rope: rows of each head
@@ -45,6 +46,7 @@ class WeightSpec:
 
     `hf` and `gguf` name the tensors that are stacked, in order, to make its rows; `hf_stacked` those that make it where
     a checkpoint holds all experts in one. Vectors are kept in float32; other weights stay packed as the file has them.
+    dummy_format: of random values, those of vectors aside.
     """
 
     name: str
@@ -53,6 +55,7 @@ class WeightSpec:
     hf: tuple[Source, ...]
     gguf: tuple[Source, ...]
     hf_stacked: tuple[Source, ...] = ()
+    dummy_format: str = "BF16"
 
     @property
     def rows(self) -> int:
@@ -105,6 +108,8 @@ class WeightTable:
     ignored: tuple[str, ...] = ()
     """Patterns (fnmatch) of tensors that a checkpoint may hold and this model does not read, such as rope
     frequencies."""
+    quantization: Quantization | None = None
+    """How a safetensors checkpoint keeps matrices, where its config says that they are quantised."""
 
     def add(self, spec: WeightSpec) -> None:
         """Add one weight; its name must be new."""

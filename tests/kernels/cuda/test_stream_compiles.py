@@ -70,6 +70,15 @@ def test_hopper(columns: int, prologue: str, act: str, fmt: int) -> None:
     check(found, compile_("stream", found.defines(), "sm_90a"))
 
 
+@pytest.mark.parametrize(("columns", "warps"), [(2880, 9), (3840, 10), (5376, 7)])
+def test_rows_that_eight_warps_do_not_divide(columns: int, warps: int) -> None:
+    found = variant(columns, BF16, "none", PROLOGUES["join"], bias=True)
+    assert found is not None
+    assert found.warps == warps
+    check(found, compile_("stream", found.defines(), "sm_90a"))
+    assert variant(columns, BF16, "none", None, bias=True, rows=2) is None
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(2, 14336), (3, 2048), (8, 4096)])
 def test_several_rows(rows: int, columns: int) -> None:
     found = variant(columns, BF16, "silu", None, bias=True, rows=rows)
@@ -128,8 +137,10 @@ def test_what_no_tile_fits_is_left_to_the_twin() -> None:
         assert stream(one, odd_rows) is None
     for odd_halves in (quantize_int4(group), quantize_mxfp4(group)):
         assert stream(one, odd_halves, act="silu") is None
-    zeros = int4_weight(torch.ones(6, 1024), torch.ones(6, 8), torch.ones(6, 8))
-    assert stream(one, zeros) is None
+    codes, ours = torch.ones(6, 1024), torch.ones(6, 8).bfloat16()
+    zeros = int4_weight(codes, ours, torch.ones(6, 8))
+    for other in (zeros, int4_weight(codes, ours.half()), int4_weight(codes, ours.repeat_interleave(2, 1))):
+        assert stream(one, other) is None
     odd = torch.ones(1, 4104, dtype=torch.bfloat16)[:, 4:4100]
     assert odd.data_ptr() % 16 == 8
     assert stream(odd, torch.ones(8, 4096, dtype=torch.bfloat16)) is None

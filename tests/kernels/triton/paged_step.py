@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tokenspeed.kernels.triton.paged import Heads, PagedLayer
+from tokenspeed.kernels.triton.view import Reach
 
 GROUPS, LAYERS = 2, 3
 """Page groups and layers per group of every arena here."""
@@ -27,7 +28,7 @@ class DeviceStep:
     head_dim: int
     items: torch.Tensor | None = None
     decode_rows: torch.Tensor | None = None
-    alike: bool = False
+    reach: Reach = Reach.UNEVEN
     places: tuple[tuple[int, int], ...] = ((0, 0), (GROUP, LAYER))
 
 

@@ -28,7 +28,7 @@ from tokenspeed.kernels.triton.linear import project
 from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue
 from tokenspeed.quantization.groups import GPU_MODES
 from tokenspeed.quantization.int4 import int4_weight
-from tokenspeed.quantization.narrow import narrow
+from tokenspeed.quantization.narrow import NarrowWeight, narrow
 
 KINDS = ("int8", "int4", "int4 zeros", "mxfp4")
 ROWS = (*range(1, 9), 16, 33, 64, 100, 300)
@@ -75,11 +75,15 @@ def weight_of(kind: str, rows: int, columns: int, device: str = "cuda") -> Matri
     if kind == "int4 zeros":
         codes = torch.randint(0, 16, (rows, columns), device=device)
         groups = (rows, columns // 128)
-        scale = (torch.rand(*groups, device=device) + 0.2) * columns**-0.5 / 4
+        scale = ((torch.rand(*groups, device=device) + 0.2) * columns**-0.5 / 4).bfloat16()
         return int4_weight(codes, scale, torch.randint(0, 16, groups, device=device))
     sizes = columns**-0.5 * (0.5 + torch.rand(rows, 1, device=device))
     weight = (torch.randn(rows, columns, device=device) * sizes).bfloat16()
-    return weight if kind == "bf16" else narrow(weight, kind, "random")
+    if kind == "bf16":
+        return weight
+    made = narrow(weight, kind, "random")
+    assert isinstance(made, NarrowWeight)
+    return made
 
 
 def wrong(case: Case, device: str = "cuda") -> str | None:
