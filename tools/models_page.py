@@ -50,7 +50,33 @@ Every model also runs by the torch reference, on any device that torch has (`--d
 |---|---|---|---|---|
 """
 QUANTIZATION = """
-GGUF files may be split, safetensors sharded. A `quantization_config` in `config.json` is refused by its name.
+GGUF files may be split, safetensors sharded.
+
+## Quantised checkpoints
+By the `quantization_config` of `config.json`; which modules are quantised is seen from the tensors. Values are those of
+the file: on a GPU as they are, in a type of ours that holds them exactly, else unpacked to the compute dtype at load,
+which takes its memory. Unpacked are also head and embeddings, experts that are not fp8, blocks of fp8 that parts of a
+joined weight (q, k, v; gate, up) cut, and four-bit codes whose columns are no multiple of 128. On the CPU the torch
+reference runs them, unpacked. Beside fp8 weights activations get an e4m3 scale per token, beside others they keep their
+type, whatever the file says of them. The KV cache has the type of `--kv-cache-dtype`.
+
+| `quant_method` | files | one NVIDIA GPU |
+|---|---|---|
+| `fp8` | e4m3 with a scale per 128 x 128 (`weight_scale_inv`) or per matrix | as it is |
+| `compressed-tensors` | `float-quantized`: a scale per 128 x 128, channel or matrix | as it is |
+| | 8 bits, `int-quantized` or `pack-quantized`: a scale per channel or matrix | as it is |
+| | the same with zero points, or in groups | unpacked |
+| | 4 bits, `pack-quantized`: groups of 32, 64, n x 128, or channels; zero points | as it is |
+| | `nvfp4-pack-quantized` | unpacked |
+| `gptq` | 4 bits, formats `gptq` and `gptq_v2`, columns in order; groups as above | as it is |
+| | 8 bits | unpacked |
+| `awq` | version `gemm`; groups as above | as it is |
+| `modelopt` | `FP8` | as it is |
+| | `NVFP4` | unpacked |
+| `mxfp4` | gpt-oss's experts | unpacked |
+
+Refused by name: other methods, bits and packings, columns of a group that lie apart (act-order), sparsity, rotations,
+`--quantization` beside them.
 
 ## `--quantization`, of bf16, fp16 and float32 weights at load
 | mode | CPU | one NVIDIA GPU |

@@ -194,7 +194,7 @@ FAMILY_NAMES = tuple(name for name in CASES if "-" not in name)
 REFUSED: dict[str, list[dict[str, Any]]] = {
     "llama": [
         {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 4.0}},
-        {"quantization_config": {"quant_method": "awq"}},
+        {"quantization_config": {"quant_method": "quip"}},
         {"model_type": "mamba"},
     ],
     "qwen2": [{"use_sliding_window": True}],

@@ -19,7 +19,7 @@ def no_kernels(registry: Any) -> None:
 
 def test_experts_without_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(make_safetensors(CASES["mixtral"], "F32", tmp_path).path)
-    monkeypatch.setattr(backend, "unpack_all", None)
+    monkeypatch.setattr(backend, "place_weights", None)
     with pytest.raises(UnsupportedError, match="op experts has no implementation"):
         GpuBackend(model, register=no_kernels)
 

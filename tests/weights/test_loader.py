@@ -55,7 +55,7 @@ def vector(name: str, *sources: Source) -> WeightSpec:
 
 def plain(values: torch.Tensor) -> tuple[str, tuple[int, ...], np.ndarray]:
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
-    return names[values.dtype], tuple(values.shape), values.contiguous().view(torch.uint8).numpy()
+    return names[values.dtype], tuple(values.shape), values.reshape(-1).view(torch.uint8).numpy()
 
 
 @pytest.mark.parametrize("seed", [SEED])
@@ -229,7 +229,7 @@ def test_plain_types_off_their_alignment_are_copied():
     buffer[start : start + 24] = values.view(torch.uint8).numpy().reshape(-1)
     checkpoint = Memory("safetensors", {"w": ("F32", (2, 3), buffer[start : start + 24])})
     weight = load_weights(checkpoint, table(linear("w", 3, Source("w", 2))))["w"]
-    assert weight.segments[0].data.data_ptr() % 4 == 0
+    assert weight.segments[0].rows_at(1, 2).data_ptr() % 4 == 0
     assert torch.equal(weight.unpacked(torch.float32), values)
 
 

@@ -76,6 +76,10 @@ def _add_models(commands: Any) -> None:
     startup = _measuring(commands, "startup", _startup, "from starting a process to its first token, warm and cold")
     _add_model(startup)
     startup.add_argument("--warm", type=_positive, default=2, metavar="N", help="warm starts (default: 2)")
+    loading = _measuring(commands, "loading", _loading, "a checkpoint in the page cache: reading it, and loading it")
+    _add_shapes(loading)
+    loading.add_argument("--size-gb", type=float, metavar="GB", help="layers to come near (default: all of the model)")
+    loading.add_argument("--dir", type=Path, metavar="DIR", help="for the files (default: the system's for such)")
     mixed = _measuring(commands, "mixed", _mixed, "a long prompt that arrives beside decoding streams")
     _add_model(mixed)
     for name, default, text in (
@@ -102,8 +106,12 @@ def _measuring(commands: Any, name: str, run: Command, text: str) -> argparse.Ar
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="llama-3.1-8b", help="a shipped config or a directory; weights are random")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    _add_shapes(parser)
     parser.add_argument("--quantization", metavar="KIND", help="fp8, int8, int4 or mxfp4 (default: bf16 weights)")
     parser.add_argument("--router", choices=("uniform",), help="choose experts by seeded noise (default: the model's)")
 
@@ -167,6 +175,13 @@ def _startup(options: argparse.Namespace) -> int:
     from tokenspeed.bench.gpu.startup import run_startup
 
     run_startup(_setup(options), _publisher(options), options.warm)
+    return 0
+
+
+def _loading(options: argparse.Namespace) -> int:
+    from tokenspeed.bench.gpu.loading import run_loading
+
+    run_loading(options.model, options.device, _publisher(options), options.dir, options.size_gb)
     return 0
 
 

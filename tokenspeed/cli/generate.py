@@ -98,17 +98,11 @@ def _prompt(options: argparse.Namespace) -> str:
 
 def load_llm(settings: dict[str, Any]) -> LLM:
     """Load a model, with a progress bar on a terminal."""
-    from tqdm import tqdm
-
     from tokenspeed.engine.llm import LLM
+    from tokenspeed.observability.loading import LoadingReport
 
-    with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return LLM(progress=progress, **settings)
+    with LoadingReport() as report:
+        return LLM(progress=report, **settings)
 
 
 def _as_dict(output: RequestOutput) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tokenspeed.cli.flags import add_engine_flags, engine_settings
 from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import ConfigError
+from tokenspeed.observability.loading import LoadingReport
 
 if TYPE_CHECKING:
     from tokenspeed.server.batch.run import Tally
@@ -97,23 +98,15 @@ class _Bars:
         from tqdm import tqdm
 
         self._input_bytes = input_bytes
-        terminal = sys.stderr.isatty()
-        self._loading = tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=not terminal)
-        self._bar = tqdm(desc="answered", unit="line", mininterval=0.2 if terminal else 10.0, delay=0.2)
+        self.load = LoadingReport()
+        self._bar = tqdm(desc="answered", unit="line", mininterval=0.2 if sys.stderr.isatty() else 10.0, delay=0.2)
 
     def __enter__(self) -> _Bars:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loading.close()
+        self.load.close()
         self._bar.close()
-
-    def load(self, done: int, total: int) -> None:
-        """Bytes of the checkpoint."""
-        self._loading.total = total
-        self._loading.update(done - self._loading.n)
-        if done >= total:
-            self._loading.close()
 
     def show(self, tally: Tally) -> None:
         """How far the batch is."""

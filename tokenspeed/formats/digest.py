@@ -9,9 +9,10 @@ from tokenspeed.formats.checkpoint import Checkpoint
 _SAMPLE = 256
 
 
-def checkpoint_digest(checkpoint: Checkpoint) -> str:
-    """Hex digest over the name, shape and type of every tensor and its first and last 256 bytes."""
-    digest = hashlib.blake2b(digest_size=16)
+def checkpoint_digest(checkpoint: Checkpoint, stored_as: str = "") -> str:
+    """Hex digest over the name, shape and type of every tensor and its first and last 256 bytes. stored_as: what those
+    do not tell of how values are made of them."""
+    digest = hashlib.blake2b(stored_as.encode(), digest_size=16)
     for name in sorted(checkpoint.tensors):
         info = checkpoint.tensors[name]
         data = checkpoint.data(name)

@@ -48,7 +48,7 @@ class SafetensorsFile:
         return self._maps[name][info.offset : info.offset + info.nbytes]
 
     def drop_pages(self) -> None:
-        for mapped in self._maps.values():
+        for mapped in {id(mapped): mapped for mapped in self._maps.values()}.values():
             drop_pages(mapped)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from tokenspeed.contracts.errors import FormatError, UnsupportedError
 from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.formats.gguf import GGUFFile
+from tokenspeed.formats.quantized.read import read_quantization
 from tokenspeed.models import (
     gemma2,
     gemma3,
@@ -76,6 +77,11 @@ class Definition:
     config: DenseConfig
     weights: WeightTable
 
+    @property
+    def stored_as(self) -> str:
+        """How the checkpoint's matrices are quantised by its own config, in words; empty where they are not."""
+        return "" if self.weights.quantization is None else self.weights.quantization.description
+
     def program(self, adapters: Mapping[str, int] | None = None, capture: tuple[str, ...] = ()) -> Program:
         """The recorded program; `adapters` and `capture` as in Recorder."""
         shapes = {name: spec.shape for name, spec in self.weights.specs.items()}
@@ -86,21 +92,18 @@ def define_from_hf(
     config: Mapping[str, Any], length: int | None = None, tensors: Collection[str] | None = None
 ) -> Definition:
     """From the contents of config.json, for sequences of up to `length` tokens (`DenseConfig.opened`), and the names of
-    the checkpoint's tensors. Raises UnsupportedError on an unknown model_type, listing the known ones."""
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "?")
-        made_up = tensors is None and (config.get("model_type"), method) == ("gpt_oss", "mxfp4")
-    else:
-        made_up = True
-    if not made_up:
-        raise UnsupportedError(f"quantization_config {method!r} is not supported (supported: none)")
+    the checkpoint's tensors. Raises UnsupportedError on an unknown model_type, listing the known ones, and on a
+    quantization_config that is not read."""
+    quantization = read_quantization(config)
     kind = config.get("model_type")
     for family in FAMILIES:
         if kind in family.hf_types:
             made = replace(family.from_hf(config), num_labels=_num_labels(config, family))
             if tensors and is_bare(tensors) and not (made.num_labels or made.tied or "lm_head.weight" in tensors):
                 made = replace(made, tied=True, headless=True)
-            return _define(family, made.opened(length))
+            definition = _define(family, made.opened(length))
+            definition.weights.quantization = quantization
+            return definition
     known = sorted(name for family in FAMILIES for name in family.hf_types)
     raise UnsupportedError(f"model_type {kind!r} is not supported (supported: {', '.join(known)})")
 

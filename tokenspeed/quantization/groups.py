@@ -39,6 +39,15 @@ def refuse_quantized(mode: str, name: str, formats: Iterable[str]) -> None:
             raise ConfigError(f"--quantization {mode}: weight {name} is quantised already ({fmt}); leave the flag out")
 
 
+def refuse_stored(mode: str | None, method: str) -> None:
+    """Raise ConfigError for a mode where a checkpoint's own config says that it is quantised."""
+    if mode not in (None, "none"):
+        raise ConfigError(
+            f"--quantization {mode}: the checkpoint is quantised already (quantization_config {method!r}); leave the "
+            "flag out"
+        )
+
+
 def quantized_format(mode: str, name: str, kind: str, cols: int, fmt: str) -> str:
     """The format of a matrix of `cols` columns that comes as `fmt`; unchanged where its columns are no whole groups,
     and of routers: their error would change which experts are taken.

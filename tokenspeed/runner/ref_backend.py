@@ -15,7 +15,7 @@ from tokenspeed.runner.arena import Arena
 from tokenspeed.runner.edits import SampledRow
 from tokenspeed.runner.inputs import FedRow, step_view
 from tokenspeed.runner.model import LoadedModel, Progress
-from tokenspeed.weights.unpacked import unpack_all
+from tokenspeed.weights.placing import place_weights
 
 
 class RefBackend:
@@ -35,8 +35,7 @@ class RefBackend:
         self._model = model
         self._arena: Arena | None = None
         self.fallback_ops = list(fallback_ops)
-        unpacked = unpack_all(model.packed, model.dtype, progress)
-        self.weights = {name: tensor.to(model.device) for name, tensor in unpacked.items()}
+        self.weights = dict(place_weights(model.packed, model.dtype, model.device, progress))
         for name in sorted(model.projections(quantization)):
             self.weights[name] = narrow(self.weights[name], str(quantization), name).dequantized(model.dtype)
         self.weight_bytes = {name: float(w.numel() * w.element_size()) for name, w in self.weights.items()}

@@ -7,6 +7,7 @@ import socket
 
 from tokenspeed.config.serving import OperationsConfig, ServeConfig
 from tokenspeed.engine.async_engine import AsyncEngine
+from tokenspeed.observability.loading import LoadingReport
 from tokenspeed.observability.traces import open_exporter
 from tokenspeed.server.access import Access
 from tokenspeed.server.engine import Engine, Progress
@@ -30,7 +31,13 @@ def serve(config: ServeConfig) -> None:
 
     async def start(progress: Progress) -> Engine:
         stuck_after_s = config.operations.engine_stuck_timeout
-        return await AsyncEngine.start(config.engine, progress=progress, stuck_after_s=stuck_after_s)
+        with LoadingReport() as report:
+
+            def shown(done: int, total: int) -> None:
+                report(done, total)
+                progress(done, total)
+
+            return await AsyncEngine.start(config.engine, progress=shown, stuck_after_s=stuck_after_s)
 
     run(state, start, listening, Manner.of(config))
 

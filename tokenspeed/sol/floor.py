@@ -12,7 +12,16 @@ from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.observability.ceilings import Ceilings, read_ceilings
 from tokenspeed.ops.definitions import KV_ITEM_BYTES, OPS, Cost, Workload, kv_entry_bytes
 from tokenspeed.program.program import Program, Record
-from tokenspeed.quantization.groups import GPU_MODES, HEADS, MODES, gpu_bytes, quantized_format, refuse_quantized
+from tokenspeed.quantization.groups import (
+    GPU_MODES,
+    HEADS,
+    MODES,
+    gpu_bytes,
+    quantized_format,
+    refuse_quantized,
+    refuse_stored,
+)
+from tokenspeed.weights.layouts import planned_bytes, source_bytes, tensors_of
 from tokenspeed.weights.spec import WeightSpec, WeightTable
 
 GPUS = {"H200": Ceilings("NVIDIA H200", 4600.0, 770.0, 1410.0)}
@@ -41,8 +50,28 @@ def stored_bytes(
     differently on a GPU. Raises ConfigError as that does for weights that are quantised already."""
     if quantization not in QUANTIZATIONS:
         raise ConfigError(f"--quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
+    if table.quantization is not None:
+        refuse_stored(quantization, table.quantization.method)
+        return {name: _stored_bytes(table, spec, checkpoint) for name, spec in table.specs.items()}
     by_gpu = gpu or quantization not in MODES
     return {name: _weight_bytes(spec, checkpoint, quantization, by_gpu) for name, spec in table.specs.items()}
+
+
+def _stored_bytes(table: WeightTable, spec: WeightSpec, checkpoint: Checkpoint | None) -> float:
+    """Of a checkpoint that is quantised; without its tensors as its config says."""
+    if checkpoint is None:
+        planned = planned_bytes(table, spec)
+        return _weight_bytes(spec, None, "none", True) if planned is None else planned
+    sources = spec.sources(checkpoint)
+    wanted = [name for source in sources for name in tensors_of(table, spec, source, checkpoint)]
+    _check_there(wanted, checkpoint)
+    return sum(source_bytes(checkpoint, table, spec, source) for source in sources)
+
+
+def _check_there(names: list[str], checkpoint: Checkpoint) -> None:
+    missing = [name for name in names if name not in checkpoint.tensors]
+    if missing:
+        raise WeightError(f"{checkpoint.path}: the checkpoint lacks {', '.join(missing)}")
 
 
 def _weight_bytes(spec: WeightSpec, checkpoint: Checkpoint | None, quantization: str, gpu: bool) -> float:
@@ -55,9 +84,7 @@ def _weight_bytes(spec: WeightSpec, checkpoint: Checkpoint | None, quantization:
             return gpu_bytes(quantization, spec.rows, spec.cols)
         return _rows_bytes(spec, spec.rows, stored, "none" if gpu else quantization)
     sources = spec.sources(checkpoint)
-    missing = [source.name for source in sources if source.name not in checkpoint.tensors]
-    if missing:
-        raise WeightError(f"{checkpoint.path}: the checkpoint lacks {', '.join(missing)}")
+    _check_there([source.name for source in sources], checkpoint)
     found = [(source, checkpoint.tensors[source.name]) for source in sources]
     if gpu and spec.kind != "vector" and quantization in ("int8", "int4", "mxfp4"):
         refuse_quantized(quantization, spec.name, [info.dtype for _, info in found])

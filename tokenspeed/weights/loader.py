@@ -10,23 +10,24 @@ import torch
 
 from tokenspeed.contracts.errors import UnsupportedError, WeightError
 from tokenspeed.formats.blocks import BLOCKS, SUPPORTED, row_bytes
-from tokenspeed.formats.checkpoint import Checkpoint, TensorInfo
+from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.quantization.unpack import unpack
-from tokenspeed.weights.packed import PackedTensor, Weight, share_bytes, unpermute_rope, vector_weight
+from tokenspeed.weights.layouts import is_unread, misfits, source_bytes, stored_matrix, tensors_of
+from tokenspeed.weights.packed import PLAIN_BYTES, PackedTensor, Weight, share_bytes, unpermute_rope, vector_weight
 from tokenspeed.weights.spec import Source, WeightSpec, WeightTable
+from tokenspeed.weights.stored import stored_rows
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total."""
 
 _MAX_LISTED = 5
-_PLAIN_ITEM = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 def load_weights(checkpoint: Checkpoint, table: WeightTable, progress: Progress | None = None) -> dict[str, Weight]:
     """Every weight of the table, by its name, in CPU memory.
 
-    Matrices are views of the checkpoint's map (bytes are read when they are first used), but for transposed ones;
-    vectors are float32 copies. Two weights may name the same tensor.
+    Matrices are views of the checkpoint's map (bytes are read when they are first used); vectors are float32 copies.
+    Two weights may name the same tensor.
 
     Raises WeightError naming tensors that are missing, surplus (read by no weight and matching no `ignored` pattern) or
     of another shape, UnsupportedError naming tensors of a type that cannot be unpacked.
@@ -34,17 +35,16 @@ def load_weights(checkpoint: Checkpoint, table: WeightTable, progress: Progress 
     sources = {name: _sources(spec, checkpoint) for name, spec in table.specs.items()}
     _check_names(checkpoint, table, sources)
     _check_tensors(checkpoint, table, sources)
-    nbytes = {
-        name: sum(table.specs[name].source_bytes(source, checkpoint.tensors[source.name]) for source in parts)
-        for name, parts in sources.items()
-    }
+    nbytes = {name: _nbytes(checkpoint, table, name, parts) for name, parts in sources.items()}
     total = sum(nbytes.values())
     weights: dict[str, Weight] = {}
     done = 0
     for name, spec in table.specs.items():
         parts = sources[name]
-        load = _load_vector if spec.kind == "vector" else _load_rows
-        weights[name] = load(checkpoint, spec, parts)
+        if spec.kind == "vector":
+            weights[name] = _load_vector(checkpoint, spec, parts)
+        else:
+            weights[name] = Weight(spec, [_load_rows(checkpoint, table, spec, source) for source in parts])
         done += nbytes[name]
         if progress is not None:
             progress(done, total)
@@ -60,13 +60,24 @@ def _sources(spec: WeightSpec, checkpoint: Checkpoint) -> tuple[Source, ...]:
     return sources
 
 
+def _nbytes(checkpoint: Checkpoint, table: WeightTable, name: str, sources: tuple[Source, ...]) -> int:
+    return sum(source_bytes(checkpoint, table, table.specs[name], source) for source in sources)
+
+
 def _check_names(checkpoint: Checkpoint, table: WeightTable, sources: dict[str, tuple[Source, ...]]) -> None:
-    wanted = dict.fromkeys(source.name for parts in sources.values() for source in parts)
+    wanted = dict.fromkeys(
+        tensor
+        for name, parts in sources.items()
+        for source in parts
+        for tensor in tensors_of(table, table.specs[name], source, checkpoint)
+    )
     missing = [name for name in wanted if name not in checkpoint.tensors]
     surplus = [
         name
         for name in checkpoint.tensors
-        if name not in wanted and not any(fnmatchcase(name, pattern) for pattern in table.ignored)
+        if name not in wanted
+        and not any(fnmatchcase(name, pattern) for pattern in table.ignored)
+        and not is_unread(table, name, checkpoint)
     ]
     problems = [f"{kind} {_listed(names)}" for kind, names in (("lacks", missing), ("has surplus", surplus)) if names]
     if problems:
@@ -78,11 +89,19 @@ def _check_tensors(checkpoint: Checkpoint, table: WeightTable, sources: dict[str
     unsupported: dict[str, None] = {}
     for weight, parts in sources.items():
         for source in parts:
+            stored = stored_matrix(table, table.specs[weight], source, checkpoint)
+            if stored is not None:
+                for what, info, rule in misfits(stored, source, checkpoint):
+                    if what == "shape":
+                        wrong[f"{info.name!r} {list(info.shape)} instead of {list(rule.shapes[0])}"] = None
+                    else:
+                        unsupported[f"{info.name!r} of type {info.dtype} (wanted: {' or '.join(rule.dtypes)})"] = None
+                continue
             info = checkpoint.tensors[source.name]
             shape = table.specs[weight].tensor_shape(source)
             if info.shape != shape:
                 wrong[f"{info.name!r} {list(info.shape)} instead of {list(shape)}"] = None
-            if info.dtype not in (_PLAIN_ITEM if source.transposed else BLOCKS):
+            if info.dtype not in (PLAIN_BYTES if source.transposed else BLOCKS):
                 unsupported[f"{info.name!r} of type {info.dtype}"] = None
     if wrong:
         raise WeightError(f"{checkpoint.path}: wrong shape of {_listed(list(wrong), quote=False)}")
@@ -98,34 +117,31 @@ def _listed(items: list[str], quote: bool = True) -> str:
     return f"{len(items)} tensor{'s' if len(items) > 1 else ''}: {shown}{more}"
 
 
-def _load_rows(checkpoint: Checkpoint, spec: WeightSpec, sources: tuple[Source, ...]) -> Weight:
-    segments = []
-    for source in sources:
-        info = checkpoint.tensors[source.name]
-        width = row_bytes(info.dtype, spec.cols)
-        data = _transposed(checkpoint, info) if source.transposed else _map_tensor(checkpoint, info)
-        part = slice(source.first * width, (source.first + source.rows) * width)
-        data, mapped = data[part], checkpoint.data(info.name)[part]
-        segments.append(
-            PackedTensor(
-                data.view(source.rows, width),
-                info.dtype,
-                source.rows,
-                spec.cols,
-                heads=source.heads if source.transform == "unpermute_rope" else 0,
-                turned=source.turned,
-                mapped=mapped if data.data_ptr() == mapped.ctypes.data else None,
-            )
-        )
-    return Weight(spec, segments)
+def _load_rows(checkpoint: Checkpoint, table: WeightTable, spec: WeightSpec, source: Source) -> PackedTensor:
+    stored = stored_matrix(table, spec, source, checkpoint)
+    if stored is not None:
+        return stored_rows(stored, source, checkpoint)
+    info = checkpoint.tensors[source.name]
+    width = row_bytes(info.dtype, spec.cols)
+    mapped = checkpoint.data(info.name)[source.first * width : (source.first + source.rows) * width]
+    return PackedTensor(
+        share_bytes(mapped).view(source.rows, width),
+        info.dtype,
+        source.rows,
+        spec.cols,
+        heads=source.heads if source.transform == "unpermute_rope" else 0,
+        turned=source.turned,
+        mapped=mapped,
+        exchanged=prod(info.shape[:-2]) if source.transposed else 0,
+    )
 
 
 def _load_vector(checkpoint: Checkpoint, spec: WeightSpec, sources: tuple[Source, ...]) -> Weight:
     parts = []
     for source in sources:
         info = checkpoint.tensors[source.name]
-        data = _map_tensor(checkpoint, info).unsqueeze(0)
-        values = unpack(data, info.dtype, prod(info.shape), torch.float32)[0]
+        row = PackedTensor(share_bytes(checkpoint.data(info.name)).unsqueeze(0), info.dtype, 1, prod(info.shape))
+        values = unpack(row.rows_at(0, 1), info.dtype, row.cols, torch.float32)[0]
         values = values[source.first : source.first + source.rows]
         if source.transform == "add_one":
             values += 1
@@ -133,14 +149,3 @@ def _load_vector(checkpoint: Checkpoint, spec: WeightSpec, sources: tuple[Source
             values = unpermute_rope(values, source.heads, source.turned)
         parts.append(values * source.factor if source.factor != 1 else values)
     return vector_weight(spec, torch.cat(parts) if len(parts) > 1 else parts[0])
-
-
-def _transposed(checkpoint: Checkpoint, info: TensorInfo) -> torch.Tensor:
-    """A copy of the tensor's bytes with rows and columns of each matrix exchanged."""
-    return _map_tensor(checkpoint, info).view(*info.shape, -1).transpose(-3, -2).contiguous().view(-1)
-
-
-def _map_tensor(checkpoint: Checkpoint, info: TensorInfo) -> torch.Tensor:
-    """The tensor's bytes as they lie in the map; copied only where a plain type starts off its natural alignment."""
-    data = share_bytes(checkpoint.data(info.name))
-    return data if data.data_ptr() % _PLAIN_ITEM.get(info.dtype, 1) == 0 else data.clone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,10 @@ import torch
 from tokenspeed.formats.checkpoint import Bytes, drop_pages
 from tokenspeed.quantization.unpack import unpack
 from tokenspeed.weights.spec import WeightSpec
+
+PLAIN_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+"""Of one value."""
+_WORDS = {2: torch.int16, 4: torch.int32}
 
 
 @dataclass(frozen=True)
@@ -28,20 +32,71 @@ class PackedTensor:
     """Of each head the first so many rows are; 0 for all."""
     mapped: Bytes | None = None
     """The bytes of `data` as a view of the file's map, where they are one."""
+    exchanged: int = 0
+    """More than 0: data holds so many matrices of a plain format, each with rows and columns exchanged: a line of it
+    has one column of a matrix."""
 
     @property
     def nbytes(self) -> int:
         return self.data.numel()
 
+    @property
+    def lines(self) -> int:
+        """Runs of bytes one after the other, each of which is a row, or of an exchanged matrix a column."""
+        return self.exchanged * self.cols or self.rows
+
+    @property
+    def unit(self) -> int:
+        """Rows that are unpacked from a multiple of this on."""
+        return 1
+
+    def unpack_rows(self, first: int, last: int, dtype: torch.dtype, out: torch.Tensor) -> int:
+        """Rows [first, last) into `out` [last - first, cols] of `dtype`; the packed bytes read."""
+        data = self.rows_at(first, last)
+        unpack(data.to(out.device), self.fmt, self.cols, dtype, out)
+        return data.numel()
+
+    def released(self) -> PackedTensor:
+        """The same without data."""
+        return replace(self, data=self.data.to("meta"), mapped=None)
+
     def rows_at(self, first: int, last: int) -> torch.Tensor:
-        """Rows [first, last) in the program's order: uint8 [last - first, row bytes], a view where none is moved."""
-        if not self.heads:
-            return self.data[first:last]
-        return self.data[unpermute_rope(torch.arange(self.rows), self.heads, self.turned)[first:last]]
+        """Rows [first, last) in the program's order: uint8 [last - first, row bytes], a view where none is moved and
+        values of a plain format lie on their alignment."""
+        if self.exchanged:
+            return self._rows_of_exchanged(self._origins(first, last))
+        rows = self.data[self._origins(first, last)] if self.heads else self.data[first:last]
+        return rows if rows.data_ptr() % PLAIN_BYTES.get(self.fmt, 1) == 0 else rows.clone()
+
+    def _rows_of_exchanged(self, rows: torch.Tensor) -> torch.Tensor:
+        each, size = self.rows // self.exchanged, PLAIN_BYTES[self.fmt]
+        aligned = self.data.data_ptr() % size == 0
+        values = self.data.view(_WORDS[size]) if aligned else self.data
+        return (
+            values.view(self.exchanged, self.cols, each, -1)[rows // each, :, rows % each].flatten(1).view(torch.uint8)
+        )
+
+    def places(self, first: int, last: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Where rows [first, last), counted as `data` has them, come to lie in the program's order: int64."""
+        rows = torch.arange(first, last, device=device)
+        within, turned = self._within_heads(rows)
+        return rows - within + torch.where(within < turned, within % 2 * (turned // 2) + within // 2, within)
+
+    def _origins(self, first: int, last: int) -> torch.Tensor:
+        """The inverse of `places`: which rows of `data` are [first, last) in the program's order."""
+        rows = torch.arange(first, last)
+        within, turned = self._within_heads(rows)
+        half = max(1, turned // 2)
+        return rows - within + torch.where(within < turned, within % half * 2 + within // half, within)
+
+    def _within_heads(self, rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Each row's number within its head, and how many of a head are interleaved."""
+        size = self.rows // max(1, self.heads)
+        return rows % size, (self.turned or size) if self.heads else 0
 
     def drop_pages(self, first: int, last: int) -> None:
         """Give the file's pages of rows [first, last) back, where the data are its map; rows before are done with."""
-        if self.mapped is None:
+        if self.mapped is None or self.exchanged:
             return
         head = self.rows // self.heads if self.heads else 1
         width = self.nbytes // self.rows
@@ -72,14 +127,13 @@ class Weight:
         """The formats that occur, each once, in row order."""
         return tuple(dict.fromkeys(segment.fmt for segment in self.segments))
 
-    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
-        """A fresh tensor of `shape` and `dtype`, on the device of the segments."""
+    def unpacked(self, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+        """A fresh tensor of `shape` and `dtype`, on a device, by default that of the segments."""
         count, cols = sum(segment.rows for segment in self.segments), self.spec.cols
-        out = torch.empty(count, cols, dtype=dtype, device=self.segments[0].data.device)
+        out = torch.empty(count, cols, dtype=dtype, device=device or self.segments[0].data.device)
         start = 0
         for segment in self.segments:
-            rows = segment.rows_at(0, segment.rows)
-            unpack(rows, segment.fmt, cols, dtype, out[start : start + segment.rows])
+            segment.unpack_rows(0, segment.rows, dtype, out[start : start + segment.rows])
             start += segment.rows
         return out.view(self.shape)
 

@@ -9,6 +9,7 @@ from math import prod
 from typing import Literal
 
 from tokenspeed.formats.checkpoint import Checkpoint, TensorInfo
+from tokenspeed.formats.quantized.layout import Quantization
 
 Transform = Literal["none", "add_one", "unpermute_rope"]
 """Change on loading. add_one: a norm stored as w that multiplies by (1 + w). unpermute_rope: rows of each head
@@ -107,6 +108,8 @@ class WeightTable:
     ignored: tuple[str, ...] = ()
     """Patterns (fnmatch) of tensors that a checkpoint may hold and this model does not read, such as rope
     frequencies."""
+    quantization: Quantization | None = None
+    """How a safetensors checkpoint keeps matrices, where its config says that they are quantised."""
 
     def add(self, spec: WeightSpec) -> None:
         """Add one weight; its name must be new."""

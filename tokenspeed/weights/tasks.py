@@ -9,6 +9,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import torch
 
 
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def run_tasks(tasks: Sequence[Callable[[], int]]) -> Iterator[int]:
     """Run every task; what each returns, as it ends.
 
@@ -16,7 +21,7 @@ def run_tasks(tasks: Sequence[Callable[[], int]]) -> Iterator[int]:
     neighbour on a core then holds up every one of them.
     """
     before = torch.get_num_threads()
-    workers = max(1, min(len(os.sched_getaffinity(0)), len(tasks)))
+    workers = max(1, min(usable_cores(), len(tasks)))
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for future in as_completed([pool.submit(task) for task in tasks]):

@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 
-from tokenspeed.quantization.unpack import unpack
 from tokenspeed.weights.packed import PackedTensor, Weight
 from tokenspeed.weights.tasks import run_tasks
 
@@ -42,15 +41,14 @@ def _tasks(weight: Weight, out: torch.Tensor) -> Iterator[tuple[PackedTensor, to
     start = 0
     for segment in weight.segments:
         target = rows[start : start + segment.rows]
-        step = max(1, TASK_ELEMENTS // segment.cols)
+        step = max(1, TASK_ELEMENTS // segment.cols // segment.unit) * segment.unit
         for first in range(0, segment.rows, step):
             yield segment, target, first, min(first + step, segment.rows)
         start += segment.rows
 
 
 def _run(segment: PackedTensor, target: torch.Tensor, first: int, last: int) -> int:
-    data = segment.rows_at(first, last)
-    unpack(data, segment.fmt, segment.cols, target.dtype, target[first:last])
+    nbytes = segment.unpack_rows(first, last, target.dtype, target[first:last])
     if not segment.heads:  # tasks end in any order, and a moved row may lie in another's part
         segment.drop_pages(first, last)
-    return data.numel()
+    return nbytes

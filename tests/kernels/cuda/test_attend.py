@@ -14,12 +14,13 @@ from tests.kernels.triton.paged_step import PagedCase, check
 from tests.kernels.triton.test_attention_registration import attention_of, program
 from tests.seeds import SEED
 from tokenspeed.kernels.cuda import registration
-from tokenspeed.kernels.cuda.attend import FAR, MOST_TOKENS, Variant, alike, attend, fits, variant
+from tokenspeed.kernels.cuda.attend import FAR, FAR_ROWS, MOST_TOKENS, SPLITS, Variant, attend, fits, reach_of, variant
 from tokenspeed.kernels.cuda.stream import SHARED
 from tokenspeed.kernels.registry import Registry, Situation
 from tokenspeed.kernels.triton import attention_tiles
 from tokenspeed.kernels.triton.attention_registration import run_decode, run_prefill, run_rope_write
 from tokenspeed.kernels.triton.paged import Heads
+from tokenspeed.kernels.triton.view import Reach
 from tokenspeed.ops.rope import Rope
 
 BF16 = torch.bfloat16
@@ -32,21 +33,21 @@ def compiles(found: Variant, architecture: str) -> None:
     wait = ptx.index("griddepcontrol.wait")
     assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("cp.async.cg.shared.global") < wait
     assert wait < ptx.index("st.global") < len(ptx)
-    assert "st.shared::cluster" in ptx
+    assert ("st.shared::cluster" in ptx) == (found.splits > 0)
     assert ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.bf16") >= 2 * found.dim // 16
 
 
 @pytest.mark.parametrize(
-    ("heads", "tokens", "normed", "sinks"),
+    ("heads", "splits", "normed", "sinks"),
     [
-        (Heads(32, 8, 128, 0.1, 0), 1, False, False),
-        (Heads(32, 8, 64, 0.1, 0), 16, False, True),
-        (Heads(64, 8, 128, 0.1, 0), 4, True, True),
-        (Heads(20, 4, 128, 0.1, 0), 64, True, False),
+        (Heads(32, 8, 128, 0.1, 0), 8, False, False),
+        (Heads(32, 8, 64, 0.1, 0), 2, False, True),
+        (Heads(64, 8, 128, 0.1, 0), 0, True, True),
+        (Heads(20, 4, 128, 0.1, 0), 1, True, False),
     ],
 )
-def test_hopper_compiles_it(heads: Heads, tokens: int, normed: bool, sinks: bool) -> None:
-    compiles(variant(tokens, heads, Rope(1e4, heads.head_dim), 16, normed, sinks), "sm_90a")
+def test_hopper_compiles_it(heads: Heads, splits: int, normed: bool, sinks: bool) -> None:
+    compiles(variant(splits, heads, Rope(1e4, heads.head_dim), 16, normed, sinks), "sm_90a")
 
 
 @pytest.mark.slow
@@ -54,20 +55,21 @@ def test_hopper_compiles_it(heads: Heads, tokens: int, normed: bool, sinks: bool
 @pytest.mark.parametrize(("normed", "sinks"), [(False, False), (True, True)])
 @pytest.mark.parametrize("group", [1, 5, 8])
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("tokens", [1, 3, 200])
+@pytest.mark.parametrize("splits", [0, 1, 4])
 def test_every_variant_compiles(
-    tokens: int, dim: int, group: int, sinks: bool, normed: bool, architecture: str
+    splits: int, dim: int, group: int, sinks: bool, normed: bool, architecture: str
 ) -> None:
-    compiles(variant(tokens, Heads(4 * group, 4, dim, 0.1, 0), Rope(1e4, dim // 2), 64, normed, sinks), architecture)
+    compiles(variant(splits, Heads(4 * group, 4, dim, 0.1, 0), Rope(1e4, dim // 2), 64, normed, sinks), architecture)
 
 
+@pytest.mark.parametrize("group", [1, 4, 8])
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 16, 17, 256])
-def test_it_leaves_room_for_a_program_of_the_next_projection(tokens: int, dim: int) -> None:
-    found = variant(tokens, Heads(32, 8, dim, 0.1, 0), Rope(1e4, dim), 16, False, False)
+@pytest.mark.parametrize("splits", [*SPLITS.values(), 0])
+def test_it_leaves_room_for_a_program_of_the_next_projection(splits: int, dim: int, group: int) -> None:
+    found = variant(splits, Heads(8 * group, 8, dim, 0.1, 0), Rope(1e4, dim), 16, False, False)
     assert found.stages >= 2
     assert found.shared <= SHARED
-    assert found.group * found.dim % found.splits == 0
+    assert not found.splits or found.group * found.dim % found.splits == 0
 
 
 def test_what_it_takes() -> None:
@@ -113,15 +115,12 @@ def test_pages_that_it_does_not_take() -> None:
         assert attend(q, k, v, case.paged(), Rope(1e4, 64), heads) is None
 
 
-def test_sequences_alike() -> None:
-    assert alike([])
-    assert alike([0])
-    assert alike([FAR])
-    assert not alike([FAR + 1])
-    assert alike([FAR + 1] * 2)
-    assert alike([100, 600, 900, 30])
-    assert not alike([100, 600, 2000, 30])
-    assert alike([8 * FAR] * 8)
+def test_reach_by_lengths() -> None:
+    near: tuple[list[int], ...] = ([], [0], [FAR], [FAR + 1] * 2, [100, 600, 900, 30], [8 * FAR] * 8, [5] * MOST_TOKENS)
+    assert {reach_of(lengths) for lengths in near} == {Reach.NEAR}
+    assert {reach_of([rows * FAR + 1] * rows) for rows in range(1, FAR_ROWS + 1)} == {Reach.FAR}
+    uneven = ([100, 600, 2000, 30], [(FAR_ROWS + 1) * FAR + 1] * (FAR_ROWS + 1), [9 * FAR, 10, 10])
+    assert {reach_of(lengths) for lengths in uneven} == {Reach.UNEVEN}
 
 
 @pytest.mark.parametrize("seed", [SEED])

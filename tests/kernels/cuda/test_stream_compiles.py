@@ -137,8 +137,10 @@ def test_what_no_tile_fits_is_left_to_the_twin() -> None:
         assert stream(one, odd_rows) is None
     for odd_halves in (quantize_int4(group), quantize_mxfp4(group)):
         assert stream(one, odd_halves, act="silu") is None
-    zeros = int4_weight(torch.ones(6, 1024), torch.ones(6, 8), torch.ones(6, 8))
-    assert stream(one, zeros) is None
+    codes, ours = torch.ones(6, 1024), torch.ones(6, 8).bfloat16()
+    zeros = int4_weight(codes, ours, torch.ones(6, 8))
+    for other in (zeros, int4_weight(codes, ours.half()), int4_weight(codes, ours.repeat_interleave(2, 1))):
+        assert stream(one, other) is None
     odd = torch.ones(1, 4104, dtype=torch.bfloat16)[:, 4:4100]
     assert odd.data_ptr() % 16 == 8
     assert stream(odd, torch.ones(8, 4096, dtype=torch.bfloat16)) is None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tokenspeed.kernels.triton.paged import Heads, PagedLayer
+from tokenspeed.kernels.triton.view import Reach
 
 GROUPS, LAYERS = 2, 3
 """Page groups and layers per group of every arena here."""
@@ -27,7 +28,7 @@ class DeviceStep:
     head_dim: int
     items: torch.Tensor | None = None
     decode_rows: torch.Tensor | None = None
-    alike: bool = False
+    reach: Reach = Reach.UNEVEN
     places: tuple[tuple[int, int], ...] = ((0, 0), (GROUP, LAYER))
 
 
@@ -91,6 +92,7 @@ class PagedCase:
                 continue
             first = max(0, p - shape.window + 1) if shape.window else 0
             keys, values = self.keys[slot][:, first : p + 1].double().repeat_interleave(shape.group, dim=2)
+            keys, values = keys * shape.kv_scale.key, values * shape.kv_scale.value
             scores = torch.einsum("hd,nhd->hn", self.q[i].double().view(shape.heads, -1), keys) * shape.scale
             if shape.softcap:
                 scores = shape.softcap * torch.tanh(scores / shape.softcap)

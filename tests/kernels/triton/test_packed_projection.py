@@ -15,7 +15,7 @@ from tokenspeed.kernels.triton.linear import project
 from tokenspeed.kernels.triton.packed_linear import packed_product, plain
 from tokenspeed.kernels.triton.tiles import PackedTile, packed_tile
 from tokenspeed.ops.definitions import Operands
-from tokenspeed.quantization.int4 import int4_weight
+from tokenspeed.quantization.int4 import Int4Weight, int4_weight
 from tokenspeed.quantization.narrow import FORMATS, PackedWeight, narrow
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -31,7 +31,7 @@ def packed(kind: str, rows: int, cols: int, g: torch.Generator) -> PackedWeight:
     if kind == "int4 zeros":
         codes = torch.randint(0, 16, (rows, cols), generator=g)
         groups = (rows, cols // 128)
-        scale = (torch.rand(*groups, generator=g) + 0.1) / cols**0.5 / 4
+        scale = ((torch.rand(*groups, generator=g) + 0.1) / cols**0.5 / 4).bfloat16()
         return int4_weight(codes, scale, torch.randint(0, 16, groups, generator=g))
     made = narrow(matrix(rows, cols, FP32, g), kind, "w")
     assert isinstance(made, PackedWeight)
@@ -70,6 +70,36 @@ def test_products(kind: str, dtype: torch.dtype, split: int, shape: tuple[str, i
 def test_all_products(kind: str, dtype: torch.dtype, split: int, shape: tuple[str, int, int, int, int]) -> None:
     act, rows, n, fitting, ragged = shape
     check_product(kind, dtype, split, act, rows, n, columns(kind, fitting, ragged))
+
+
+def grouped(rows: int, cols: int, group: int, scale_type: torch.dtype, zeros: bool, g: torch.Generator) -> Int4Weight:
+    """As files have them."""
+    codes = torch.randint(0, 16, (rows, cols), generator=g)
+    scale = ((torch.rand(rows, cols // group, generator=g) + 0.1) / cols**0.5 / 4).to(scale_type)
+    return int4_weight(codes, scale, torch.randint(0, 17, scale.shape, generator=g) if zeros else None)
+
+
+@pytest.mark.parametrize(
+    "group, scale_type, zeros, dtype, shape",
+    [
+        (128, FP16, True, BF16, ("none", 3, 21, 256)),
+        (64, FP16, False, FP16, ("silu", 1, 12, 384)),
+        (32, BF16, True, FP32, ("none", 17, 37, 256)),
+        (32, FP32, False, BF16, ("gelu_tanh", 2, 9, 128)),
+    ],
+)
+def test_groups_and_scales_of_files(
+    group: int, scale_type: torch.dtype, zeros: bool, dtype: torch.dtype, shape: tuple[str, int, int, int]
+) -> None:
+    """Groups smaller than a run are multiplied as values of the compute dtype."""
+    act, rows, n, cols = shape
+    g = generator(group, rows)
+    stored = n if act == "none" else 2 * n
+    x, w = inputs(rows, cols, dtype, g), grouped(stored, cols, group, scale_type, zeros, g)
+    assert (plain(w, dtype) == w.dequantized(dtype)).all()
+    for split in (1, 2):
+        y = packed_product(x, w, None, act, PackedTile(16, split, 4, 2))
+        check(y, *projected(x, w if group == 128 else w.dequantized(dtype), None, act))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,7 +16,7 @@ import torch
 from tokenspeed.bench.gpu.chain import matrix
 from tokenspeed.bench.gpu.graph_timing import microseconds
 from tokenspeed.bench.gpu.paged_steps import PagedStep, paged_step
-from tokenspeed.kernels.cuda.attend import attend
+from tokenspeed.kernels.cuda.attend import attend, reach_of
 from tokenspeed.kernels.cuda.registration import stream_or_project
 from tokenspeed.kernels.triton.attention_registration import MOST_EARLY_TOKENS
 from tokenspeed.kernels.triton.attention_tiles import decode_tile
@@ -26,6 +26,7 @@ from tokenspeed.kernels.triton.linear import project
 from tokenspeed.kernels.triton.operands import Norm, Prologue
 from tokenspeed.kernels.triton.paged import Heads, PagedLayer
 from tokenspeed.kernels.triton.rope_write import HeadNorm, rope_write
+from tokenspeed.kernels.triton.view import Reach
 from tokenspeed.ops.rope import Rope
 
 MODELS = {"1b": (2048, Heads(32, 8, 64, 64**-0.5, 0)), "8b": (4096, Heads(32, 8, 128, 128**-0.5, 0))}
@@ -55,11 +56,13 @@ def by_three(heads: Heads, rope: Rope, norms: Norms = None, sinks: torch.Tensor 
     return run
 
 
-def by_one(heads: Heads, rope: Rope, norms: Norms = None, sinks: torch.Tensor | None = None) -> Attend:
-    """The one kernel."""
+def by_one(
+    heads: Heads, rope: Rope, norms: Norms = None, sinks: torch.Tensor | None = None, longest: int = 0
+) -> Attend:
+    """The one kernel, as for sequences that are all as long as the longest."""
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, paged: PagedLayer) -> torch.Tensor:
-        out = attend(q, k, v, paged, rope, heads, norms, sinks)
+        out = attend(q, k, v, paged, rope, heads, norms, sinks, reach_of([longest] * len(q)) is Reach.FAR)
         assert out is not None, "pages that it does not take"
         return out
 
@@ -71,7 +74,10 @@ def check() -> bool:
     cases = [([length], Heads(32, 8, 128, 128**-0.5, 0), 128) for length in (0, 1, 15, 16, 777, 32768)]
     cases += [([777], Heads(40, 8, 128, 0.09, window), 128) for window in (1, 100)]
     cases += [([333], Heads(4, 4, 64, 0.125, 0), 32), ([5000], Heads(64, 8, 64, 0.125, 128), 64)]
+    cases += [([40000], Heads(16, 8, 64, 0.125, 0), 64), ([9000], Heads(64, 8, 128, 0.09, 0), 128)]
     cases += [(list(range(0, 97 * count, 97)), Heads(32, 8, 64, 0.125, 0), 64) for count in (2, 5, 16, 40)]
+    cases += [(list(range(1500, 0, -11)), Heads(32, 8, 128, 0.125, window), 64) for window in (0, 200)]
+    cases += [(list(range(0, 400, 7)), Heads(64, 8, 128, 0.1, 0), 128)]
     results = [
         _same(lengths, heads, Rope(5e5, turned, scale=1.3 if normed else 1.0), page, normed, sink)
         for lengths, heads, turned in cases
@@ -93,10 +99,11 @@ def _same(lengths: list[int], heads: Heads, rope: Rope, page: int, normed: bool,
     step.kv[at] = torch.nan
     poison = torch.full((1 << 20,), torch.nan, device="cuda")
     del poison
-    out = by_one(*given)(q, k, v, paged)
+    one = by_one(*given, max(lengths))
+    out = one(q, k, v, paged)
     worst = float(torch.maximum((out - expected).abs(), (out - exact).abs()).max())
     kept = float((step.kv[at].float() - written).abs().max())
-    good = worst < TOLERANCE and kept < TOLERANCE and torch.equal(out, by_one(*given)(q, k, v, paged))
+    good = worst < TOLERANCE and kept < TOLERANCE and torch.equal(out, one(q, k, v, paged))
     shape = f"{heads.heads}/{heads.kv_heads} heads of {dim}, window {heads.window}, {rope.dim} turned, pages of {page}"
     print(f"{'ok' if good else 'WRONG':6} {worst:.5f} {kept:.5f}  {lengths[-3:]} {shape}", flush=True)
     return good
@@ -128,7 +135,8 @@ def beyond(model: str, batch: int, context: int) -> tuple[float, float, float]:
 
     rope = Rope(5e5, heads.head_dim)
     bare, three, one = (
-        microseconds(layers(each)) for each in (lambda q, *_: q, by_three(heads, rope), by_one(heads, rope))
+        microseconds(layers(each))
+        for each in (lambda q, *_: q, by_three(heads, rope), by_one(heads, rope, longest=context))
     )
     return bare, three - bare, one - bare
 

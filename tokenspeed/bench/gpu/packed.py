@@ -75,7 +75,7 @@ def weight_of(kind: str, rows: int, columns: int, device: str = "cuda") -> Matri
     if kind == "int4 zeros":
         codes = torch.randint(0, 16, (rows, columns), device=device)
         groups = (rows, columns // 128)
-        scale = (torch.rand(*groups, device=device) + 0.2) * columns**-0.5 / 4
+        scale = ((torch.rand(*groups, device=device) + 0.2) * columns**-0.5 / 4).bfloat16()
         return int4_weight(codes, scale, torch.randint(0, 16, groups, device=device))
     sizes = columns**-0.5 * (0.5 + torch.rand(rows, 1, device=device))
     weight = (torch.randn(rows, columns, device=device) * sizes).bfloat16()

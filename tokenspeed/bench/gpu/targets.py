@@ -26,6 +26,8 @@ IDLE_US, IDLE_P99_US = 4.0, 20.0
 ITL_P99_MS = 18.0
 PREFILL_SHARE = 80.0
 """Per cent of the rate that the same prompt has alone at the same cap."""
+LOAD_SHARE = 0.7
+"""Of the speed at which threads read the same files."""
 REFERENCE, REFERENCE_RATIO = 0.05, 1.2
 """Mean difference of log-probabilities, and times Hugging Face's in the same format."""
 
@@ -58,6 +60,7 @@ def _targets() -> dict[str, Target]:
     found |= {f"{m}.idle.b1.p99": Target(at_most=IDLE_P99_US) for m in DECODE_MS}
     found["llama-3.1-8b.bf16.mixed.itl_p99"] = Target(at_most=ITL_P99_MS)
     found["llama-3.1-8b.bf16.mixed.prefill"] = Target(at_least=PREFILL_SHARE)
+    found["loading.load_share"] = Target(at_least=LOAD_SHARE)
     return {f"h200.{id}": target for id, target in found.items()}
 
 

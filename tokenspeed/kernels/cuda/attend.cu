@@ -4,7 +4,8 @@
 // A cluster of SPLITS programs shares the keys of one token and key head. Each warp takes tiles of 16 keys through a ring of its own,
 // which it fills as soon as the program starts, before the kernel in front has ended (programmatic dependent launch): keys
 // of earlier tokens, positions and block tables are older than that kernel. Both products are those of tensor
-// cores, with a row for each query head. Then the programs of a cluster send each other parts of their sums.
+// cores, with a row for each query head. Then the programs of a cluster send each other parts of their sums. Where a sequence is
+// long for that, SPLITS is 0: any number of programs without a cluster, of which the last one to end adds what all have left in memory.
 //
 // Compiled with -D: DIM (64, 128), GROUP query heads of a key head (1 to 8), HALF of the columns that turn, PAGE
 // (a multiple of 16), SPLITS, WARPS, STAGES, SHARED bytes, and 0/1: NORMED, SINKS.
@@ -18,9 +19,11 @@ constexpr int CHUNKS = ROW_BYTES / 16;
 constexpr int STEPS = DIM / 32;
 constexpr int COLUMNS = DIM / 8;
 constexpr int QUERY_PITCH = DIM + 32;
-constexpr int VALUES = GROUP * DIM / SPLITS;
+constexpr bool CLUSTER = SPLITS > 0;
+constexpr int SHARERS = CLUSTER ? SPLITS : 1;
+constexpr int VALUES = GROUP * DIM / SHARERS;
 constexpr float NONE = -1e38f;
-static_assert(DIM % 64 == 0 && 32 % CHUNKS == 0 && GROUP <= 8 && PAGE % KEYS == 0 && GROUP * DIM % SPLITS == 0, "unfit sizes");
+static_assert(DIM % 64 == 0 && 32 % CHUNKS == 0 && GROUP <= 8 && PAGE % KEYS == 0 && GROUP * DIM % SHARERS == 0, "unfit sizes");
 
 struct Tile {
   u8 keys[KEYS][ROW_BYTES];
@@ -36,7 +39,8 @@ struct Shared {
   u16 queries[8][QUERY_PITCH];
   float cosines[HALF], sines[HALF];
   float tops[WARPS][GROUP], totals[WARPS][GROUP];
-  float all_tops[SPLITS][GROUP], all_totals[SPLITS][GROUP], all_sums[SPLITS][VALUES];
+  float all_tops[SHARERS][GROUP], all_totals[SHARERS][GROUP], all_sums[SHARERS][VALUES];
+  int last;
 };
 static_assert(sizeof(Shared) == SHARED, "the launch must know the size");
 
@@ -188,21 +192,129 @@ struct Stream {
   }
 };
 
+// What the warps of a program have seen together: one head's highest score and sum of weights, one column of the sums.
+struct Together {
+  const Shared& s;
+
+  __device__ float top(int h) const {
+    float top = NONE;
+    for (int w = 0; w < WARPS; ++w) top = fmaxf(top, s.tops[w][h]);
+    return top;
+  }
+  __device__ float total(int h, float top) const {
+    float total = 0;
+    for (int w = 0; w < WARPS && top > NONE; ++w) total += s.totals[w][h] * exp2_fast(s.tops[w][h] - top);
+    return total;
+  }
+  __device__ float sum(int i, float top) const {
+    float sum = 0;
+    for (int w = 0; w < WARPS && top > NONE; ++w) sum += s.sums[w][i / DIM][i % DIM] * exp2_fast(s.tops[w][i / DIM] - top);
+    return sum;
+  }
+};
+
+// How much each of so many parts of a head counts, [parts][GROUP], in place of its highest score: by one warp for some heads.
+__device__ void weigh(int parts, float* tops, const float* totals, const float* sinks) {
+  int lane = threadIdx.x % 32;
+  for (int h = threadIdx.x / 32; h < GROUP; h += WARPS) {
+    float sink = SINKS ? sinks[h] * 1.4426950408889634f : NONE, top = sink;
+    for (int r = lane; r < parts; r += 32) top = fmaxf(top, tops[r * GROUP + h]);
+    for (int o = 16; o; o /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, o));
+    float total = 0;
+    for (int r = lane; r < parts && top > NONE; r += 32) total += totals[r * GROUP + h] * exp2_fast(tops[r * GROUP + h] - top);
+    for (int o = 16; o; o /= 2) total += __shfl_xor_sync(~0u, total, o);
+    if (SINKS) total += exp2_fast(sink - top);
+    for (int r = lane; r < parts; r += 32) tops[r * GROUP + h] = total > 0 ? exp2_fast(tops[r * GROUP + h] - top) / total : 0.0f;
+  }
+  __syncthreads();
+}
+
+// A program's sums, each to the program of the cluster that adds those of its columns.
+__device__ void merge_cluster(Shared& s, u16* out, const float* sinks, bool alive) {
+  int rank = blockIdx.x;
+  Together own{s};
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS)
+    store_remote(&s.all_sums[rank][i % VALUES], i / VALUES, own.sum(i, own.top(i / DIM)));
+  for (int i = threadIdx.x; i < GROUP * SHARERS; i += THREADS) {
+    int h = i % GROUP;
+    float top = own.top(h);
+    store_remote(&s.all_tops[rank][h], i / GROUP, top);
+    store_remote(&s.all_totals[rank][h], i / GROUP, own.total(h, top));
+  }
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  for (int i = threadIdx.x; i < VALUES; i += THREADS) {
+    int column = rank * VALUES + i, h = column / DIM;
+    float top = SINKS ? sinks[h] * 1.4426950408889634f : NONE, total = SINKS ? 1.0f : 0.0f, sum = 0;
+    for (int r = 0; r < SHARERS; ++r) top = fmaxf(top, s.all_tops[r][h]);
+    if (SINKS) total = exp2_fast(sinks[h] * 1.4426950408889634f - top);
+    for (int r = 0; r < SHARERS && top > NONE; ++r) {
+      float weight = exp2_fast(s.all_tops[r][h] - top);
+      total += s.all_totals[r][h] * weight;
+      sum += s.all_sums[r][i] * weight;
+    }
+    out[column] = narrow(alive && total > 0 ? sum / total : 0.0f);
+  }
+}
+
+// Of what other programs wrote meanwhile, past a cache that may hold what was there before.
+__device__ float4 written(const float* at) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(at));
+  return v;
+}
+
+// A program's sums to memory; the last one of an item adds them. `parts`: of this item, sums, tops and totals of every program.
+__device__ void merge_memory(Shared& s, u16* out, float* parts, int* counter, const float* sinks, bool alive) {
+  int rank = blockIdx.x, programs = gridDim.x;
+  float *sums = parts, *tops = sums + programs * GROUP * DIM, *totals = tops + programs * GROUP;
+  Together own{s};
+  for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) sums[rank * GROUP * DIM + i] = own.sum(i, own.top(i / DIM));
+  for (int h = threadIdx.x; h < GROUP; h += THREADS) {
+    tops[rank * GROUP + h] = own.top(h);
+    totals[rank * GROUP + h] = own.total(h, own.top(h));
+  }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    s.last = atomicAdd(counter, 1) == programs - 1;
+    if (s.last) *counter = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!s.last) return;
+  float* here = reinterpret_cast<float*>(s.ring);
+  for (int i = threadIdx.x; i < programs * GROUP / 2; i += THREADS) reinterpret_cast<float4*>(here)[i] = written(tops + 4 * i);
+  __syncthreads();
+  weigh(programs, here, here + programs * GROUP, sinks);
+  for (int i = 4 * threadIdx.x; i < GROUP * DIM; i += 4 * THREADS) {
+    float sum[4] = {};
+#pragma unroll 16
+    for (int r = 0; r < programs; ++r) {
+      float4 part = written(sums + r * GROUP * DIM + i);
+      float weight = here[r * GROUP + i / DIM];
+      sum[0] += part.x * weight, sum[1] += part.y * weight, sum[2] += part.z * weight, sum[3] += part.w * weight;
+    }
+    for (int j = 0; j < 4; ++j) out[i + j] = narrow(alive ? sum[j] : 0.0f);
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
     const u16* q, const u16* k, const u16* v, const float* q_norm, const float* k_norm, const float* frequency,
-    const int* positions, const int* slots, const int* table, u16* kv, u16* out, const float* sinks, long long q_row,
-    long long k_row, long long v_row, long long table_slot, long long kv_page, long long kv_which, long long kv_entry,
-    long long kv_head, int window, float scale, float turn_scale, float q_eps, float k_eps) {
+    const int* positions, const int* slots, const int* table, u16* kv, u16* out, const float* sinks, float* parts,
+    int* counters, long long q_row, long long k_row, long long v_row, long long table_slot, long long kv_page,
+    long long kv_which, long long kv_entry, long long kv_head, int window, float scale, float turn_scale, float q_eps, float k_eps) {
   extern __shared__ __align__(128) u8 memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
   asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;");
-  int rank = blockIdx.x, head = blockIdx.y, token = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (CLUSTER) asm volatile("barrier.cluster.arrive.relaxed.aligned;");
+  int rank = blockIdx.x, programs = gridDim.x, head = blockIdx.y, token = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int position = positions[token], slot = slots[token];
   bool alive = slot >= 0;
   int begin = window > 0 ? max(position - window + 1, 0) : 0, tiles = (position + KEYS - 1) / KEYS - begin / KEYS;
   tiles = alive && position > begin ? tiles : 0;
-  int first = begin / KEYS + rank * tiles / SPLITS, last = begin / KEYS + (rank + 1) * tiles / SPLITS;
+  int first = begin / KEYS + rank * tiles / programs, last = begin / KEYS + (rank + 1) * tiles / programs;
   const int* pages = table + slot * table_slot;
   Stream stream{kv + head * kv_head, pages, kv_page, kv_which, kv_entry, 0, last, begin, position, 0};
   stream.turn_to(first + warp);
@@ -216,7 +328,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
   __syncthreads();
 
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  bool writes = rank == SPLITS - 1 && alive;
+  bool writes = rank == programs - 1 && alive;
   u16* entry = alive ? kv + pages[position / PAGE] * kv_page + position % PAGE * kv_entry + head * kv_head : kv;
   for (int row = warp; row < GROUP + writes; row += WARPS) {
     bool is_key = row == GROUP;
@@ -257,35 +369,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
   seen.leave(s.sums[warp], s.tops[warp], s.totals[warp]);
   __syncthreads();
 
-  // The program's sums, each to the program that adds those of its columns.
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-  for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) {
-    int h = i / DIM;
-    float top = NONE, sum = 0;
-    for (int w = 0; w < WARPS; ++w) top = fmaxf(top, s.tops[w][h]);
-    for (int w = 0; w < WARPS && top > NONE; ++w) sum += s.sums[w][h][i % DIM] * exp2_fast(s.tops[w][h] - top);
-    store_remote(&s.all_sums[rank][i % VALUES], i / VALUES, sum);
-  }
-  for (int i = threadIdx.x; i < GROUP * SPLITS; i += THREADS) {
-    int h = i % GROUP;
-    float top = NONE, total = 0;
-    for (int w = 0; w < WARPS; ++w) top = fmaxf(top, s.tops[w][h]);
-    for (int w = 0; w < WARPS && top > NONE; ++w) total += s.totals[w][h] * exp2_fast(s.tops[w][h] - top);
-    store_remote(&s.all_tops[rank][h], i / GROUP, top);
-    store_remote(&s.all_totals[rank][h], i / GROUP, total);
-  }
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-  for (int i = threadIdx.x; i < VALUES; i += THREADS) {
-    int column = rank * VALUES + i, h = column / DIM;
-    float top = SINKS ? sinks[head * GROUP + h] * 1.4426950408889634f : NONE, total = SINKS ? 1.0f : 0.0f, sum = 0;
-    for (int r = 0; r < SPLITS; ++r) top = fmaxf(top, s.all_tops[r][h]);
-    if (SINKS) total = exp2_fast(sinks[head * GROUP + h] * 1.4426950408889634f - top);
-    for (int r = 0; r < SPLITS && top > NONE; ++r) {
-      float weight = exp2_fast(s.all_tops[r][h] - top);
-      total += s.all_totals[r][h] * weight;
-      sum += s.all_sums[r][i] * weight;
-    }
-    out[(token * gridDim.y + head) * GROUP * DIM + column] = narrow(alive && total > 0 ? sum / total : 0.0f);
-  }
+  int item = token * gridDim.y + head;
+  u16* to = out + (long long)item * GROUP * DIM;
+  const float* logits = sinks + head * GROUP;
+  if (CLUSTER) merge_cluster(s, to, logits, alive);
+  else merge_memory(s, to, parts + (long long)item * programs * GROUP * (DIM + 2), counters + item, logits, alive);
 }

@@ -9,26 +9,33 @@ from functools import cache
 
 import torch
 
-from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer
+from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer, processors
+from tokenspeed.kernels.cuda.stream import PROGRAMS_PER_SM
 from tokenspeed.kernels.triton.launch import device_index
 from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer
 from tokenspeed.kernels.triton.rope_write import HeadNorm, device_frequencies
+from tokenspeed.kernels.triton.view import Reach
 from tokenspeed.ops.rope import Rope
 
 WARPS, KEYS = 4, 16
 """Of a program; of a warp's tile."""
-SPLITS = {2: 8, 4: 4, 16: 2, 256: 1}
-"""Programs that share the keys of one token and key head, by the most tokens. 8B, 1100 tokens of context, 1 / 2 / 4 /
-8 / 16 / 32 / 64 / 128 sequences: 5.5 / 8.2 / 9.5 / 13.4 / 20.7 / 39.4 / 76.3 / 144 us with rotation and write, where
-the three Triton kernels take 10.3 / 13.9 / 15.0 / 19.2 / 29.0 / 46.3 / 83.8 / 153. With 16, at one sequence, every
-processor has a program, and the projections behind it take longer."""
-MOST_TOKENS = max(SPLITS)
+SPLITS = {16: 8, 32: 4, 128: 2, 1 << 30: 1}
+"""Programs that share the keys of one item (a token and key head), by the most items. 8B, 1100 tokens of context, 1 / 2
+/ 4 / 8 / 16 / 32 / 64 / 128 sequences: 5.5 / 8.2 / 9.5 / 13.4 / 20.7 / 39.4 / 76.3 / 144 us with rotation and write,
+where the three Triton kernels take 10.3 / 13.9 / 15.0 / 19.2 / 29.0 / 46.3 / 83.8 / 153. With 16, at one sequence,
+every processor has a program, and the projections behind it take longer."""
+MOST_TOKENS = 256
 RING, NARROW_RING = 96 << 10, 64 << 10
-"""Bytes of keys and values that a program may have under way; with heads of 64."""
+"""Bytes of keys and values that a program may have under way; of a cluster and heads of 64."""
 HEAD_DIMS, MOST_GROUP, FEWEST_KEY_HEADS = (64, 128), 8, 4
 """What the kernel takes; with fewer key heads its programs are too few for the memory."""
 FAR = 4096
-"""Tokens before one sequence's beyond which the Triton kernels' more programs are faster; those of several together."""
+"""Tokens before one sequence's beyond which programs are no longer in clusters but as many as run at once; those of
+several together."""
+MOST_PARTS = 32
+"""Programs of an item then."""
+FAR_ROWS = 4
+"""With more than these, as long ones, the Triton kernels are faster."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Variant:
         tile = 2 * KEYS * 2 * self.dim
         ring = self.warps * max(self.stages * tile, 4 * self.group * self.dim)
         turned = 8 * 2 * (self.dim + 32) + 2 * 4 * self.half
-        merged = 4 * self.group * (2 * self.warps + 2 * self.splits + self.dim)
+        merged = 4 * self.group * (2 * self.warps + 2 * max(self.splits, 1) + self.dim) + 4
         return ring + tile + turned + merged
 
     def defines(self) -> dict[str, int]:
@@ -59,11 +66,10 @@ class Variant:
         return {name.upper(): value for name, value in asdict(self).items()} | {"SHARED": self.shared}
 
 
-def variant(tokens: int, heads: Heads, rope: Rope, page: int, normed: bool, sinks: bool) -> Variant:
-    """The variant for so many tokens, such heads and pages."""
-    splits = next(splits for most, splits in SPLITS.items() if tokens <= most)
+def variant(splits: int, heads: Heads, rope: Rope, page: int, normed: bool, sinks: bool) -> Variant:
+    """The variant of clusters of so many programs, 0 for programs without, for such heads and pages."""
     dim = heads.head_dim
-    stages = (RING if dim > 64 else NARROW_RING) // (WARPS * 2 * KEYS * 2 * dim)
+    stages = (NARROW_RING if dim == 64 and splits > 1 else RING) // (WARPS * 2 * KEYS * 2 * dim)
     return Variant(dim, heads.group, rope.dim // 2, page, splits, WARPS, stages, int(normed), int(sinks))
 
 
@@ -72,18 +78,28 @@ def fits(heads: int, kv_heads: int, head_dim: int) -> bool:
     return head_dim in HEAD_DIMS and heads <= MOST_GROUP * kv_heads and kv_heads >= FEWEST_KEY_HEADS
 
 
-def alike(lengths: Sequence[int]) -> bool:
-    """Whether sequences of so many tokens suit the kernel, whose splits do not follow their lengths: none is long for
-    the number of programs, or among the others."""
+def reach_of(lengths: Sequence[int]) -> Reach:
+    """Of sequences of so many tokens. The kernel's splits do not follow their lengths, so it takes none that are long
+    among the others."""
     longest, rows = max(lengths, default=0), len(lengths)
-    return longest <= FAR * rows and longest * rows <= 512 * rows + 2 * sum(lengths)
+    if longest * rows > 512 * rows + 2 * sum(lengths):
+        return Reach.UNEVEN
+    if longest <= FAR * rows:
+        return Reach.NEAR
+    return Reach.FAR if rows <= FAR_ROWS else Reach.UNEVEN
+
+
+@cache
+def _counters(device: torch.device, items: int) -> torch.Tensor:
+    """Of programs that have ended: no two attentions run at once."""
+    return torch.zeros(items, dtype=torch.int32, device=device)
 
 
 @cache
 def kernel(found: Variant, device: int) -> Kernel:
     """Compiled and loaded."""
     cubin = compiled("attend", found.defines(), architecture(device))
-    return Kernel(cubin, "attend", 32 * found.warps, found.shared, found.splits)
+    return Kernel(cubin, "attend", 32 * found.warps, found.shared, max(found.splits, 1))
 
 
 def attend(
@@ -95,8 +111,11 @@ def attend(
     heads: Heads,
     norms: tuple[HeadNorm, HeadNorm] | None = None,
     sinks: torch.Tensor | None = None,
+    far: bool = False,
 ) -> torch.Tensor | None:
     """`rope_write` and `decode_attention` of tokens of different sequences; None for pages that it does not take.
+
+    far: whether sequences are long for clusters: see `reach_of`.
 
     q [T, heads * head_dim], k and v [T, kv_heads * head_dim], bf16, rows may have gaps. Positions, slots, block tables
     and the keys of earlier tokens are read before the wait of dependent launch: kernels in front must not write them.
@@ -105,12 +124,18 @@ def attend(
     if paged.kv.dtype != torch.bfloat16 or page % KEYS:
         return None
     out = torch.empty((tokens, heads.heads * heads.head_dim), dtype=q.dtype, device=q.device)
-    found = variant(tokens, heads, rope, page, norms is not None, sinks is not None)
-    device = device_index(q.device)
+    device, items = device_index(q.device), tokens * heads.kv_heads
+    splits = 0 if far else next(splits for most, splits in SPLITS.items() if items <= most)
+    found = variant(splits, heads, rope, page, norms is not None, sinks is not None)
+    programs, parts = splits, None
+    if far:
+        # Even, so that what the kernel reads four at a time begins at 16 bytes.
+        programs = min(MOST_PARTS, max(2, PROGRAMS_PER_SM * processors(device) // items // 2 * 2))
+        parts = torch.empty((items, programs, heads.group, heads.head_dim + 2), dtype=torch.float32, device=q.device)
     strides = (q.stride(0), k.stride(0), v.stride(0), paged.table.stride(0), *paged.kv.stride()[:4])
     q_norm, k_norm = norms or (None, None)
     kernel(found, device).launch(
-        (found.splits, heads.kv_heads, tokens),
+        (programs, heads.kv_heads, tokens),
         [
             pointer(q),
             pointer(k),
@@ -124,6 +149,8 @@ def attend(
             pointer(paged.kv),
             pointer(out),
             pointer(sinks),
+            pointer(parts),
+            pointer(_counters(q.device, items) if far else None),
             *((stride, ctypes.c_longlong) for stride in strides),
             (heads.window, ctypes.c_int),
             (heads.scale * LOG2E.value, ctypes.c_float),

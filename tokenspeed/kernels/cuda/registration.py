@@ -24,7 +24,7 @@ from tokenspeed.kernels.triton.attention_registration import (
 from tokenspeed.kernels.triton.linear import project
 from tokenspeed.kernels.triton.operands import Matrix, Prologue
 from tokenspeed.kernels.triton.paged import Heads, PagedLayer, heads_of, paged_layer
-from tokenspeed.kernels.triton.view import PagedView, RecordView
+from tokenspeed.kernels.triton.view import PagedView, Reach, RecordView
 from tokenspeed.ops.definitions import Operands
 
 PRIORITY = 20
@@ -56,9 +56,11 @@ def run_attend(view: PagedView, record: RecordView, inputs: Inputs, weights: Inp
     q, k, v = inputs
     rope, norms, layer = rotation_of(record, weights)
     rest = weights[2 if norms else 0 :]
-    if view.alike:
+    if view.reach:
         sinks = rest[0] if rest else None
-        out = attend(q, k, v, paged_layer(view, layer), rope, heads_of(record.attrs), norms, sinks)
+        out = attend(
+            q, k, v, paged_layer(view, layer), rope, heads_of(record.attrs), norms, sinks, view.reach is Reach.FAR
+        )
         if out is not None:
             return (out,)
     rotated, _ = run_rope_write(view, record, inputs, weights)

@@ -141,7 +141,7 @@ def stream(
     prologue: Prologue | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """`triton.linear.project` of one row of bf16, None where no variant takes it. Taken are Fp8Weights with a scale per
-    row and Int4Weights without zero points."""
+    row and Int4Weights in groups of 128 with bfloat16 scales and without zero points."""
     return _stream(x, weight, bias, act, prologue)
 
 
@@ -193,9 +193,14 @@ def _streams(weight: Matrix, act: str) -> bool:
     if isinstance(weight, Fp8Weight):
         return not weight.scale_block
     if isinstance(weight, Int4Weight | Mxfp4Weight):
-        zeros = isinstance(weight, Int4Weight) and weight.zero is not None
-        return not zeros and weight.shape[0] % (2 if act == "none" else 4) == 0
+        other = isinstance(weight, Int4Weight) and not _is_ours(weight)
+        return not other and weight.shape[0] % (2 if act == "none" else 4) == 0
     return True
+
+
+def _is_ours(weight: Int4Weight) -> bool:
+    """Whether it is as we quantise: groups of 128 with bfloat16 scales and without zero points."""
+    return weight.zero is None and weight.per_run == 1 and weight.scale.dtype == torch.bfloat16
 
 
 def _aligned(*matrices: torch.Tensor | None) -> bool:

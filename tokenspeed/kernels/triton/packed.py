@@ -54,9 +54,11 @@ def run_tile(
     BLOCK_N: tl.constexpr,
     KIND: tl.constexpr,
     dtype: tl.constexpr,
+    PER_RUN: tl.constexpr = 1,
 ) -> tl.tensor:
     """A run of W [BLOCK_N, 128] in the order in which it lies: codes of int8, codes less zero points of int4, values of
-    MXFP4, exact in `dtype`. stored: rows of W."""
+    MXFP4, exact in `dtype`; of int4 with PER_RUN scales of a run, more than one, values rounded to it. stored: rows of
+    W."""
     w_at = weight + w_rows.to(tl.int64)[:, None] * w_stride
     if KIND == "int8":
         cols = run * 128 + tl.arange(0, 128)
@@ -76,10 +78,15 @@ def run_tile(
         else:
             # Bits of 2^23 + code: cheaper than a conversion.
             wide = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+            group = (run * stored + w_rows)[:, None] * PER_RUN + (word % 4 * PER_RUN // 4)[None, :]
             if zero is None:
                 wide -= 8.0
+            elif PER_RUN > 1:
+                wide -= tl.load(zero + group).to(tl.float32)[:, :, None]
             else:
                 wide -= tl.load(zero + run * stored + w_rows).to(tl.float32)[:, None, None]
+            if PER_RUN > 1:
+                wide *= tl.load(scale + group).to(tl.float32)[:, :, None]
         return tl.reshape(wide, [BLOCK_N, 128]).to(dtype)
 
 
@@ -103,11 +110,12 @@ def packed_kernel(
     STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,
     KIND: tl.constexpr,
+    PER_RUN: tl.constexpr,
     ACT: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """y [rows, n] of x [rows, K]; W is [n, K], or [2n, K] with ACT, of KIND int8, int4 or mxfp4. With SPLIT_K > 1
-    float32 sums go to `parts` [SPLIT_K, rows, rows of W] instead, without int8's scales, bias and activation."""
+    """y [rows, n] of x [rows, K]; W is [n, K], or [2n, K] with ACT, as `run_tile` has it. With SPLIT_K > 1 float32 sums
+    go to `parts` [SPLIT_K, rows, rows of W] instead, without int8's scales, bias and activation."""
     pid, split = tl.program_id(0), tl.program_id(1)
     w_rows, columns = weight_rows(pid, n, BLOCK_N, ACT)
     stored = n if ACT == "none" else 2 * n
@@ -122,18 +130,17 @@ def packed_kernel(
         gdc_wait()
         gdc_launch_dependents()
 
-    t = tl.arange(0, ROWS)
+    t, inside = tl.arange(0, ROWS), columns_of(tl.arange(0, 128), KIND != "int8")
     x_at = x + t * x_stride
-    inside = columns_of(tl.arange(0, 128), KIND != "int8")
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for run in tl.range(first, tl.minimum(first + SPAN, RUNS), num_stages=STAGES):
-        w = run_tile(weight, scale, zero, w_rows, w_stride, stored, run, K, BLOCK_N, KIND, x.dtype.element_ty)
+        w = run_tile(weight, scale, zero, w_rows, w_stride, stored, run, K, BLOCK_N, KIND, x.dtype.element_ty, PER_RUN)
         cols = run * 128 + inside
         mask = t[None, :] < rows
         if K % 128 != 0:
             mask &= (cols < K)[:, None]
         a = tl.load(x_at[None, :] + cols[:, None], mask=mask, other=0.0)
-        if KIND == "int4":
+        if KIND == "int4" and PER_RUN == 1:
             factor = tl.load(scale + run * stored + w_rows).to(tl.float32)
             acc += tl.dot(w, a, input_precision="ieee") * factor[:, None]
         else:
@@ -157,6 +164,7 @@ def dequantize_kernel(
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KIND: tl.constexpr,
+    PER_RUN: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """W as plain rows, out [stored, K]: values rounded once."""
@@ -166,8 +174,8 @@ def dequantize_kernel(
     run = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     w_rows = tl.minimum(row, stored - 1)
-    wide = run_tile(weight, scale, zero, w_rows, w_stride, stored, run, K, BLOCK_N, KIND, tl.float32)
-    if KIND == "int4":
+    wide = run_tile(weight, scale, zero, w_rows, w_stride, stored, run, K, BLOCK_N, KIND, tl.float32, PER_RUN)
+    if KIND == "int4" and PER_RUN == 1:
         wide *= tl.load(scale + run * stored + w_rows).to(tl.float32)[:, None]
     if KIND == "int8":
         wide *= tl.load(scale + w_rows)[:, None]

@@ -29,6 +29,11 @@ def zero_of(weight: PackedWeight) -> torch.Tensor | None:
     return weight.zero if isinstance(weight, Int4Weight) else None
 
 
+def per_run_of(weight: PackedWeight) -> int:
+    """Scales of a run of 128 columns, of int4."""
+    return weight.per_run if isinstance(weight, Int4Weight) else 1
+
+
 def packed_product(
     x: torch.Tensor,
     weight: PackedWeight,
@@ -67,6 +72,7 @@ def packed_product(
         STAGES=tile.stages,
         PREFETCH=tile.prefetch,
         KIND=kind,
+        PER_RUN=per_run_of(weight),
         ACT=act,
         **options(tile.warps, pdl),
     )
@@ -103,6 +109,7 @@ def plain(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
         K=cols,
         BLOCK_N=_BLOCK_N,
         KIND=kind_of(weight),
+        PER_RUN=per_run_of(weight),
         **options(4, dependent_launch(out.device)),
     )
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from enum import IntEnum
 from typing import Protocol
 
 import torch
@@ -20,6 +21,15 @@ class RecordView(Protocol):
     def plain(self) -> Iterable[RecordView]: ...
 
 
+class Reach(IntEnum):
+    """How long a decode step's sequences are: of much different length or too long; of much the same; that, but each so
+    long that it wants many programs."""
+
+    UNEVEN = 0
+    NEAR = 1
+    FAR = 2
+
+
 class PagedView(Protocol):
     """A step of T tokens (a bucket's size), on the device; its lengths and work lists are read there.
 
@@ -30,7 +40,7 @@ class PagedView(Protocol):
     items: int32 [n, 4], the prefill kernel's work list (`work_items`); needed above 64 tokens.
     decode_rows: int32 [n], tokens that the decode kernel takes in a step with items, -1 for none; None where all
         tokens are in items.
-    alike: whether every row feeds one token, of sequences of much the same length, none of them very long.
+    reach: of the sequences, where every row feeds one token.
     """
 
     @property
@@ -54,4 +64,4 @@ class PagedView(Protocol):
     @property
     def decode_rows(self) -> torch.Tensor | None: ...
     @property
-    def alike(self) -> bool: ...
+    def reach(self) -> Reach: ...

@@ -17,12 +17,15 @@ from tokenspeed.program.program import Record
 from tokenspeed.quantization.narrow import FORMATS, Narrow, narrow
 from tokenspeed.runner.gpu.view import GpuView
 from tokenspeed.runner.model import LoadedModel, Progress
+from tokenspeed.weights.held import held_modes, take_stored
 from tokenspeed.weights.packed_experts import load_experts, packed_experts
-from tokenspeed.weights.unpacked import unpack_all
+from tokenspeed.weights.placing import place_weights
 
 HOST_REFERENCES = ("experts",)
 """Ops whose reference waits for the device, so no graph can hold it: without a kernel they are refused."""
 
+UNPACKED = "BF16"
+"""What kernels are told of a matrix that comes in a layout of which they have no type."""
 MEASURED = 100
 """Priority, beyond its own, of what runs instead of a kernel."""
 
@@ -48,9 +51,11 @@ class GpuBackend:
         Raises UnsupportedError naming an op that has no kernel, of invariant ones in that mode, and no reference that
         a graph can hold."""
         self.model, self.batch_invariant = model, batch_invariant
-        narrowed = model.projections(quantization)
+        narrowed, held = model.projections(quantization), held_modes(model.packed, model.program.head)
         packed = packed_experts(model.packed) - narrowed
+        stored = model.stored - packed
         self.formats = model.formats | {name: (FORMATS[str(quantization)],) for name in narrowed}
+        self.formats |= dict.fromkeys(stored, (UNPACKED,)) | {name: (FORMATS[held[name]],) for name in held}
         self.formats |= dict.fromkeys(packed, (FORMATS["mxfp4"],))
         self._registry = Registry()
         (register or _register_kernels)(self._registry)
@@ -60,14 +65,14 @@ class GpuBackend:
         self._plans: dict[int, Plan] = {}
         self._before_head = model.program.before_head()
         self.plan_for(1)
-        unpacked = {name: weight for name, weight in model.packed.items() if name not in packed}
-        plain = unpack_all(unpacked, model.dtype, progress)
         self.weights: dict[str, torch.Tensor | Narrow] = {
             name: load_experts(model.packed[name], model.device) for name in packed
         }
-        for name in list(plain):  # one by one, so that plain and narrow weights are never all there
-            moved = plain.pop(name).to(model.device)
-            self.weights[name] = narrow(moved, str(quantization), name) if name in narrowed else moved
+        others = {name: weight for name, weight in model.packed.items() if name not in stored | packed}
+        for name, plain in place_weights(others, model.dtype, model.device, progress):  # few of them at a time
+            self.weights[name] = narrow(plain, str(quantization), name) if name in narrowed else plain
+        taken = {name: model.packed[name] for name in stored}
+        self.weights |= take_stored(taken, held, model.dtype, model.device)
         self.weight_bytes = {name: float(weight.nbytes) for name, weight in self.weights.items()}
 
         shape = model.definition.config

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from tokenspeed.contracts.step import NewSequence, ResultRow, StepDelta, StepPlan, StepResult
-from tokenspeed.kernels.cuda.attend import alike
+from tokenspeed.kernels.cuda.attend import reach_of
 from tokenspeed.kernels.triton.sampling_state import excess, is_edited
 from tokenspeed.kernels.triton.step import StepInputs
+from tokenspeed.kernels.triton.view import Reach
 from tokenspeed.program.plan import bucket_of
 from tokenspeed.runner.arena import Arena
 from tokenspeed.runner.edits import has_penalties
@@ -188,7 +189,9 @@ class GpuExecutor:
         for before in self._pending:
             before.result()
         rows = launched.rows
-        inputs, view = self._prepare(_Kind.of(rows, self._max_rows)._replace(mixed=True, decodes=True, alike=False))
+        inputs, view = self._prepare(
+            _Kind.of(rows, self._max_rows)._replace(mixed=True, decodes=True, reach=Reach.UNEVEN)
+        )
         wanted = torch.tensor(wanted_rows(rows), dtype=torch.int32, device=self.device)
         values = self.backend.body(view)
         results = [ResultRow(row.number, row.start + row.count, [], [], []) for row in rows]
@@ -238,7 +241,7 @@ class GpuExecutor:
             items=items,
             decode_rows=decode_rows,
             one_each=not kind.mixed,
-            alike=kind.alike,
+            reach=kind.reach,
         )
 
     def _upload(self, changes: Changes, rows: Sequence[LaunchedRow]) -> int:
@@ -280,14 +283,14 @@ class GpuExecutor:
 
 class _Kind(NamedTuple):
     """What tells captured steps apart. bucket, rows: tokens and rows that there is room for. mixed: some rows feed more
-    than one token. decodes: others of a mixed step feed one. alike: all do, and the sequences are of much the same
-    length, none of them very long. edits: some edit their logits."""
+    than one token. decodes: others of a mixed step feed one. reach: of the sequences where all do. edits: some edit
+    their logits."""
 
     bucket: int
     rows: int
     mixed: bool
     decodes: bool
-    alike: bool
+    reach: Reach
     edits: bool
 
     @staticmethod
@@ -300,7 +303,7 @@ class _Kind(NamedTuple):
             min(room, bucket, max_rows),
             mixed,
             mixed and any(row.count == 1 for row in rows),
-            not mixed and alike([row.start for row in rows]),
+            Reach.UNEVEN if mixed else reach_of([row.start for row in rows]),
             any(is_edited(row.slot.sampling) for row in rows),
         )
 

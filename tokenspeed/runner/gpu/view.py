@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tokenspeed.kernels.triton.view import Reach
+
 
 @dataclass(frozen=True)
 class GpuView:
@@ -17,7 +19,7 @@ class GpuView:
     items: int32 [N, 4], pieces of prompts: slot, first token in the step, tokens, first position; slot -1 for none.
     decode_rows: int32 [R], the only token of rows that feed one, in steps with items; -1 for none.
     one_each: whether every row feeds one token at most, row i the i-th.
-    alike: whether every row feeds one token, of sequences of much the same length, none of them very long.
+    reach: of the sequences, where every row feeds one token.
     """
 
     tokens: torch.Tensor
@@ -33,7 +35,7 @@ class GpuView:
     items: torch.Tensor | None = None
     decode_rows: torch.Tensor | None = None
     one_each: bool = False
-    alike: bool = False
+    reach: Reach = Reach.UNEVEN
 
     def asking(self, rows: torch.Tensor) -> GpuView:
         """The same step, with logits of other tokens."""
