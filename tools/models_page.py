@@ -21,6 +21,7 @@ from tokenspeed.program.fuse import fuse
 from tokenspeed.program.plan import plan
 from tokenspeed.quantization.groups import GPU_MODES, MODES
 from tokenspeed.runner.gpu.backend import HOST_REFERENCES
+from tokenspeed.weights.packed_experts import STORED
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 HEAD = """\
@@ -54,8 +55,8 @@ GGUF files may be split, safetensors sharded.
 ## Quantised checkpoints
 By the `quantization_config` of `config.json`; which modules are quantised is seen from the tensors. Values are those of
 the file: on a GPU as they are, in a type of ours that holds them exactly, else unpacked to the compute dtype at load,
-which takes its memory. Unpacked are also head and embeddings, experts that are not fp8, blocks of fp8 that parts of a
-joined weight (q, k, v; gate, up) cut, and four-bit codes whose columns are no multiple of 128. On the CPU the torch
+which takes its memory. Unpacked are also head and embeddings, experts but of fp8 and MXFP4, blocks of fp8 that parts of
+a joined weight (q, k, v; gate, up) cut, and four-bit codes whose columns are no multiple of 128. On the CPU the torch
 reference runs them, unpacked. Beside fp8 weights activations get an e4m3 scale per token, beside others they keep their
 type, whatever the file says of them. The KV cache has the type of `--kv-cache-dtype`.
 
@@ -72,7 +73,7 @@ type, whatever the file says of them. The KV cache has the type of `--kv-cache-d
 | `awq` | version `gemm`; groups as above | as it is |
 | `modelopt` | `FP8` | as it is |
 | | `NVFP4` | unpacked |
-| `mxfp4` | gpt-oss's experts | unpacked |
+| `mxfp4` | gpt-oss's experts | as they are |
 
 Refused by name: other methods, bits and packings, columns of a group that lie apart (act-order), sparsity, rotations,
 `--quantization` beside them.
@@ -88,7 +89,7 @@ ON_GPU = {
     "fp8": "e4m3, a scale per output channel, activations per token; experts too",
     "int8": "a scale per output channel",
     "int4": "groups of 128 columns",
-    "mxfp4": "e2m1, an exponent per 32 columns",
+    "mxfp4": "e2m1, an exponent per 32 columns; experts too",
 }
 TOKENS = (1, 8, 64, 512)
 """Buckets that are asked for."""
@@ -157,7 +158,7 @@ def _gpu() -> Registry:
 
 def _format(name: str) -> str:
     cpu = "as it is" if name in cpu_registration.FORMATS else "by the reference"
-    gpu = "as it is" if name == "BF16" else "as bf16"
+    gpu = {"BF16": "as it is", STORED: "experts as they are, else as bf16"}.get(name, "as bf16")
     return f"| {name} | yes | {'yes' if name in SAFETENSORS else 'no'} | {cpu} | {gpu} |\n"
 
 

@@ -39,13 +39,26 @@ def test_the_check_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_cases_count_the_bytes_of_the_experts_that_are_touched() -> None:
-    small = ExpertCase(16, 8, 32, 16)
-    for case in experts.cases([1, 2], ["fp8"], tiles=True, device="cpu", qwen=small):
+    small = {"fp8": ("tiny", ExpertCase(16, 8, 32, 16))}
+    for case in experts.cases([1, 2], ["fp8"], tiles=True, device="cpu", models=small):
         assert case.bytes >= case.flops / 2 / (2 if "B2" in case.name else 1) * 0.4
-        if case.name == "qwen3-30b-a3b fp8 B1 (8.0 distinct) experts":
+        if case.name == "tiny fp8 B1 (8.0 distinct, floor 0.0 us) experts":
             assert case.bytes == 8 * 3 * 16 * 32
             assert case.flops == 2 * 8 * 3 * 16 * 32
             assert torch.equal(case.make()(0), case.make()(0))  # type: ignore[arg-type]
+
+
+def test_cases_of_four_bits() -> None:
+    """Their tiles stay those of MXFP4, and 17 bytes hold 32 weights."""
+    tiny = {"mxfp4": ("tiny", ExpertCase(8, 2, 64, 32, "swiglu_clamped", True))}
+    found = list(experts.cases([1], ["mxfp4"], tiles=True, device="cpu", models=tiny))
+    assert found[0].bytes == 2 * 3 * 32 * 64 * 17 / 32
+    for case in (found[0], found[1], found[2], found[-1]):
+        made = case.make()(0)
+        assert isinstance(made, torch.Tensor)
+        assert torch.equal(made, case.make()(0))  # type: ignore[arg-type]
+    assert any("by choice" in case.name for case in found)
+    assert any("in blocks" in case.name for case in found)
 
 
 def test_uniform_choices_are_distinct_repeatable_and_as_many_as_expected() -> None:

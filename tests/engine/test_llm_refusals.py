@@ -139,11 +139,10 @@ def test_bad_settings(tiny_path: Path, settings: dict[str, Any], error: type[Tok
         LLM(str(tiny_path), **({"dtype": "float32"} | settings))
 
 
-@pytest.mark.parametrize("kv", ["int8", "fp8", "fp8_e4m3"])
-def test_narrow_pages_are_for_the_cpu(kv: str) -> None:
-    config = EngineConfig(kv_cache_dtype=kv)
+def test_int8_pages_are_for_the_cpu() -> None:
+    config = EngineConfig(kv_cache_dtype="int8")
     assert kv_cache_dtype(config, torch.bfloat16, torch.device("cpu")).itemsize == 1
-    with pytest.raises(ConfigError, match=f"--kv-cache-dtype {kv} is not supported on cuda"):
+    with pytest.raises(ConfigError, match="--kv-cache-dtype int8 is not supported on cuda"):
         kv_cache_dtype(config, torch.bfloat16, torch.device("cuda"))
 
 

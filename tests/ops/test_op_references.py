@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from tests.program.random_programs import random_step
+from tokenspeed.ops.definitions import KvScale
 from tokenspeed.ops.reference import REFERENCE, StepView
 from tokenspeed.ops.rope import Rope, llama3_rope
 
@@ -96,6 +98,29 @@ def test_rope_turns_each_pair_by_its_angle(divisors: tuple[float, ...], dim: int
         turned = torch.complex(heads[..., : dim // 2], heads[..., dim // 2 : dim]) * turn
         expected = torch.cat((turned.real, turned.imag, heads[..., dim:]), -1).reshape(9, -1)
         assert error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_fp8_pages_with_scales(softcap: float) -> None:
+    """What is stored times its scale is what was given, within e4m3's step; attention multiplies by it."""
+    given = step()
+    view = dataclasses.replace(given, kv=torch.full(given.kv.shape, -448.0).to(torch.float8_e4m3fn))
+    scale, tokens = KvScale(7.3, 0.02), 9
+    sizes: dict[str, Any] = {"kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "layer": 1}
+    q, k, v = (torch.randn(tokens, heads * HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    call("kv_write", view, 300 * scale.key * k, 300 * scale.value * v, **sizes, kv_scale=scale)
+    for i, slot in enumerate(view.slots[0].tolist()):
+        for which, x in enumerate((k, v)):
+            wanted = (300 * x[i].double()).clamp(-448, 448)
+            torch.testing.assert_close(
+                view.kv[slot // 4, 1, which, slot % 4].double().flatten(), wanted, rtol=0.0626, atol=2e-3
+            )
+    attrs: dict[str, Any] = sizes | {"heads": HEADS, "window": 0, "softcap": softcap}
+    stored = view.kv[:, 1]
+    got = call("attention", view, q, stored, **attrs, scale=1e-4, kv_scale=scale)
+    wide = stored.double() * torch.tensor(scale).double().view(1, 2, 1, 1, 1)
+    expected = call("attention", view, q.double(), wide, **attrs, scale=1e-4)
+    assert error(got, expected) < 1e-5
 
 
 def test_kv_write_puts_each_token_where_its_slot_says_and_touches_nothing_else() -> None:

@@ -22,9 +22,11 @@ from tokenspeed.models.olmo2 import FAMILY as OLMO2
 from tokenspeed.models.olmo2 import VARIANT as OLMO2_VARIANT
 from tokenspeed.models.qwen2 import FAMILY as QWEN2
 from tokenspeed.models.registry import Definition
+from tokenspeed.ops.definitions import KvScale
 from tokenspeed.ops.kv import decode
 from tokenspeed.ops.rope import Rope, no_rope
 from tokenspeed.program.fuse import fuse
+from tokenspeed.program.kv_scale import with_kv_scales
 from tokenspeed.runner.arena import Arena, PageShape
 from tokenspeed.runner.backend import Backend
 from tokenspeed.runner.cpu_backend import CpuBackend, why_not
@@ -231,9 +233,14 @@ def dummy_weights_of(spec: WeightSpec, fmt: str) -> Any:
     "kv, tolerance", [(torch.bfloat16, 5e-3), (torch.int8, 3e-2), (torch.float8_e4m3fn, 8e-2)], ids=str
 )
 @pytest.mark.parametrize("page_size", [3, 16])
-def test_narrow_pages(kv: torch.dtype, tolerance: float, page_size: int) -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+def test_narrow_pages(kv: torch.dtype, tolerance: float, page_size: int, scaled: bool) -> None:
     """Both backends store the same values, but for those that lie on the edge between two; nothing else is written."""
-    ref, cpu = steppers(make_model("gemma3"), page_size, kv)
+    model = make_model("gemma3")
+    if scaled:
+        scales = {0: KvScale(0.03, 5.0), 2: KvScale(21.0, 0.4)}
+        model = replace(model, program=fuse(with_kv_scales(model.definition.program(), scales)))
+    ref, cpu = steppers(model, page_size, kv)
     for stepper in (ref, cpu):
         stepper.start(0, prompt(100), 112)
         stepper.start(1, prompt(290, 1), 300)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tokenspeed.contracts.errors import ConfigError
+from tokenspeed.quantization.groups import gpu_bytes
 from tokenspeed.sol.floor import ceilings_for, decode_work, stored_bytes, total
 from tokenspeed.sol.plan_table import plan_table
 from tokenspeed.sol.report import find_definition, floors_by_op, step_report
@@ -27,9 +28,8 @@ BATCHED = [
     ("llama-3.1-8b", "fp8", {8: 1.98, 32: 2.68, 128: 5.48}),
     ("qwen3-30b-a3b", "none", {1: 1.34, 8: 5.79, 32: 12.24, 128: 15.94}),
     ("qwen3-30b-a3b", "fp8", {1: 0.75, 8: 3.05, 32: 6.54, 128: 9.44}),
+    ("gpt-oss-20b", "none", {1: 0.81, 8: 2.03, 32: 2.90, 128: 3.52}),
 ]
-MXFP4 = {1: 0.81, 8: 2.03, 32: 2.90, 128: 3.52}
-"""gpt-oss-20b."""
 
 
 @pytest.mark.parametrize("model, quantization, milliseconds", ANCHORS)
@@ -46,16 +46,21 @@ def test_batched_floors(model: str, quantization: str, floors: dict[int, float])
         assert report.total.seconds * 1e3 == pytest.approx(milliseconds, rel=0.02)
 
 
-@pytest.mark.parametrize("batch", MXFP4)
-def test_floors_of_experts_in_4_bits(batch: int) -> None:
-    """Experts at 4.25 bits a weight, the rest of the shipped config in bf16."""
+def test_experts_in_4_bits_counted_by_hand() -> None:
+    """gpt-oss-20b: 17 bytes for 32 weights of experts, 4 of 32 of which one token reads; on a GPU whole runs of 128."""
+    found = step_report("gpt-oss-20b", "H200", 1, 10, "none").by_op["experts"].cost.weight_bytes
+    biases = 4 * (2 * 2880 + 2880)
+    assert found == pytest.approx(24 * 4 * (3 * 2880 * 2880 * 17 / 32 + biases))
     _, definition, _ = find_definition("gpt-oss-20b")
-    stored = stored_bytes(definition.weights, None, "none")
-    for name, spec in definition.weights.specs.items():
-        if spec.kind == "experts":
-            stored[name] = spec.rows * spec.cols * 4.25 / 8
-    floors = floors_by_op(definition.program(), decode_work(batch, 1024, stored), ceilings_for("H200"), False)
-    assert total(list(floors.values())).seconds * 1e3 == pytest.approx(MXFP4[batch], rel=0.02)
+    held = sum(gpu_bytes("mxfp4", s.rows, s.cols) for s in definition.weights.specs.values() if s.kind == "experts")
+    assert held == 24 * 32 * 3 * 2880 * 23 * 68
+
+
+@pytest.mark.parametrize("mode", ["fp8", "int8", "int4", "mxfp4"])
+def test_experts_in_4_bits_are_not_quantised_again(mode: str) -> None:
+    _, definition, _ = find_definition("gpt-oss-20b")
+    with pytest.raises(ConfigError, match=rf"--quantization {mode}: .*quantised already \(.* 'mxfp4'\)"):
+        stored_bytes(definition.weights, None, mode, gpu=True)
 
 
 def test_experts_counted_by_hand() -> None:
@@ -90,10 +95,17 @@ def test_window_bounds_the_kv_that_is_read() -> None:
     assert long == (15 * 512 + 3 * 4096) * per_token
 
 
+PLAIN = ("llama-3.2-1b", "llama-3.1-8b", "qwen3-8b", "gemma-3-270m", "qwen3-30b-a3b")
+
+
 @pytest.mark.parametrize(
-    "model", ["llama-3.2-1b", "llama-3.1-8b", "qwen3-8b", "gemma-3-270m", "qwen3-30b-a3b", "gpt-oss-20b"]
+    "model, batch, quantization",
+    [
+        *((model, *step) for model in PLAIN for step in ((1, "none"), (1, "fp8"), (300, "none"), (1024, "fp8"))),
+        ("gpt-oss-20b", 1, "none"),
+        ("gpt-oss-20b", 300, "none"),
+    ],
 )
-@pytest.mark.parametrize("batch, quantization", [(1, "none"), (1, "fp8"), (300, "none"), (1024, "fp8")])
 def test_plan_rows_add_up_to_sol(model: str, batch: int, quantization: str) -> None:
     report = step_report(model, "H200", batch, 700, quantization)
     table = plan_table(model, "H200", batch, 700, quantization)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,11 +36,13 @@ class LateStream:
 
 
 class LateEvent:
-    def __init__(self, blocking: bool) -> None:
-        self.stream: LateStream | None = None
+    stream: LateStream | None = None
 
     def record(self, stream: LateStream) -> None:
         self.stream, self.count = stream, len(stream.work)
+
+    def query(self) -> bool:
+        return False
 
     def synchronize(self) -> None:
         assert self.stream is not None
@@ -57,7 +58,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> list[LateStream]:
         return streams[-1]
 
     deliver = staging._deliver
-    cuda = SimpleNamespace(Stream=stream, Event=LateEvent, stream=nullcontext)
+    cuda = SimpleNamespace(Stream=stream, Event=LateEvent, set_stream=lambda stream: None)
     fake = SimpleNamespace(cuda=cuda, uint8=torch.uint8, empty=lambda n, **_: torch.zeros(n, dtype=torch.uint8))
     monkeypatch.setattr(staging, "torch", fake)
 
@@ -73,15 +74,21 @@ def test_late_copies_arrive_whole(late: list[LateStream], direct: bool) -> None:
     torch.manual_seed(SEED)
     size, count = 37, 9
     lane = Lane(torch.device("cuda", 0), size)
+    lane.enter()
     sent = torch.randint(0, 256, (count, size), dtype=torch.uint8)
     arrived = torch.zeros_like(sent)
-    before = object()
+    befores = [object(), object()]
     for number, row in enumerate(sent):
         used = size - number
-        lane.buffer()[:used] = memoryview(row.numpy())[:used]
+
+        def read(buffer: memoryview, row: torch.Tensor = row, used: int = used) -> int:
+            buffer[:used] = row.numpy().data[:used]
+            return used
+
+        assert lane.fill(read) == used
         copy = arrived[number, :used].copy_
-        lane.send(used, arrived[number, :used] if direct else None, copy, before)  # type: ignore[arg-type]
+        lane.send(used, arrived[number, :used] if direct else None, copy, befores[number // 4 % 2])  # type: ignore[arg-type]
     lane.finish()
     for number in range(count):
         assert torch.equal(arrived[number, : size - number], sent[number, : size - number])
-    assert late[0].waited == [before] * count
+    assert late[0].waited == [befores[0], befores[1], befores[0]]

@@ -57,7 +57,8 @@ class EngineConfig:
     dtype: str = setting("auto", "compute type; auto is bfloat16, float16 is for GPUs", choices=DTYPES)
     kv_cache_dtype: str = setting(
         "auto",
-        "type of the KV cache; auto is the compute type; int8 has a scale per 32 values, fp8 (e4m3) none",
+        "type of the KV cache; auto is the compute type; int8 (CPU) has a scale per 32 values, fp8 (e4m3) those "
+        "of the checkpoint, one per layer for keys and one for values, else none",
         choices=KV_DTYPES,
     )
     quantization: str | None = setting(

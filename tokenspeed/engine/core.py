@@ -410,7 +410,9 @@ def _root(files: ModelFiles, prepared: Prepared, config: EngineConfig) -> bytes:
     weights = files.digest if config.quantization is None else f"{files.digest} {config.quantization}"
     weights += " batch-invariant" if config.batch_invariant else ""
     weights += " long" if files.definition.config.stretched else ""
-    return root_key(weights, f"{prepared.shape.dtype} {prepared.model.dtype}", config.block_size)
+    scales = [f"{layer} {scale.key!r} {scale.value!r}" for layer, scale in sorted(prepared.model.kv_scales.items())]
+    pages = ", ".join([f"{prepared.shape.dtype} {prepared.model.dtype}", *scales])
+    return root_key(weights, pages, config.block_size)
 
 
 def build(config: EngineConfig, progress: Callable[[int, int], None]) -> tuple[EngineCore, EngineInfo]:

@@ -107,6 +107,8 @@ class DenseConfig:
     """Of the layers with experts; `sparse` says for each layer whether it is one."""
     sparse: tuple[bool, ...] = ()
     expert_names: ExpertNames = QWEN_EXPERTS
+    expert_format: str = "BF16"
+    """Of random experts."""
     gguf_mlp_norm: str = "ffn_norm"
     """What GGUF files call the norm before the MLP."""
     later_layers: int = 0

@@ -51,6 +51,7 @@ def from_hf(config: Mapping[str, Any]) -> DenseConfig:
         o_bias=bias,
         moe=_moe(Moe(*experts, size(config, "intermediate_size")), alpha, limit),
         sparse=(True,) * layers,
+        expert_format="MXFP4" if config.get("quantization_config") else "BF16",
         **VARIANT,
     )
 

@@ -55,7 +55,8 @@ def _turned_experts(t: Table, moe: Moe, ours: str, hf: str, gguf: str) -> None:
         ("gate_up", (count, 2 * ff, hidden), pairs, _gguf_pairs(moe, hidden, gguf), _gguf_pair_biases(moe, gguf)),
         ("down", (count, hidden, ff), down, _gguf_down(moe, hidden, gguf), _gguf_down_bias(moe, hidden, gguf)),
     ):
-        t.table.add(WeightSpec(f"{ours}experts_{name}", shape, "experts", (source,), in_gguf))
+        made_up = t.cfg.expert_format
+        t.table.add(WeightSpec(f"{ours}experts_{name}", shape, "experts", (source,), in_gguf, dummy_format=made_up))
         bias = WeightSpec(f"{ours}experts_{name}_bias", shape[:2], "vector", (biases[name],), gguf_bias)
         t.table.add(bias)
 

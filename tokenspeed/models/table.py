@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tokenspeed.models.dense import DenseConfig
+from tokenspeed.weights.kv_scales import KV_SCALE_TENSORS
 from tokenspeed.weights.spec import Kind, Source, Transform, WeightSpec, WeightTable
 
 
@@ -11,7 +12,8 @@ class Table:
 
     def __init__(self, cfg: DenseConfig) -> None:
         self.cfg = cfg
-        self.table = WeightTable(ignored=("rope_freqs.weight", "rope_factors_*.weight", "*.rotary_emb.inv_freq"))
+        unread = ("rope_freqs.weight", "rope_factors_*.weight", "*.rotary_emb.inv_freq")
+        self.table = WeightTable(ignored=unread + KV_SCALE_TENSORS)
 
     def vector(self, name: str, hf: list[Source], gguf: list[Source]) -> None:
         size = sum(source.rows for source in hf)

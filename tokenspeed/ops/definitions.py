@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 TOKENS = "T"
 ROWS = "R"
@@ -28,6 +28,24 @@ def kv_entry_bytes(dtype: str, head_dim: int) -> int:
     if dtype != "int8":
         return KV_ITEM_BYTES[dtype] * head_dim
     return head_dim + head_dim % 2 + 2 * -(-head_dim // KV_GROUP)
+
+
+class KvScale(NamedTuple):
+    """What keys and values of an fp8 page are to be multiplied by; they are stored over it."""
+
+    key: float = 1.0
+    value: float = 1.0
+
+    @property
+    def key_inverse(self) -> float:
+        return 1.0 / self.key
+
+    @property
+    def value_inverse(self) -> float:
+        return 1.0 / self.value
+
+
+UNSCALED = KvScale()
 
 
 @dataclass(frozen=True)
@@ -252,7 +270,8 @@ norm: RMS norm over the last axis, or over each head of `per_head` columns.
 linear: x W^T (+ bias, a second weight).
 split: views of consecutive columns.
 rope: rotates query and key heads by position.
-kv_write: puts keys and values into the pages of `layer`; gives an order token, without elements of its own.
+kv_write: puts keys and values into the pages of `layer`; gives an order token, without elements of its own. Where it
+has a `kv_scale`, a `KvScale`, they are stored over it, and attention, which then has it too, multiplies by it.
 attention: causal, paged, grouped queries, optional window, optional soft cap of scores; a weight, where there is one,
 is the sinks: for each query head a score that takes part in the softmax and has no value.
 add: a + b. act_mul: act(left half) * right half. softcap: cap * tanh(x / cap).

@@ -1,9 +1,13 @@
 """Keys and values as KV pages hold them, in torch.
 
 An entry is one key or value of one head of one token. bfloat16, float16, float32 and float8_e4m3fn hold the values
-alone, fp8 without a scale (vLLM's default, a scale of 1). int8 holds codes, padding to 2 bytes, and a bfloat16 scale
-for each 32 columns; value = scale * code. Keys have a few columns far larger than the rest: with one scale for all, the
-demo model's log-probabilities are off by three times as much.
+alone. int8 holds codes, padding to 2 bytes, and a bfloat16 scale for each 32 columns; value = scale * code. Keys have a
+few columns far larger than the rest: with one scale for all, the demo model's log-probabilities are off by three times
+as much.
+
+What is written into fp8 pages is over the layer's `KvScale` where a checkpoint has one. Else that is 1, as in vLLM: a
+scale measured on the first prompts would make answers depend on who asked first, and e4m3's steps are relative from
+2^-6 to 448.
 """
 
 from __future__ import annotations

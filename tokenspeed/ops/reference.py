@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from tokenspeed.ops.definitions import Attrs
+from tokenspeed.ops.definitions import UNSCALED, Attrs, KvScale
 from tokenspeed.ops.kv import decode, encode
 from tokenspeed.ops.rope import Rope
 
@@ -104,8 +104,10 @@ def kv_write(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[t
     layer = view.kv[:, index]
     page_size = layer.shape[2]
     pages, offsets = view.slots[group] // page_size, view.slots[group] % page_size
-    for which, x in enumerate(inputs):
-        entries = encode(x.reshape(x.shape[0], attrs["kv_heads"], attrs["head_dim"]), layer.dtype)
+    scale: KvScale = attrs.get("kv_scale", UNSCALED)
+    for which, (x, inverse) in enumerate(zip(inputs, (scale.key_inverse, scale.value_inverse), strict=True)):
+        heads = x.reshape(x.shape[0], attrs["kv_heads"], attrs["head_dim"])
+        entries = encode(heads if inverse == 1 else heads.float() * inverse, layer.dtype)
         layer.view(torch.uint8)[pages, which, offsets] = entries.view(torch.uint8)
     return (layer,)
 
@@ -114,6 +116,8 @@ def attention(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[
     """softmax(q k^T * scale) v per sequence over its pages; query at position p sees p - window + 1 .. p. With a
     softcap c, scores x are c * tanh(x / c) (arXiv:2408.00118); sinks join the softmax (arXiv:2309.17453)."""
     query, layer = inputs
+    scale: KvScale = attrs.get("kv_scale", UNSCALED)
+    attrs = {**attrs, "scale": attrs["scale"] * scale.key}
     group, _ = view.places[attrs["layer"]]
     out = torch.empty_like(query)
     for i, context in enumerate(view.context):
@@ -121,7 +125,7 @@ def attention(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[
         q = query[start:end].reshape(end - start, attrs["heads"], attrs["head_dim"])
         attended = _attend(q, layer, view.block_tables[i][group], context, attrs, weights[0] if weights else None)
         out[start:end] = attended.reshape(end - start, -1)
-    return (out,)
+    return (out if scale.value == 1 else (out.float() * scale.value).to(out.dtype),)
 
 
 def _attend(

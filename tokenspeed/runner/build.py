@@ -27,7 +27,7 @@ from tokenspeed.runner.arena import Arena, PageShape
 from tokenspeed.runner.cpu_backend import CpuBackend, why_not
 from tokenspeed.runner.executor import LocalExecutor
 from tokenspeed.runner.gpu.backend import GpuBackend, triton_available
-from tokenspeed.runner.gpu.card import Card, open_card
+from tokenspeed.runner.gpu.card import Card, has_e4m3, open_card
 from tokenspeed.runner.gpu.largest_step import StepLimits, later_bytes, run_largest_steps
 from tokenspeed.runner.layout import page_layout
 from tokenspeed.runner.model import DTYPES, LoadedModel, Progress, compute_device, compute_dtype, load_model
@@ -193,9 +193,12 @@ def kv_cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.devic
         return dtype
     if name in DTYPES:
         return compute_dtype(name, device, "--kv-cache-dtype")
-    if device.type != "cpu":
+    found = KV_TORCH[name]
+    if device.type != "cpu" and found != torch.float8_e4m3fn:
         raise ConfigError(f"--kv-cache-dtype {name} is not supported on {device.type}, only on the CPU")
-    return KV_TORCH[name]
+    if device.type == "cuda" and not has_e4m3(device):
+        raise ConfigError(f"--kv-cache-dtype {name}: this GPU has no e4m3 (compute capability 8.9 and later have it)")
+    return found
 
 
 def choose_backend(

@@ -18,6 +18,7 @@ import torch
 from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.kernels.cpu.registration import forced_isa, register
 from tokenspeed.kernels.registry import Registry, Situation
+from tokenspeed.ops.definitions import UNSCALED
 from tokenspeed.ops.kv import kv_dtype_name
 from tokenspeed.ops.reference import frequencies
 from tokenspeed.ops.rope import Rope
@@ -290,6 +291,8 @@ class CpuBackend:
         op.out, op.rope, op.layer = self._values[rope.outputs[0]], self._rope(rope.attrs["rope"]), write.attrs["layer"]
         op.head_dim, op.kv_heads = write.attrs["head_dim"], write.attrs["kv_heads"]
         op.heads = int(self._model.program.shapes[rope.outputs[0]][-1]) // op.head_dim
+        stored = write.attrs.get("kv_scale", UNSCALED)
+        op.key_inverse, op.value_inverse = stored.key_inverse, stored.value_inverse
         return op
 
     def _attention(self, record: Record) -> Any:
@@ -297,6 +300,8 @@ class CpuBackend:
         op.x, op.out = self._values[record.inputs[0]], self._values[record.outputs[0]]
         for name in ("layer", "heads", "kv_heads", "head_dim", "window", "scale", "softcap"):
             setattr(op, name, record.attrs[name])
+        stored = record.attrs.get("kv_scale", UNSCALED)
+        op.scale, op.value_scale = record.attrs["scale"] * stored.key, stored.value
         if record.weights:
             op.sinks = self._vectors[record.weights[0]]
         return op

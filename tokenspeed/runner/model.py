@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,11 +12,16 @@ from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import ConfigError, UnsupportedError
 from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.formats.quantized.layout import Quantization
+from tokenspeed.formats.quantized.mxfp4 import METHOD as MXFP4
 from tokenspeed.models.registry import Definition
+from tokenspeed.ops.definitions import KvScale
+from tokenspeed.ops.kv import KV_TORCH
 from tokenspeed.program.fuse import fuse
+from tokenspeed.program.kv_scale import with_kv_scales
 from tokenspeed.program.program import Program
 from tokenspeed.quantization.groups import MODES, refuse_quantized, refuse_stored
 from tokenspeed.weights.dummy import dummy_weights
+from tokenspeed.weights.kv_scales import kv_scales
 from tokenspeed.weights.loader import load_weights
 from tokenspeed.weights.packed import Weight
 from tokenspeed.weights.quantized import quantize_weights
@@ -30,13 +35,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 @dataclass(frozen=True)
 class LoadedModel:
     """packed: every weight in its file's own formats, mostly views of the file, or quantised.
-    dtype: of computing, where a backend leaves the choice."""
+    dtype: of computing, where a backend leaves the choice. kv_scales: of the layers whose fp8 pages have some."""
 
     definition: Definition
     program: Program
     packed: Mapping[str, Weight]
     dtype: torch.dtype
     device: torch.device
+    kv_scales: Mapping[int, KvScale] = field(default_factory=dict)
 
     @property
     def formats(self) -> dict[str, tuple[str, ...]]:
@@ -102,13 +108,32 @@ def load_model(definition: Definition, checkpoint: Checkpoint | None, config: En
     if config.quantization in MODES and device.type == "cpu":
         packed = quantize_weights(packed, config.quantization)
     wanted = "float32" if config.precise and config.dtype == "auto" else config.dtype
-    return LoadedModel(definition, fuse(definition.program()), packed, compute_dtype(wanted, device), device)
+    scales = _kv_scales(definition, checkpoint, config)
+    program = fuse(with_kv_scales(definition.program(), scales))
+    return LoadedModel(definition, program, packed, compute_dtype(wanted, device), device, scales)
+
+
+def _kv_scales(definition: Definition, checkpoint: Checkpoint | None, config: EngineConfig) -> dict[int, KvScale]:
+    """Those of the checkpoint, for fp8 pages. Where it has none the scale is 1, which is said."""
+    wanted = KV_TORCH.get(config.kv_cache_dtype) == torch.float8_e4m3fn
+    if checkpoint is None:
+        return {}
+    found = {layer: KvScale(*pair) for layer, pair in kv_scales(checkpoint, len(definition.config.windows)).items()}
+    if wanted and not found:
+        logger.warning(
+            "--kv-cache-dtype %s: the checkpoint has no scales for it; keys and values are stored as they are, clipped "
+            "at 448",
+            config.kv_cache_dtype,
+        )
+    if found and not wanted:
+        logger.info("the checkpoint has scales for an fp8 KV cache, which --kv-cache-dtype fp8 asks for")
+    return found if wanted else {}
 
 
 def _check_stored(stored: Quantization, checkpoint: Checkpoint | None, config: EngineConfig) -> None:
     """Refuse what a quantised checkpoint has no part in, and say what is done otherwise than its config says."""
     refuse_stored(config.quantization, stored.method)
-    if checkpoint is None:
+    if checkpoint is None and stored.method != MXFP4:  # of whose experts `dummy_weights` makes codes
         raise UnsupportedError(
             f"--load-format dummy: random weights of quantization_config {stored.method!r} are not made; leave it out "
             "of config.json and use --quantization"

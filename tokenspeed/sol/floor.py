@@ -77,9 +77,11 @@ def _check_there(names: list[str], checkpoint: Checkpoint) -> None:
 def _weight_bytes(spec: WeightSpec, checkpoint: Checkpoint | None, quantization: str, gpu: bool) -> float:
     narrow = gpu and quantization in GPU_MODES and spec.kind in ("linear", "experts") and spec.name not in HEADS
     if checkpoint is None:
+        stored = "F32" if spec.kind == "vector" else spec.dummy_format
         if narrow:
+            if quantization != "fp8":
+                refuse_quantized(quantization, spec.name, (stored,))
             return gpu_bytes(quantization, spec.rows, spec.cols)
-        stored = "F32" if spec.kind == "vector" else "BF16"
         return _rows_bytes(spec, spec.rows, stored, "none" if gpu else quantization)
     sources = spec.sources(checkpoint)
     _check_there([source.name for source in sources], checkpoint)

@@ -11,7 +11,6 @@ from tokenspeed.weights.packed import PackedTensor, Weight, vector_weight
 from tokenspeed.weights.spec import WeightSpec, WeightTable
 
 STD = 0.02
-DEFAULT_FORMAT = "BF16"
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Where a block keeps its float16 factors, and the values with which uniformly random bytes elsewhere give values of
@@ -33,11 +32,15 @@ _FACTORS: dict[str, tuple[tuple[int, float], ...]] = {
 
 
 def dummy_weights(
-    table: WeightTable, fmt: Mapping[str, str] | str = DEFAULT_FORMAT, seed: int = 0, device: torch.device | str = "cpu"
+    table: WeightTable,
+    fmt: Mapping[str, str] | str | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Weight]:
     """Every weight of the table, random, on `device`; the same for the same arguments.
 
-    fmt: one format for all matrices, or a format per weight name (BF16 for names it lacks). Matrix values have a mean
+    fmt: one format for all matrices, or a format per weight name; by default, and for names it lacks, the weight's
+    own `dummy_format`. Matrix values have a mean
     within 0.003 of 0 and standard deviation 0.02; vectors are float32 around 1. Raises UnsupportedError for an unknown
     format, FormatError when a width is no whole number of its blocks.
     """
@@ -48,7 +51,7 @@ def dummy_weights(
             values = torch.empty(spec.shape, dtype=torch.float32, device=device)
             weights[name] = vector_weight(spec, values.normal_(1, STD, generator=generator))
         else:
-            chosen = fmt if isinstance(fmt, str) else fmt.get(name, DEFAULT_FORMAT)
+            chosen = fmt if isinstance(fmt, str) else (fmt or {}).get(name, spec.dummy_format)
             weights[name] = _random_matrix(spec, chosen, generator)
     return weights
 

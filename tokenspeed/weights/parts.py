@@ -91,14 +91,17 @@ class Part:
         """Packed bytes."""
         return sum(piece.nbytes for piece in self.pieces)
 
-    def run(self, lane: Lane, files: OpenFiles, after: torch.cuda.Event | None) -> torch.cuda.Event | None:
-        """Read it and send it on its way, behind `after`; the event of its arrival."""
-        buffer, first = lane.buffer(), self.pieces[0]
-        spans = self._spans()
-        for piece, (start, end) in zip(self.pieces, spans, strict=True):
-            piece.read(files, buffer[start:end])
-        used = spans[-1][1]
-        return lane.send(used, first.straight(used) if first.is_direct else None, self._put, after)
+    def run(self, lane: Lane, files: OpenFiles, after: torch.cuda.Event | None) -> None:
+        """Read it and send it on its way, behind `after`."""
+        first, spans = self.pieces[0], self._spans()
+
+        def read(buffer: memoryview) -> int:
+            for piece, (start, end) in zip(self.pieces, spans, strict=True):
+                piece.read(files, buffer[start:end])
+            return spans[-1][1]
+
+        used = lane.fill(read)
+        lane.send(used, first.straight(used) if first.is_direct else None, self._put, after)
 
     def _spans(self) -> list[tuple[int, int]]:
         """The bytes of the buffer that each piece has."""

@@ -7,18 +7,19 @@ the device.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 import torch
 
 from tokenspeed.weights.packed import Weight
 from tokenspeed.weights.parts import ALIGNMENT, Part, line_bytes, parts_of, plain_dtype
-from tokenspeed.weights.staging import Lane, OpenFiles
+from tokenspeed.weights.staging import Lane, OpenFiles, Times
 from tokenspeed.weights.stored import is_stored, unpack_stored
 from tokenspeed.weights.tasks import usable_cores
 from tokenspeed.weights.unpacked import unpack_all
@@ -31,8 +32,6 @@ AHEAD_BYTES = 512 << 20
 _REPORTS = 200
 """Most calls of a load's `progress`."""
 
-_Arrival = tuple[int, torch.cuda.Event | None]
-"""Packed bytes, and the event of the end of their copy."""
 Progress = Callable[[int, int], None] | None
 Placed = Iterator[tuple[str, torch.Tensor]]
 
@@ -70,42 +69,61 @@ def read_to(
     progress: Callable[[int, int], None] | None = None,
     readers: int = READERS,
     buffer_bytes: int = BUFFER_BYTES,
+    times: Times | None = None,
 ) -> Placed:
-    """`place_weights` through readers, whatever the device."""
+    """`place_weights` through readers, whatever the device. times: to which theirs are added."""
     readers = max(1, min(readers, usable_cores()))
     total = sum(weight.nbytes for weight in weights.values())
     with _Readers(device, readers, max(buffer_bytes, _widest(weights) + ALIGNMENT)) as pool:
         source, waiting = iter(weights.items()), deque[_Weight]()
-        done = told = pending = 0
+        done = told = ahead = 0
         if progress is not None:
             progress(0, total)
         while True:
-            while pending < AHEAD_BYTES and (following := next(source, None)) is not None:
+            while (not waiting or ahead < AHEAD_BYTES) and (following := next(source, None)) is not None:
+                ahead += following[1].nbytes if waiting else 0
                 waiting.append(pool.start(*following, dtype))
-                pending += waiting[-1].nbytes
             if not waiting:
-                return
-            first = waiting[0]
-            arrived = first.await_one()
-            done, pending = done + arrived, pending - arrived
+                break
+            first = waiting.popleft()
+            ahead -= waiting[0].nbytes if waiting else 0
+            pool.finish(first)
+            done += first.nbytes
             if progress is not None and done - told >= min(total // _REPORTS, total - told):
                 told = done
                 progress(done, total)
-            if not first.parts:
-                waiting.popleft()
-                yield first.name, first.tensor
+            yield first.name, first.tensor
+        if times is not None:
+            pool.add_times(times)
+
+
+@dataclass
+class _Weight:
+    """A weight on its way in so many parts. lanes: of those that have been sent."""
+
+    name: str
+    tensor: torch.Tensor
+    nbytes: int
+    parts: int = 0
+    lanes: list[Lane] = field(default_factory=list)
+    sent: threading.Event = field(default_factory=threading.Event)
+
+
+_Job = tuple[Part, _Weight, torch.cuda.Event | None]
 
 
 class _Readers:
-    """Threads that read parts of weights, each through a lane of its own."""
+    """Threads that read parts of weights, each with a lane of its own."""
 
     def __init__(self, device: torch.device, count: int, nbytes: int) -> None:
         self._device, self._nbytes = device, nbytes
         self._lanes = [Lane(device, nbytes) for _ in range(count)]
-        self._idle: SimpleQueue[Lane] = SimpleQueue()
-        for lane in self._lanes:
-            self._idle.put(lane)
-        self._files, self._pool = OpenFiles(), ThreadPoolExecutor(count)
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._files = OpenFiles()
+        self._error: BaseException | None = None
+        self._threads = [threading.Thread(target=self._read, args=(lane,), daemon=True) for lane in self._lanes]
+        for thread in self._threads:
+            thread.start()
 
     def start(self, name: str, weight: Weight, dtype: torch.dtype) -> _Weight:
         """Make room for a weight and ask for all its parts."""
@@ -115,44 +133,55 @@ class _Readers:
         made = torch.empty(weight.shape, dtype=kept, device=self._device)
         # The memory may have been another tensor's until now.
         ready = torch.cuda.current_stream(self._device).record_event() if made.is_cuda else None
-        parts = parts_of(weight, made.view(-1, weight.spec.cols), self._nbytes)
-        return _Weight(name, made, weight.nbytes, deque(self._pool.submit(self._run, part, ready) for part in parts))
+        parts = list(parts_of(weight, made.view(-1, weight.spec.cols), self._nbytes))
+        started = _Weight(name, made, weight.nbytes, len(parts))
+        for part in parts:
+            self._jobs.put((part, started, ready))
+        return started
 
-    def _run(self, part: Part, ready: torch.cuda.Event | None) -> _Arrival:
-        lane = self._idle.get()
-        try:
-            return part.nbytes, part.run(lane, self._files, ready)
-        finally:
-            self._idle.put(lane)
+    def finish(self, weight: _Weight) -> None:
+        """Wait until all of it is on its way, and let the current stream wait for that. Raises a reader's error."""
+        if not weight.parts:
+            return
+        weight.sent.wait()
+        if self._error is not None:
+            raise self._error
+        for lane in set(weight.lanes):
+            if lane.stream is not None:
+                torch.cuda.current_stream(self._device).wait_stream(lane.stream)
+
+    def _read(self, lane: Lane) -> None:
+        lane.enter()
+        while (job := self._jobs.get()) is not None:
+            part, weight, ready = job
+            try:
+                if self._error is None:
+                    part.run(lane, self._files, ready)
+            except BaseException as error:  # whoever waits raises it
+                self._error = error
+            weight.lanes.append(lane)
+            if self._error is not None or len(weight.lanes) == weight.parts:
+                weight.sent.set()
+
+    def add_times(self, times: Times) -> None:
+        """Add what the readers spent."""
+        for lane in self._lanes:
+            times.add(lane.times)
 
     def __enter__(self) -> _Readers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        with suppress(Empty):  # what nobody waits for
+            while True:
+                self._jobs.get_nowait()
+        for _thread in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
         for lane in self._lanes:
             lane.finish()  # nobody else knows of copies under way
         self._files.close()
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """A weight on its way. parts: those that are not known to have arrived, in order."""
-
-    name: str
-    tensor: torch.Tensor
-    nbytes: int
-    parts: deque[Future[_Arrival]] = field(default_factory=deque)
-
-    def await_one(self) -> int:
-        """Wait for its next part, and let the current stream wait for its copy; packed bytes. All of them where there
-        is nothing to wait for."""
-        if not self.parts:
-            return self.nbytes
-        nbytes, copied = self.parts.popleft().result()
-        if copied is not None:
-            torch.cuda.current_stream(self.tensor.device).wait_event(copied)
-        return nbytes
 
 
 def _as_it_lies(weight: Weight, dtype: torch.dtype) -> torch.Tensor:

@@ -46,6 +46,7 @@ class WeightSpec:
 
     `hf` and `gguf` name the tensors that are stacked, in order, to make its rows; `hf_stacked` those that make it where
     a checkpoint holds all experts in one. Vectors are kept in float32; other weights stay packed as the file has them.
+    dummy_format: of random values, those of vectors aside.
     """
 
     name: str
@@ -54,6 +55,7 @@ class WeightSpec:
     hf: tuple[Source, ...]
     gguf: tuple[Source, ...]
     hf_stacked: tuple[Source, ...] = ()
+    dummy_format: str = "BF16"
 
     @property
     def rows(self) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -12,53 +14,80 @@ from tokenspeed.contracts.errors import FormatError
 from tokenspeed.formats.checkpoint import FileMap, open_mapped
 
 
+@dataclass
+class Times:
+    """Seconds that readers spent, all together: waiting for copies from their buffers, reading, and asking for
+    copies."""
+
+    waiting: float = 0.0
+    reading: float = 0.0
+    sending: float = 0.0
+
+    def add(self, other: Times) -> None:
+        """Add another's."""
+        self.waiting += other.waiting
+        self.reading += other.reading
+        self.sending += other.sending
+
+
 class Lane:
-    """For one reader at a time: two host buffers in turn, so that one is read into while the other is copied, and a
+    """Of one reader's thread: two host buffers in turn, so that one is read into while the other is copied, and a
     stream. Host buffers are pinned where the device is a GPU."""
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
-        on_gpu = device.type == "cuda"
+        self.on_gpu = device.type == "cuda"
+        self.times = Times()
         self._device, self._nbytes = device, nbytes
-        self._hosts = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
+        self._hosts = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.on_gpu) for _ in range(2)]
         self._views = [host.numpy().data for host in self._hosts]
         self._copied: list[torch.cuda.Event | None] = [None, None]
-        self._stream = torch.cuda.Stream(device) if on_gpu else None
+        self.stream = torch.cuda.Stream(device) if self.on_gpu else None
+        self._after: torch.cuda.Event | None = None
         self._room: torch.Tensor | None = None
         self._turn = 0
 
-    def buffer(self) -> memoryview:
-        """The buffer whose turn it is, once nothing is copied from it any more."""
+    def enter(self) -> None:
+        """To be called by the thread, before anything else: its device work goes to the lane's stream from now on."""
+        if self.stream is not None:
+            torch.cuda.set_stream(self.stream)
+
+    def fill(self, read: Callable[[memoryview], int]) -> int:
+        """Let `read` fill the buffer whose turn it is, once nothing is copied from it any more; bytes that it used."""
+        started = time.perf_counter()
         self._turn = 1 - self._turn
         copied = self._copied[self._turn]
-        if copied is not None:
+        if copied is not None and not copied.query():
             copied.synchronize()
-        return self._views[self._turn]
+        free = time.perf_counter()
+        used = read(self._views[self._turn])
+        self.times.waiting += free - started
+        self.times.reading += time.perf_counter() - free
+        return used
 
     def send(
         self, nbytes: int, to: torch.Tensor | None, use: Callable[[torch.Tensor], None], after: torch.cuda.Event | None
-    ) -> torch.cuda.Event | None:
+    ) -> None:
         """Copy the start of that buffer to `to`, uint8 [nbytes] on the device, or where that is None to room of the
-        lane's own, which `use` is then called with. All of it on the lane's stream, behind `after`; the event of its
-        end."""
+        lane's own, which `use` is then called with. All of it on the lane's stream, behind `after`."""
+        started = time.perf_counter()
         host = self._hosts[self._turn][:nbytes]
-        if self._stream is None:
+        if self.stream is None:
             _deliver(host, to, use, host)
-            return None
-        with torch.cuda.stream(self._stream):
-            if after is not None:
-                self._stream.wait_event(after)
+        else:
+            if after is not None and after is not self._after:
+                self.stream.wait_event(after)
+                self._after = after
             if to is None and self._room is None:
                 self._room = torch.empty(self._nbytes, dtype=torch.uint8, device=self._device)
             _deliver(host, to, use, self._room)
-            copied = torch.cuda.Event(blocking=True)
-            copied.record(self._stream)
-        self._copied[self._turn] = copied
-        return copied
+            copied = self._copied[self._turn] = self._copied[self._turn] or torch.cuda.Event()
+            copied.record(self.stream)
+        self.times.sending += time.perf_counter() - started
 
     def finish(self) -> None:
         """Wait until all that was sent has arrived."""
-        if self._stream is not None:
-            self._stream.synchronize()
+        if self.stream is not None:
+            self.stream.synchronize()
 
 
 def _deliver(
@@ -83,16 +112,21 @@ class OpenFiles:
     def read(self, owner: FileMap, offset: int, into: memoryview) -> None:
         """Fill `into` from byte `offset` on, past the map, so that no page of it comes into this process. Raises
         FormatError where the file has changed or ends before."""
-        with self._lock:
-            if owner not in self._descriptors:
-                self._descriptors[owner] = open_mapped(owner)
-            descriptor = self._descriptors[owner]
+        descriptor = self._descriptors.get(owner)
+        if descriptor is None:
+            descriptor = self._open(owner)
         done = 0
         while done < len(into):
             count = os.preadv(descriptor, [into[done:]], offset + done)
             if count == 0:
                 raise FormatError(f"{owner.path}: ends at byte {offset + done} while it was read")
             done += count
+
+    def _open(self, owner: FileMap) -> int:
+        with self._lock:
+            if owner not in self._descriptors:
+                self._descriptors[owner] = open_mapped(owner)
+            return self._descriptors[owner]
 
     def close(self) -> None:
         """Give them back."""

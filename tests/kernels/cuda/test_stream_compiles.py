@@ -70,6 +70,15 @@ def test_hopper(columns: int, prologue: str, act: str, fmt: int) -> None:
     check(found, compile_("stream", found.defines(), "sm_90a"))
 
 
+@pytest.mark.parametrize(("columns", "warps"), [(2880, 9), (3840, 10), (5376, 7)])
+def test_rows_that_eight_warps_do_not_divide(columns: int, warps: int) -> None:
+    found = variant(columns, BF16, "none", PROLOGUES["join"], bias=True)
+    assert found is not None
+    assert found.warps == warps
+    check(found, compile_("stream", found.defines(), "sm_90a"))
+    assert variant(columns, BF16, "none", None, bias=True, rows=2) is None
+
+
 def test_scales_of_files() -> None:
     """float16 ones are widened, each once for its 32 codes and thread."""
     found = variant(4096, INT4, "silu", PROLOGUES["join"], bias=False, half_scales=True)

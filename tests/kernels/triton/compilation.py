@@ -30,6 +30,7 @@ _TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.int8: "i8",
     torch.uint8: "u8",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -41,6 +42,7 @@ INSTRUCTIONS = (
     "griddepcontrol.wait",
     "griddepcontrol.launch_dependents",
     "prefetch.global.L2",
+    "ldmatrix",
 )
 
 

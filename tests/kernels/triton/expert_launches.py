@@ -15,14 +15,16 @@ import torch
 from tests.kernels.triton.compilation import recorded
 from tests.kernels.triton.dense_launches import NO_FP8, meta
 from tokenspeed.kernels.triton import experts as module
-from tokenspeed.kernels.triton import norm
+from tokenspeed.kernels.triton import norm, packed_experts
 from tokenspeed.kernels.triton import route as router
 from tokenspeed.kernels.triton import router as fused
-from tokenspeed.kernels.triton.expert_tiles import tile_of
-from tokenspeed.kernels.triton.experts import Experts, run_experts
+from tokenspeed.kernels.triton.expert_operands import Experts
+from tokenspeed.kernels.triton.expert_tiles import packed_tile_of, tile_of
+from tokenspeed.kernels.triton.experts import run_experts
 from tokenspeed.kernels.triton.operands import Norm, Prologue
-from tokenspeed.kernels.triton.route import route
+from tokenspeed.kernels.triton.route import Noise, route
 from tokenspeed.quantization.fp8 import Fp8Weight
+from tokenspeed.quantization.mxfp4_experts import Mxfp4Experts
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -33,7 +35,14 @@ ATTRS: dict[str, Any] = {
 
 
 def weight(fmt: str, dtype: torch.dtype, *shape: int) -> Any:
-    """fmt: "plain", "channel" or "block"."""
+    """fmt: "plain", "mxfp4", "channel" or "block"."""
+    if fmt == "mxfp4":
+        runs = -(-shape[2] // 128)
+        words, scales = (
+            meta(*shape[:2], runs * 32, dtype=torch.int16),
+            meta(shape[0], runs, shape[1], dtype=torch.int32),
+        )
+        return Mxfp4Experts(words, scales, shape[2])
     if fmt == "plain":
         return meta(*shape, dtype=dtype)
     scale = (shape[0], shape[1] // 128, shape[2] // 128) if fmt == "block" else shape[:2]
@@ -55,16 +64,23 @@ def layer(rows: int, shape: tuple[int, int, int, int], fmt: str = "plain", act: 
     )
     ids, shares = meta(rows, k, dtype=torch.int32), meta(rows, k, dtype=FP32)
     item, block = (2 if fmt == "plain" else 1), 128 if fmt == "block" else 0
-    run_experts(meta(rows, hidden, dtype=dtype), ids, shares, given, tile_of(64, item, block) if same else None)
+    tile = packed_tile_of(64) if fmt == "mxfp4" else tile_of(64, item, block)
+    counters = meta(rows * hidden, dtype=torch.int32)
+    with mock.patch.object(packed_experts, "_counters", return_value=counters):
+        run_experts(meta(rows, hidden, dtype=dtype), ids, shares, given, tile if same else None)
 
 
-def fused_router(rows: int, hidden: int, experts: int, dtype: torch.dtype, attrs: dict[str, Any]) -> None:
-    """With a join; a bias and a correction where scores are sigmoids."""
+def fused_router(
+    rows: int, hidden: int, experts: int, dtype: torch.dtype, attrs: dict[str, Any], seed: int | None = None
+) -> None:
+    """With a join; a bias and a correction where scores are sigmoids; a seed: by noise."""
     x, norm = meta(rows, hidden, dtype=dtype), Norm(meta(hidden, dtype=FP32), 1e-6)
     extra = meta(experts, dtype=FP32) if attrs["score"] == "sigmoid" else None
     weight = meta(experts, hidden, dtype=dtype)
     with mock.patch.object(fused, "_counters", return_value=meta(rows, dtype=torch.int32)):
-        fused.route_rows(x, Prologue(norm, x), weight, extra, extra, attrs, meta(rows, dtype=torch.int32))
+        slots = meta(rows, dtype=torch.int32)
+        noise = None if seed is None else Noise(slots, seed)
+        fused.route_rows(x, Prologue(norm, x), weight, extra, extra, attrs, slots, noise)
 
 
 def routers(rows: int) -> None:
@@ -85,9 +101,12 @@ QWEN, MIXTRAL, GPT_OSS, MINIMAX = (128, 8, 2048, 768), (8, 2, 4096, 14336), (32,
 
 def few(target: str) -> None:
     """The kernels of a decode step."""
-    fused_router(1, 2048, 128, BF16, ATTRS)
+    for seed in (None, 1, 3):  # the compiler is given a seed of 1 as a constant
+        fused_router(1, 2048, 128, BF16, ATTRS, seed)
     layer(1, QWEN)
     layer(8, QWEN, "channel")
+    for rows in (1, 8):
+        layer(rows, GPT_OSS, "mxfp4", "swiglu_clamped", True)
 
 
 def product(target: str) -> None:
@@ -100,6 +119,11 @@ def product(target: str) -> None:
         layer(rows, GPT_OSS, act="swiglu_clamped", biased=True)
         layer(rows, MIXTRAL, act="gelu_tanh")
     layer(5000, QWEN, same=True)
+    layer(5000, GPT_OSS, "mxfp4", "swiglu_clamped", True, same=True)
+    for dtype in (BF16, torch.float16, FP32):
+        for rows in (1, 8, 32, 128, 300, 1000):
+            layer(rows, GPT_OSS, "mxfp4", "swiglu_clamped", True, dtype)
+            layer(rows, QWEN, "mxfp4", dtype=dtype)
     if target not in NO_FP8:
         for rows in (1, 8, 300, 1000, 4096):
             layer(rows, QWEN, "channel")
@@ -110,7 +134,7 @@ def main() -> None:
     target, which = sys.argv[1:]
     # Kernels of a target without dependent launch are compiled as they are launched there.
     ahead = target in ("sm_90", "sm_100")
-    for each in (module, norm, router, fused):
+    for each in (module, norm, packed_experts, router, fused):
         each.dependent_launch = lambda device: ahead  # type: ignore[attr-defined]
     with recorded(target) as kernels:
         (few if which == "few" else product)(target)

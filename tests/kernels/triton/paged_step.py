@@ -92,6 +92,7 @@ class PagedCase:
                 continue
             first = max(0, p - shape.window + 1) if shape.window else 0
             keys, values = self.keys[slot][:, first : p + 1].double().repeat_interleave(shape.group, dim=2)
+            keys, values = keys * shape.kv_scale.key, values * shape.kv_scale.value
             scores = torch.einsum("hd,nhd->hn", self.q[i].double().view(shape.heads, -1), keys) * shape.scale
             if shape.softcap:
                 scores = shape.softcap * torch.tanh(scores / shape.softcap)

@@ -10,15 +10,17 @@ import torch
 from tests.kernels.triton.paged_step import GROUP, PagedCase, check
 from tests.seeds import SEED
 from tokenspeed.kernels.registry import Registry, Situation
-from tokenspeed.kernels.triton import attention_tiles
-from tokenspeed.kernels.triton.attention_registration import register, run_decode, run_prefill
+from tokenspeed.kernels.triton import attention_registration, attention_tiles
+from tokenspeed.kernels.triton.attention_registration import register, run_decode, run_prefill, run_rope_write
 from tokenspeed.kernels.triton.attention_tiles import item_tokens, max_items
-from tokenspeed.kernels.triton.paged import Heads
+from tokenspeed.kernels.triton.paged import Heads, heads_of
 from tokenspeed.kernels.triton.work_items import StepRows, make_items
 from tokenspeed.layers.attention import Attention, attention_block
+from tokenspeed.ops.definitions import UNSCALED, KvScale
 from tokenspeed.ops.reference import REFERENCE, StepView
 from tokenspeed.ops.rope import Rope
 from tokenspeed.program.fuse import fuse
+from tokenspeed.program.kv_scale import with_kv_scales
 from tokenspeed.program.program import Program, Record
 from tokenspeed.program.recorder import Recorder
 
@@ -26,13 +28,14 @@ HEADS = Heads(4, 2, 64, 0.125, 0)
 LAYER = 1
 
 
-def program(heads: Heads, normed: bool) -> Program:
+def program(heads: Heads, normed: bool, scales: dict[int, KvScale] | None = None) -> Program:
     q, kv, d = heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim, heads.head_dim
     shapes: dict[str, tuple[int, ...]] = {"table": (9, 8), "qkv": (q + 2 * kv, 8), "o": (8, q)}
     shapes |= {"q_norm": (d,), "k_norm": (d,)} if normed else {}
     g = Recorder(shapes)
     spec = Attention(d, Rope(1e4, d, scale=1.2), heads.scale, heads.window, 1e-6, False, heads.softcap)
-    return fuse(g.program(out=attention_block(g, g.embed(g.tokens, "table"), g.weights(), LAYER, spec)))
+    made = g.program(out=attention_block(g, g.embed(g.tokens, "table"), g.weights(), LAYER, spec))
+    return fuse(with_kv_scales(made, scales or {}))
 
 
 def attention_of(fused: Program) -> tuple[Record, Record]:
@@ -94,6 +97,25 @@ def test_chosen_kernels_give_what_the_parts_give(monkeypatch, seed, normed, toke
         check(values[value], expected[value].double(), torch.float32)
     mine, theirs = case.step.kv[:, case.step.places[LAYER][GROUP]], expected[write.outputs[1]]
     torch.testing.assert_close(mine, theirs, rtol=0, atol=3e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_scales_of_the_layer_reach_the_kernels(monkeypatch, normed):
+    scale = KvScale(3.0, 0.5)
+    case = PagedCase([(5, 3, 0)], HEADS, 16, SEED)
+    sizes = [HEADS.heads * 64, HEADS.kv_heads * 64, HEADS.kv_heads * 64]
+    given = case.random(3, sum(sizes)).split(sizes, dim=-1)
+    seen: list[KvScale] = []
+    monkeypatch.setattr(attention_registration, "rope_write", lambda *_, kv_scale, **__: seen.append(kv_scale))
+    for scales in ({LAYER: scale}, {LAYER + 1: scale}, {}):
+        whole = next(r for r in program(HEADS, normed, scales).records if r.op.endswith("rope_attention"))
+        write, attend = whole.parts
+        weights = [case.random(64) for _ in write.weights]
+        run_rope_write(case.step, write, given, weights)
+        run_rope_write(case.step, whole, given, weights)
+        wanted = scales.get(LAYER, UNSCALED)
+        assert seen[-2:] == [wanted] * 2
+        assert heads_of(attend.attrs).kv_scale == heads_of(whole.attrs).kv_scale == wanted
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tests.seeds import SEED
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
 from tokenspeed.quantization.fp8 import Fp8Weight
+from tokenspeed.quantization.mxfp4_experts import Mxfp4Experts
 from tokenspeed.quantization.narrow import NarrowWeight
 from tokenspeed.runner import build
 from tokenspeed.runner.gpu.backend import GpuBackend
@@ -75,6 +76,7 @@ def test_weights_have_the_values_of_the_file(made: Maker, name: str, caplog: pyt
         held, wanted = backend.weights[f"layers.0.{weight}"], joined(quantized, *parts)
         assert isinstance(held, NarrowWeight) == (name not in UNPACKED)
         found = held.dequantized(torch.float32) if isinstance(held, NarrowWeight) else held
+        assert isinstance(found, torch.Tensor)
         assert (found.double() - wanted).abs().max() <= wanted.abs().max() * 2**-23
     said = f"4 quantised matrices are unpacked to float32, {4 * 163840 / 1e9:.2f} GB" in caplog.text
     assert said == (name in UNPACKED)
@@ -127,7 +129,7 @@ def test_experts_whose_parts_differ_are_unpacked(parts: str, tmp_path: Path) -> 
     assert not any(isinstance(weight, NarrowWeight) for weight in backend.weights.values())
 
 
-def test_experts_in_mxfp4_are_unpacked(tmp_path: Path) -> None:
+def test_experts_in_mxfp4(tmp_path: Path) -> None:
     quantized = make_mxfp4(CASES["gpt_oss"], tmp_path, SEED)
     backend = backend_of(quantized.path, "bfloat16")
     for name, part in (("gate_up", "gate_up_proj"), ("down", "down_proj")):
@@ -135,8 +137,8 @@ def test_experts_in_mxfp4_are_unpacked(tmp_path: Path) -> None:
         if name == "gate_up":
             values = torch.cat((values[:, 0::2], values[:, 1::2]), dim=1)
         found = backend.weights[f"layers.1.experts_{name}"]
-        assert isinstance(found, torch.Tensor)
-        assert (found.double() == values).all()
+        assert isinstance(found, Mxfp4Experts)
+        assert (found.dequantized(torch.float64) == values).all()
 
 
 def opened(monkeypatch: pytest.MonkeyPatch, path: Path) -> LLM:

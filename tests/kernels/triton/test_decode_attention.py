@@ -10,9 +10,11 @@ from tests.seeds import SEED
 from tokenspeed.kernels.triton.attention_tiles import DecodeTile, decode_tile
 from tokenspeed.kernels.triton.decode_attention import decode_attention
 from tokenspeed.kernels.triton.paged import Heads
+from tokenspeed.ops.definitions import KvScale
 
 PADDING = (0, 0, 1)
 F8 = torch.float8_e4m3fn
+SCALE = KvScale(1.7, 0.6)
 
 
 def tile(splits: int, keys: int = 16, min_blocks: int = 1) -> DecodeTile:
@@ -27,7 +29,7 @@ def tile(splits: int, keys: int = 16, min_blocks: int = 1) -> DecodeTile:
         (Heads(8, 2, 128, 0.09, 0), 32, tile(5, 16, 2), torch.float16, None),
         (Heads(3, 1, 80, 0.11, 40, 0.7), 16, tile(2, 16), torch.float32, None),
         (Heads(2, 2, 96, 0.1, 0), 64, tile(1, 32), torch.float32, None),
-        (Heads(7, 1, 64, 0.125, 0), 16, tile(4), torch.float16, F8),
+        (Heads(7, 1, 64, 0.125, 0, kv_scale=SCALE), 16, tile(4), torch.float16, F8),
         (Heads(4, 1, 256, 0.06, 33, 2.5), 64, tile(4), torch.float32, None),
     ],
     ids=["gqa", "f16", "odd group, window, cap", "one split", "fp8 pages", "wide, window, cap"],

@@ -14,7 +14,9 @@ from tests.kernels.triton.triton_versions import INSTALLED, ROOT, VERSIONS, chil
 
 DECODE = {
     "router_kernel", "gate_up_kernel", "down_kernel", "_list_kernel", "grouped_kernel", "combine_kernel", "rows_kernel",
+    "packed_experts_kernel", "packed_down_kernel",
 }  # fmt: skip
+PRODUCTS = ("grouped_kernel", "packed_experts_kernel", "packed_down_kernel")
 NAMES = DECODE | {"route_kernel", "_count_kernel"}
 
 
@@ -36,6 +38,12 @@ def test_one_of_each_for_hopper(tmp_path: Path) -> None:
         if kernel["name"] == "down_kernel":
             # It knows its first expert before the wait, and asks for that one's weights.
             assert kernel["evict_first loads before wait"] > 0, kernel
+        if kernel["name"].startswith("packed_"):
+            assert kernel["mma.sync"] > 0, kernel
+            # Words go through shared memory, widened values do not: 16 bytes of words, 4 of exponents, and rows of x.
+            assert kernel["ldmatrix"] == 6, kernel
+        if kernel["name"] == "packed_down_kernel":
+            assert kernel["prefetch.global.L2"] > 0, kernel
         if kernel["name"] == "router_kernel":
             assert kernel["other loads before wait"] > 0, kernel
         assert kernel["griddepcontrol.wait"] == kernel["griddepcontrol.launch_dependents"] == 1, kernel
@@ -51,5 +59,5 @@ def test_every_path_for_every_target(target: str, version: str, tmp_path: Path) 
     assert len(kernels) > 50
     assert {kernel["name"] for kernel in kernels} >= NAMES - {"rows_kernel"}
     if target.startswith("sm"):
-        products = [kernel for kernel in kernels if kernel["name"] == "grouped_kernel" and kernel["x"] != "*fp32"]
+        products = [kernel for kernel in kernels if kernel["name"] in PRODUCTS and kernel["x"] != "*fp32"]
         assert all(k["wgmma.mma_async"] + k["mma.sync"] + k["tcgen05.mma"] > 0 for k in products)

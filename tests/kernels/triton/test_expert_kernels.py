@@ -13,8 +13,9 @@ from tests.seeds import SEED
 from tokenspeed.bench.gpu.expert_cases import ExpertCase, exact, poisoned, worst_error
 from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.kernels.triton import experts as module
+from tokenspeed.kernels.triton.expert_operands import ACTS
 from tokenspeed.kernels.triton.expert_tiles import ProductTile, by_choice
-from tokenspeed.kernels.triton.experts import ACTS, experts_by_choice, experts_in_blocks, run_experts
+from tokenspeed.kernels.triton.experts import experts_by_choice, experts_in_blocks, run_experts
 from tokenspeed.kernels.triton.tiles import GemvTile
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16

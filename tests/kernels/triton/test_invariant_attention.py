@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.triton.paged_step import PagedCase, check
-from tests.kernels.triton.test_prefill_attention import F8, work_items
+from tests.kernels.triton.test_prefill_attention import F8, SCALE, work_items
 from tests.seeds import SEED
 from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.kernels.triton.attention_tiles import max_items
@@ -41,7 +41,7 @@ def attended(case: PagedCase, programs: int, sinks: torch.Tensor | None = None) 
         (Heads(4, 2, 64, 0.125, 0), 16, torch.float32, None),
         (Heads(3, 1, 80, 0.11, 19, 0.7), 16, torch.float32, None),
         (Heads(4, 1, 128, 0.09, 300), 64, torch.float16, None),
-        (Heads(2, 1, 64, 0.125, 70), 32, torch.float16, F8),
+        (Heads(2, 1, 64, 0.125, 70, kv_scale=SCALE), 32, torch.float16, F8),
     ],
     ids=["gqa", "odd group, narrow window", "f16, window over spans", "fp8 pages"],
 )

@@ -12,14 +12,16 @@ import torch
 
 from tests.kernels.triton.gpu_fakes import FakeLink
 from tests.kernels.triton.test_invariant_engine import register_here
-from tests.parity_tools import CASES, make_safetensors, oracle_logits, random_prompt, routing_margin
+from tests.parity_tools import CASES, make_gguf, make_safetensors, oracle_logits, random_prompt, routing_margin
 from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
-from tokenspeed.kernels.triton import attention_registration, expert_registration, experts, linear
+from tokenspeed.kernels.triton import attention_registration, expert_registration, experts, linear, packed_experts
 from tokenspeed.kernels.triton.attention_tiles import DecodeTile
+from tokenspeed.kernels.triton.expert_tiles import ProductTile
 from tokenspeed.kernels.triton.tiles import GemvTile
 from tokenspeed.quantization.fp8 import Fp8Weight
+from tokenspeed.quantization.mxfp4_experts import Mxfp4Experts
 from tokenspeed.runner import build
 from tokenspeed.runner.gpu.backend import GpuBackend
 from tokenspeed.runner.gpu.executor import GpuExecutor
@@ -44,6 +46,8 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_registration, "decode_tile", lambda *shape: DecodeTile(2, 16, 1, 1, 1))
     for module, name in ((linear, "gemv_tile"), (experts, "gate_up_tile"), (experts, "down_tile")):
         monkeypatch.setattr(module, name, lambda *shape: GemvTile(64, 64, 1))
+    for name in ("choice_tile", "packed_product_tile"):
+        monkeypatch.setattr(packed_experts, name, lambda *shape: ProductTile(16, 128, 128, 4, 2, 0, True))
 
 
 def open_here(monkeypatch: pytest.MonkeyPatch, path: Path, **how: Any) -> LLM:
@@ -80,16 +84,20 @@ def test_families(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert llm.core.backend.fallback_ops == []
     prompts = [random_prompt(length, tiny.case.seed + length) for length in (7, 3)]
     for prompt, answer in zip(prompts, greedy(llm, prompts), strict=True):
-        known = prompt + answer.token_ids[:-1]
-        assert routing_margin(tiny.oracle, known) > MARGIN, "choose another seed"
-        expected = oracle_logits(tiny.oracle, known)[len(prompt) - 1 :].log_softmax(-1)
-        assert answer.logprobs is not None
-        for row, entries in zip(expected, answer.logprobs, strict=True):
-            best = row.topk(5)
-            assert {token: entry.logprob for token, entry in entries.items()} == pytest.approx(
-                dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)), abs=BOUND
-            )
-        assert answer.token_ids == torch.stack([row.argmax() for row in expected]).tolist()
+        assert_as_the_oracle(tiny, prompt, answer)
+
+
+def assert_as_the_oracle(tiny: Any, prompt: list[int], answer: Any) -> None:
+    known = prompt + answer.token_ids[:-1]
+    assert routing_margin(tiny.oracle, known) > MARGIN, "choose another seed"
+    expected = oracle_logits(tiny.oracle, known)[len(prompt) - 1 :].log_softmax(-1)
+    assert answer.logprobs is not None
+    for row, entries in zip(expected, answer.logprobs, strict=True):
+        best = row.topk(5)
+        assert {token: entry.logprob for token, entry in entries.items()} == pytest.approx(
+            dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)), abs=BOUND
+        )
+    assert answer.token_ids == torch.stack([row.argmax() for row in expected]).tolist()
 
 
 @pytest.mark.slow
@@ -123,3 +131,18 @@ def test_too_many_experts_are_refused_by_name(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(expert_registration, "MOST_EXPERTS", 6)
     with pytest.raises(UnsupportedError, match="op experts has no implementation"):
         open_here(monkeypatch, made("qwen3_moe", tmp_path).path)
+
+
+@pytest.mark.slow
+def test_experts_that_a_file_holds_in_mxfp4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are multiplied as they are: log-probabilities of the values that the file means."""
+    case = CASES["gpt_oss"]
+    tiny = make_gguf(replace(case, settings=case.settings | {"num_hidden_layers": 2}), "MXFP4", tmp_path / "m.gguf")
+    llm = open_here(monkeypatch, tiny.path)
+    backend: Any = llm.core.backend
+    held = {name: weight for name, weight in backend.weights.items() if isinstance(weight, Mxfp4Experts)}
+    assert set(held) == {f"layers.{i}.experts_{name}" for i in range(2) for name in ("gate_up", "down")}
+    assert backend.fallback_ops == []
+    prompts = [random_prompt(length, tiny.case.seed + length) for length in (7, 3)]
+    for prompt, answer in zip(prompts, greedy(llm, prompts), strict=True):
+        assert_as_the_oracle(tiny, prompt, answer)

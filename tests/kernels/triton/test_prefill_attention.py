@@ -14,8 +14,10 @@ from tokenspeed.kernels.triton.attention_tiles import PrefillTile, item_tokens, 
 from tokenspeed.kernels.triton.paged import Heads
 from tokenspeed.kernels.triton.prefill_attention import prefill_attention
 from tokenspeed.kernels.triton.work_items import StepRows, make_items
+from tokenspeed.ops.definitions import KvScale
 
 F8 = torch.float8_e4m3fn
+SCALE = KvScale(1.7, 0.6)
 
 
 def step_rows(case: PagedCase, capacity: int) -> StepRows:
@@ -44,7 +46,7 @@ def work_items(case: PagedCase, per_item: int, capacity: int, decode_rows: torch
         (Heads(4, 1, 128, 0.09, 0), 64, PrefillTile(64, 32, 4, 2), torch.float16, None),
         (Heads(3, 1, 80, 0.11, 19, 0.7), 16, PrefillTile(64, 16, 4, 2), torch.float32, None),
         (Heads(2, 2, 96, 0.1, 3), 32, PrefillTile(32, 32, 4, 2), torch.float32, None),
-        (Heads(2, 1, 64, 0.125, 70), 16, PrefillTile(32, 16, 4, 2), torch.float16, F8),
+        (Heads(2, 1, 64, 0.125, 70, kv_scale=SCALE), 16, PrefillTile(32, 16, 4, 2), torch.float16, F8),
     ],
     ids=["gqa", "f16", "odd group, window, cap", "narrow window", "fp8 pages, window"],
 )

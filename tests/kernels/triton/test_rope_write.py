@@ -9,6 +9,7 @@ from tests.kernels.triton.paged_step import GROUP, LAYER, DeviceStep
 from tests.seeds import SEED
 from tokenspeed.kernels.triton.paged import PagedLayer
 from tokenspeed.kernels.triton.rope_write import HeadNorm, rope_write
+from tokenspeed.ops.definitions import KvScale
 from tokenspeed.ops.reference import frequencies
 from tokenspeed.ops.rope import Rope, linear_rope, no_rope
 
@@ -91,6 +92,22 @@ def test_heads_turn_and_land_in_their_pages(seed, group, kv_heads, dim, rope, no
         )
         before[place] = step.kv[place]
     assert torch.equal(step.kv.float(), before.float())
+
+
+@pytest.mark.parametrize("seed", [SEED])
+def test_an_fp8_cache_holds_keys_and_values_over_their_scale(seed):
+    torch.manual_seed(seed)
+    scale, dim = KvScale(*(0.01 + 40 * torch.rand(2)).tolist()), 64
+    step = paged_step([5, 2], [1, 0], 16, 2, dim, torch.float8_e4m3fn)
+    q, k, v = ((torch.randn(2, 2 * dim) * size).half() for size in (1.0, 80 * scale.key, 30 * scale.value))
+    paged = PagedLayer(step.kv[:, LAYER], step.block_tables[GROUP], step.positions, step.slots)
+    rope_write(q, k, v, paged, no_rope(dim), kv_scale=scale)
+    for i, (position, slot) in enumerate(((5, 1), (2, 0))):
+        stored = step.kv[int(step.block_tables[GROUP, slot, 0]), LAYER, :, position]
+        for entry, given, by in zip(stored, (k[i], v[i]), scale, strict=True):
+            wanted = (given.double() / by).clamp(-448, 448).view(2, dim)
+            trusted = interpreter_rounds(wanted, torch.float8_e4m3fn)
+            torch.testing.assert_close(entry.double()[trusted], wanted[trusted], rtol=0.0626, atol=0)
 
 
 def test_an_fp8_cache_clips():

@@ -19,6 +19,35 @@ _PRODUCTS = {
 }  # fmt: skip
 """(rows of W, bytes of a row's tile, warps, stages) by choices of a block."""
 
+_PACKED = {
+    8: ((32, 2, 4), (32, 2, 6), (32, 2, 8), (16, 1, 6), (16, 1, 8), (64, 4, 4), (64, 4, 6), (32, 1, 6), (64, 2, 6)),
+    16: ((32, 2, 4), (32, 2, 6), (64, 4, 4), (64, 4, 6), (64, 2, 4), (32, 1, 6)),
+    32: ((64, 4, 3), (64, 4, 4), (64, 4, 6), (128, 8, 4), (128, 4, 4), (32, 2, 4), (64, 2, 4)),
+    64: ((64, 4, 3), (64, 4, 4), (128, 8, 3), (128, 8, 4), (128, 4, 3)),
+    128: ((128, 8, 2), (128, 8, 3), (128, 4, 3), (64, 4, 3), (256, 8, 2)),
+}
+"""(rows of W, warps, stages) by choices of a block, of MXFP4 weights."""
+
+
+def packed_choice_candidates() -> Iterator[tuple[ProductTile | None, ProductTile | None]]:
+    """Tiles of gate and up, and of down, of MXFP4 weights; None for the rule's."""
+    for tile in _packed(8):
+        yield tile, None
+        yield None, tile
+
+
+def packed_candidates(tokens: int) -> Iterator[ProductTile]:
+    """For MXFP4 weights."""
+    for rows in _PACKED:
+        if rows <= 32 if tokens <= 150 else rows >= 32:
+            yield from _packed(rows)
+
+
+def _packed(rows: int) -> Iterator[ProductTile]:
+    for block_n, warps, stages in _PACKED[rows]:
+        for prefetch in (0, 256) if rows <= 32 else (0,):
+            yield ProductTile(rows, block_n, 128, warps, stages, prefetch, rows <= 32)
+
 
 def choice_candidates() -> Iterator[tuple[GemvTile | None, GemvTile | None]]:
     """Tiles of gate and up, and of down; None for the rule's."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from tokenspeed.kernels.triton.experts import Experts
-from tokenspeed.kernels.triton.operands import Multiplied
+from tokenspeed.kernels.triton.expert_operands import ExpertMatrix, Experts
 from tokenspeed.quantization.fp8 import Fp8Weight, Granularity, quantize_fp8, quantize_rows
+from tokenspeed.quantization.mxfp4_experts import Mxfp4Experts, quantize_experts
 
 ALPHA, LIMIT = 1.702, 0.8
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -27,7 +27,7 @@ Asked = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class ExpertCase:
-    """A layer's experts. fmt: "plain", or the granularity of e4m3 weights, "channel" or "block"."""
+    """A layer's experts. fmt: "plain", "mxfp4", or the granularity of e4m3 weights, "channel" or "block"."""
 
     experts: int
     k: int
@@ -41,7 +41,7 @@ class ExpertCase:
     @property
     def tolerance(self) -> float:
         """Of the norm of a row's error, by the row's own."""
-        return TOLERANCE[self.dtype] if self.fmt == "plain" else max(FP8_TOLERANCE, TOLERANCE[self.dtype])
+        return TOLERANCE[self.dtype] if self.fmt in ("plain", "mxfp4") else max(FP8_TOLERANCE, TOLERANCE[self.dtype])
 
     def random(self, g: torch.Generator) -> Experts:
         """Weights whose rows differ in size, on the generator's device."""
@@ -50,9 +50,11 @@ class ExpertCase:
         plain = Experts(gate_up, down, self.act, alpha=ALPHA, limit=LIMIT)
         return replace(plain, gate_up_bias=up_bias, down_bias=down_bias) if self.biased else plain
 
-    def _matrix(self, g: torch.Generator, rows: int, cols: int) -> Multiplied:
+    def _matrix(self, g: torch.Generator, rows: int, cols: int) -> ExpertMatrix:
         sizes = torch.rand(self.experts, rows, 1, generator=g, device=g.device) + 0.1
         values = (_normal(g, self.experts, rows, cols) * sizes / cols**0.5).to(self.dtype)
+        if self.fmt == "mxfp4":
+            return quantize_experts(values)
         granularity: Granularity = "block" if self.fmt == "block" else "channel"
         return values if self.fmt == "plain" else quantize_fp8(values, granularity)
 
@@ -82,11 +84,14 @@ def exact(x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor, given: Exper
     return out
 
 
-def _product(x: torch.Tensor, weight: Multiplied, bias: torch.Tensor | None, expert: int) -> torch.Tensor:
+def _product(x: torch.Tensor, weight: ExpertMatrix, bias: torch.Tensor | None, expert: int) -> torch.Tensor:
     if isinstance(weight, Fp8Weight):
         q, scale = quantize_rows(x)
         wide, matrix = q.double() * scale.double()[:, None], Fp8Weight(weight.q[expert], weight.scale[expert])
         y = wide @ matrix.dequantized(torch.float64).T
+    elif isinstance(weight, Mxfp4Experts):
+        one = Mxfp4Experts(weight.q[expert, None], weight.scale[expert, None], weight.cols)
+        y = x.double() @ one.dequantized(torch.float64)[0].T
     else:
         y = x.double() @ weight[expert].double().T
     return y if bias is None else y + bias[expert].to(x.dtype).double()

@@ -1,32 +1,40 @@
 """Routers and experts on a GPU: `python -m tokenspeed.bench.gpu.experts --check`, and without --check their times.
 
 --check compares with float64 on fresh random data, over memory that shows what nobody wrote: every activation, format
-and number of tokens; it ends with status 1 where one is wrong. Times are those of a layer of Qwen3-30B-A3B in a CUDA
-graph, its experts chosen by uniform noise that differs from launch to launch, over weights that the second-level cache
-cannot hold; bytes are those of the experts that were touched. --tiles times candidates for the tile rules.
+and number of tokens; it ends with status 1 where one is wrong. Times are those of a layer of Qwen3-30B-A3B, or in
+MXFP4 of gpt-oss-20b, in a CUDA graph, its experts chosen by uniform noise that differs from launch to launch, over
+weights that the second-level cache cannot hold; bytes are those of the experts that were touched, and a floor is the
+time that these take at the read ceiling. --tiles times candidates for the tile rules.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tokenspeed.bench.gpu.expert_candidates import choice_candidates, product_candidates
+from tokenspeed.bench.gpu.expert_candidates import (
+    choice_candidates,
+    packed_candidates,
+    packed_choice_candidates,
+    product_candidates,
+)
 from tokenspeed.bench.gpu.expert_cases import Asked, ExpertCase, exact, poisoned, worst_error
-from tokenspeed.bench.gpu.graph_timing import Case, Launch, print_table, write_timed
-from tokenspeed.kernels.triton.expert_registration import SAME_ROWS
-from tokenspeed.kernels.triton.expert_tiles import by_choice, tile_of
-from tokenspeed.kernels.triton.experts import ACTS, Experts, experts_by_choice, experts_in_blocks, run_experts
+from tokenspeed.bench.gpu.graph_timing import CEILING_GBS, Case, Launch, print_table, write_timed
+from tokenspeed.kernels.triton.expert_operands import ACTS, Experts
+from tokenspeed.kernels.triton.expert_registration import SAME_ROWS, product_tile_of
+from tokenspeed.kernels.triton.expert_tiles import by_choice
+from tokenspeed.kernels.triton.experts import experts_by_choice, experts_in_blocks, run_experts
 from tokenspeed.kernels.triton.linear import project
 from tokenspeed.kernels.triton.norm import norm_rows
 from tokenspeed.kernels.triton.operands import Norm, Prologue
+from tokenspeed.kernels.triton.packed_experts import packed_by_choice, packed_in_blocks
 from tokenspeed.kernels.triton.route import Noise, route
 from tokenspeed.kernels.triton.router import FEW_TOKENS, route_rows
 from tokenspeed.ops.reference import REFERENCE
@@ -34,8 +42,12 @@ from tokenspeed.ops.reference import REFERENCE
 TOKENS = (1, 2, 3, 8, 17, 64, 300)
 SMALL = ExpertCase(24, 4, 360, 200)
 QWEN = ExpertCase(128, 8, 2048, 768)
-MODEL = "qwen3-30b-a3b"
-FORMATS = {"bf16": "plain", "fp8": "channel"}
+GPT_OSS = ExpertCase(32, 4, 2880, 2880, "swiglu_clamped", True)
+MODELS = {"bf16": ("qwen3-30b-a3b", QWEN), "fp8": ("qwen3-30b-a3b", QWEN), "mxfp4": ("gpt-oss-20b", GPT_OSS)}
+"""Whose layer is timed, by format."""
+FORMATS = {"bf16": "plain", "fp8": "channel", "mxfp4": "mxfp4"}
+BYTES = {"bf16": 2.0, "fp8": 1.0, "mxfp4": 17 / 32}
+"""Of a weight."""
 ATTRS: dict[str, Any] = {"k": 8, "score": "softmax", "renormalize": True, "groups": 1, "kept_groups": 1, "scale": 1.0}
 ROUTERS: tuple[tuple[int, bool, dict[str, Any]], ...] = (
     (128, False, {}),
@@ -59,17 +71,18 @@ def check(device: str = "cuda", tokens: Sequence[int] = TOKENS) -> bool:
         for fmt in ("plain", "channel", "block"):
             case = ExpertCase(SMALL.experts, SMALL.k, SMALL.hidden, SMALL.ff, act, act == "swiglu_clamped", fmt)
             results += [_right(case, count, g) for count in tokens]
+        case = ExpertCase(SMALL.experts, SMALL.k, 416, 224, act, act == "swiglu_clamped", "mxfp4")
+        results += [_right(case, count, g) for count in tokens]
     if device != "cpu":
-        results += [_right(ExpertCase(128, 8, 2048, 768, fmt=fmt), count, g) for fmt in FORMATS.values()
-                    for count in (1, 8, 128, 1500)]  # fmt: skip
+        results += [_right(replace(case, fmt=FORMATS[fmt]), count, g) for fmt, (_, case) in MODELS.items()
+                    for count in (1, 2, 8, 32, 128, 1500)]  # fmt: skip
     return all(results)
 
 
 def _right(case: ExpertCase, tokens: int, g: torch.Generator) -> bool:
     """By the usual kernels and by those of batch-invariant mode, twice; the latter beside fewer others, too."""
     given, asked = case.random(g), case.choices(tokens, g, padding=tokens // 8)
-    wanted, block = exact(*asked, given), 128 if case.fmt == "block" else 0
-    same = partial(run_experts, tile=tile_of(SAME_ROWS, 2 if case.fmt == "plain" else 1, block))
+    wanted, same = exact(*asked, given), partial(run_experts, tile=product_tile_of(SAME_ROWS, given.gate_up))
     good, text = True, []
     for run in (run_experts, same):
         with poisoned():
@@ -136,29 +149,36 @@ class Turns:
 
 def turns(case: ExpertCase, tokens: int, layers: list[Experts], g: torch.Generator) -> Turns:
     """Choices by uniform noise."""
+    attrs = ATTRS | {"k": case.k}
     x = torch.randn(tokens, case.hidden, generator=g, device=g.device).to(case.dtype)
     noise = [torch.rand(tokens, case.experts, generator=g, device=g.device) for _ in range(SETS)]
-    asked = [(x, *route(each, None, ATTRS)) for each in noise]
+    asked = [(x, *route(each, None, attrs)) for each in noise]
     return Turns(layers, asked, sum(ids.unique().numel() for _, ids, _ in asked) / SETS)
 
 
 def cases(
-    tokens: Sequence[int], formats: Sequence[str], tiles: bool, device: str = "cuda", qwen: ExpertCase = QWEN
+    tokens: Sequence[int],
+    formats: Sequence[str],
+    tiles: bool,
+    device: str = "cuda",
+    models: Mapping[str, tuple[str, ExpertCase]] = MODELS,
 ) -> Iterator[Case]:
     """Experts alone, and the whole block with norm and router; with `tiles` every candidate."""
     g = torch.Generator(device).manual_seed(7)
     for fmt in formats:
-        case = ExpertCase(qwen.experts, qwen.k, qwen.hidden, qwen.ff, fmt=FORMATS[fmt])
+        case = replace(models[fmt][1], fmt=FORMATS[fmt])
         layers = [case.random(g) for _ in range(LAYERS)]
         for count in tokens:
-            yield from _cases(case, fmt, turns(case, count, layers, g), tiles)
+            yield from _cases(case, f"{models[fmt][0]} {fmt}", BYTES[fmt], turns(case, count, layers, g), tiles)
 
 
-def _cases(case: ExpertCase, fmt: str, given: Turns, tiles: bool) -> Iterator[Case]:
-    tokens, item = len(given.asked[0][0]), 2 if fmt == "bf16" else 1
+def _cases(case: ExpertCase, name: str, item: float, given: Turns, tiles: bool) -> Iterator[Case]:
+    """item: bytes of a weight."""
+    tokens = len(given.asked[0][0])
     moved = given.distinct * 3 * case.ff * case.hidden * item
     flops = 2.0 * tokens * case.k * 3 * case.ff * case.hidden
-    stem = f"{MODEL} {fmt} B{tokens} ({given.distinct:.1f} distinct)"
+    floor = moved / CEILING_GBS / 1e3
+    stem = f"{name} B{tokens} ({given.distinct:.1f} distinct, floor {floor:.1f} us)"
 
     def made(name: str, run: Callable[..., object]) -> Case:
         return Case(f"{stem} {name}", moved, flops, lambda: given.launch(run))
@@ -167,17 +187,28 @@ def _cases(case: ExpertCase, fmt: str, given: Turns, tiles: bool) -> Iterator[Ca
     yield Case(f"{stem} block", moved + 2 * case.experts * case.hidden, flops, lambda: _block(case, given))
     if not tiles:
         return
+    if case.fmt == "mxfp4":
+        yield from _packed_tiles(tokens, made)
+        return
     if tokens <= 8 or by_choice(tokens, case.experts, case.k):
         for first, second in choice_candidates():
             yield made(f"by choice {first} {second}", partial(experts_by_choice, first=first, second=second))
-    for tile in product_candidates(tokens, item):
+    for tile in product_candidates(tokens, int(item)):
         yield made(f"in blocks {tile}", partial(experts_in_blocks, tile=tile))
+
+
+def _packed_tiles(tokens: int, made: Callable[[str, Callable[..., object]], Case]) -> Iterator[Case]:
+    if tokens <= 8:
+        for first, second in packed_choice_candidates():
+            yield made(f"by choice {first} {second}", partial(packed_by_choice, first=first, second=second))
+    for tile in packed_candidates(tokens):
+        yield made(f"in blocks {tile}", partial(packed_in_blocks, tile=tile))
 
 
 def _block(case: ExpertCase, given: Turns) -> Launch:
     """Join, norm, router, in whose place noise chooses, and experts: what a layer has of it."""
     device = given.asked[0][0].device
-    norm = Norm(torch.ones(case.hidden, device=device), 1e-6)
+    norm, attrs = Norm(torch.ones(case.hidden, device=device), 1e-6), ATTRS | {"k": case.k}
     routers = [torch.randn(case.experts, case.hidden, device=device).to(case.dtype) for _ in range(LAYERS)]
 
     x = given.asked[0][0]
@@ -186,13 +217,13 @@ def _block(case: ExpertCase, given: Turns) -> Launch:
 
     def together(i: int) -> object:
         noise = Noise(at[i % SETS], i)
-        found = route_rows(x, Prologue(norm, x), routers[i % LAYERS], None, None, ATTRS, slots, noise)
+        found = route_rows(x, Prologue(norm, x), routers[i % LAYERS], None, None, attrs, slots, noise)
         return run_experts(found.normed, found.ids, found.shares, given.layers[i % LAYERS])
 
     def apart(i: int) -> object:
         rows, _ = norm_rows(x, norm, x)
         scores, _ = project(rows.values, routers[i % LAYERS])
-        chosen = route(scores, None, ATTRS, slots, Noise(at[i % SETS], i))
+        chosen = route(scores, None, attrs, slots, Noise(at[i % SETS], i))
         return run_experts(rows.values, *chosen, given.layers[i % LAYERS])
 
     return together if len(x) <= FEW_TOKENS else apart

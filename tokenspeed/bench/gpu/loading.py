@@ -30,12 +30,15 @@ from tokenspeed.runner.gpu.backend import GpuBackend
 from tokenspeed.runner.model import load_model
 from tokenspeed.weights.packed import Weight
 from tokenspeed.weights.placing import read_to
+from tokenspeed.weights.staging import Times
 from tokenspeed.weights.tasks import usable_cores
 
 MIB = 1 << 20
 RUNS = 3
 READERS = (4, 8, 16)
-BUFFER_BYTES = (2 * MIB, 8 * MIB, 32 * MIB)
+BUFFER_BYTES = (2 * MIB, 8 * MIB, 16 * MIB, 32 * MIB)
+KEPT_BYTES = 8 * MIB
+"""Read at once into memory that is kept."""
 _COMPARED_ROWS = 7
 
 
@@ -77,31 +80,93 @@ def _check_room(folder: Path, nbytes: int) -> None:
 
 def _measure(folder: Path, nbytes: int, device: str, publisher: Publisher, runs: int) -> None:
     files, stem = sorted(folder.glob("*.safetensors")), f"{machine_name(device)}.loading"
+    _settle(device)  # the device's own libraries are in memory from here on
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    read_seconds(files, max(READERS), 8 * MIB, device)  # what the cache has lost comes back
-    read, by_setting = 0.0, {}
-    for readers, buffer_bytes in settings_here():
-        found = nbytes / 1e9 / read_seconds(files, readers, buffer_bytes, device)
-        placed = nbytes / 1e9 / place_seconds(folder, readers, buffer_bytes, device)
-        name = f"{readers} readers, {buffer_bytes // MIB} MiB"
-        print(f"  {name}: read {found:.1f} GB/s, to the device {placed:.1f} GB/s", flush=True)
-        by_setting[name], read = [found, placed], max(read, found)
     loads = [load_once(folder, device) for _ in range(runs)]
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     speeds = [nbytes / 1e9 / load.seconds for load in loads]
     samples = {part: [getattr(load, part) for load in loads] for part in ("open", "copy", "rest")}
     for part, seconds in samples.items():
         print(f"  {part}: {', '.join(f'{each:.3f}' for each in seconds)} s")
-    print(f"  peak of host memory grew by {grown:.0f} MB")
-    publisher.add(f"{stem}.read_gbs", read, "GB/s", samples=by_setting)
+    print(f"  peak of host memory grew by {grown:.0f} MB", flush=True)
+    if device != "cpu":
+        link = link_gbs(device)
+        publisher.add(f"{stem}.link_gbs", max(link.values()), "GB/s", samples={k: [v] for k, v in link.items()})
+    _sweep(folder, files, nbytes, device)
+    kept = {f"{n} readers": [nbytes / 1e9 / keep_seconds(files, n) for _ in range(2)] for n in readers_here()}
+    read = max(max(each) for each in kept.values())
+    publisher.add(f"{stem}.read_gbs", read, "GB/s", samples=kept)
     publisher.add(f"{stem}.load_gbs", median(speeds), "GB/s", samples={"gb_per_s": speeds, **samples})
     publisher.add(f"{stem}.load_share", median(speeds) / read, "x")
 
 
-def settings_here() -> list[tuple[int, int]]:
-    """Readers and buffer sizes to try, as far as there are cores."""
-    readers = sorted({min(count, usable_cores()) for count in READERS})
-    return list(itertools.product(readers, BUFFER_BYTES))
+def _sweep(folder: Path, files: Sequence[Path], nbytes: int, device: str) -> None:
+    """Print what other numbers of readers and sizes of their buffers give."""
+    for readers, buffer_bytes in itertools.product(readers_here(), BUFFER_BYTES):
+        found = nbytes / 1e9 / read_seconds(files, readers, buffer_bytes, device)
+        seconds, times = place_seconds(folder, readers, buffer_bytes, device)
+        spent = [each / readers / seconds for each in (times.waiting, times.reading, times.sending)]
+        share = f"waiting {spent[0]:.0%}, reading {spent[1]:.0%}, sending {spent[2]:.0%}"
+        name, placed = f"{readers} readers, {buffer_bytes // MIB} MiB", nbytes / 1e9 / seconds
+        print(f"  {name}: into buffers {found:.1f} GB/s, to the device {placed:.1f} GB/s; {share}", flush=True)
+
+
+def readers_here() -> list[int]:
+    """Numbers of readers to try, as far as there are cores."""
+    return sorted({min(count, usable_cores()) for count in READERS})
+
+
+def link_gbs(device: str, nbytes: int = 256 * MIB, repeats: int = 8) -> dict[str, float]:
+    """Copies of one host buffer to the device: pinned by one stream and by two, and pageable."""
+    target = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    found = {}
+    for name, pinned, count in (("pinned", True, 1), ("pinned, 2 streams", True, 2), ("pageable", False, 1)):
+        source = torch.ones(nbytes, dtype=torch.uint8).pin_memory() if pinned else torch.ones(nbytes, dtype=torch.uint8)
+        streams = [torch.cuda.Stream() for _ in range(count)]
+        target.copy_(source)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(repeats):
+            for number, stream in enumerate(streams):
+                part = slice(number * nbytes // count, (number + 1) * nbytes // count)
+                with torch.cuda.stream(stream):
+                    target[part].copy_(source[part], non_blocking=True)
+        torch.cuda.synchronize()
+        found[name] = repeats * nbytes / 1e9 / (time.perf_counter() - started)
+        print(f"  {name} memory to the device: {found[name]:.1f} GB/s", flush=True)
+    return found
+
+
+def keep_seconds(files: Sequence[Path], readers: int) -> float:
+    """Of reading whole files into fresh host memory that holds all of them."""
+    sizes = [file.stat().st_size for file in files]
+    room = torch.empty(sum(sizes), dtype=torch.uint8).numpy().data
+    starts = itertools.accumulate(sizes, initial=0)
+    spans = [(f, at, start + at) for f, size, start in zip(files, sizes, starts, strict=False)
+             for at in range(0, size, KEPT_BYTES)]  # fmt: skip
+    return _read_spans([(f, at, min(KEPT_BYTES, f.stat().st_size - at), to) for f, at, to in spans], readers, room)
+
+
+def _read_spans(spans: Sequence[tuple[Path, int, int, int]], readers: int, room: memoryview) -> float:
+    """Seconds. spans: file, first byte, bytes, and where in `room` they go."""
+    descriptors = {file: os.open(file, os.O_RDONLY) for file, *_ in spans}
+    todo = iter(spans)
+
+    def read(_: int) -> None:
+        while (span := next(todo, None)) is not None:
+            file, at, count, to = span
+            done = 0
+            while done < count:
+                done += os.preadv(descriptors[file], [room[to + done : to + count]], at + done)
+
+    try:
+        with ThreadPoolExecutor(readers) as pool:
+            started = time.perf_counter()
+            list(pool.map(read, range(readers)))
+            return time.perf_counter() - started
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
 
 
 def read_seconds(files: Sequence[Path], readers: int, buffer_bytes: int, device: str) -> float:
@@ -125,17 +190,17 @@ def read_seconds(files: Sequence[Path], readers: int, buffer_bytes: int, device:
             os.close(descriptor)
 
 
-def place_seconds(folder: Path, readers: int, buffer_bytes: int, device: str) -> float:
+def place_seconds(folder: Path, readers: int, buffer_bytes: int, device: str) -> tuple[float, Times]:
     """Of the engine's readers alone, from files that are open."""
     config = EngineConfig.from_kwargs({"model": str(folder), "device": device})
     found = open_model(config)
-    model = load_model(found.definition, found.checkpoint, config)
+    model, times = load_model(found.definition, found.checkpoint, config), Times()
     started = time.perf_counter()
-    kept = dict(read_to(model.device, model.packed, model.dtype, None, readers, buffer_bytes))
+    kept = dict(read_to(model.device, model.packed, model.dtype, None, readers, buffer_bytes, times))
     _settle(device)
     seconds = time.perf_counter() - started
     del kept
-    return seconds
+    return seconds, times
 
 
 def load_once(folder: Path, device: str) -> Load:

@@ -28,7 +28,7 @@ from tokenspeed.kernels.triton.linear import project
 from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue
 from tokenspeed.quantization.groups import GPU_MODES
 from tokenspeed.quantization.int4 import int4_weight
-from tokenspeed.quantization.narrow import narrow
+from tokenspeed.quantization.narrow import NarrowWeight, narrow
 
 OF_FILES: dict[str, tuple[torch.dtype, int, bool]] = {
     "int4 zeros": (torch.bfloat16, 128, True),
@@ -87,7 +87,11 @@ def weight_of(kind: str, rows: int, columns: int, device: str = "cuda") -> Matri
         return int4_weight(codes, scale, torch.randint(0, 16, groups, device=device) if zeros else None)
     sizes = columns**-0.5 * (0.5 + torch.rand(rows, 1, device=device))
     weight = (torch.randn(rows, columns, device=device) * sizes).bfloat16()
-    return weight if kind == "bf16" else narrow(weight, kind, "random")
+    if kind == "bf16":
+        return weight
+    made = narrow(weight, kind, "random")
+    assert isinstance(made, NarrowWeight)
+    return made
 
 
 def wrong(case: Case, device: str = "cuda") -> str | None:

@@ -14,6 +14,7 @@ import torch
 from tokenspeed.contracts.request import Request
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
+from tokenspeed.models.registry import shipped_configs
 
 STEP_TOKENS = 16384 + 256
 """Tokens fed per step, where a measurement does not say otherwise: sixteen prompts of 1024, and room for the rows that
@@ -34,7 +35,8 @@ class Setup:
     @property
     def name(self) -> str:
         """Like llama-3.1-8b.fp8."""
-        return f"{Path(self.model).name.lower()}.{self.quantization or 'bf16'}"
+        stored = shipped_configs().get(self.model, {}).get("quantization_config", {}).get("quant_method", "bf16")
+        return f"{Path(self.model).name.lower()}.{self.quantization or stored}"
 
     def id(self, *parts: str) -> str:
         """A record's id: machine, model, format, then `parts`."""

@@ -21,10 +21,12 @@ from tokenspeed.kernels.cuda.stream import stream, stream_rows
 from tokenspeed.kernels.triton import norm as row_kernels
 from tokenspeed.kernels.triton.attention_tiles import decode_tile, item_tokens, pad, prefill_tile
 from tokenspeed.kernels.triton.decode_attention import decode_attention
-from tokenspeed.kernels.triton.experts import Experts, experts_by_choice, experts_in_blocks
+from tokenspeed.kernels.triton.expert_operands import Experts
+from tokenspeed.kernels.triton.experts import experts_by_choice, experts_in_blocks
 from tokenspeed.kernels.triton.launch import small_step
 from tokenspeed.kernels.triton.linear import gemv, skinny
 from tokenspeed.kernels.triton.operands import Norm, Prologue, Rows
+from tokenspeed.kernels.triton.packed_experts import packed_by_choice, packed_in_blocks
 from tokenspeed.kernels.triton.packed_linear import packed_product, plain
 from tokenspeed.kernels.triton.paged import Heads
 from tokenspeed.kernels.triton.prefill_attention import prefill_attention
@@ -34,6 +36,7 @@ from tokenspeed.kernels.triton.sample import sample
 from tokenspeed.kernels.triton.sampling_state import is_edited
 from tokenspeed.ops.rope import Rope
 from tokenspeed.quantization.fp8 import quantize_fp8
+from tokenspeed.quantization.mxfp4_experts import quantize_experts
 from tokenspeed.quantization.narrow import PackedWeight, narrow
 
 HEADS = Heads(6, 2, 80, 80**-0.5, 0)
@@ -169,6 +172,19 @@ def routed(device: str) -> Results:
     return [shares[1:], *few, *(experts_in_blocks(x, ids, shares, given) for given in (plain, narrow))]
 
 
+def packed_routed(device: str) -> Results:
+    """The same by experts of MXFP4."""
+    number, hidden, ff = 6, 160, 96
+    x, up_bias, down_bias = (_values(device, *size) for size in ((7, hidden), (number, 2 * ff), (number, hidden)))
+    gate_up, down = (
+        quantize_experts(_values(device, *size)) for size in ((number, 2 * ff, hidden), (number, hidden, ff))
+    )
+    given = Experts(gate_up, down, "swiglu_clamped", up_bias.float(), down_bias.float(), 1.702, 7.0)
+    ids = torch.arange(14, dtype=torch.int32, device=device).view(7, 2) % number
+    shares = torch.rand(7, 2, device=device)
+    return [packed_by_choice(x[:2], ids[:2], shares[:2], given), packed_in_blocks(x, ids, shares, given)]
+
+
 def _sample(device: str, sampling: SamplingRow) -> torch.Tensor:
     logits = _values(device, 3, VOCAB)
     slots = torch.arange(3, dtype=torch.int32, device=device)
@@ -194,6 +210,7 @@ GROUPS: dict[str, Callable[[str], Results]] = {
     "decode_attention": decodes,
     "prefill_attention": prefills,
     "experts": routed,
+    "packed_experts": packed_routed,
     "sample": samples,
     "step": steps,
 }

@@ -90,6 +90,7 @@ REFERENCE = "reference"
 BY_NAME: dict[str, Callable[[Publisher], None]] = {
     "30b-a3b": Rows("qwen3-30b-a3b", None, (1, 8, 32, 128), "uniform").run,
     "30b-a3b-fp8": Rows("qwen3-30b-a3b", "fp8", (1, 8, 32, 128), "uniform").run,
+    "gpt-oss-20b": Rows("gpt-oss-20b", None, (1, 8, 32, 128), "uniform").run,
 }
 """Groups that run only where they are asked for, as with them all would take more than ten minutes."""
 

@@ -46,6 +46,8 @@ MOST_NORMED_TWICE = 7168
 SEGMENTS = {16: (256, 128), 8: (512, 384, 256, 128)}
 """Bytes of a row in a stage, by the bits of a weight (a layer of 8B in bf16: 98.5 us by 256, 102.6 by 512; e4m3: 65.1
 and 63.3)."""
+ODD_WARPS = (9, 7, 10, 6, 5)
+"""For one long row that eight warps do not divide: 2880 columns of bf16 take nine."""
 NIBBLE_WARPS, NIBBLE_SEGMENTS = (8, 7, 6, 5), ((512, 256), (128,))
 """Rows of four-bit codes are short: any number of warps that leaves copies of 256 bytes or more, else of 128."""
 
@@ -127,6 +129,8 @@ def _splits(format: int, row_bytes: int, rows: int) -> Iterator[tuple[int, int]]
         warps = 16 if BITS[format] == 16 and row_bytes <= SHORT_ROW else 8
         segments = SEGMENTS[BITS[format]] if rows == 1 else (SEVERAL_SEGMENT,)
         yield from ((warps, segment) for segment in segments)
+        if rows == 1 and row_bytes > SHORT_ROW:
+            yield from ((other, segment) for segment in segments for other in ODD_WARPS)
 
 
 @cache

@@ -17,7 +17,7 @@ from tokenspeed.kernels.triton.paged import Heads, PagedLayer, heads_of, paged_l
 from tokenspeed.kernels.triton.prefill_attention import prefill_attention
 from tokenspeed.kernels.triton.rope_write import HeadNorm, rope_write
 from tokenspeed.kernels.triton.view import PagedView, RecordView
-from tokenspeed.ops.definitions import Operands
+from tokenspeed.ops.definitions import UNSCALED, KvScale, Operands
 from tokenspeed.ops.rope import Rope
 
 Tensors = tuple[torch.Tensor, ...]
@@ -95,9 +95,15 @@ def run_rope_write(
     kernel is launched ahead; by default in small steps."""
     q, k, v = inputs
     rope, norms, layer = rotation_of(record, weights)
-    paged = paged_layer(view, layer)
-    rotated = rope_write(q, k, v, paged, rope, norms, pdl=small_step(q) if pdl is None else pdl)
+    paged, ahead = paged_layer(view, layer), small_step(q) if pdl is None else pdl
+    rotated = rope_write(q, k, v, paged, rope, norms, pdl=ahead, kv_scale=kv_scale_of(record))
     return rotated, paged.kv
+
+
+def kv_scale_of(record: RecordView) -> KvScale:
+    """Of the layer that a record writes to."""
+    write = next(part for part in record.plain() if part.op == "kv_write")
+    return write.attrs.get("kv_scale", UNSCALED)
 
 
 def rotation_of(record: RecordView, weights: Inputs) -> tuple[Rope, tuple[HeadNorm, HeadNorm] | None, int]:

@@ -66,7 +66,7 @@ def _ask(pages, keys, begin, end, blocks, split, used, kv_page, kv_which, kv_ent
 @triton.jit(do_not_specialize=BY_BUCKET)
 def _decode(q, kv, table, positions, slots, rows, out, partial, tops, totals, sinks,
             num_tokens, min_blocks, window, q_row, table_slot, kv_page, kv_which, kv_entry, kv_head, scale,
-            QUERIES: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr,
+            value_scale, QUERIES: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr,
             DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, CAP: tl.constexpr,
             LISTED: tl.constexpr, SINKS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
     head = tl.program_id(0)
@@ -115,7 +115,7 @@ def _decode(q, kv, table, positions, slots, rows, out, partial, tops, totals, si
         kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE, KEYS, CAP, True,
     )  # fmt: skip
     if used == 1:
-        result = finish(acc, top, total, sinks, heads, own, SINKS)
+        result = finish(acc, top, total, sinks, heads, own, SINKS) * value_scale
         # Rows of an item that hold no token of its sequence are padding, but of a listed item may be anybody's.
         kept = live if LISTED else own
         tl.store(at, result.to(out.dtype.element_ty), mask=kept[:, None] & wide[None, :])
@@ -128,7 +128,7 @@ def _decode(q, kv, table, positions, slots, rows, out, partial, tops, totals, si
 
 @triton.jit(do_not_specialize=BY_BUCKET)
 def _combine(positions, slots, rows, out, partial, tops, totals, sinks, num_tokens, splits, min_blocks, window,
-             QUERIES: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr,
+             value_scale, QUERIES: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr,
              DIM: tl.constexpr, DIM_PAD: tl.constexpr, KEYS: tl.constexpr, SPLITS_PAD: tl.constexpr,
              LISTED: tl.constexpr, SINKS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
     """One query head of one token: its splits in order."""
@@ -159,7 +159,7 @@ def _combine(positions, slots, rows, out, partial, tops, totals, sinks, num_toke
     acc = tl.sum(sums * weight[:, None], axis=0)
     one = tl.arange(0, 1)
     heads = one + head * GROUP + row % GROUP
-    result = finish(acc[None, :], one + highest, one + total, sinks, heads, one == 0, SINKS)
+    result = finish(acc[None, :], one + highest, one + total, sinks, heads, one == 0, SINKS) * value_scale
     at = token.to(tl.int64) * (tl.num_programs(1) * GROUP * DIM) + heads[:, None] * DIM + d[None, :]
     width = tl.where(highest == float("-inf"), 0, DIM) if LISTED else DIM
     tl.store(out + at, result.to(out.dtype.element_ty), mask=(d < width)[None, :])
@@ -204,7 +204,7 @@ def decode_attention(
     _decode[(heads.kv_heads, tile.splits, items)](
         q, paged.kv, paged.table, paged.positions, paged.slots, listed, out, partial, tops, totals, sink, q.shape[0],
         tile.min_blocks, heads.window, q.stride(0), paged.table.stride(0), *paged.kv.stride()[:4],
-        heads.scale * LOG2E.value, PAGE=paged.kv.shape[2], CAP=heads.softcap * LOG2E.value, **shape,
+        heads.key_scale, heads.kv_scale.value, PAGE=paged.kv.shape[2], CAP=heads.softcap * LOG2E.value, **shape,
         **launch_options(pdl, num_warps=tile.warps, num_stages=tile.stages),
     )  # fmt: skip
     if tile.splits > 1:
@@ -212,7 +212,7 @@ def decode_attention(
         combine_warps = min(16, max(1, pad(tile.splits) * pad(heads.head_dim) // 2048))
         _combine[(queries * heads.group, heads.kv_heads, items)](
             paged.positions, paged.slots, listed, out, partial, tops, totals, sink, q.shape[0], tile.splits,
-            tile.min_blocks, heads.window, SPLITS_PAD=pad(tile.splits), **shape,
+            tile.min_blocks, heads.window, heads.kv_scale.value, SPLITS_PAD=pad(tile.splits), **shape,
             **launch_options(pdl, num_warps=combine_warps),
         )  # fmt: skip
     return out

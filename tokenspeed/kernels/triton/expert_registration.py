@@ -9,15 +9,19 @@ import torch
 
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.kernels.triton.dense import DTYPES, JOINS, PRIORITY, Node, outputs_of, prologue_of
-from tokenspeed.kernels.triton.expert_tiles import tile_of
-from tokenspeed.kernels.triton.experts import ACTS, Experts, run_experts
-from tokenspeed.kernels.triton.operands import Matrix, Multiplied, matrix_parts, scale_block_of
+from tokenspeed.kernels.triton.expert_operands import ACTS, ExpertMatrix, Experts
+from tokenspeed.kernels.triton.expert_tiles import ProductTile, packed_tile_of, tile_of
+from tokenspeed.kernels.triton.experts import run_experts
+from tokenspeed.kernels.triton.operands import Matrix, matrix_parts, scale_block_of
 from tokenspeed.kernels.triton.route import MOST_EXPERTS, Noise, route
 from tokenspeed.kernels.triton.router import FEW_TOKENS, MOST_COLUMNS, route_rows
 from tokenspeed.kernels.triton.view import PagedView, RecordView
 from tokenspeed.ops.definitions import Operands
 from tokenspeed.quantization.fp8 import FORMAT as FP8_FORMAT
+from tokenspeed.quantization.mxfp4_experts import Mxfp4Experts
+from tokenspeed.quantization.narrow import FORMATS
 
+NARROW = frozenset(FORMATS.values())
 ROUTERS = tuple(f"{op}_route" for op in ("norm", *JOINS))
 SAME_ROWS = 64
 """Choices of a block where a row must have the same bits in every batch."""
@@ -29,8 +33,9 @@ def register(registry: Registry, *, fp8: bool = True) -> None:
     """Add `route` and `experts` of backend "triton". fp8: as `dense.register`."""
 
     def takes(operands: Operands, situation: Situation) -> bool:
-        narrow = [FP8_FORMAT in situation.formats.get(name, ()) for name in operands.weights[:2]]
-        one_format = all(narrow) if fp8 and any(narrow) else not any(narrow)
+        formats = {situation.formats.get(name, ()) for name in operands.weights[:2]}
+        narrow = {fmt for each in formats for fmt in each if fmt in NARROW}
+        one_format = not narrow or (len(formats) == 1 and (fp8 or FP8_FORMAT not in narrow))
         return one_format and operands.attrs["act"] in ACTS and _fits(operands.weight_shapes[0][0], situation)
 
     def takes_router(operands: Operands, situation: Situation) -> bool:
@@ -85,28 +90,35 @@ def run_chosen(
     view: PagedView,
     record: RecordView,
     inputs: Sequence[torch.Tensor],
-    weights: Sequence[Matrix],
+    weights: Sequence[Matrix | Mxfp4Experts],
     rows: int | None = None,
 ) -> Outputs:
     """experts. rows: choices of a block, whatever the number of tokens; by default what suits that."""
-    gate_up, down = map(_multiplied, weights[:2])
+    gate_up, down = map(_experts, weights[:2])
     biases, attrs = weights[2:], record.attrs
     up_bias, down_bias = map(_tensor, biases) if biases else (None, None)
     given = Experts(gate_up, down, attrs["act"], up_bias, down_bias, attrs["alpha"], attrs["limit"])
     tile = None
     if rows is not None:
-        tile = tile_of(rows, matrix_parts(gate_up)[0].element_size(), scale_block_of(gate_up))
+        tile = product_tile_of(rows, gate_up)
     x, ids, shares = inputs
     return (run_experts(x, ids, shares, given, tile),)
 
 
-def _tensor(weight: Matrix) -> torch.Tensor:
+def _tensor(weight: Matrix | Mxfp4Experts) -> torch.Tensor:
     assert isinstance(weight, torch.Tensor)
     return weight
 
 
-def _multiplied(weight: Matrix) -> Multiplied:
-    assert isinstance(weight, Multiplied)
+def product_tile_of(rows: int, weight: ExpertMatrix) -> ProductTile:
+    """The tile for blocks of so many choices, by the weights' format."""
+    if isinstance(weight, Mxfp4Experts):
+        return packed_tile_of(rows)
+    return tile_of(rows, matrix_parts(weight)[0].element_size(), scale_block_of(weight))
+
+
+def _experts(weight: Matrix | Mxfp4Experts) -> ExpertMatrix:
+    assert isinstance(weight, ExpertMatrix)
     return weight
 
 

@@ -73,6 +73,26 @@ def tile_of(rows: int, item: int, scale_block: int = 0) -> ProductTile:
     return ProductTile(rows, 128, narrow, 8, 4 if item < 4 else 3, 0, False)
 
 
+def choice_tile() -> ProductTile:
+    """For the choices of a few tokens, one by one, by MXFP4 weights."""
+    return ProductTile(8, 32, 128, 2, 6, 256, True)
+
+
+def packed_product_tile(tokens: int, experts: int, k: int) -> ProductTile:
+    """As `product_tile`, by MXFP4 weights."""
+    part = tokens * k / distinct_experts(experts, k, tokens)
+    return packed_tile_of(next((rows for rows, most in ((8, 5), (16, 10), (32, 24), (64, 96)) if part <= most), 128))
+
+
+def packed_tile_of(rows: int) -> ProductTile:
+    """The tile for blocks of 8, 16, 32, 64 or 128 choices by MXFP4 weights, whose runs have 128 columns."""
+    if rows <= 16:
+        return ProductTile(rows, 32, 128, 2, 6, 256, True)
+    if rows == 32:
+        return ProductTile(rows, 64, 128, 4, 4, 256, True)
+    return ProductTile(rows, 128, 128, 8, 3, 0, False)
+
+
 def _columns(k: int, most: int) -> int:
     """The widest tile of at most `most` columns, a power of two, that wastes no more than a third of its threads."""
     width = most

@@ -7,9 +7,6 @@ shapes alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import triton
 
@@ -17,37 +14,21 @@ from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.kernels.triton import norm as row_kernels
 from tokenspeed.kernels.triton.expert_gemv import down_kernel, gate_up_kernel
 from tokenspeed.kernels.triton.expert_lists import ExpertLists, expert_lists
+from tokenspeed.kernels.triton.expert_operands import ACTS, ExpertMatrix, Experts
 from tokenspeed.kernels.triton.expert_products import combine_kernel, grouped_kernel
 from tokenspeed.kernels.triton.expert_tiles import ProductTile, by_choice, down_tile, gate_up_tile, product_tile
-from tokenspeed.kernels.triton.launch import dependent_launch, options
+from tokenspeed.kernels.triton.launch import dependent_launch, exact_options, options
 from tokenspeed.kernels.triton.operands import Multiplied, Rows, matrix_parts, scale_block_of
+from tokenspeed.kernels.triton.packed_experts import packed_by_choice, packed_in_blocks
 from tokenspeed.kernels.triton.tiles import GemvTile
 from tokenspeed.quantization.fp8 import Fp8Weight
+from tokenspeed.quantization.mxfp4_experts import Mxfp4Experts
 
-ACTS = ("silu", "gelu_tanh", "swiglu_clamped")
 MOST_TOKENS = 4096
 """Tokens that are worked on together: what lies between gate and down has a row for each choice."""
 AHEAD_TOKENS = 256
 """Kernels are launched ahead up to so many tokens."""
 _COLUMNS = 1024
-
-
-@dataclass(frozen=True)
-class Experts:
-    """gate_up [experts, 2 ff, hidden], gates first, and down [experts, hidden, ff], in the compute dtype or e4m3;
-    biases float32 [experts, 2 ff] and [experts, hidden] or None. act: one of ACTS; alpha, limit: of swiglu_clamped."""
-
-    gate_up: Multiplied
-    down: Multiplied
-    act: str
-    gate_up_bias: torch.Tensor | None = None
-    down_bias: torch.Tensor | None = None
-    alpha: float = 0.0
-    limit: float = 0.0
-
-    @property
-    def number(self) -> int:
-        return self.gate_up.shape[0]
 
 
 def run_experts(
@@ -60,13 +41,14 @@ def run_experts(
     UnsupportedError for weights that do not fit.
     """
     _check(x, given)
-    tokens, k = ids.shape
-    if tile is None and by_choice(tokens, given.number, k, scale_block_of(given.down)):
-        return experts_by_choice(x, ids, shares, given)
+    (tokens, k), packed = ids.shape, isinstance(given.down, Mxfp4Experts)
+    if tile is None and by_choice(tokens, given.number, k, 0 if packed else scale_block_of(plain(given.down))):
+        return (packed_by_choice if packed else experts_by_choice)(x, ids, shares, given)
+    in_blocks = packed_in_blocks if packed else experts_in_blocks
     if tokens <= MOST_TOKENS:
-        return experts_in_blocks(x, ids, shares, given, tile)
+        return in_blocks(x, ids, shares, given, tile)
     pieces = zip(x.split(MOST_TOKENS), ids.split(MOST_TOKENS), shares.split(MOST_TOKENS), strict=True)
-    return torch.cat([experts_in_blocks(some, theirs, weights, given, tile) for some, theirs, weights in pieces])
+    return torch.cat([in_blocks(some, theirs, weights, given, tile) for some, theirs, weights in pieces])
 
 
 def experts_by_choice(
@@ -80,7 +62,7 @@ def experts_by_choice(
     """`run_experts` for a few tokens; weights plain or with a scale per row. first, second: tiles of gate and up, and
     of down."""
     (tokens, hidden), k = x.shape, ids.shape[1]
-    (gate_up, up_scale), (down, down_scale) = matrix_parts(given.gate_up), matrix_parts(given.down)
+    (gate_up, up_scale), (down, down_scale) = (matrix_parts(plain(each)) for each in (given.gate_up, given.down))
     ff, ahead = down.shape[2], dependent_launch(x.device)
     halves = ahead and up_scale is not None
     first, second = first or gate_up_tile(tokens * k, ff, hidden), second or down_tile(tokens, hidden, ff)
@@ -103,19 +85,20 @@ def experts_in_blocks(
 ) -> torch.Tensor:
     """`run_experts` for any number of tokens."""
     (tokens, hidden), k, ff = x.shape, ids.shape[1], given.down.shape[2]
-    item, block = matrix_parts(given.gate_up)[0].element_size(), scale_block_of(given.gate_up)
+    gate_up, down = plain(given.gate_up), plain(given.down)
+    item, block = matrix_parts(gate_up)[0].element_size(), scale_block_of(gate_up)
     tile = tile or product_tile(tokens, given.number, k, item, block)
     ahead = tokens <= AHEAD_TOKENS and dependent_launch(x.device)
-    rows = _quantized(Rows(x), given.gate_up)
+    rows = _quantized(Rows(x), gate_up)
     lists = expert_lists(ids, given.number, tile.rows, ahead)
     between = torch.empty(tokens * k, ff, dtype=x.dtype, device=x.device)
-    _products(rows, given.gate_up, given.gate_up_bias, between, lists, tile, k, ahead, given)
+    _products(rows, gate_up, given.gate_up_bias, between, lists, tile, k, ahead, given)
     parts = torch.empty(tokens * k, hidden, dtype=x.dtype, device=x.device)
-    _products(_quantized(Rows(between), given.down), given.down, given.down_bias, parts, lists, tile, 1, ahead, None)
+    _products(_quantized(Rows(between), down), down, given.down_bias, parts, lists, tile, 1, ahead, None)
     y = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
     columns = min(_COLUMNS, triton.next_power_of_2(hidden))
     combine_kernel[(tokens, triton.cdiv(hidden, columns))](
-        parts, ids, shares, y, hidden, CHOICES=k, BLOCK=columns, **_exact(4, ahead)
+        parts, ids, shares, y, hidden, CHOICES=k, BLOCK=columns, **exact_options(4, ahead)
     )
     return y
 
@@ -141,28 +124,42 @@ def _products(
         CHOICES=choices, K=matrix.shape[2], ROWS=tile.rows, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         STAGES=tile.stages, SCALE_BLOCK=scale_block_of(weight), ACT=act,
         POLICY="evict_first" if tile.stream else "", PREFETCH=tile.prefetch, EARLY=gate is None,
-        **_exact(tile.warps, ahead),
+        **exact_options(tile.warps, ahead),
     )  # fmt: skip
-
-
-def _exact(warps: int, ahead: bool) -> dict[str, Any]:
-    """Launch options of kernels whose multiply and add are never contracted, whatever the compiler makes of a shape."""
-    return options(warps, ahead) | {"enable_fp_fusion": False}
 
 
 def _quantized(rows: Rows, weight: Multiplied) -> Rows:
     return row_kernels.norm_rows(rows.values, None, quantize=True)[0] if isinstance(weight, Fp8Weight) else rows
 
 
+def plain(weight: ExpertMatrix) -> Multiplied:
+    """One that is not packed."""
+    assert not isinstance(weight, Mxfp4Experts)
+    return weight
+
+
 def _check(x: torch.Tensor, given: Experts) -> None:
     """Raise UnsupportedError for weights that the kernels cannot read."""
-    (gate_up, _), (down, _) = matrix_parts(given.gate_up), matrix_parts(given.down)
+    gate_up, down = given.gate_up, given.down
     experts, hidden, ff = down.shape
     fit = gate_up.shape == (experts, 2 * ff, hidden) and x.shape[1] == hidden and x.stride(1) == 1
-    alike = gate_up.dtype == down.dtype and scale_block_of(given.gate_up) == scale_block_of(given.down)
-    if not (fit and alike and gate_up.is_contiguous() and down.is_contiguous() and given.act in ACTS):
+    formats = _format(gate_up), _format(down)
+    if not (fit and formats[0] == formats[1] and _whole(gate_up) and _whole(down) and given.act in ACTS):
         raise UnsupportedError(
-            f"experts of {x.shape[1]} columns with {gate_up.dtype} weights {tuple(gate_up.shape)} and {down.dtype} "
+            f"experts of {x.shape[1]} columns with {formats[0]} weights {tuple(gate_up.shape)} and {formats[1]} "
             f"{tuple(down.shape)} and activation {given.act} (supported: [E, 2 F, H] and [E, H, F] of one format, "
             f"contiguous, with {', '.join(ACTS)})"
         )
+
+
+def _format(weight: ExpertMatrix) -> str:
+    if isinstance(weight, Mxfp4Experts):
+        return "mxfp4"
+    block = scale_block_of(weight)
+    return str(matrix_parts(weight)[0].dtype) + (f" with scales of {block} x {block}" if block else "")
+
+
+def _whole(weight: ExpertMatrix) -> bool:
+    if isinstance(weight, Mxfp4Experts):
+        return weight.q.is_contiguous() and weight.scale.is_contiguous()
+    return matrix_parts(weight)[0].is_contiguous()

@@ -83,9 +83,10 @@ def merge(acc, top, total, part, part_top, part_total):
 
 @triton.jit(do_not_specialize=("window", "spans"))
 def _attend(q, kv, table, items, out, partial, tops, totals, sinks, window, spans, q_row, table_slot, kv_page,
-            kv_which, kv_entry, kv_head, scale, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr,
-            DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr,
-            CAP: tl.constexpr, APART: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
+            kv_which, kv_entry, kv_head, scale, value_scale, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+            ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
+            SPAN: tl.constexpr, CAP: tl.constexpr, APART: tl.constexpr, SINKS: tl.constexpr,
+            PDL: tl.constexpr) -> None:  # fmt: skip
     """One item and key head. APART: every num_programs(2)-th span, whose sums go to `partial` [T, heads, spans, DIM],
     `tops` and `totals` [T, heads, spans]; else all spans, and the result to `out`."""
     head = tl.program_id(0)
@@ -139,11 +140,12 @@ def _attend(q, kv, table, items, out, partial, tops, totals, sinks, window, span
         else:
             acc, top, total = merge(acc, top, total, part, part_top, part_total)
     if not APART:
-        tl.store(at, finish(acc, top, total, sinks, heads, own, SINKS).to(out.dtype.element_ty), mask=inside)
+        result = finish(acc, top, total, sinks, heads, own, SINKS) * value_scale
+        tl.store(at, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=("window", "spans"))
-def _merge_spans(positions, slots, out, partial, tops, totals, sinks, window, spans, GROUP: tl.constexpr,
+def _merge_spans(positions, slots, out, partial, tops, totals, sinks, window, spans, value_scale, GROUP: tl.constexpr,
                  GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, SPAN: tl.constexpr,
                  SINKS: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
     """The query heads of one key head of one token: its spans in order."""
@@ -168,8 +170,8 @@ def _merge_spans(positions, slots, out, partial, tops, totals, sinks, window, sp
         part_top = tl.load(tops + place, mask=own, other=0.0)
         part_total = tl.load(totals + place, mask=own, other=0.0)
         acc, top, total = merge(acc, top, total, part, part_top, part_total)
-    result = finish(acc, top, total, sinks, heads, own, SINKS).to(out.dtype.element_ty)
-    tl.store(out + (number * DIM)[:, None] + d[None, :], result, mask=inside)
+    result = finish(acc, top, total, sinks, heads, own, SINKS) * value_scale
+    tl.store(out + (number * DIM)[:, None] + d[None, :], result.to(out.dtype.element_ty), mask=inside)
 
 
 def invariant_attention(
@@ -206,14 +208,14 @@ def invariant_attention(
     exact = launch_options(pdl, enable_fp_fusion=False)
     _attend[(heads.kv_heads, items.shape[0], max(1, programs))](
         q, paged.kv, paged.table, items, out, partial, tops, totals, sink, heads.window, spans, q.stride(0),
-        paged.table.stride(0), *paged.kv.stride()[:4], heads.scale * LOG2E.value, ROWS=ROWS, PAGE=paged.kv.shape[2],
-        KEYS=tile.keys, CAP=heads.softcap * LOG2E.value, APART=programs > 0, **shape, num_warps=tile.warps,
-        num_stages=tile.stages, **exact,
+        paged.table.stride(0), *paged.kv.stride()[:4], heads.key_scale, heads.kv_scale.value, ROWS=ROWS,
+        PAGE=paged.kv.shape[2], KEYS=tile.keys, CAP=heads.softcap * LOG2E.value, APART=programs > 0, **shape,
+        num_warps=tile.warps, num_stages=tile.stages, **exact,
     )  # fmt: skip
     if programs:
         _merge_spans[(tokens, heads.kv_heads)](
-            paged.positions, paged.slots, out, partial, tops, totals, sink, heads.window, spans, **shape, num_warps=4,
-            **exact,
+            paged.positions, paged.slots, out, partial, tops, totals, sink, heads.window, spans, heads.kv_scale.value,
+            **shape, num_warps=4, **exact,
         )  # fmt: skip
     return out
 

@@ -53,3 +53,8 @@ def launch_options(pdl: bool, **options: Any) -> dict[str, Any]:
 def options(warps: int, pdl: bool, stages: int = 1) -> dict[str, Any]:
     """The same, with the kernel's own PDL constant among them."""
     return launch_options(pdl, num_warps=warps, num_stages=stages, PDL=pdl)
+
+
+def exact_options(warps: int, pdl: bool) -> dict[str, Any]:
+    """The same of kernels whose multiply and add are never contracted, whatever the compiler makes of a shape."""
+    return options(warps, pdl) | {"enable_fp_fusion": False}

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from tokenspeed.kernels.triton.view import PagedView
-from tokenspeed.ops.definitions import Attrs
+from tokenspeed.ops.definitions import UNSCALED, Attrs, KvScale
 
 
 class PagedLayer(NamedTuple):
@@ -30,7 +30,8 @@ def paged_layer(view: PagedView, layer: int) -> PagedLayer:
 
 
 class Heads(NamedTuple):
-    """Shape of an attention: grouped queries, softmax scale, window and soft cap of scores (0 for none)."""
+    """Shape of an attention: grouped queries, softmax scale, window and soft cap of scores (0 for none), and what the
+    cache's keys and values are to be multiplied by."""
 
     heads: int
     kv_heads: int
@@ -38,17 +39,23 @@ class Heads(NamedTuple):
     scale: float
     window: int
     softcap: float = 0.0
+    kv_scale: KvScale = UNSCALED
 
     @property
     def group(self) -> int:
         """Query heads per key head."""
         return self.heads // self.kv_heads
 
+    @property
+    def key_scale(self) -> float:
+        """From queries times stored keys to scores in log 2."""
+        return self.scale * self.kv_scale.key * LOG2E.value
+
 
 def heads_of(attrs: Attrs) -> Heads:
     """From the attributes of an attention record."""
     names = ("heads", "kv_heads", "head_dim", "scale", "window", "softcap")
-    return Heads(*(attrs[name] for name in names))
+    return Heads(*(attrs[name] for name in names))._replace(kv_scale=attrs.get("kv_scale", UNSCALED))
 
 
 LOG2E = tl.constexpr(math.log2(math.e))

@@ -17,7 +17,7 @@ from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer, finish, sw
 
 @triton.jit(do_not_specialize=("window",))
 def _prefill(q, kv, table, items, out, sinks, window, q_row, table_slot, kv_page, kv_which, kv_entry, kv_head, scale,
-             GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+             value_scale, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
              DIM_PAD: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, WINDOWED: tl.constexpr,
              CAP: tl.constexpr, SINKS: tl.constexpr) -> None:  # fmt: skip
     head = tl.program_id(0)
@@ -70,7 +70,8 @@ def _prefill(q, kv, table, items, out, sinks, window, q_row, table_slot, kv_page
         acc, top, total, queries, position, lowest, begin, end, masked, last, pages, keys, scale,
         kv_page, kv_which, kv_entry, DIM, DIM_PAD, PAGE, KEYS, CAP, True,
     )  # fmt: skip
-    tl.store(at, finish(acc, top, total, sinks, heads, own, SINKS).to(out.dtype.element_ty), mask=inside)
+    result = finish(acc, top, total, sinks, heads, own, SINKS) * value_scale
+    tl.store(at, result.to(out.dtype.element_ty), mask=inside)
 
 
 def prefill_attention(
@@ -95,7 +96,7 @@ def prefill_attention(
     out = torch.empty((q.shape[0], heads.heads * heads.head_dim), dtype=q.dtype, device=q.device)
     _prefill[(heads.kv_heads, items.shape[0])](
         q, paged.kv, paged.table, items, out, out if sinks is None else sinks, heads.window, q.stride(0),
-        paged.table.stride(0), *paged.kv.stride()[:4], heads.scale * LOG2E.value,
+        paged.table.stride(0), *paged.kv.stride()[:4], heads.key_scale, heads.kv_scale.value,
         GROUP=heads.group, GROUP_PAD=pad(heads.group), ROWS=tile.rows, DIM=heads.head_dim, DIM_PAD=pad(heads.head_dim),
         PAGE=paged.kv.shape[2], KEYS=tile.keys, WINDOWED=heads.window > 0, CAP=heads.softcap * LOG2E.value,
         SINKS=sinks is not None, num_warps=tile.warps, num_stages=tile.stages,

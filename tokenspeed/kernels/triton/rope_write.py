@@ -18,6 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenspeed.kernels.triton.launch import launch_options
 from tokenspeed.kernels.triton.paged import PagedLayer
+from tokenspeed.ops.definitions import UNSCALED, KvScale
 from tokenspeed.ops.reference import frequencies
 from tokenspeed.ops.rope import Rope
 
@@ -57,10 +58,10 @@ def _rotated(base, rows, mask, norm, eps, cos, sin, DIM: tl.constexpr,
 
 @triton.jit
 def _rope_write(q, k, v, q_norm, k_norm, frequency, positions, slots, table, kv, out,
-                scale, q_eps, k_eps, q_row, k_row, v_row, table_slot, kv_page, kv_which, kv_entry, kv_head,
-                GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-                HALF: tl.constexpr, PAGE: tl.constexpr, NORMED: tl.constexpr, FP8: tl.constexpr,
-                PDL: tl.constexpr) -> None:  # fmt: skip
+                scale, key_inverse, value_inverse, q_eps, k_eps, q_row, k_row, v_row, table_slot,
+                kv_page, kv_which, kv_entry, kv_head, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+                DIM: tl.constexpr, DIM_PAD: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
+                NORMED: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     d = tl.arange(0, DIM_PAD)
@@ -90,8 +91,8 @@ def _rope_write(q, k, v, q_norm, k_norm, frequency, positions, slots, table, kv,
     value = tl.load(v + token * v_row + head * DIM + d, mask=(d < DIM) & alive, other=0).to(tl.float32)
     key = tl.reshape(key.to(k.dtype.element_ty).to(tl.float32), (DIM_PAD,))
     if FP8:
-        key = tl.minimum(tl.maximum(key, -448.0), 448.0)
-        value = tl.minimum(tl.maximum(value, -448.0), 448.0)
+        key = tl.minimum(tl.maximum(key * key_inverse, -448.0), 448.0)
+        value = tl.minimum(tl.maximum(value * value_inverse, -448.0), 448.0)
     page = tl.load(table + slot.to(tl.int64) * table_slot + position // PAGE, mask=slot >= 0, other=0).to(tl.int64)
     entry = kv + page * kv_page + (position % PAGE) * kv_entry + head * kv_head + d
     tl.store(entry, key.to(kv.dtype.element_ty), mask=(d < DIM) & alive)
@@ -106,12 +107,13 @@ def rope_write(
     rope: Rope,
     norms: tuple[HeadNorm, HeadNorm] | None = None,
     pdl: bool = False,
+    kv_scale: KvScale = UNSCALED,
 ) -> torch.Tensor:
     """Rotate queries and keys by position, after `norms` of both where given, and write keys and values into pages.
 
     q [T, heads * head_dim], k and v [T, kv_heads * head_dim]: rows may have gaps (views of one projection's output).
-    Returns rotated queries, contiguous; zeros for padding, of which nothing is written. An fp8 cache takes e4m3 values,
-    clipped to +-448.
+    Returns rotated queries, contiguous; zeros for padding, of which nothing is written. An fp8 cache takes keys and
+    values over their scale as e4m3, clipped to +-448; others have no scale.
     """
     tokens, (kv_heads, dim) = q.shape[0], paged.kv.shape[-2:]
     group = q.shape[1] // (kv_heads * dim)
@@ -122,8 +124,8 @@ def rope_write(
     options = launch_options(pdl, num_warps=min(4, max(1, group_pad * dim_pad // 512)))
     _rope_write[(tokens, kv_heads)](
         q, k, v, q_norm.weight, k_norm.weight, turns, paged.positions, paged.slots, paged.table, paged.kv, out,
-        rope.scale, q_norm.eps, k_norm.eps, q.stride(0), k.stride(0), v.stride(0), paged.table.stride(0),
-        *paged.kv.stride()[:4],
+        rope.scale, kv_scale.key_inverse, kv_scale.value_inverse, q_norm.eps, k_norm.eps,
+        q.stride(0), k.stride(0), v.stride(0), paged.table.stride(0), *paged.kv.stride()[:4],
         GROUP=group, GROUP_PAD=group_pad, DIM=dim, DIM_PAD=dim_pad, HALF=rope.dim // 2, PAGE=paged.kv.shape[2],
         NORMED=norms is not None, FP8=paged.kv.dtype == torch.float8_e4m3fn, PDL=pdl, **options,
     )  # fmt: skip

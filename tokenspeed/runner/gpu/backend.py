@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from importlib.util import find_spec
 from math import prod
@@ -16,10 +17,11 @@ from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.ops.definitions import Operands
 from tokenspeed.program.plan import Plan, Planned, plan
 from tokenspeed.program.program import Record
-from tokenspeed.quantization.narrow import FORMATS, NarrowWeight, narrow
+from tokenspeed.quantization.narrow import FORMATS, Narrow, narrow
 from tokenspeed.runner.gpu.view import GpuView
 from tokenspeed.runner.model import LoadedModel, Progress
 from tokenspeed.weights.held import held_modes, hold_weights
+from tokenspeed.weights.packed_experts import load_experts, packed_experts
 from tokenspeed.weights.placing import place_weights, share
 
 logger = logging.getLogger("tokenspeed")
@@ -54,9 +56,12 @@ class GpuBackend:
         a graph can hold."""
         self.model, self.batch_invariant = model, batch_invariant
         narrowed, held = model.projections(quantization), held_modes(model.packed, model.program.head)
+        packed = packed_experts(model.packed) - narrowed
+        stored = model.stored - packed
         self.formats = model.formats | {name: (FORMATS[str(quantization)],) for name in narrowed}
-        self.formats |= dict.fromkeys(model.stored, (UNPACKED,)) | {name: (FORMATS[held[name]],) for name in held}
-        _say_unpacked(model, held)
+        self.formats |= dict.fromkeys(stored, (UNPACKED,)) | {name: (FORMATS[held[name]],) for name in held}
+        self.formats |= dict.fromkeys(packed, (FORMATS["mxfp4"],))
+        _say_unpacked(model, stored - set(held))
         self._registry = Registry()
         (register or _register_kernels)(self._registry)
         self._registry.add(Implementation("rows", "select", "gpu", _select, _always, priority=10, invariant=True))
@@ -65,14 +70,16 @@ class GpuBackend:
         self._plans: dict[int, Plan] = {}
         self._before_head = model.program.before_head()
         self.plan_for(1)
-        self.weights: dict[str, torch.Tensor | NarrowWeight] = {}
-        others = {name: weight for name, weight in model.packed.items() if name not in held}
-        total, first = (sum(weight.nbytes for weight in each.values()) for each in (model.packed, others))
-        # Few of them at a time.
-        for name, plain in place_weights(others, model.dtype, model.device, share(progress, 0, total)):
-            self.weights[name] = narrow(plain, str(quantization), name) if name in narrowed else plain
+        self.weights: dict[str, torch.Tensor | Narrow] = {
+            name: load_experts(model.packed[name], model.device) for name in packed
+        }
+        others = {name: weight for name, weight in model.packed.items() if name not in held and name not in packed}
         kept = {name: model.packed[name] for name in held}
-        self.weights |= hold_weights(kept, model.device, share(progress, first, total))
+        first, rest = (sum(weight.nbytes for weight in each.values()) for each in (others, kept))
+        # Few of them at a time.
+        for name, plain in place_weights(others, model.dtype, model.device, share(progress, 0, first + rest)):
+            self.weights[name] = narrow(plain, str(quantization), name) if name in narrowed else plain
+        self.weights |= hold_weights(kept, model.device, share(progress, first, first + rest))
         self.weight_bytes = {name: float(weight.nbytes) for name, weight in self.weights.items()}
 
         shape = model.definition.config
@@ -147,9 +154,9 @@ class GpuBackend:
                 values.pop(value, None)
 
 
-def _say_unpacked(model: LoadedModel, held: Mapping[str, str]) -> None:
+def _say_unpacked(model: LoadedModel, names: AbstractSet[str]) -> None:
     """Which of a checkpoint's quantised matrices take more memory here than there."""
-    larger = [model.packed[name] for name in sorted(model.stored) if name not in held]
+    larger = [model.packed[name] for name in sorted(names)]
     if larger:
         before, after = sum(w.nbytes for w in larger), sum(prod(w.shape) for w in larger) * model.dtype.itemsize
         logger.warning(

@@ -64,6 +64,11 @@ class CudaCard:
         return DeviceMemory(self._driver, self, nbytes)
 
 
+def has_e4m3(device: torch.device) -> bool:
+    """Whether a CUDA device converts e4m3, as fp8 pages need."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def open_card(device: torch.device) -> Card | None:
     """The card of a CUDA device; None for the CPU."""
     return CudaCard(device) if device.type == "cuda" else None

@@ -22,6 +22,16 @@ void Model::make_angles() {
   }
 }
 
+namespace {
+// The row times a factor, in `to` unless the factor is 1.
+const float* times(const float* row, float factor, size_t count, std::vector<float>* to) {
+  if (factor == 1.0f) return row;
+  to->resize(count);
+  std::transform(row, row + count, to->begin(), [factor](float x) { return x * factor; });
+  return to->data();
+}
+}  // namespace
+
 void Model::rope_write(const Op& op) {
   rows_of(step_.tokens, [&](int64_t t) { rope_row(op, t, owner_[static_cast<size_t>(t)]); });
 }
@@ -31,8 +41,9 @@ void Model::rope_row(const Op& op, int64_t t, int64_t sequence) {
   const Rope& rope = ropes_[static_cast<size_t>(op.rope)];
   const float* cosines = cosines_[static_cast<size_t>(op.rope)].data() + t * rope.half;
   const float* sines = sines_[static_cast<size_t>(op.rope)].data() + t * rope.half;
-  thread_local std::vector<float> keys;
-  keys.resize(static_cast<size_t>(op.kv_heads * op.head_dim));
+  thread_local std::vector<float> keys, scaled_keys, scaled_values;
+  const auto width = static_cast<size_t>(op.kv_heads * op.head_dim);
+  keys.resize(width);
   const auto turn = [&](const float* in, int32_t heads, int32_t norm, float* out) {
     for (int32_t h = 0; h < heads; ++h, in += op.head_dim, out += op.head_dim) {
       if (norm >= 0) kernels_->rms_norm(in, vectors_[static_cast<size_t>(norm)].data(), op.head_dim, op.eps, out);
@@ -46,9 +57,11 @@ void Model::rope_row(const Op& op, int64_t t, int64_t sequence) {
   const int32_t* table = step_.table + step_.table_start[sequence * step_.groups + group];
   uint8_t* to = cache_.data + table[position / cache_.page_size] * cache_.page_bytes +
                 cache_.index[static_cast<size_t>(op.layer)] * cache_.layer_bytes + position % cache_.page_size * cache_.token_bytes;
+  const float* const key = times(keys.data(), op.key_inverse, width, &scaled_keys);
+  const float* const value = times(at(op.v, t), op.value_inverse, width, &scaled_values);
   for (int32_t h = 0; h < op.kv_heads; ++h, to += cache_.head_bytes) {
-    kernels_->store_kv(cache_.format, keys.data() + h * op.head_dim, op.head_dim, to);
-    kernels_->store_kv(cache_.format, at(op.v, t) + h * op.head_dim, op.head_dim, to + cache_.value_bytes);
+    kernels_->store_kv(cache_.format, key + h * op.head_dim, op.head_dim, to);
+    kernels_->store_kv(cache_.format, value + h * op.head_dim, op.head_dim, to + cache_.value_bytes);
   }
 }
 
@@ -110,6 +123,7 @@ void Model::attention(const Op& op) {
       float* result = at(op.out, query + r / group) + (head * group + r % group) * op.head_dim;
       const float sink = sinks ? sinks[head * group + r % group] : -std::numeric_limits<float>::infinity();
       kernels_->combine(pieces.data(), maxima + from + r, sums + from + r, static_cast<int>(parts), rows, op.head_dim, sink, result);
+      if (op.value_scale != 1.0f) std::for_each(result, result + op.head_dim, [&op](float& x) { x *= op.value_scale; });
     }
   });
 }

@@ -80,6 +80,8 @@ NB_MODULE(_walk, m) {
       .def_rw("rope", &ts::Op::rope).def_rw("layer", &ts::Op::layer).def_rw("heads", &ts::Op::heads)
       .def_rw("kv_heads", &ts::Op::kv_heads).def_rw("head_dim", &ts::Op::head_dim).def_rw("window", &ts::Op::window)
       .def_rw("per_head", &ts::Op::per_head).def_rw("softcap", &ts::Op::softcap)
+      .def_rw("key_inverse", &ts::Op::key_inverse).def_rw("value_inverse", &ts::Op::value_inverse)
+      .def_rw("value_scale", &ts::Op::value_scale)
       .def_rw("sinks", &ts::Op::sinks).def_rw("ids", &ts::Op::ids).def_rw("shares", &ts::Op::shares).def_rw("experts", &ts::Op::experts)
       .def_rw("down_bias", &ts::Op::down_bias).def_rw("score", &ts::Op::score).def_rw("k", &ts::Op::k)
       .def_rw("renormalize", &ts::Op::renormalize).def_rw("groups", &ts::Op::groups).def_rw("kept_groups", &ts::Op::kept_groups)

@@ -18,7 +18,7 @@ struct Rows {
 };
 
 // How pages hold a key or a value of one head. Int8: head_dim codes, then a bfloat16 scale for each 32 of them,
-// value = scale * code. Fp8: e4m3 without a scale.
+// value = scale * code. Fp8: e4m3; scales are the caller's.
 enum class KvFormat : int32_t { F32, BF16, Int8, Fp8 };
 
 constexpr int kv_entry_bytes(KvFormat format, int head_dim) {

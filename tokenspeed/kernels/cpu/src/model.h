@@ -72,6 +72,8 @@ struct Op {
   int32_t v = -1, rope = -1, layer = -1;
   int32_t heads = 0, kv_heads = 0, head_dim = 0, window = 0, per_head = 0;
   int32_t sinks = -1;  // of Attention
+  float key_inverse = 1, value_inverse = 1;  // of RopeWrite: keys and values are stored times these
+  float value_scale = 1;                     // of Attention: stored values are multiplied by it
   // Route: x are scores, norm a bias of choosing; ids (int32 in place of floats) and shares come out. Experts: both go in,
   // bias and down_bias are those of all experts, one after the other.
   int32_t ids = -1, shares = -1, experts = -1, down_bias = -1;
