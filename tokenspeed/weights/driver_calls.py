@@ -1,8 +1,8 @@
 """Calls of CUDA's driver that are over in some microseconds, made without giving up the interpreter's lock.
 
-torch gives it up around each of its calls. With several readers somebody else then holds it, and getting it back means to
-be woken: some 200 us for each part, whatever the number of readers (eight brought 37 GB/s to an H200 whose link takes
-55).
+torch gives it up around each of its calls. With several readers somebody else then holds it, and getting it back means
+to be woken: some 200 us for each part, whatever the number of readers (eight brought 37 GB/s to an H200 whose link
+takes 55).
 """
 
 from __future__ import annotations
