@@ -20,7 +20,7 @@ from tokenspeed.weights.stored import stored_rows
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total."""
 
-_MAX_LISTED = 5
+_MAX_LISTED = 20
 
 
 def load_weights(checkpoint: Checkpoint, table: WeightTable, progress: Progress | None = None) -> dict[str, Weight]:

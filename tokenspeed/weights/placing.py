@@ -12,18 +12,20 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from queue import Empty, SimpleQueue
 
 import torch
 
+from tokenspeed.weights.driver_calls import driver_calls
 from tokenspeed.weights.packed import Weight
 from tokenspeed.weights.parts import ALIGNMENT, Part, line_bytes, parts_of, plain_dtype
-from tokenspeed.weights.staging import Lane, OpenFiles, Times
-from tokenspeed.weights.stored import is_stored
+from tokenspeed.weights.staging import Lane, OpenFiles, Target, Times
+from tokenspeed.weights.stored import is_stored, unpack_stored
 from tokenspeed.weights.tasks import usable_cores
 from tokenspeed.weights.unpacked import unpack_all
 
-READERS = 8
+READERS = 12
 BUFFER_BYTES = 8 << 20
 """Each reader has two."""
 AHEAD_BYTES = 512 << 20
@@ -31,6 +33,7 @@ AHEAD_BYTES = 512 << 20
 _REPORTS = 200
 """Most calls of a load's `progress`."""
 
+Progress = Callable[[int, int], None] | None
 Placed = Iterator[tuple[str, torch.Tensor]]
 
 
@@ -48,7 +51,16 @@ def place_weights(
     """
     if device.type == "cpu":
         return iter(unpack_all(weights, dtype, progress).items())
-    return read_to(device, weights, dtype, progress)
+    stored = {name: weight for name, weight in weights.items() if is_stored(weight)}
+    plain = {name: weight for name, weight in weights.items() if name not in stored}
+    total, first = (sum(weight.nbytes for weight in each.values()) for each in (weights, plain))
+    unpacked = unpack_stored(stored, dtype, device, share(progress, first, total))
+    return chain(read_to(device, plain, dtype, share(progress, 0, total)), unpacked)
+
+
+def share(progress: Progress, before: int, total: int) -> Progress:
+    """A `progress` for a part of a load, which begins when `before` bytes of `total` are done."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
 
 
 def read_to(
@@ -98,7 +110,7 @@ class _Weight:
     sent: threading.Event = field(default_factory=threading.Event)
 
 
-_Job = tuple[Part, _Weight, torch.cuda.Event | None]
+_Job = tuple[Part, _Weight, Target, torch.cuda.Event | None]
 
 
 class _Readers:
@@ -106,7 +118,8 @@ class _Readers:
 
     def __init__(self, device: torch.device, count: int, nbytes: int) -> None:
         self._device, self._nbytes = device, nbytes
-        self._lanes = [Lane(device, nbytes) for _ in range(count)]
+        calls = driver_calls(device)
+        self._lanes = [Lane(device, nbytes, calls) for _ in range(count)]
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._files = OpenFiles()
         self._error: BaseException | None = None
@@ -119,15 +132,15 @@ class _Readers:
         kept = torch.float32 if weight.spec.kind == "vector" else dtype
         if all(segment.data.device.type == "cuda" for segment in weight.segments):
             return _Weight(name, _as_it_lies(weight, kept).to(self._device), weight.nbytes)
-        if is_stored(weight):
-            return _Weight(name, weight.unpacked(kept, self._device), weight.nbytes)
         made = torch.empty(weight.shape, dtype=kept, device=self._device)
         # The memory may have been another tensor's until now.
         ready = torch.cuda.current_stream(self._device).record_event() if made.is_cuda else None
+        flat = made.view(-1).view(torch.uint8)
+        target = Target(flat, flat.data_ptr())
         parts = list(parts_of(weight, made.view(-1, weight.spec.cols), self._nbytes))
         started = _Weight(name, made, weight.nbytes, len(parts))
         for part in parts:
-            self._jobs.put((part, started, ready))
+            self._jobs.put((part, started, target, ready))
         return started
 
     def finish(self, weight: _Weight) -> None:
@@ -137,17 +150,21 @@ class _Readers:
         weight.sent.wait()
         if self._error is not None:
             raise self._error
-        for lane in set(weight.lanes):
-            if lane.stream is not None:
-                torch.cuda.current_stream(self._device).wait_stream(lane.stream)
+        if weight.tensor.is_cuda:
+            stream = torch.cuda.current_stream(self._device)
+            for lane in set(weight.lanes):
+                lane.follow(stream)
 
     def _read(self, lane: Lane) -> None:
-        lane.enter()
+        entered = False
         while (job := self._jobs.get()) is not None:
-            part, weight, ready = job
+            part, weight, target, ready = job
             try:
+                if not entered:
+                    lane.enter()
+                    entered = True
                 if self._error is None:
-                    part.run(lane, self._files, ready)
+                    part.run(lane, self._files, target, ready)
             except BaseException as error:  # whoever waits raises it
                 self._error = error
             weight.lanes.append(lane)
@@ -184,5 +201,4 @@ def _as_it_lies(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _widest(weights: Mapping[str, Weight]) -> int:
-    read = (weight for weight in weights.values() if not is_stored(weight))
-    return max((line_bytes(segment) for weight in read for segment in weight.segments), default=0)
+    return max((line_bytes(segment) for weight in weights.values() for segment in weight.segments), default=0)

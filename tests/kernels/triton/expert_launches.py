@@ -22,7 +22,7 @@ from tokenspeed.kernels.triton.expert_operands import Experts
 from tokenspeed.kernels.triton.expert_tiles import packed_tile_of, tile_of
 from tokenspeed.kernels.triton.experts import run_experts
 from tokenspeed.kernels.triton.operands import Norm, Prologue
-from tokenspeed.kernels.triton.route import route
+from tokenspeed.kernels.triton.route import Noise, route
 from tokenspeed.quantization.fp8 import Fp8Weight
 from tokenspeed.quantization.mxfp4_experts import Mxfp4Experts
 
@@ -70,13 +70,17 @@ def layer(rows: int, shape: tuple[int, int, int, int], fmt: str = "plain", act: 
         run_experts(meta(rows, hidden, dtype=dtype), ids, shares, given, tile if same else None)
 
 
-def fused_router(rows: int, hidden: int, experts: int, dtype: torch.dtype, attrs: dict[str, Any]) -> None:
-    """With a join; a bias and a correction where scores are sigmoids."""
+def fused_router(
+    rows: int, hidden: int, experts: int, dtype: torch.dtype, attrs: dict[str, Any], seed: int | None = None
+) -> None:
+    """With a join; a bias and a correction where scores are sigmoids; a seed: by noise."""
     x, norm = meta(rows, hidden, dtype=dtype), Norm(meta(hidden, dtype=FP32), 1e-6)
     extra = meta(experts, dtype=FP32) if attrs["score"] == "sigmoid" else None
     weight = meta(experts, hidden, dtype=dtype)
     with mock.patch.object(fused, "_counters", return_value=meta(rows, dtype=torch.int32)):
-        fused.route_rows(x, Prologue(norm, x), weight, extra, extra, attrs, meta(rows, dtype=torch.int32))
+        slots = meta(rows, dtype=torch.int32)
+        noise = None if seed is None else Noise(slots, seed)
+        fused.route_rows(x, Prologue(norm, x), weight, extra, extra, attrs, slots, noise)
 
 
 def routers(rows: int) -> None:
@@ -97,7 +101,8 @@ QWEN, MIXTRAL, GPT_OSS, MINIMAX = (128, 8, 2048, 768), (8, 2, 4096, 14336), (32,
 
 def few(target: str) -> None:
     """The kernels of a decode step."""
-    fused_router(1, 2048, 128, BF16, ATTRS)
+    for seed in (None, 1, 3):  # the compiler is given a seed of 1 as a constant
+        fused_router(1, 2048, 128, BF16, ATTRS, seed)
     layer(1, QWEN)
     layer(8, QWEN, "channel")
     for rows in (1, 8):

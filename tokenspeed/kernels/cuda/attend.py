@@ -26,16 +26,17 @@ where the three Triton kernels take 10.3 / 13.9 / 15.0 / 19.2 / 29.0 / 46.3 / 83
 every processor has a program, and the projections behind it take longer."""
 MOST_TOKENS = 256
 RING, NARROW_RING = 96 << 10, 64 << 10
-"""Bytes of keys and values that a program may have under way; of a cluster and heads of 64."""
+"""Bytes of keys and values that a program may have under way; one of more than two to an item, of heads of 64."""
 HEAD_DIMS, MOST_GROUP, FEWEST_KEY_HEADS = (64, 128), 8, 4
 """What the kernel takes; with fewer key heads its programs are too few for the memory."""
 FAR = 4096
-"""Tokens before one sequence's beyond which programs are no longer in clusters but as many as run at once; those of
-several together."""
+"""Tokens before a sequence's, beyond which programs are no longer in clusters but as many as run at once. 8B, one
+sequence of 4,096 / 8,192 / 32,768 tokens: 9.7 / 13.2 / 35.7 us, clusters of 8 take 9.7 / 15.9 / 51.3, three Triton
+kernels 14.7 / 19.2 / 43.3."""
 MOST_PARTS = 32
 """Programs of an item then."""
-FAR_ROWS = 4
-"""With more than these, as long ones, the Triton kernels are faster."""
+FAR_ROWS = 8
+"""More have programs enough."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Variant:
 def variant(splits: int, heads: Heads, rope: Rope, page: int, normed: bool, sinks: bool) -> Variant:
     """The variant of clusters of so many programs, 0 for programs without, for such heads and pages."""
     dim = heads.head_dim
-    stages = (NARROW_RING if dim == 64 and splits > 1 else RING) // (WARPS * 2 * KEYS * 2 * dim)
+    stages = (NARROW_RING if dim == 64 and splits > 2 else RING) // (WARPS * 2 * KEYS * 2 * dim)
     return Variant(dim, heads.group, rope.dim // 2, page, splits, WARPS, stages, int(normed), int(sinks))
 
 
@@ -84,9 +85,7 @@ def reach_of(lengths: Sequence[int]) -> Reach:
     longest, rows = max(lengths, default=0), len(lengths)
     if longest * rows > 512 * rows + 2 * sum(lengths):
         return Reach.UNEVEN
-    if longest <= FAR * rows:
-        return Reach.NEAR
-    return Reach.FAR if rows <= FAR_ROWS else Reach.UNEVEN
+    return Reach.FAR if longest > FAR and rows <= FAR_ROWS else Reach.NEAR
 
 
 @cache

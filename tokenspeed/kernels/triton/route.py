@@ -113,7 +113,7 @@ def scores_of_noise(scores, position, slot, seed, at, EXPERTS: tl.constexpr):
     The last steps of MurmurHash3: `tl.rand` takes 5 us more, most of them for its own instructions, which each launch
     fetches anew.
     """
-    bits = ((position.to(tl.int32) * SLOTS + slot) * EXPERTS + at).to(tl.uint32) ^ (seed * GOLDEN).to(tl.uint32)
+    bits = ((position.to(tl.int32) * SLOTS + slot) * EXPERTS + at).to(tl.uint32) ^ (seed * GOLDEN)
     bits = (bits ^ (bits >> 16)) * 0x85EBCA6B
     bits = (bits ^ (bits >> 13)) * 0xC2B2AE35
     noise = ((bits ^ (bits >> 16)) >> 8).to(tl.float32) * (1.0 / 16777216)

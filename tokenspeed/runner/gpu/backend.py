@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from importlib.util import find_spec
+from math import prod
 from typing import Any
 
 import torch
@@ -17,10 +20,11 @@ from tokenspeed.program.program import Record
 from tokenspeed.quantization.narrow import FORMATS, Narrow, narrow
 from tokenspeed.runner.gpu.view import GpuView
 from tokenspeed.runner.model import LoadedModel, Progress
-from tokenspeed.weights.held import held_modes, take_stored
+from tokenspeed.weights.held import held_modes, hold_weights
 from tokenspeed.weights.packed_experts import load_experts, packed_experts
-from tokenspeed.weights.placing import place_weights
+from tokenspeed.weights.placing import place_weights, share
 
+logger = logging.getLogger("tokenspeed")
 HOST_REFERENCES = ("experts",)
 """Ops whose reference waits for the device, so no graph can hold it: without a kernel they are refused."""
 
@@ -57,6 +61,7 @@ class GpuBackend:
         self.formats = model.formats | {name: (FORMATS[str(quantization)],) for name in narrowed}
         self.formats |= dict.fromkeys(stored, (UNPACKED,)) | {name: (FORMATS[held[name]],) for name in held}
         self.formats |= dict.fromkeys(packed, (FORMATS["mxfp4"],))
+        _say_unpacked(model, stored - set(held))
         self._registry = Registry()
         (register or _register_kernels)(self._registry)
         self._registry.add(Implementation("rows", "select", "gpu", _select, _always, priority=10, invariant=True))
@@ -68,11 +73,13 @@ class GpuBackend:
         self.weights: dict[str, torch.Tensor | Narrow] = {
             name: load_experts(model.packed[name], model.device) for name in packed
         }
-        others = {name: weight for name, weight in model.packed.items() if name not in stored | packed}
-        for name, plain in place_weights(others, model.dtype, model.device, progress):  # few of them at a time
+        others = {name: weight for name, weight in model.packed.items() if name not in held and name not in packed}
+        kept = {name: model.packed[name] for name in held}
+        first, rest = (sum(weight.nbytes for weight in each.values()) for each in (others, kept))
+        # Few of them at a time.
+        for name, plain in place_weights(others, model.dtype, model.device, share(progress, 0, first + rest)):
             self.weights[name] = narrow(plain, str(quantization), name) if name in narrowed else plain
-        taken = {name: model.packed[name] for name in stored}
-        self.weights |= take_stored(taken, held, model.dtype, model.device)
+        self.weights |= hold_weights(kept, model.device, share(progress, first, first + rest))
         self.weight_bytes = {name: float(weight.nbytes) for name, weight in self.weights.items()}
 
         shape = model.definition.config
@@ -145,6 +152,19 @@ class GpuBackend:
             values.update(zip(record.outputs, outputs, strict=True))
             for value in step.frees:
                 values.pop(value, None)
+
+
+def _say_unpacked(model: LoadedModel, names: AbstractSet[str]) -> None:
+    """Which of a checkpoint's quantised matrices take more memory here than there."""
+    larger = [model.packed[name] for name in sorted(names)]
+    if larger:
+        before, after = sum(w.nbytes for w in larger), sum(prod(w.shape) for w in larger) * model.dtype.itemsize
+        logger.warning(
+            "%d quantised matrices are unpacked to %s, %.2f GB for %.2f in the files: %s (%s) first; no kernel takes "
+            "them as they are",
+            len(larger), str(model.dtype).removeprefix("torch."), after / 1e9, before / 1e9, larger[0].spec.name,
+            ", ".join(larger[0].formats),
+        )  # fmt: skip
 
 
 def _at_select(steps: Sequence[Planned]) -> tuple[Sequence[Planned], Sequence[Planned]]:
