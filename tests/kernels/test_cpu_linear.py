@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from tests.kernels.blocks import random_rows
+from tests.kernels.blocks import BLOCK_FORMATS, EXPONENTS, random_rows
 from tests.kernels.tiers import TIERS_HERE
 from tests.quantization.blocks_data import FACTORS_AT as FACTORS
 from tests.seeds import SEED
 from tokenspeed.kernels.cpu import _walk
 from tokenspeed.kernels.cpu.registration import FORMATS
+from tokenspeed.quantization.unpack import unpack
 
 TOLERANCE = 1.5e-4
 """Of |x| |W|: activations keep steps of 1 / 32512 of the largest in 32, whose rounding is about 2e-5 of |x|."""
@@ -92,7 +94,7 @@ def test_extremes_of_the_codes() -> None:
     """The largest codes against the largest activations: no sum may saturate."""
     cols = 256
     x = np.where(np.arange(cols) % 2, -1.0, 1.0).astype(np.float32)[None] * 127
-    for fmt in FACTORS:
+    for fmt in BLOCK_FORMATS:
         data, _ = random_rows(fmt, 16, cols, np.random.default_rng(0))
         for byte in (0x00, 0x7F, 0x80, 0xFF):
             extreme = np.full_like(data, byte)
@@ -100,7 +102,9 @@ def test_extremes_of_the_codes() -> None:
 
             kind = gguf.GGMLQuantizationType[fmt]
             size = gguf.GGML_QUANT_SIZES[kind][1]
-            for at in FACTORS[fmt]:
+            if fmt == EXPONENTS:
+                extreme.reshape(16, -1, size)[:, :, 0] = 120
+            for at in FACTORS.get(fmt, ()):
                 extreme.reshape(16, -1, size)[:, :, at : at + 2] = np.array([0.01], np.float16).view(np.uint8)
             values = gguf.dequantize(extreme, kind).astype(np.float64)
             for isa in TIERS_HERE:
@@ -109,6 +113,20 @@ def test_extremes_of_the_codes() -> None:
                     expected = signs.astype(np.float64) @ values.T
                     scale = np.abs(signs).astype(np.float64) @ np.abs(values).T
                     assert (np.abs(got - expected) <= 1e-5 * scale + 1e-6).all(), (fmt, byte, isa)
+
+
+@pytest.mark.parametrize("isa", TIERS_HERE)
+def test_every_exponent_of_mxfp4(isa: str) -> None:
+    """From 2^-128, which is subnormal, up to what no float32 holds."""
+    data = np.random.default_rng(SEED).integers(0, 256, size=(256, 17), dtype=np.uint8)
+    data[:, 0] = np.arange(256)
+    expected = np.empty((256, 32), np.float32)
+    unpack(torch.from_numpy(data), EXPONENTS, 32, torch.float32, torch.from_numpy(expected))
+    model, matrix = packed(isa, 1, [(EXPONENTS, data)], 32)
+    row = np.empty(32, np.float32)
+    for r in range(256):
+        model.unpack_row(matrix, r, row)
+        assert (row == expected[r]).all()
 
 
 def test_zero_and_tiny_activations() -> None:

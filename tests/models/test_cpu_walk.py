@@ -19,6 +19,7 @@ RUNS = [
     *(pytest.param(name, "BF16") for name in CASES),
     *(pytest.param(name, "F32", marks=pytest.mark.slow) for name in CASES),
     *(pytest.param(name, "gguf-Q4_0") for name in MOE_FAMILY_CASES),
+    pytest.param("gpt_oss", "gguf-MXFP4"),
 ]
 
 

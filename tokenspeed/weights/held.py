@@ -1,18 +1,17 @@
-"""Quantised matrices of a checkpoint on a GPU: which its kernels take as they are, those in their types, and all others
-unpacked there."""
+"""Which quantised matrices of a checkpoint a GPU's kernels take as they are, and those in their types."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 from tokenspeed.quantization.fp8 import BLOCK, Fp8Weight
 from tokenspeed.quantization.hold import held_mode, hold
 from tokenspeed.quantization.narrow import NarrowWeight
+from tokenspeed.weights.ahead import read_ahead
 from tokenspeed.weights.packed import PackedTensor, Weight
 from tokenspeed.weights.stored import StoredRows
-from tokenspeed.weights.unpacked import TASK_ELEMENTS
 
 _GATE_UP, _DOWN = "experts_gate_up", "experts_down"
 
@@ -76,27 +75,18 @@ def _joins(weight: Weight) -> bool:
     return True
 
 
-def take_stored(
-    weights: Mapping[str, Weight], held: Mapping[str, str], dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[str, torch.Tensor | NarrowWeight]]:
-    """Quantised weights by name, on `device`: narrow where `held_modes` says so, else in `dtype`."""
-    for name, weight in weights.items():
-        yield name, hold_weight(weight, device) if name in held else _unpacked(weight, dtype, device)
+def hold_weights(
+    weights: Mapping[str, Weight], device: torch.device, progress: Callable[[int, int], None] | None = None
+) -> Iterator[tuple[str, NarrowWeight]]:
+    """Weights of `held_modes` by name, on `device`. progress: bytes done and in all."""
+    total, done = sum(weight.nbytes for weight in weights.values()), 0
+    for name, weight in read_ahead(weights):
+        yield name, hold_weight(weight, device)
         for segment in weight.segments:
             segment.drop_pages(0, segment.rows)
-
-
-def _unpacked(weight: Weight, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    out = torch.empty(weight.spec.rows, weight.spec.cols, dtype=dtype, device=device)
-    start = 0
-    for segment in weight.segments:
-        rows = out[start : start + segment.rows]
-        step = max(1, TASK_ELEMENTS // segment.cols // segment.unit) * segment.unit
-        for first in range(0, segment.rows, step):
-            last = min(first + step, segment.rows)
-            segment.unpack_rows(first, last, dtype, rows[first:last])
-        start += segment.rows
-    return out.view(weight.shape)
+        done += weight.nbytes
+        if progress is not None:
+            progress(done, total)
 
 
 def hold_weight(weight: Weight, device: torch.device) -> NarrowWeight:

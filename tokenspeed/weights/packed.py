@@ -41,9 +41,9 @@ class PackedTensor:
         return self.data.numel()
 
     @property
-    def lines(self) -> int:
-        """Runs of bytes one after the other, each of which is a row, or of an exchanged matrix a column."""
-        return self.exchanged * self.cols or self.rows
+    def views(self) -> tuple[Bytes, ...]:
+        """All bytes of the file's map that it holds."""
+        return () if self.mapped is None else (self.mapped,)
 
     @property
     def unit(self) -> int:
@@ -59,6 +59,11 @@ class PackedTensor:
     def released(self) -> PackedTensor:
         """The same without data."""
         return replace(self, data=self.data.to("meta"), mapped=None)
+
+    @property
+    def lines(self) -> int:
+        """Runs of bytes one after the other, each of which is a row, or of an exchanged matrix a column."""
+        return self.exchanged * self.cols or self.rows
 
     def rows_at(self, first: int, last: int) -> torch.Tensor:
         """Rows [first, last) in the program's order: uint8 [last - first, row bytes], a view where none is moved and
@@ -127,10 +132,10 @@ class Weight:
         """The formats that occur, each once, in row order."""
         return tuple(dict.fromkeys(segment.fmt for segment in self.segments))
 
-    def unpacked(self, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-        """A fresh tensor of `shape` and `dtype`, on a device, by default that of the segments."""
+    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+        """A fresh tensor of `shape` and `dtype`, on the device of the segments."""
         count, cols = sum(segment.rows for segment in self.segments), self.spec.cols
-        out = torch.empty(count, cols, dtype=dtype, device=device or self.segments[0].data.device)
+        out = torch.empty(count, cols, dtype=dtype, device=self.segments[0].data.device)
         start = 0
         for segment in self.segments:
             segment.unpack_rows(0, segment.rows, dtype, out[start : start + segment.rows])

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from queue import Empty, SimpleQueue
 
 import torch
@@ -20,7 +21,7 @@ from tokenspeed.weights.driver_calls import driver_calls
 from tokenspeed.weights.packed import Weight
 from tokenspeed.weights.parts import ALIGNMENT, Part, line_bytes, parts_of, plain_dtype
 from tokenspeed.weights.staging import Lane, OpenFiles, Target, Times
-from tokenspeed.weights.stored import is_stored
+from tokenspeed.weights.stored import is_stored, unpack_stored
 from tokenspeed.weights.tasks import usable_cores
 from tokenspeed.weights.unpacked import unpack_all
 
@@ -32,6 +33,7 @@ AHEAD_BYTES = 512 << 20
 _REPORTS = 200
 """Most calls of a load's `progress`."""
 
+Progress = Callable[[int, int], None] | None
 Placed = Iterator[tuple[str, torch.Tensor]]
 
 
@@ -49,7 +51,16 @@ def place_weights(
     """
     if device.type == "cpu":
         return iter(unpack_all(weights, dtype, progress).items())
-    return read_to(device, weights, dtype, progress)
+    stored = {name: weight for name, weight in weights.items() if is_stored(weight)}
+    plain = {name: weight for name, weight in weights.items() if name not in stored}
+    total, first = (sum(weight.nbytes for weight in each.values()) for each in (weights, plain))
+    unpacked = unpack_stored(stored, dtype, device, share(progress, first, total))
+    return chain(read_to(device, plain, dtype, share(progress, 0, total)), unpacked)
+
+
+def share(progress: Progress, before: int, total: int) -> Progress:
+    """A `progress` for a part of a load, which begins when `before` bytes of `total` are done."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
 
 
 def read_to(
@@ -121,8 +132,6 @@ class _Readers:
         kept = torch.float32 if weight.spec.kind == "vector" else dtype
         if all(segment.data.device.type == "cuda" for segment in weight.segments):
             return _Weight(name, _as_it_lies(weight, kept).to(self._device), weight.nbytes)
-        if is_stored(weight):
-            return _Weight(name, weight.unpacked(kept, self._device), weight.nbytes)
         made = torch.empty(weight.shape, dtype=kept, device=self._device)
         # The memory may have been another tensor's until now.
         ready = torch.cuda.current_stream(self._device).record_event() if made.is_cuda else None
@@ -192,5 +201,4 @@ def _as_it_lies(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _widest(weights: Mapping[str, Weight]) -> int:
-    read = (weight for weight in weights.values() if not is_stored(weight))
-    return max((line_bytes(segment) for weight in read for segment in weight.segments), default=0)
+    return max((line_bytes(segment) for weight in weights.values() for segment in weight.segments), default=0)

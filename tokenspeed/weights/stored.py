@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from tokenspeed.contracts.errors import UnsupportedError
-from tokenspeed.formats.checkpoint import Checkpoint, drop_pages
+from tokenspeed.formats.checkpoint import Bytes, Checkpoint, drop_pages
 from tokenspeed.formats.quantized.layout import Layout
 from tokenspeed.formats.quantized.mxfp4 import BLOCK as MXFP4_BLOCK
 from tokenspeed.formats.quantized.mxfp4 import Mxfp4Layout
 from tokenspeed.quantization.codes import Codes
 from tokenspeed.quantization.layouts import read_codes
+from tokenspeed.weights.ahead import read_ahead
 from tokenspeed.weights.layouts import Stored
 from tokenspeed.weights.packed import PackedTensor, Weight, share_bytes, unpermute_rope
 from tokenspeed.weights.spec import Source
@@ -28,6 +29,8 @@ DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
+PART_ELEMENTS = 1 << 24
+"""Unpacked at a time."""
 UNIT = 128
 """Rows: every layout can be cut at multiples of it."""
 
@@ -39,6 +42,11 @@ class StoredRows(PackedTensor):
     stored: Stored | None = None
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     name: str = ""
+    of_file: tuple[Bytes, ...] = ()
+
+    @property
+    def views(self) -> tuple[Bytes, ...]:
+        return self.of_file
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +89,7 @@ class StoredRows(PackedTensor):
 
     def released(self) -> StoredRows:
         tensors = {suffix: tensor.to("meta") for suffix, tensor in self.tensors.items()}
-        return replace(self, data=self.data.to("meta"), tensors=tensors, mapped=None)
+        return replace(self, data=self.data.to("meta"), tensors=tensors, of_file=())
 
     def rows_at(self, first: int, last: int) -> torch.Tensor:
         raise UnsupportedError(f"{self.name}: rows of {self.fmt} have no bytes of their own")
@@ -89,8 +97,8 @@ class StoredRows(PackedTensor):
     def drop_pages(self, first: int, last: int) -> None:
         """Only when the last rows are done with: parts of a tensor may lie anywhere in it."""
         if last == self.rows:
-            for tensor in self.tensors.values():
-                drop_pages(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            for view in self.of_file:
+                drop_pages(view)
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,11 @@ class Mxfp4Rows(PackedTensor):
     32]; given as rows of ggml's MXFP4, which holds the same."""
 
     exponents: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    of_file: tuple[Bytes, ...] = ()
+
+    @property
+    def views(self) -> tuple[Bytes, ...]:
+        return self.of_file
 
     @property
     def nbytes(self) -> int:
@@ -115,10 +128,13 @@ class Mxfp4Rows(PackedTensor):
         return blocks.flatten(1)
 
     def released(self) -> Mxfp4Rows:
-        return replace(self, data=self.data.to("meta"), exponents=self.exponents.to("meta"), mapped=None)
+        return replace(self, data=self.data.to("meta"), exponents=self.exponents.to("meta"), of_file=())
 
     def drop_pages(self, first: int, last: int) -> None:
-        return None
+        """Only when the last rows are done with."""
+        if last == self.rows:
+            for view in self.of_file:
+                drop_pages(view)
 
 
 def is_stored(weight: Weight) -> bool:
@@ -126,17 +142,45 @@ def is_stored(weight: Weight) -> bool:
     return any(isinstance(segment, StoredRows | Mxfp4Rows) for segment in weight.segments)
 
 
+def unpack_stored(
+    weights: Mapping[str, Weight],
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Such weights by name, unpacked on `device` to `dtype`. progress: bytes done and in all."""
+    total, done = sum(weight.nbytes for weight in weights.values()), 0
+    for name, weight in read_ahead(weights):
+        out = torch.empty(weight.spec.rows, weight.spec.cols, dtype=dtype, device=device)
+        start = 0
+        for segment in weight.segments:
+            rows = out[start : start + segment.rows]
+            step = max(1, PART_ELEMENTS // segment.cols // segment.unit) * segment.unit
+            for first in range(0, segment.rows, step):
+                last = min(first + step, segment.rows)
+                segment.unpack_rows(first, last, dtype, rows[first:last])
+            segment.drop_pages(0, segment.rows)
+            start += segment.rows
+        yield name, out.view(weight.shape)
+        done += weight.nbytes
+        if progress is not None:
+            progress(done, total)
+
+
 def stored_rows(stored: Stored, source: Source, checkpoint: Checkpoint) -> PackedTensor:
     """Views of a matrix's tensors; copies of those that lie off their natural alignment."""
     tensors = {suffix: _tensor(checkpoint, name) for suffix, name in stored.tensors.items()}
+    views = tuple(checkpoint.data(name) for name in stored.tensors.values())
     heads = source.heads if source.transform == "unpermute_rope" else 0
     data, layout = tensors[stored.layout.marker], stored.layout
     if isinstance(layout, Mxfp4Layout):
         codes, exponents = (tensors[name].reshape(stored.rows, -1) for name in ("blocks", "scales"))
-        return Mxfp4Rows(codes, layout.fmt, stored.rows, stored.cols, heads, source.turned, exponents=exponents)
+        return Mxfp4Rows(codes, layout.fmt, stored.rows, stored.cols, heads, source.turned, exponents=exponents,
+            of_file=views,
+        )  # fmt: skip
     return StoredRows(
         data, layout.fmt, stored.rows, stored.cols, heads, source.turned, stored=stored, tensors=tensors,
-        name=source.name,
+        name=source.name, of_file=views,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import torch
 from tests.kernels.cuda.stream_twin import CODE_FACTOR, E2M1_FACTOR, X_FACTOR, bf16, product
 from tests.seeds import SEED
 from tokenspeed.kernels.cuda.program import SOURCES
+from tokenspeed.quantization.int4 import int4_weight
 from tokenspeed.quantization.narrow import PackedWeight, narrow
 
 
@@ -22,6 +23,16 @@ def test_products_are_those_of_the_values(mode: str, rows: int, columns: int) ->
     expected = weight.dequantized(torch.float64) @ x.double()
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(product(weight, x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_scales_of_files() -> None:
+    """float16 ones, of which the kernel makes float32."""
+    g = torch.Generator().manual_seed(SEED)
+    scale = (torch.rand(6, 8, generator=g) / 100).half()
+    weight = int4_weight(torch.randint(0, 16, (6, 1024), generator=g), scale)
+    assert weight.scale.dtype == torch.float16
+    x = torch.randn(1024, generator=g).bfloat16()
+    torch.testing.assert_close(product(weight, x), weight.dequantized(torch.float64) @ x.double(), rtol=1e-9, atol=1e-9)
 
 
 def test_bits_are_what_torch_takes_them_for() -> None:

@@ -79,6 +79,18 @@ def test_rows_that_eight_warps_do_not_divide(columns: int, warps: int) -> None:
     assert variant(columns, BF16, "none", None, bias=True, rows=2) is None
 
 
+def test_scales_of_files() -> None:
+    """float16 ones are widened, each once for its 32 codes and thread."""
+    found = variant(4096, INT4, "silu", PROLOGUES["join"], bias=False, half_scales=True)
+    plain = variant(4096, INT4, "silu", PROLOGUES["join"], bias=False)
+    assert found is not None
+    assert plain is not None
+    log, ptx = compile_("stream", found.defines(), "sm_90a")
+    check(found, (log, ptx))
+    assert ptx.count("cvt.f32.f16") == 2 * found.segment // 64
+    assert "cvt.f32.f16" not in compile_("stream", plain.defines(), "sm_90a")[1]
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(2, 14336), (3, 2048), (8, 4096)])
 def test_several_rows(rows: int, columns: int) -> None:
     found = variant(columns, BF16, "silu", None, bias=True, rows=rows)
@@ -139,7 +151,7 @@ def test_what_no_tile_fits_is_left_to_the_twin() -> None:
         assert stream(one, odd_halves, act="silu") is None
     codes, ours = torch.ones(6, 1024), torch.ones(6, 8).bfloat16()
     zeros = int4_weight(codes, ours, torch.ones(6, 8))
-    for other in (zeros, int4_weight(codes, ours.half()), int4_weight(codes, ours.repeat_interleave(2, 1))):
+    for other in (zeros, int4_weight(codes, ours.float()), int4_weight(codes, ours.repeat_interleave(2, 1))):
         assert stream(one, other) is None
     odd = torch.ones(1, 4104, dtype=torch.bfloat16)[:, 4:4100]
     assert odd.data_ptr() % 16 == 8

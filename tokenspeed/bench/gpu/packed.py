@@ -30,7 +30,15 @@ from tokenspeed.quantization.groups import GPU_MODES
 from tokenspeed.quantization.int4 import int4_weight
 from tokenspeed.quantization.narrow import NarrowWeight, narrow
 
-KINDS = ("int8", "int4", "int4 zeros", "mxfp4")
+OF_FILES: dict[str, tuple[torch.dtype, int, bool]] = {
+    "int4 zeros": (torch.bfloat16, 128, True),
+    "int4 half": (torch.float16, 128, False),
+    "int4 64": (torch.bfloat16, 64, False),
+    "int4 32 zeros": (torch.float16, 32, True),
+}
+"""int4 as checkpoints have it: type of scales, columns of a group, whether there are zero points."""
+NOT_STREAMED = [kind for kind in OF_FILES if kind != "int4 half"]
+KINDS = ("int8", "int4", *OF_FILES, "mxfp4")
 ROWS = (*range(1, 9), 16, 33, 64, 100, 300)
 SIZES = ((24, 128), (1002, 2048), (66, 1024), (256, 4096), (44, 14336), (70, 5120), (36, 640))
 """Rows of W, some that leave units and tiles ragged, and columns."""
@@ -72,11 +80,11 @@ def cases(kinds: Sequence[str] = KINDS) -> list[Case]:
 
 def weight_of(kind: str, rows: int, columns: int, device: str = "cuda") -> Matrix:
     """Random, of unit-scale products, rows of different size."""
-    if kind == "int4 zeros":
-        codes = torch.randint(0, 16, (rows, columns), device=device)
-        groups = (rows, columns // 128)
-        scale = ((torch.rand(*groups, device=device) + 0.2) * columns**-0.5 / 4).bfloat16()
-        return int4_weight(codes, scale, torch.randint(0, 16, groups, device=device))
+    if kind in OF_FILES:
+        scale_type, group, zeros = OF_FILES[kind]
+        codes, groups = torch.randint(0, 16, (rows, columns), device=device), (rows, columns // group)
+        scale = ((torch.rand(*groups, device=device) + 0.2) * columns**-0.5 / 4).to(scale_type)
+        return int4_weight(codes, scale, torch.randint(0, 16, groups, device=device) if zeros else None)
     sizes = columns**-0.5 * (0.5 + torch.rand(rows, 1, device=device))
     weight = (torch.randn(rows, columns, device=device) * sizes).bfloat16()
     if kind == "bf16":
@@ -101,7 +109,7 @@ def wrong(case: Case, device: str = "cuda") -> str | None:
     del poison
     made = (stream if case.streamed else project)(x, weight, bias, case.act, prologue)
     if made is None:
-        return None if case.columns % 1024 or case.kind == "int4 zeros" else "the streaming kernel does not take it"
+        return None if case.columns % 1024 or case.kind in NOT_STREAMED else "the streaming kernel does not take it"
     y, total = made
     entered, wanted_total = ready(x, prologue)
     product = entered.double() @ weight.dequantized(torch.float64).T + bias.bfloat16().double()
@@ -145,7 +153,7 @@ def timed(model: str, kind: str, rows: int, programs: Sequence[int], out: list[t
     """Print the time of a layer, by each way that takes so many rows."""
     made = layers(model, kind)
     moved = sum(weight.nbytes for weight in made[0].values())
-    streaming: Projection = streamed if kind != "int4 zeros" else stream_or_project
+    streaming: Projection = streamed if kind not in NOT_STREAMED else stream_or_project
     ways: dict[str, tuple[int, Projection]] = {"triton": (PROGRAMS_PER_SM, project)}
     if rows == 1:
         ways |= {f"streamed by {count}": (count, streaming) for count in programs}
@@ -163,7 +171,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with float64, time nothing")
     parser.add_argument("--model", nargs="*", choices=SHAPES, default=list(SHAPES))
     parser.add_argument(
-        "--format", nargs="*", choices=("bf16", *GPU_MODES, "int4 zeros"), default=["int8", "int4", "mxfp4"]
+        "--format", nargs="*", choices=("bf16", *GPU_MODES, *OF_FILES), default=["int8", "int4", "mxfp4"]
     )
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 8, 32])
     parser.add_argument("--programs", nargs="*", type=int, default=[PROGRAMS_PER_SM])

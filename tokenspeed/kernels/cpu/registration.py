@@ -23,6 +23,7 @@ FORMATS = (
     "Q6_K",
     "IQ4_NL",
     "IQ4_XS",
+    "MXFP4",
 )
 """In the order of the C++ enum."""
 PLANES = len(FORMATS)

@@ -250,6 +250,12 @@ __device__ void multiply_vector(float (*sums)[4], const u16* x, bool mine, uint4
   }
 }
 
+__device__ inline float widen_half(u32 bits) {
+  float r;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"((u16)bits));
+  return r;
+}
+
 __device__ inline u32 bytes_of(u32 word, u32 which) {
   u32 r;
   asm("prmt.b32 %0, %1, 0, %2;" : "=r"(r) : "r"(word), "r"(which));
@@ -259,8 +265,9 @@ __device__ inline u32 bytes_of(u32 word, u32 which) {
 __device__ inline u32 e2m1_pair(u32 signs, u32 others) { return signs & 0x80008000u | others & 0x01c001c0u; }
 
 // Adds 64 bytes of each of 8 rows of W, of which each thread of a group holds 16, times as many columns of x, to the sums of
-// two rows. `offset` as prepare_row made it, `scales` of both rows: none, bf16 of one group each, or four exponents each.
-template <int Format>
+// two rows. `offset` as prepare_row made it, `scales` of both rows: none, bf16 or HalfScales of one group each, or four
+// exponents each.
+template <int Format, bool HalfScales>
 __device__ void multiply_codes(float* sums, const u16* from, bool mine, uint4 w, float offset, uint2 scales) {
   u32 words[] = {w.x, w.y, w.z, w.w};
   constexpr int vectors = Format == INT8 ? 2 : 4, apart = Format == INT8 ? 8 : 32;
@@ -282,8 +289,10 @@ __device__ void multiply_codes(float* sums, const u16* from, bool mine, uint4 w,
       multiply_quad<false>(low, x[j], words[j] & 0x000f000fu, words[j] >> 8 & 0x000f000fu);
       multiply_quad<false>(high, x[j], words[j] & 0x00f000f0u, words[j] >> 8 & 0x00f000f0u);
     }
-    sums[0] += (low[0] + high[2] * 0.0625f) * widen(scales.x & 0xffff);
-    sums[1] += (low[1] + high[3] * 0.0625f) * __uint_as_float(scales.x & 0xffff0000u);
+    float left = HalfScales ? widen_half(scales.x & 0xffff) : widen(scales.x & 0xffff);
+    float right = HalfScales ? widen_half(scales.x >> 16) : __uint_as_float(scales.x & 0xffff0000u);
+    sums[0] += (low[0] + high[2] * 0.0625f) * left;
+    sums[1] += (low[1] + high[3] * 0.0625f) * right;
   } else {
     for (int j = 0; j < 4; ++j) {
       u32 word = words[j];

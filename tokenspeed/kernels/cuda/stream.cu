@@ -10,7 +10,7 @@
 //
 // Compiled with -D: ROWS of x that fit (1, 2, 4 or 8; more than one come prepared, and to bf16), K columns, FORMAT (row.cuh's),
 // WARPS, SEGMENT bytes of a row in a stage of a ring, STAGES, ACT (0: none, 1: silu, 2: gelu tanh), SHARED bytes, and 0/1:
-// NORM, BRANCH, BRANCH_NORM, BIAS.
+// NORM, BRANCH, BRANCH_NORM, BIAS, HALF_SCALES (int4's scales are float16, else bf16).
 
 #include "row.cuh"
 
@@ -137,9 +137,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
       for (int step = 0; step < STEPS; ++step) {
         uint4 w = *reinterpret_cast<const uint4*>(weights + step * 64);
         if (CODES)
-          multiply_codes<FORMAT>(sums[0], columns + step * 512 / BITS, group == 0, w,
-                                 FORMAT == MXFP4 ? 0 : s.offsets[first + step],
-                                 scales_at(s.ring[warp][at] + SCALES_AT + (step * 4 + part) * 2 * SCALE));
+          multiply_codes<FORMAT, HALF_SCALES>(sums[0], columns + step * 512 / BITS, group == 0, w,
+                                              FORMAT == MXFP4 ? 0 : s.offsets[first + step],
+                                              scales_at(s.ring[warp][at] + SCALES_AT + (step * 4 + part) * 2 * SCALE));
         else
           multiply_vector<FORMAT>(sums + step % 2 * 2, columns + step * 512 / BITS, group < ROWS, w);
       }

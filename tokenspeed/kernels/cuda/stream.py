@@ -67,6 +67,7 @@ class Variant:
     branch: int
     branch_norm: int
     bias: int
+    half_scales: int = 0
 
     @property
     def shared(self) -> int:
@@ -88,10 +89,16 @@ class Variant:
 
 
 def variant(
-    columns: int, format: int, act: str, prologue: Prologue | None, bias: bool, rows: int = 1
+    columns: int,
+    format: int,
+    act: str,
+    prologue: Prologue | None,
+    bias: bool,
+    rows: int = 1,
+    half_scales: bool = False,
 ) -> Variant | None:
     """The variant for rows of W of so many columns in a format of FORMATS, None where they do not fit its tiles. More
-    than one row of x comes without prologue, and to bf16."""
+    than one row of x comes without prologue, and to bf16. half_scales: of int4, whether scales are float16."""
     branch = prologue is not None and prologue.branch is not None
     branch_norm = prologue is not None and prologue.branch_norm is not None
     padded = 1 << (rows - 1).bit_length()
@@ -110,7 +117,7 @@ def variant(
         )  # fmt: skip
         stages = (SHARED - found.shared) // (warps * found.stage)
         if stages >= 3 or (stages == 2 and segment == splits[-1][1]):
-            return replace(found, stages=stages)
+            return replace(found, stages=stages, half_scales=int(half_scales))
     return None
 
 
@@ -141,7 +148,7 @@ def stream(
     prologue: Prologue | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """`triton.linear.project` of one row of bf16, None where no variant takes it. Taken are Fp8Weights with a scale per
-    row and Int4Weights in groups of 128 with bfloat16 scales and without zero points."""
+    row and Int4Weights in groups of 128 with scales of 16 bits and without zero points."""
     return _stream(x, weight, bias, act, prologue)
 
 
@@ -155,7 +162,8 @@ def _stream(
     x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, act: str, prologue: Prologue | None
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     matrix, scale = (weight, None) if isinstance(weight, torch.Tensor) else (weight.q, weight.scale)
-    found = variant(x.shape[1], FORMATS.get(type(weight), 0), act, prologue, bias is not None, x.shape[0])
+    half = isinstance(weight, Int4Weight) and weight.scale.dtype == torch.float16
+    found = variant(x.shape[1], FORMATS.get(type(weight), 0), act, prologue, bias is not None, x.shape[0], half)
     branch = prologue.branch if prologue else None
     branch_norm = prologue.branch_norm if prologue else None
     if found is None or not _streams(weight, act) or not _aligned(x, branch, matrix):
@@ -193,14 +201,14 @@ def _streams(weight: Matrix, act: str) -> bool:
     if isinstance(weight, Fp8Weight):
         return not weight.scale_block
     if isinstance(weight, Int4Weight | Mxfp4Weight):
-        other = isinstance(weight, Int4Weight) and not _is_ours(weight)
+        other = isinstance(weight, Int4Weight) and not _is_taken(weight)
         return not other and weight.shape[0] % (2 if act == "none" else 4) == 0
     return True
 
 
-def _is_ours(weight: Int4Weight) -> bool:
-    """Whether it is as we quantise: groups of 128 with bfloat16 scales and without zero points."""
-    return weight.zero is None and weight.per_run == 1 and weight.scale.dtype == torch.bfloat16
+def _is_taken(weight: Int4Weight) -> bool:
+    """Groups of 128 with scales of 16 bits and without zero points."""
+    return weight.zero is None and weight.per_run == 1 and weight.scale.itemsize == 2
 
 
 def _aligned(*matrices: torch.Tensor | None) -> bool:

@@ -17,9 +17,9 @@ from tokenspeed.program.program import Record
 from tokenspeed.quantization.narrow import FORMATS, Narrow, narrow
 from tokenspeed.runner.gpu.view import GpuView
 from tokenspeed.runner.model import LoadedModel, Progress
-from tokenspeed.weights.held import held_modes, take_stored
+from tokenspeed.weights.held import held_modes, hold_weights
 from tokenspeed.weights.packed_experts import load_experts, packed_experts
-from tokenspeed.weights.placing import place_weights
+from tokenspeed.weights.placing import place_weights, share
 
 HOST_REFERENCES = ("experts",)
 """Ops whose reference waits for the device, so no graph can hold it: without a kernel they are refused."""
@@ -68,11 +68,13 @@ class GpuBackend:
         self.weights: dict[str, torch.Tensor | Narrow] = {
             name: load_experts(model.packed[name], model.device) for name in packed
         }
-        others = {name: weight for name, weight in model.packed.items() if name not in stored | packed}
-        for name, plain in place_weights(others, model.dtype, model.device, progress):  # few of them at a time
+        others = {name: weight for name, weight in model.packed.items() if name not in held and name not in packed}
+        kept = {name: model.packed[name] for name in held}
+        first, rest = (sum(weight.nbytes for weight in each.values()) for each in (others, kept))
+        # Few of them at a time.
+        for name, plain in place_weights(others, model.dtype, model.device, share(progress, 0, first + rest)):
             self.weights[name] = narrow(plain, str(quantization), name) if name in narrowed else plain
-        taken = {name: model.packed[name] for name in stored}
-        self.weights |= take_stored(taken, held, model.dtype, model.device)
+        self.weights |= hold_weights(kept, model.device, share(progress, first, first + rest))
         self.weight_bytes = {name: float(weight.nbytes) for name, weight in self.weights.items()}
 
         shape = model.definition.config

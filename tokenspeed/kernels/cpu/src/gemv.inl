@@ -36,8 +36,8 @@ inline void load_quads(const uint8_t* p, W (&w)[8]) {
         w[4 * h + 3] = or_bytes(w[4 * h + 3], shift_mask<2>(v, 0x30));
       }
     }
-    if constexpr (l.table) {
-      for (int i = 0; i < 8; ++i) w[i] = look_up(w[i]);
+    if constexpr (l.table != ts::Table::None) {
+      for (int i = 0; i < 8; ++i) w[i] = look_up(w[i], l.table == ts::Table::Iq4 ? ts::kIq4Values : ts::kE2m1Values);
     }
   } else {  // two vectors of bit pairs, and for three bits a plane of the third
     for (int h = 0; h < 2; ++h) {
@@ -74,6 +74,8 @@ inline Factors load_factors(const uint8_t* p, const uint8_t* super) {
   Factors f{};
   if constexpr (l.scales == Scales::Half) {
     f.scale[0] = load_f16(halves(p));
+  } else if constexpr (l.scales == Scales::Power) {
+    f.scale[0] = scale_by_power(set(1.0f), sub(load_u8(p), set(128.0f)));
   } else if constexpr (l.scales == Scales::HalfMin) {
     f.scale[0] = load_f16(halves(p));
     f.least[0] = sub(set(0.0f), load_f16(halves(p + 32)));
@@ -106,7 +108,7 @@ inline void prefetch(const uint8_t* p) {
 template <Format Fmt, int Count>
 void tile_rows(const uint8_t* p, const Rows& rows, int64_t first, float* out, int64_t stride, int valid) {
   constexpr Layout l = ts::layout(Fmt);
-  constexpr bool wide = l.bits == 8 || l.table;
+  constexpr bool wide = l.wide();
   const int64_t blocks = rows.cols / ts::kBlock;
   F acc[Count];
   for (int m = 0; m < Count; ++m) acc[m] = set(0.0f);
@@ -230,7 +232,8 @@ void one_row(const uint8_t* p, int row, int64_t cols, float* out) {
 }
 
 #define TS_EACH_FORMAT(X) \
-  X(F32) X(F16) X(BF16) X(Q8_0) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS)
+  X(F32) X(F16) X(BF16) X(Q8_0) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS) \
+  X(MXFP4)
 
 void tile(Format format, const uint8_t* data, const Rows& rows, float* out, int64_t stride, int valid) {
   switch (format) {

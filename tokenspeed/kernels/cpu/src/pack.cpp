@@ -72,6 +72,10 @@ void read_small(const uint8_t* p, Columns* c) {
     case Format::Q4_0:
     case Format::IQ4_NL: nibbles(p + 2, c->q); break;
     case Format::Q4_1: nibbles(p + 4, c->q); break;
+    case Format::MXFP4:  // [e][16 bytes of nibbles]
+      c->bytes[0] = p[0];
+      nibbles(p + 1, c->q);
+      break;
     case Format::Q5_0:
       nibbles(p + 6, c->q);
       fifth_bits(p + 2, c->q);
@@ -136,6 +140,7 @@ void read_super(const uint8_t* p, int j, Columns* c, SuperFactors* factors) {
 
 constexpr int file_block_bytes(Format f) {
   switch (f) {
+    case Format::MXFP4: return 17;
     case Format::Q8_0: return 34;
     case Format::Q4_0:
     case Format::IQ4_NL: return 18;
@@ -190,6 +195,10 @@ void place_bits(const uint8_t* q, int row, uint8_t* out) {
 template <Format F>
 void place_scales(const Columns& c, int row, uint8_t* out) {
   constexpr Layout l = layout(F);
+  if constexpr (l.scales == Scales::Power) {
+    out[row] = c.bytes[0];
+    return;
+  }
   if constexpr (!l.has_super()) {
     std::memcpy(out + 2 * row, &c.half[0], 2);
     if (l.has_min()) std::memcpy(out + 32 + 2 * row, &c.half[1], 2);
@@ -277,6 +286,7 @@ void pack_tile(Format f, const uint8_t* source, int rows, int64_t cols, uint8_t*
     case Format::Q6_K: return pack_blocks<Format::Q6_K>(source, rows, cols, out);
     case Format::IQ4_NL: return pack_blocks<Format::IQ4_NL>(source, rows, cols, out);
     case Format::IQ4_XS: return pack_blocks<Format::IQ4_XS>(source, rows, cols, out);
+    case Format::MXFP4: return pack_blocks<Format::MXFP4>(source, rows, cols, out);
     default: return pack_plain(plain_bytes(f), source, rows, cols, out);
   }
 }

@@ -29,10 +29,8 @@ inline W shift_mask(W w, uint8_t mask) {
   else w = {_mm256_slli_epi16(w.a, -Right), _mm256_slli_epi16(w.b, -Right)};
   return {_mm256_and_si256(w.a, m), _mm256_and_si256(w.b, m)};
 }
-// IQ4_NL's sixteen values (ggml), raised by 128.
-alignas(16) inline constexpr uint8_t kCodes[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
-inline W look_up(W codes) {
-  const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(kCodes)));
+inline W look_up(W codes, const uint8_t (&values)[16]) {
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(values)));
   return {_mm256_shuffle_epi8(table, codes.a), _mm256_shuffle_epi8(table, codes.b)};
 }
 inline I int_set(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }

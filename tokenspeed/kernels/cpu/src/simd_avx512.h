@@ -23,10 +23,8 @@ inline W shift_mask(W w, uint8_t mask) {
   return _mm512_and_si512(w, _mm512_set1_epi8(static_cast<char>(mask)));
 }
 
-// IQ4_NL's sixteen values (ggml), raised by 128.
-alignas(16) inline constexpr uint8_t kCodes[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
-inline W look_up(W codes) {
-  const __m128i table = _mm_load_si128(reinterpret_cast<const __m128i*>(kCodes));
+inline W look_up(W codes, const uint8_t (&values)[16]) {
+  const __m128i table = _mm_load_si128(reinterpret_cast<const __m128i*>(values));
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), codes);
 }
 

@@ -36,9 +36,7 @@ inline W shift_mask(W w, uint8_t mask) {
   for (auto& x : w.b) x = static_cast<uint8_t>(Right >= 0 ? x >> (Right >= 0 ? Right : 0) : x << (Right < 0 ? -Right : 0)) & mask;
   return w;
 }
-// IQ4_NL's sixteen values (ggml), raised by 128.
-alignas(16) inline constexpr uint8_t kCodes[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
-inline W look_up(W codes) { for (auto& x : codes.b) x = kCodes[x]; return codes; }
+inline W look_up(W codes, const uint8_t (&values)[16]) { for (auto& x : codes.b) x = values[x]; return codes; }
 inline I int_set(int32_t v) { I r; for (auto& x : r.v) x = v; return r; }
 inline I int_scaled_add(I hi, I lo) { for (int i = 0; i < 16; ++i) lo.v[i] += 256 * hi.v[i]; return lo; }
 template <bool Wide>

@@ -23,9 +23,7 @@ template <int Right>
 inline W shift_mask(W w, uint8_t mask) {
   return quarters<W>([&](int i) { return vandq_u8(vshlq_u8(w.v[i], vdupq_n_s8(-Right)), vdupq_n_u8(mask)); });
 }
-// IQ4_NL's sixteen values (ggml), raised by 128.
-alignas(16) inline constexpr uint8_t kCodes[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
-inline W look_up(W codes) { return quarters<W>([&](int i) { return vqtbl1q_u8(vld1q_u8(kCodes), codes.v[i]); }); }
+inline W look_up(W codes, const uint8_t (&values)[16]) { return quarters<W>([&](int i) { return vqtbl1q_u8(vld1q_u8(values), codes.v[i]); }); }
 
 inline I int_set(int32_t v) { return quarters<I>([=](int) { return vdupq_n_s32(v); }); }
 inline I int_scaled_add(I hi, I lo) { return quarters<I>([&](int i) { return vaddq_s32(vshlq_n_s32(hi.v[i], 8), lo.v[i]); }); }
