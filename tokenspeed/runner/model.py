@@ -21,7 +21,7 @@ from tokenspeed.program.kv_scale import with_kv_scales
 from tokenspeed.program.program import Program
 from tokenspeed.quantization.groups import MODES, refuse_quantized, refuse_stored
 from tokenspeed.weights.dummy import dummy_weights
-from tokenspeed.weights.kv_scales import kv_scales
+from tokenspeed.weights.kv_scales import has_kv_scales, kv_scales
 from tokenspeed.weights.loader import load_weights
 from tokenspeed.weights.packed import Weight
 from tokenspeed.weights.quantized import quantize_weights
@@ -115,19 +115,20 @@ def load_model(definition: Definition, checkpoint: Checkpoint | None, config: En
 
 def _kv_scales(definition: Definition, checkpoint: Checkpoint | None, config: EngineConfig) -> dict[int, KvScale]:
     """Those of the checkpoint, for fp8 pages. Where it has none the scale is 1, which is said."""
-    wanted = KV_TORCH.get(config.kv_cache_dtype) == torch.float8_e4m3fn
     if checkpoint is None:
         return {}
+    if KV_TORCH.get(config.kv_cache_dtype) != torch.float8_e4m3fn:
+        if has_kv_scales(checkpoint):
+            logger.info("the checkpoint has scales for an fp8 KV cache, which --kv-cache-dtype fp8 asks for")
+        return {}
     found = {layer: KvScale(*pair) for layer, pair in kv_scales(checkpoint, len(definition.config.windows)).items()}
-    if wanted and not found:
+    if not found:
         logger.warning(
             "--kv-cache-dtype %s: the checkpoint has no scales for it; keys and values are stored as they are, clipped "
             "at 448",
             config.kv_cache_dtype,
         )
-    if found and not wanted:
-        logger.info("the checkpoint has scales for an fp8 KV cache, which --kv-cache-dtype fp8 asks for")
-    return found if wanted else {}
+    return found
 
 
 def _check_stored(stored: Quantization, checkpoint: Checkpoint | None, config: EngineConfig) -> None:

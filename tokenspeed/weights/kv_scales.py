@@ -51,6 +51,11 @@ def kv_scales(checkpoint: Checkpoint, layers: int) -> dict[int, tuple[float, flo
     return {layer: (found[layer, "k"], found[layer, "v"]) for layer in range(layers)}
 
 
+def has_kv_scales(checkpoint: Checkpoint) -> bool:
+    """Whether there is any, of whatever shape."""
+    return any(_scale_tensors(checkpoint))
+
+
 def _scale_tensors(checkpoint: Checkpoint) -> Iterator[tuple[int, str, TensorInfo]]:
     """Layer, "k", "v" or "kv", and tensor."""
     for name, info in checkpoint.tensors.items():

@@ -10,7 +10,7 @@ import torch
 from tokenspeed.formats.checkpoint import file_part
 from tokenspeed.quantization.unpack import unpack
 from tokenspeed.weights.packed import PackedTensor, Weight
-from tokenspeed.weights.staging import Lane, OpenFiles
+from tokenspeed.weights.staging import Lane, OpenFiles, Target
 
 ALIGNMENT = 16
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -57,10 +57,10 @@ class Piece:
             owner, offset = part
             files.read(owner, offset + start, into)
 
-    def straight(self, nbytes: int) -> torch.Tensor:
-        """So many bytes of the weight from where this piece, a direct one, begins."""
-        at = (self.start + self.first) * line_bytes(self.segment)
-        return self.rows.view(-1).view(torch.uint8)[at : at + nbytes]
+    @property
+    def place(self) -> int:
+        """At which byte of the weight a direct piece begins."""
+        return (self.start + self.first) * line_bytes(self.segment)
 
     def put(self, data: torch.Tensor) -> None:
         """Unpack its bytes, uint8 [nbytes] on the device, to where they belong."""
@@ -91,8 +91,8 @@ class Part:
         """Packed bytes."""
         return sum(piece.nbytes for piece in self.pieces)
 
-    def run(self, lane: Lane, files: OpenFiles, after: torch.cuda.Event | None) -> None:
-        """Read it and send it on its way, behind `after`."""
+    def run(self, lane: Lane, files: OpenFiles, target: Target, after: torch.cuda.Event | None) -> None:
+        """Read it and send it on its way, behind `after`. target: the weight's bytes."""
         first, spans = self.pieces[0], self._spans()
 
         def read(buffer: memoryview) -> int:
@@ -101,7 +101,10 @@ class Part:
             return spans[-1][1]
 
         used = lane.fill(read)
-        lane.send(used, first.straight(used) if first.is_direct else None, self._put, after)
+        if first.is_direct:
+            lane.send(used, target, first.place, after)
+        else:
+            lane.use(used, self._put, after)
 
     def _spans(self) -> list[tuple[int, int]]:
         """The bytes of the buffer that each piece has."""

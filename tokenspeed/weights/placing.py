@@ -17,14 +17,15 @@ from queue import Empty, SimpleQueue
 
 import torch
 
+from tokenspeed.weights.driver_calls import driver_calls
 from tokenspeed.weights.packed import Weight
 from tokenspeed.weights.parts import ALIGNMENT, Part, line_bytes, parts_of, plain_dtype
-from tokenspeed.weights.staging import Lane, OpenFiles, Times
+from tokenspeed.weights.staging import Lane, OpenFiles, Target, Times
 from tokenspeed.weights.stored import is_stored, unpack_stored
 from tokenspeed.weights.tasks import usable_cores
 from tokenspeed.weights.unpacked import unpack_all
 
-READERS = 8
+READERS = 12
 BUFFER_BYTES = 8 << 20
 """Each reader has two."""
 AHEAD_BYTES = 512 << 20
@@ -109,7 +110,7 @@ class _Weight:
     sent: threading.Event = field(default_factory=threading.Event)
 
 
-_Job = tuple[Part, _Weight, torch.cuda.Event | None]
+_Job = tuple[Part, _Weight, Target, torch.cuda.Event | None]
 
 
 class _Readers:
@@ -117,7 +118,8 @@ class _Readers:
 
     def __init__(self, device: torch.device, count: int, nbytes: int) -> None:
         self._device, self._nbytes = device, nbytes
-        self._lanes = [Lane(device, nbytes) for _ in range(count)]
+        calls = driver_calls(device)
+        self._lanes = [Lane(device, nbytes, calls) for _ in range(count)]
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._files = OpenFiles()
         self._error: BaseException | None = None
@@ -133,10 +135,12 @@ class _Readers:
         made = torch.empty(weight.shape, dtype=kept, device=self._device)
         # The memory may have been another tensor's until now.
         ready = torch.cuda.current_stream(self._device).record_event() if made.is_cuda else None
+        flat = made.view(-1).view(torch.uint8)
+        target = Target(flat, flat.data_ptr())
         parts = list(parts_of(weight, made.view(-1, weight.spec.cols), self._nbytes))
         started = _Weight(name, made, weight.nbytes, len(parts))
         for part in parts:
-            self._jobs.put((part, started, ready))
+            self._jobs.put((part, started, target, ready))
         return started
 
     def finish(self, weight: _Weight) -> None:
@@ -146,17 +150,21 @@ class _Readers:
         weight.sent.wait()
         if self._error is not None:
             raise self._error
-        for lane in set(weight.lanes):
-            if lane.stream is not None:
-                torch.cuda.current_stream(self._device).wait_stream(lane.stream)
+        if weight.tensor.is_cuda:
+            stream = torch.cuda.current_stream(self._device)
+            for lane in set(weight.lanes):
+                lane.follow(stream)
 
     def _read(self, lane: Lane) -> None:
-        lane.enter()
+        entered = False
         while (job := self._jobs.get()) is not None:
-            part, weight, ready = job
+            part, weight, target, ready = job
             try:
+                if not entered:
+                    lane.enter()
+                    entered = True
                 if self._error is None:
-                    part.run(lane, self._files, ready)
+                    part.run(lane, self._files, target, ready)
             except BaseException as error:  # whoever waits raises it
                 self._error = error
             weight.lanes.append(lane)

@@ -1,7 +1,8 @@
 """How fast a checkpoint in the page cache is read, and how fast the engine loads it.
 
-A checkpoint of a model's shapes with random values is written, read by several threads into host buffers, then loaded
-as `LLM` does. Both count the bytes of the files' tensors.
+A checkpoint of a model's shapes with random values is written, loaded as `LLM` does, and read by several threads into
+host buffers. All count the bytes of the files' tensors. No load can be faster than the slower of two: the link to the
+device, and reading into buffers that are used again and again.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from tokenspeed.weights.tasks import usable_cores
 
 MIB = 1 << 20
 RUNS = 3
-READERS = (4, 8, 16)
-BUFFER_BYTES = (2 * MIB, 8 * MIB, 16 * MIB, 32 * MIB)
+READERS = (6, 8, 10, 12, 16)
+BUFFER_BYTES = (4 * MIB, 8 * MIB, 12 * MIB)
 KEPT_BYTES = 8 * MIB
 """Read at once into memory that is kept."""
 _COMPARED_ROWS = 7
@@ -89,26 +90,30 @@ def _measure(folder: Path, nbytes: int, device: str, publisher: Publisher, runs:
     for part, seconds in samples.items():
         print(f"  {part}: {', '.join(f'{each:.3f}' for each in seconds)} s")
     print(f"  peak of host memory grew by {grown:.0f} MB", flush=True)
-    if device != "cpu":
-        link = link_gbs(device)
+    link = {} if device == "cpu" else link_gbs(device)
+    read = _sweep(folder, files, nbytes, device)
+    kept = [nbytes / 1e9 / keep_seconds(files, readers) for readers in readers_here()]
+    publisher.add(f"{stem}.kept_gbs", max(kept), "GB/s", samples={"by_readers": kept})
+    publisher.add(f"{stem}.read_gbs", max(read), "GB/s", samples={"by_setting": read})
+    if link:
         publisher.add(f"{stem}.link_gbs", max(link.values()), "GB/s", samples={k: [v] for k, v in link.items()})
-    _sweep(folder, files, nbytes, device)
-    kept = {f"{n} readers": [nbytes / 1e9 / keep_seconds(files, n) for _ in range(2)] for n in readers_here()}
-    read = max(max(each) for each in kept.values())
-    publisher.add(f"{stem}.read_gbs", read, "GB/s", samples=kept)
     publisher.add(f"{stem}.load_gbs", median(speeds), "GB/s", samples={"gb_per_s": speeds, **samples})
-    publisher.add(f"{stem}.load_share", median(speeds) / read, "x")
+    ceiling = min(max(read), max(link.values(), default=max(read)))
+    publisher.add(f"{stem}.load_share", median(speeds) / ceiling, "x")
 
 
-def _sweep(folder: Path, files: Sequence[Path], nbytes: int, device: str) -> None:
-    """Print what other numbers of readers and sizes of their buffers give."""
+def _sweep(folder: Path, files: Sequence[Path], nbytes: int, device: str) -> list[float]:
+    """GB/s into buffers by number of readers and size of buffers; prints what the engine's readers make of it."""
+    speeds = []
     for readers, buffer_bytes in itertools.product(readers_here(), BUFFER_BYTES):
         found = nbytes / 1e9 / read_seconds(files, readers, buffer_bytes, device)
         seconds, times = place_seconds(folder, readers, buffer_bytes, device)
         spent = [each / readers / seconds for each in (times.waiting, times.reading, times.sending)]
+        speeds.append(found)
         share = f"waiting {spent[0]:.0%}, reading {spent[1]:.0%}, sending {spent[2]:.0%}"
         name, placed = f"{readers} readers, {buffer_bytes // MIB} MiB", nbytes / 1e9 / seconds
         print(f"  {name}: into buffers {found:.1f} GB/s, to the device {placed:.1f} GB/s; {share}", flush=True)
+    return speeds
 
 
 def readers_here() -> list[int]:

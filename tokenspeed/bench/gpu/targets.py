@@ -27,7 +27,7 @@ ITL_P99_MS = 18.0
 PREFILL_SHARE = 80.0
 """Per cent of the rate that the same prompt has alone at the same cap."""
 LOAD_SHARE = 0.7
-"""Of the speed at which threads read the same files."""
+"""Of the smaller of what the link takes and the speed at which threads read the same files."""
 REFERENCE, REFERENCE_RATIO = 0.05, 1.2
 """Mean difference of log-probabilities, and times Hugging Face's in the same format."""
 
