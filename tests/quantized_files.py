@@ -294,7 +294,7 @@ class Quantized:
 def make_quantized(case: Case, method: Method, folder: Path, seed: int) -> Quantized:
     """What is not quantised is bf16. Experts have a tensor for each part of each."""
     made, rng = make_safetensors(case, "BF16", folder), np.random.default_rng(seed)
-    tensors, values, pattern = load_file(folder / "model.safetensors"), {}, re.compile(method.modules + r"\.weight")
+    tensors, values, pattern = load_file(folder / "model.safetensors"), {}, re.compile(rf"({method.modules})\.weight")
     for name in sorted(filter(pattern.fullmatch, tensors)):
         drawn, values[name] = method.draw(*tensors.pop(name).shape, rng)
         _put(made.oracle, name, torch.from_numpy(values[name]))

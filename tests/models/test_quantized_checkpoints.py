@@ -17,8 +17,11 @@ from tests.parity_cases import ROUTING_MARGIN
 from tests.parity_tools import CASES, Walker, load, oracle_logits, random_prompt, routing_margin
 from tests.quantized_files import METHODS, Quantized, make_mxfp4, make_quantized, write_config
 from tests.seeds import SEED
+from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import ConfigError, FormatError, UnsupportedError, WeightError
 from tokenspeed.engine.llm import LLM
+from tokenspeed.runner.build import open_model
+from tokenspeed.runner.model import load_model
 from tokenspeed.sol.plan_table import plan_table
 from tokenspeed.sol.report import step_report
 
@@ -90,10 +93,12 @@ def test_logits(made: Maker, name: str) -> None:
         ("gptq-row", "qwen2", ODD),
         ("fp8-tensor", "qwen3-tied", ODD),
         ("ct-int4-32", "gemma3", {}),
+        ("ct-fp8-channel", "glm4", {}),
+        ("fp8-block", "glm4", {"head_dim": 64}),
     ],
 )
 def test_logits_of_families_with_odd_widths(made: Maker, name: str, family: str, settings: dict[str, Any]) -> None:
-    """Heads tied and not, biases, blocks and groups cut short."""
+    """Heads tied and not, biases, blocks and groups cut short, rows of q and k by turns."""
     quantized = made(name, family, settings)
     prompt = random_prompt(21, SEED)
     logits = Walker(load(quantized.path)).logits(prompt)
@@ -311,6 +316,28 @@ def test_patterns_of_compressed_tensors(copied: Callable[..., Path]) -> None:
 
     edit(path, plain)
     assert load(path).formats["layers.1.qkv"] == ("I32_PACKED_4", "BF16")
+
+
+def test_a_head_may_be_quantised(tmp_path: Path) -> None:
+    plain = METHODS["ct-int8-channel"]
+    method = replace(plain, config=plain.config | {"ignore": []}, modules=rf"{plain.modules}|lm_head")
+    quantized, prompt = make_quantized(CASES["llama"], method, tmp_path, SEED), random_prompt(21, SEED)
+    model = load(tmp_path)
+    assert model.formats["lm_head"] == ("I8",)
+    assert (Walker(model).logits(prompt) - oracle_logits(quantized.oracle, prompt)).abs().max() < BOUND
+
+
+@pytest.mark.parametrize("names", [("k_scale", "v_scale"), ("k_proj.k_scale", "v_proj.v_scale")])
+def test_scales_of_the_kv_cache_may_be_there(copied: Callable[..., Path], names: tuple[str, str]) -> None:
+    path = copied("ct-fp8-tensor")
+    scales = {f"model.layers.{i}.self_attn.{name}": torch.tensor([0.5]) for i in range(2) for name in names}
+    edit(path, lambda tensors: tensors.update(scales))
+    config = EngineConfig(model=str(path), device="cpu", dtype="float32", kv_cache_dtype="fp8")
+    files = open_model(config)
+    assert len(load_model(files.definition, files.checkpoint, config).kv_scales) == 2
+    edit(path, lambda tensors: tensors.update({"model.layers.0.mlp.k_scale": torch.ones(1)}))
+    with pytest.raises(WeightError, match=r"surplus 1 tensor: 'model\.layers\.0\.mlp\.k_scale'"):
+        load(path)
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq"])

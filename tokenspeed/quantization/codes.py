@@ -47,9 +47,12 @@ class Codes:
 
     def rows(self, order: torch.Tensor) -> Codes:
         """The rows in another order; scales must be those of single rows or of all."""
+        assert self.scale.shape[0] in (1, len(self.codes))
         scale, zero = (_picked(each, order) for each in (self.scale, self.zero))
         assert scale is not None
-        return Codes(self.codes[order], scale, self.block, zero)
+        # Not every device picks rows of e4m3.
+        codes = self.codes.view(torch.uint8)[order].view(self.codes.dtype)
+        return Codes(codes, scale, self.block, zero)
 
     def by_row(self) -> Codes:
         """The same with scales [N, groups], where one was for all rows."""

@@ -92,7 +92,7 @@ def hold_weights(
 def hold_weight(weight: Weight, device: torch.device) -> NarrowWeight:
     """A weight of `held_modes` in its type, on `device`: [rows, cols], or of experts [experts, rows, cols]. Raises
     UnsupportedError naming a matrix whose values its layout cannot tell."""
-    parts = [segment.codes(device=device) for segment in weight.segments if isinstance(segment, StoredRows)]
+    parts = [segment.codes(device) for segment in weight.segments if isinstance(segment, StoredRows)]
     made = hold(parts)
     if weight.spec.kind != "experts":
         return made

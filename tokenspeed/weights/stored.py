@@ -61,19 +61,22 @@ class StoredRows(PackedTensor):
         assert self.stored is not None
         return self.stored.layout
 
-    def codes(self, first: int = 0, last: int | None = None, device: torch.device | str = "cpu") -> Codes:
-        """Rows from a multiple of UNIT on, in the program's order, on `device`. Raises UnsupportedError naming the
-        matrix where the layout cannot tell its values."""
-        last = self.rows if last is None else last
+    def codes(self, device: torch.device | str = "cpu") -> Codes:
+        """All rows in the program's order, on `device`; of moved ones none may share a scale with some others. Raises
+        UnsupportedError naming the matrix where the layout cannot tell its values."""
+        codes = self._codes(0, self.rows, device)
+        return codes.rows(self._order(device)) if self.heads else codes
+
+    def _order(self, device: torch.device | str) -> torch.Tensor:
+        return unpermute_rope(torch.arange(self.rows), self.heads, self.turned).to(device)
+
+    def _codes(self, first: int, last: int, device: torch.device | str) -> Codes:
+        """Rows in the file's order, from a multiple of UNIT on."""
         cut = {name: self._cut(name, first, last).to(device) for name in self.tensors}
         try:
-            codes = read_codes(self.layout, cut, last - first, self.cols)
+            return read_codes(self.layout, cut, last - first, self.cols)
         except UnsupportedError as error:
             raise UnsupportedError(f"{self.name}: {error}") from None
-        if not self.heads:
-            return codes
-        order = unpermute_rope(torch.arange(self.rows), self.heads, self.turned).to(device)
-        return codes.rows(order)
 
     def _cut(self, suffix: str, first: int, last: int) -> torch.Tensor:
         assert self.stored is not None
@@ -84,7 +87,8 @@ class StoredRows(PackedTensor):
         return tensor.narrow(axis, first // per, -(-last // per) - first // per)
 
     def unpack_rows(self, first: int, last: int, dtype: torch.dtype, out: torch.Tensor) -> int:
-        out.copy_(self.codes(first, last, out.device).values(dtype))
+        values = self._codes(first, last, out.device).values(dtype)
+        out.copy_(values[self._order(out.device)] if self.heads else values)
         return self.nbytes * (last - first) // self.rows
 
     def released(self) -> StoredRows:

@@ -121,6 +121,30 @@ def test_experts(made: Maker, name: str, ff: int, held: bool) -> None:
             assert np.abs(matrix - wanted).max() <= np.abs(wanted).max() * 2**-23
 
 
+@pytest.mark.parametrize("name, held", [("ct-fp8-channel", True), ("gptq", True), ("fp8-block", False)])
+def test_rows_by_turns(made: Maker, name: str, held: bool) -> None:
+    """GLM-4's q and k: rows change places with their scales, which those of a block cannot."""
+    backend = backend_of(made(name, EQUAL | {"head_dim": 64}, "glm4").path)
+    weight = backend.weights["layers.0.qkv"]
+    assert isinstance(weight, NarrowWeight) == held
+    found = weight.dequantized(torch.float32) if isinstance(weight, NarrowWeight) else weight
+    assert isinstance(found, torch.Tensor)
+    assert torch.equal(found, backend.model.packed["layers.0.qkv"].unpacked(torch.float32))
+    assert any(segment.heads for segment in backend.model.packed["layers.0.qkv"].segments)
+
+
+def test_a_head_is_unpacked(tmp_path: Path) -> None:
+    plain = METHODS["ct-int8-channel"]
+    method = replace(plain, config=plain.config | {"ignore": []}, modules=rf"{plain.modules}|lm_head")
+    case = replace(CASES["llama"], settings=CASES["llama"].settings | FEW_KEYS)
+    quantized = make_quantized(case, method, tmp_path, SEED)
+    backend = backend_of(quantized.path)
+    head = backend.weights["lm_head"]
+    assert isinstance(head, torch.Tensor)
+    assert np.array_equal(head.numpy(), quantized.values["lm_head.weight"].astype(np.float32))
+    assert isinstance(backend.weights["layers.0.qkv"], NarrowWeight)
+
+
 @pytest.mark.parametrize("parts", ["(gate|up)", "down"])
 def test_experts_whose_parts_differ_are_unpacked(parts: str, tmp_path: Path) -> None:
     method = replace(METHODS["ct-fp8-channel"], modules=rf"model\.layers\.\d+\.mlp\..*{parts}_proj")

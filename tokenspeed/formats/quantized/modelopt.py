@@ -32,7 +32,7 @@ def read_modelopt(config: Mapping[str, Any]) -> Quantization:
         lambda module: None if _is_kept(module, kept) else layout,
         f"{METHOD} {layout}",
         algorithm == "FP8",
-        ("*.input_scale", "*.k_scale", "*.v_scale"),
+        ("*.input_scale",),
         (STATIC,),
     )
 
