@@ -55,8 +55,8 @@ GGUF files may be split, safetensors sharded.
 ## Quantised checkpoints
 By the `quantization_config` of `config.json`; which modules are quantised is seen from the tensors. Values are those of
 the file: on a GPU as they are, in a type of ours that holds them exactly, else unpacked to the compute dtype at load,
-which takes its memory. Unpacked are also head and embeddings, experts that are not fp8, blocks of fp8 that parts of a
-joined weight (q, k, v; gate, up) cut, and four-bit codes whose columns are no multiple of 128. On the CPU the torch
+which takes its memory. Unpacked are also head and embeddings, experts but of fp8 and MXFP4, blocks of fp8 that parts of
+a joined weight (q, k, v; gate, up) cut, and four-bit codes whose columns are no multiple of 128. On the CPU the torch
 reference runs them, unpacked. Beside fp8 weights activations get an e4m3 scale per token, beside others they keep their
 type, whatever the file says of them. The KV cache has the type of `--kv-cache-dtype`.
 
@@ -73,7 +73,7 @@ type, whatever the file says of them. The KV cache has the type of `--kv-cache-d
 | `awq` | version `gemm`; groups as above | as it is |
 | `modelopt` | `FP8` | as it is |
 | | `NVFP4` | unpacked |
-| `mxfp4` | gpt-oss's experts | unpacked |
+| `mxfp4` | gpt-oss's experts | as they are |
 
 Refused by name: other methods, bits and packings, columns of a group that lie apart (act-order), sparsity, rotations,
 `--quantization` beside them.

@@ -15,12 +15,15 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import ROOT, Cli
+from tests.parsing.harmony_bytes import IDS, harmony_tokenizer, ids_of
+from tests.parsing.test_harmony_parser import PLAIN
 from tokenspeed.cli import chat
 from tokenspeed.cli.main import main
 from tokenspeed.config.generation import GenerationDefaults
 from tokenspeed.contracts.errors import PromptError
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.core import StepClock
+from tokenspeed.parsing.formats import reply_format
 from tokenspeed.tokenizer.chat import ChatTemplate, load_chat_template
 
 LIMIT = 400
@@ -114,6 +117,36 @@ def test_a_conversation_is_kept(talk) -> None:
     ]
     assert len(err.splitlines()) == 1
     assert "/reset" in err
+
+
+class HarmonyLLM(ToldLLM):
+    """Gives the ids of its answers one by one."""
+
+    def _pieces(self, answer: list[str | signal.Signals]) -> Iterator[tuple[str, Any]]:
+        ids = ids_of("".join(map(str, answer)))
+        for count in range(1, len(ids) + 1):
+            sample = SimpleNamespace(token_ids=ids[:count])
+            yield "", SimpleNamespace(outputs=[sample], finished=count == len(ids))
+
+
+def test_thoughts_go_to_stderr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that speaks harmony is asked in it, and only its answer is kept."""
+    tokenizer: Any = harmony_tokenizer()
+    template, llm = reply_format(tokenizer), HarmonyLLM([PLAIN], [PLAIN])
+    assert template is not None
+    monkeypatch.setattr(chat, "_open", lambda settings: (tokenizer, template))
+    monkeypatch.setattr(chat, "load_llm", lambda settings: llm)
+    monkeypatch.setattr(sys, "stdin", Terminal("one\ntwo\n"))
+    monkeypatch.setattr(sys.modules[__name__], "LIMIT", 4000)
+    assert main(["chat", "--stop-token-ids", "9"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.replace(chat.PROMPT, "") == "4 😀\n4 😀\n\n"
+    assert captured.err.endswith(2 * "Just say 2 + 2 = 4 ✓.\n\n")
+    assert llm.params[0].stop_token_ids == [9, IDS["<|return|>"], IDS["<|call|>"]]
+    said = (
+        "<|start|>assistant<|channel|>final<|message|>4 😀<|end|><|start|>user<|message|>two<|end|><|start|>assistant"
+    )
+    assert tokenizer.decode([ord(char) for char in llm.prompts[1]], skip_special_tokens=False).endswith(said)
 
 
 def test_an_answer_is_kept_without_blank_ends(talk) -> None:

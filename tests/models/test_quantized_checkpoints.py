@@ -155,6 +155,31 @@ def test_bytes_are_what_the_files_take(made: Maker, name: str) -> None:
     assert report.total.cost.weight_bytes == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("name", ["fp8-block", "ct-fp8-channel", "modelopt-fp8", "gptq"])
+def test_floors_know_of_products_in_fp8(made: Maker, name: str) -> None:
+    """Of so many rows that operations bind."""
+    path = str(made(name).path)
+    flops = step_report(path, "H200", 100000, 1, "none").by_op["linear"]
+    rate = flops.cost.flops / flops.seconds / 1e12
+    assert flops.bound == "compute"
+    assert (rate > 800) == (name != "gptq")
+
+
+@pytest.mark.parametrize("name", ["modelopt-fp8", "modelopt-nvfp4"])
+def test_settings_beside_the_config(copied: Callable[..., Path], name: str) -> None:
+    """Where older checkpoints of Model Optimizer have them."""
+    path, settings = copied(name), METHODS[name].config
+    given = settings.get("quantization", {key: settings[key] for key in settings if key != "quant_method"})
+    beside = {"producer": {"name": "modelopt"}, "quantization": given | {"kv_cache_quant_algo": None}}
+    formats = load(path).formats
+    write_config(path, quantization_config=None)
+    with pytest.raises((UnsupportedError, WeightError)):
+        load(path)
+    (path / "hf_quant_config.json").write_text(json.dumps(beside))
+    assert load(path).formats == formats
+    assert step_report(str(path), "H200", 1, 8, "none").total.cost.weight_bytes > 0
+
+
 def test_floors_of_a_config_alone(made: Maker, tmp_path: Path) -> None:
     path = made("fp8-block").path
     (tmp_path / "config.json").write_bytes((path / "config.json").read_bytes())

@@ -59,7 +59,7 @@ def test_same_bits(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert scores(source, folder) == expected
     copy = only_file(folder)
     written = copy.stat().st_mtime_ns
-    assert copy.name.endswith("-1.packed")
+    assert copy.name.endswith("-2.packed")
     steps: list[tuple[int, int]] = []
     assert scores(source, folder, progress=lambda done, total: steps.append((done, total))) == expected
     assert copy.stat().st_mtime_ns == written

@@ -263,7 +263,7 @@ class FakeEngine:
 
     async def _play_sample(self, request: Request, outbox: Outbox, index: int) -> None:
         params, done = request.params, 0
-        limit = min(params.max_tokens or MAX_MODEL_LEN, MAX_MODEL_LEN - len(request.prompt_token_ids))
+        limit = min(params.max_tokens or MAX_MODEL_LEN, self.max_model_len - len(request.prompt_token_ids))
         answer = self.answer(request, index)[:limit]
         while done < len(answer):
             if self.held_after is not None and done >= self.held_after:
@@ -272,9 +272,9 @@ class FakeEngine:
                 return
             new = answer[done : done + 1]
             done += 1
-            reason = None
+            reason, stopped = None, new[-1] in params.stop_token_ids and new[-1] not in request.eos_token_ids
             if done == len(answer):
-                reason = "stop" if new[-1] in request.eos_token_ids else "length"
+                reason = "stop" if stopped or new[-1] in request.eos_token_ids else "length"
             outbox.take(
                 SequenceUpdate(
                     request_id=request.request_id,
@@ -282,6 +282,7 @@ class FakeEngine:
                     new_token_ids=new,
                     logprobs=[logprob(token, params.logprobs) for token in new] if params.logprobs is not None else [],
                     finish_reason=reason,
+                    stop_reason=new[-1] if stopped and reason else None,
                     num_cached_tokens=CACHED,
                 )
             )

@@ -125,6 +125,13 @@ def test_an_answer_may_fill_the_model_but_not_overflow_it(served: Served) -> Non
         ({"top_logprobs": 1}, "top_logprobs needs logprobs", "top_logprobs"),
         ({"temperature": 3.5, "top_p": 0}, "top_p must be", "top_p"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported", "tools"),
+        ({"tool_choice": "required"}, "tool_choice is not supported", "tool_choice"),
+        ({"reasoning_effort": "low"}, "reasoning_effort is not supported", "reasoning_effort"),
+        (
+            {"messages": [{"role": "tool", "content": "1", "tool_call_id": "a"}]},
+            "messages[0].tool_call_id is not supported by this model's chat format",
+            "messages[0].tool_call_id",
+        ),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported", "response_format"),
     ],
 )

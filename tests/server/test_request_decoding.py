@@ -151,7 +151,11 @@ def test_unsupported_fields_may_ask_for_nothing(decode: Any, table: dict[str, An
         ({"messages": [{"role": "pirate", "content": "arr"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "x", "audio": {}}]}, "messages[0]"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages[0].content"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools[0].function.strict"),
     ],
 )
 def test_wrong_types_are_placed(fields: dict[str, Any], param: str) -> None:

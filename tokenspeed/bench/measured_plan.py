@@ -183,6 +183,7 @@ def _rows(
     ceilings: Ceilings,
 ) -> list[Spent]:
     program, fp8 = llm.core.model.program, llm.core.config.quantization == "fp8"
+    fp8 = fp8 or llm.core.model.definition.multiplies_fp8
     work = decode_work_of(llm, batch, context + STEPS // 2)
     return [
         Spent(

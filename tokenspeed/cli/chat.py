@@ -16,6 +16,8 @@ from tokenspeed.cli.generate import load_llm, measured_timings
 from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import PromptError, TokenSpeedError
 from tokenspeed.contracts.sampling import SamplingParams
+from tokenspeed.parsing.formats import reply_format
+from tokenspeed.parsing.reply import ReplyFormat
 from tokenspeed.tokenizer.base import Tokenizer
 from tokenspeed.tokenizer.chat import ChatTemplate, load_chat_template
 
@@ -58,6 +60,8 @@ def run(options: argparse.Namespace) -> None:
     tokenizer, template = _open(settings)
     llm = load_llm(settings)
     sampling["stop"] = [*sampling["stop"], *template.stop]
+    if not isinstance(template, ChatTemplate):
+        sampling["stop_token_ids"] = [*sampling["stop_token_ids"], *template.stop_ids]
     params = SamplingParams.from_dict({"max_tokens": None} | dict(llm.generation.sampling) | sampling)
     conversation = Conversation(llm, tokenizer, template, params, options.system)
     if message is not None:
@@ -74,7 +78,7 @@ class Conversation:
 
     llm: LLM
     tokenizer: Tokenizer
-    template: ChatTemplate
+    template: ChatTemplate | ReplyFormat
     params: SamplingParams
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
@@ -91,13 +95,30 @@ class Conversation:
         ids = self.tokenizer.encode(prompt, add_special_tokens=False)
         said = ""
         try:
-            for text, output in self.llm.stream(ids, self.params):
+            for text, output in self._pieces(ids):
                 shown = text if said else text.lstrip()
                 said += shown
                 yield shown, output
         finally:
             if said:
                 self.turns = [*turns, {"role": "assistant", "content": said.rstrip()}]
+
+    def _pieces(self, ids: list[int]) -> Iterator[tuple[str, RequestOutput]]:
+        """What is new of the answer; what the model thinks aloud goes to stderr."""
+        if isinstance(self.template, ChatTemplate):
+            yield from self.llm.stream(ids, self.params)
+            return
+        parser, done, thinking = self.template.parser(), 0, False
+        for _, output in self.llm.stream(ids, self.params):
+            known = output.outputs[0].token_ids
+            part, done = parser.push(known[done:]), len(known)
+            content = part.content + (parser.finish().content if output.finished else "")
+            if part.reasoning:
+                print(part.reasoning, end="", file=sys.stderr, flush=True)
+            if thinking and content:
+                print("\n", file=sys.stderr)
+            thinking = (thinking or bool(part.reasoning)) and not content
+            yield content, output
 
     def reset(self) -> None:
         """Forget all but the system message."""
@@ -113,7 +134,7 @@ def _message(options: argparse.Namespace) -> str:
     return message
 
 
-def _open(settings: dict[str, Any]) -> tuple[Tokenizer, ChatTemplate]:
+def _open(settings: dict[str, Any]) -> tuple[Tokenizer, ChatTemplate | ReplyFormat]:
     """Tokenizer and template, before any weights are read: a model without them is refused at once."""
     from tokenspeed.engine.intake import open_tokenizer
     from tokenspeed.runner.build import open_model
@@ -124,7 +145,8 @@ def _open(settings: dict[str, Any]) -> tuple[Tokenizer, ChatTemplate]:
     tokenizer = None if source is None else open_tokenizer(str(source.path), source.format, source.name)
     if tokenizer is None:
         raise PromptError(f"{files.name} has no tokenizer, and a chat needs one")
-    return tokenizer, load_chat_template(tokenizer, config.chat_template)
+    found = reply_format(tokenizer) if config.chat_template is None else None
+    return tokenizer, found or load_chat_template(tokenizer, config.chat_template)
 
 
 def _talk(conversation: Conversation, timings: bool) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 from tokenspeed.contracts.errors import FormatError, UnsupportedError
 from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.formats.gguf import GGUFFile
+from tokenspeed.formats.quantized.modelopt import FILE as MODELOPT_FILE
+from tokenspeed.formats.quantized.modelopt import METHOD as MODELOPT
 from tokenspeed.formats.quantized.read import read_quantization
 from tokenspeed.models import (
     gemma2,
@@ -82,6 +84,11 @@ class Definition:
         """How the checkpoint's matrices are quantised by its own config, in words; empty where they are not."""
         return "" if self.weights.quantization is None else self.weights.quantization.description
 
+    @property
+    def multiplies_fp8(self) -> bool:
+        """Whether the checkpoint's own config makes products of e4m3."""
+        return self.weights.quantization is not None and self.weights.quantization.fp8
+
     def program(self, adapters: Mapping[str, int] | None = None, capture: tuple[str, ...] = ()) -> Program:
         """The recorded program; `adapters` and `capture` as in Recorder."""
         shapes = {name: spec.shape for name, spec in self.weights.specs.items()}
@@ -137,7 +144,7 @@ def define(checkpoint: Checkpoint, length: int | None = None) -> Definition:
     """The definition that fits an open checkpoint, `length` as above."""
     if isinstance(checkpoint, GGUFFile):
         return define_from_gguf(checkpoint, length)
-    return define_from_hf(read_json(_directory(checkpoint.path) / "config.json"), length, checkpoint.tensors)
+    return define_from_hf(read_config(_directory(checkpoint.path)), length, checkpoint.tensors)
 
 
 def shipped_configs() -> dict[str, Any]:
@@ -147,6 +154,15 @@ def shipped_configs() -> dict[str, Any]:
     return {
         entry.name.removesuffix(".json"): json.loads(entry.read_text()) for entry in sorted(files, key=lambda e: e.name)
     }
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's config.json; its quantization_config may lie beside it, in a file of NVIDIA's Model Optimizer. Raises
+    FormatError naming the file."""
+    config, beside = read_json(folder / "config.json"), folder / MODELOPT_FILE
+    if beside.is_file() and not config.get("quantization_config"):
+        config["quantization_config"] = {"quant_method": MODELOPT} | read_json(beside)
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tokenspeed.formats.digest import checkpoint_digest
 from tokenspeed.formats.gguf import GGUFFile, open_gguf
 from tokenspeed.formats.safetensors import open_safetensors
 from tokenspeed.kernels.cpu.registration import extension_available
-from tokenspeed.models.registry import Definition, define, define_from_hf, read_json, shipped_configs
+from tokenspeed.models.registry import Definition, define, define_from_hf, read_config, read_json, shipped_configs
 from tokenspeed.observability.memory import free_memory
 from tokenspeed.ops.kv import KV_TORCH
 from tokenspeed.quantization.groups import MODES
@@ -89,7 +89,7 @@ def _open_model(config: EngineConfig) -> ModelFiles:
         file = open_gguf(source.path)
         definition, generation = define(file, config.max_model_len), generation_from_gguf(file.metadata)
         return ModelFiles(source.name, definition, source, file, generation, checkpoint_digest(file))
-    settings = read_json(source.path / "config.json")
+    settings = read_config(source.path)
     generation_path = source.path / "generation_config.json"
     generation = generation_from_hf(settings, read_json(generation_path) if generation_path.is_file() else {})
     if dummy:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tokenspeed.config.serving import Limits
 from tokenspeed.contracts.errors import ConfigError, ParameterError, TokenSpeedError
+from tokenspeed.parsing.formats import reply_format
+from tokenspeed.parsing.reply import ReplyFormat
 from tokenspeed.server.access import Access
 from tokenspeed.server.engine import Engine, StartEngine
 from tokenspeed.server.errors import ApiError
@@ -41,6 +43,8 @@ class ServerState:
     root_path: str = ""
     """Under which a proxy offers the server."""
     created: int = field(default_factory=lambda: int(time.time()))
+    reply_format: ReplyFormat | None = None
+    """Of a model whose replies are taken apart: it is its template, too, where no other was asked for."""
     _progress: tuple[int, int] = (0, 0)
     _chat_template: ChatTemplate | None = None
     _no_template: str = ""
@@ -106,8 +110,10 @@ class ServerState:
         return tokenizer
 
     @property
-    def chat_template(self) -> ChatTemplate:
+    def chat_template(self) -> ChatTemplate | ReplyFormat:
         """Raises ParameterError, with the hint, for a model without one."""
+        if self.reply_format is not None:
+            return self.reply_format
         if self._chat_template is None:
             raise ParameterError(self._no_template)
         return self._chat_template
@@ -125,6 +131,8 @@ class ServerState:
             self._no_template = _NO_TOKENIZER
         elif self.chat_template_argument is not None:
             self._chat_template = load_chat_template(tokenizer, self.chat_template_argument)
+        elif (found := reply_format(tokenizer)) is not None:
+            self.reply_format = found
         else:
             try:
                 self._chat_template = load_chat_template(tokenizer)

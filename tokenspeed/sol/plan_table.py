@@ -105,7 +105,7 @@ def plan_table(
     kv_bytes = kv_element_bytes(kv_cache_dtype, definition.config.head_dim)
     stored = stored_bytes(definition.weights, checkpoint, quantization, gpu is not None)
     work = decode_work(batch, context, stored, kv_bytes=kv_bytes)
-    program = fuse(definition.program())
+    program, fp8 = fuse(definition.program()), quantization == "fp8" or definition.multiplies_fp8
     registry = Registry()
     ref.register(registry)
     made = plan(program, registry, Situation("cuda" if gpu else "cpu", "bfloat16", bucket_of(batch), {}))
@@ -117,7 +117,7 @@ def plan_table(
             step.record.weights,
             _shapes(program, step.record),
             step.implementation.name,
-            record_floor(program, step.record, work, ceilings, quantization == "fp8"),
+            record_floor(program, step.record, work, ceilings, fp8),
         )
         for step in made.steps
     ]

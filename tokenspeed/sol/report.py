@@ -12,7 +12,7 @@ from tokenspeed.config.source import resolve_model
 from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.formats.gguf import open_gguf
 from tokenspeed.formats.safetensors import open_safetensors
-from tokenspeed.models.registry import Definition, define, define_from_hf, read_json, shipped_configs
+from tokenspeed.models.registry import Definition, define, define_from_hf, read_config, shipped_configs
 from tokenspeed.observability.ceilings import Ceilings
 from tokenspeed.ops.definitions import Workload
 from tokenspeed.program.program import Program
@@ -87,7 +87,7 @@ def find_definition(model: str | None) -> tuple[str, Definition, Checkpoint | No
     has_weights = any(Path(source.path).glob("*.safetensors"))
     checkpoint = open_safetensors(source.path) if has_weights else None
     tensors = checkpoint.tensors if checkpoint else None
-    return source.name, define_from_hf(read_json(source.path / "config.json"), None, tensors), checkpoint
+    return source.name, define_from_hf(read_config(source.path), None, tensors), checkpoint
 
 
 def step_report(
@@ -100,7 +100,7 @@ def step_report(
     stored = stored_bytes(definition.weights, checkpoint, quantization, gpu is not None)
     work = decode_work(batch, context, stored, kv_bytes=kv_bytes)
     program = definition.program()
-    by_op = floors_by_op(program, work, ceilings, quantization == "fp8")
+    by_op = floors_by_op(program, work, ceilings, quantization == "fp8" or definition.multiplies_fp8)
     return StepReport(name, ceilings, work, quantization, kv_cache_dtype, by_op, total(list(by_op.values())))
 
 

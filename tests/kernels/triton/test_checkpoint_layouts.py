@@ -20,6 +20,7 @@ from tests.seeds import SEED
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
 from tokenspeed.quantization.fp8 import Fp8Weight
+from tokenspeed.quantization.mxfp4_experts import Mxfp4Experts
 from tokenspeed.quantization.narrow import NarrowWeight
 from tokenspeed.runner import build
 from tokenspeed.runner.gpu.backend import GpuBackend
@@ -67,7 +68,7 @@ FIRST = ("fp8-block", "fp8-tensor", "ct-int8-packed", "ct-nvfp4", "gptq-zeros", 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in FIRST else pytest.mark.slow) for name in METHODS]
 )
-def test_weights_have_the_values_of_the_file(made: Maker, name: str) -> None:
+def test_weights_have_the_values_of_the_file(made: Maker, name: str, caplog: pytest.LogCaptureFixture) -> None:
     """As they are in narrow types, else in the compute dtype; parts have other scales than their neighbours."""
     quantized = made(name)
     backend = backend_of(quantized.path)
@@ -77,6 +78,8 @@ def test_weights_have_the_values_of_the_file(made: Maker, name: str) -> None:
         found = held.dequantized(torch.float32) if isinstance(held, NarrowWeight) else held
         assert isinstance(found, torch.Tensor)
         assert (found.double() - wanted).abs().max() <= wanted.abs().max() * 2**-23
+    said = f"4 quantised matrices are unpacked to float32, {4 * 163840 / 1e9:.2f} GB" in caplog.text
+    assert said == (name in UNPACKED)
     if name not in UNPACKED:
         narrow = {key: size for key, size in backend.weight_bytes.items() if "norm" not in key and "embed" not in key}
         assert sum(narrow.values()) < 1.2 * sum(backend.model.file_bytes[key] for key in narrow)
@@ -118,7 +121,15 @@ def test_experts(made: Maker, name: str, ff: int, held: bool) -> None:
             assert np.abs(matrix - wanted).max() <= np.abs(wanted).max() * 2**-23
 
 
-def test_experts_in_mxfp4_are_unpacked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", ["(gate|up)", "down"])
+def test_experts_whose_parts_differ_are_unpacked(parts: str, tmp_path: Path) -> None:
+    method = replace(METHODS["ct-fp8-channel"], modules=rf"model\.layers\.\d+\.mlp\..*{parts}_proj")
+    case = replace(CASES["qwen3_moe"], settings=CASES["qwen3_moe"].settings | MOE)
+    backend = backend_of(make_quantized(case, method, tmp_path, SEED).path)
+    assert not any(isinstance(weight, NarrowWeight) for weight in backend.weights.values())
+
+
+def test_experts_in_mxfp4(tmp_path: Path) -> None:
     quantized = make_mxfp4(CASES["gpt_oss"], tmp_path, SEED)
     backend = backend_of(quantized.path, "bfloat16")
     for name, part in (("gate_up", "gate_up_proj"), ("down", "down_proj")):
@@ -126,9 +137,8 @@ def test_experts_in_mxfp4_are_unpacked(tmp_path: Path) -> None:
         if name == "gate_up":
             values = torch.cat((values[:, 0::2], values[:, 1::2]), dim=1)
         found = backend.weights[f"layers.1.experts_{name}"]
-        assert isinstance(found, torch.Tensor)
-        assert isinstance(found, torch.Tensor)
-        assert (found.double() == values).all()
+        assert isinstance(found, Mxfp4Experts)
+        assert (found.dequantized(torch.float64) == values).all()
 
 
 def opened(monkeypatch: pytest.MonkeyPatch, path: Path) -> LLM:

@@ -138,7 +138,8 @@ def read_compressed_tensors(config: Mapping[str, Any]) -> Quantization:
         return next((group.layout for group in ranked if _is_target(module, group.targets)), None)
 
     unread = ("*.input_scale", "*.input_zero_point", "*.input_global_scale", "*.k_scale", "*.v_scale", "*.q_scale")
-    return Quantization(METHOD, layout_of, f"{METHOD} {groups} {ignored}", unread, tuple(notes))
+    all_fp8 = all(isinstance(group.layout, fp8.Fp8Layout) for group in groups)
+    return Quantization(METHOD, layout_of, f"{METHOD} {groups} {ignored}", all_fp8, unread, tuple(notes))
 
 
 def _is_target(module: str, targets: tuple[str, ...]) -> bool:

@@ -60,6 +60,7 @@ def read_fp8(config: Mapping[str, Any]) -> Quantization:
         METHOD,
         lambda module: None if is_kept(module, kept) else layout,
         f"{METHOD} {layout}",
+        True,
         ("*.input_scale", "*.k_scale", "*.v_scale", "*.kv_scale"),
         notes,
     )

@@ -81,12 +81,13 @@ class Layout(ABC):
 @dataclass(frozen=True)
 class Quantization:
     """What a config.json says of a checkpoint's matrices. layout_of: of a module by its name, None where it is not
-    quantised. unread: patterns (fnmatch) of tensors that the values of matrices do not depend on. notes: what is done
-    differently from what the config says."""
+    quantised. fp8: whether all layouts are of e4m3. unread: patterns (fnmatch) of tensors that the values of matrices
+    do not depend on. notes: what is done differently from what the config says."""
 
     method: str
     layout_of: Callable[[str], Layout | None]
     description: str
+    fp8: bool = False
     unread: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -11,6 +11,8 @@ from tokenspeed.formats.quantized.fp8 import STATIC, Fp8Layout, is_kept
 from tokenspeed.formats.quantized.layout import Layout, Quantization, names, refuse
 
 METHOD = "modelopt"
+FILE = "hf_quant_config.json"
+"""Where older checkpoints have what others have in config.json."""
 _LAYOUTS: dict[str, Layout] = {"FP8": Fp8Layout("tensor"), "NVFP4": nvfp4.MODELOPT}
 
 
@@ -29,6 +31,7 @@ def read_modelopt(config: Mapping[str, Any]) -> Quantization:
         METHOD,
         lambda module: None if _is_kept(module, kept) else layout,
         f"{METHOD} {layout}",
+        algorithm == "FP8",
         ("*.input_scale", "*.k_scale", "*.v_scale"),
         (STATIC,),
     )

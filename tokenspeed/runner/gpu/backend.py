@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from importlib.util import find_spec
+from math import prod
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from tokenspeed.weights.held import held_modes, hold_weights
 from tokenspeed.weights.packed_experts import load_experts, packed_experts
 from tokenspeed.weights.placing import place_weights, share
 
+logger = logging.getLogger("tokenspeed")
 HOST_REFERENCES = ("experts",)
 """Ops whose reference waits for the device, so no graph can hold it: without a kernel they are refused."""
 
@@ -58,6 +62,7 @@ class GpuBackend:
         self.formats = model.formats | {name: (FORMATS[str(quantization)],) for name in narrowed}
         self.formats |= dict.fromkeys(stored, (UNPACKED,)) | {name: (FORMATS[held[name]],) for name in held}
         self.formats |= dict.fromkeys(packed, (FORMATS["mxfp4"],))
+        _say_unpacked(model, stored - set(held))
         self._registry = Registry()
         (register or _register_kernels)(self._registry)
         self._registry.add(Implementation("rows", "select", "gpu", _select, _always, priority=10, invariant=True))
@@ -149,6 +154,19 @@ class GpuBackend:
             values.update(zip(record.outputs, outputs, strict=True))
             for value in step.frees:
                 values.pop(value, None)
+
+
+def _say_unpacked(model: LoadedModel, names: AbstractSet[str]) -> None:
+    """Which of a checkpoint's quantised matrices take more memory here than there."""
+    larger = [model.packed[name] for name in sorted(names)]
+    if larger:
+        before, after = sum(w.nbytes for w in larger), sum(prod(w.shape) for w in larger) * model.dtype.itemsize
+        logger.warning(
+            "%d quantised matrices are unpacked to %s, %.2f GB for %.2f in the files: %s (%s) first; no kernel takes "
+            "them as they are",
+            len(larger), str(model.dtype).removeprefix("torch."), after / 1e9, before / 1e9, larger[0].spec.name,
+            ", ".join(larger[0].formats),
+        )  # fmt: skip
 
 
 def _at_select(steps: Sequence[Planned]) -> tuple[Sequence[Planned], Sequence[Planned]]:

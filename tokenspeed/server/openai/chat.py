@@ -17,6 +17,7 @@ from tokenspeed.server.limits import check_params
 from tokenspeed.server.openai.gather import UsageCount, gather
 from tokenspeed.server.openai.logprobs import chat_logprobs
 from tokenspeed.server.openai.prompts import chat_prompt, check_length
+from tokenspeed.server.openai.replies import Replies, check_tools, says_nothing
 from tokenspeed.server.openai.requests import ChatRequest, decode_chat
 from tokenspeed.server.openai.responses import (
     ChatChoice,
@@ -37,9 +38,11 @@ async def chat(state: ServerState, body: bytes) -> Response:
     request = decode_chat(body)
     engine = state.ready(request.model)
     state.admission.check(engine)
+    check_tools(request, state.reply_format)
     prompt = await chat_prompt(request, state)
     check_length([prompt], engine, "messages")
-    params = chat_params(request, engine.info.sampling_defaults, state.chat_template.stop)
+    stop_ids = state.reply_format.stop_ids if state.reply_format else ()
+    params = chat_params(request, engine.info.sampling_defaults, state.chat_template.stop, stop_ids)
     check_params(request.stop, params, state.limits)
     reply = _Reply(request, state, prompt, engine.info)
     generation = Generation(
@@ -68,6 +71,7 @@ class _Reply:
         self._model = request.model or state.names[0]
         self._tokenizer, self._info = state.tokenizer, info
         self._with_ids = bool(request.return_token_ids)
+        self._replies = Replies(state.reply_format, request) if state.reply_format else None
 
     async def whole(self, generation: Generation) -> ChatCompletion:
         (output,), count = await gather(generation)
@@ -90,7 +94,10 @@ class _Reply:
             async for number, output in generation.outputs():
                 count.add(number, output)
                 for new in output.outputs:
-                    head.choices = [self._chunk_choice(new, first=new.index not in begun)]
+                    choice = self._chunk_choice(new, first=new.index not in begun)
+                    if self._replies is not None and says_nothing(choice):
+                        continue
+                    head.choices = [choice]
                     begun.add(new.index)
                     if count.complete and new is output.outputs[-1] and not self._request.include_usage:
                         head.timings = count.timings(self._info)
@@ -102,7 +109,7 @@ class _Reply:
 
     def push(self, generation: Generation, writer: TextWriter) -> None:
         """Send the events of plain text past `events`, once that has sent one."""
-        if not self._with_ids:
+        if not self._with_ids and self._replies is None:
             generation.push(text_writer(writer, self._example))
 
     def _example(self, text: str) -> bytes:
@@ -115,9 +122,12 @@ class _Reply:
         return ChatChunk(id=self.id, created=self._created, model=self._model, choices=[], usage=usage)
 
     def _choice(self, sample: CompletionOutput) -> ChatChoice:
+        message = ChatMessage(content=sample.text)
+        if self._replies is not None:
+            message, sample = self._replies.whole(sample)
         return ChatChoice(
             index=sample.index,
-            message=ChatMessage(content=sample.text),
+            message=message,
             logprobs=self._logprobs(sample),
             finish_reason=sample.finish_reason,
             stop_reason=sample.stop_reason,
@@ -125,9 +135,13 @@ class _Reply:
         )
 
     def _chunk_choice(self, new: CompletionOutput, first: bool) -> ChatChunkChoice:
+        delta = ChatDelta(content=new.text)
+        if self._replies is not None:
+            delta, new = self._replies.delta(new)
+        delta.role = "assistant" if first else None
         return ChatChunkChoice(
             index=new.index,
-            delta=ChatDelta(role="assistant" if first else None, content=new.text),
+            delta=delta,
             logprobs=self._logprobs(new),
             finish_reason=new.finish_reason,
             stop_reason=new.stop_reason,

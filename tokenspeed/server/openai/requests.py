@@ -152,19 +152,64 @@ class TextPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     text: str
 
 
-class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """One message of a conversation. refusal is what an assistant's message of ours carries: always null."""
+class CalledFunction(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """arguments: JSON text, as the model wrote it."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A call that an assistant's message made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """One message of a conversation; calls, their results and reasoning_content where the model's chat format knows
+    them. refusal is what an assistant's message of ours carries: always null."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
     name: str | None = None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("Object missing required field `content`")
+        if self.tool_call_id is None and self.role == "tool":
+            raise ValueError("Object missing required field `tool_call_id`")
+
+
+class Function(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What a tool is to the model. parameters: a JSON schema, which only describes; strict false says so."""
+
+    name: Annotated[str, msgspec.Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+
+
+class Tool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A tool that a reply may call."""
+
+    type: Literal["function"]
+    function: Function
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
-    """/v1/chat/completions. chat_template_kwargs: variables for the template."""
+    """/v1/chat/completions. chat_template_kwargs: variables for the template. tools, and reasoning_effort: where the
+    model's chat format knows them."""
 
     messages: list[Message]
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    reasoning_effort: str | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

@@ -54,8 +54,14 @@ def completion_params(request: CompletionRequest, defaults: Mapping[str, Any]) -
     return SamplingParams.from_dict(settings)
 
 
-def chat_params(request: ChatRequest, defaults: Mapping[str, Any], template_stop: Sequence[str] = ()) -> SamplingParams:
-    """template_stop: texts that end a turn under the chat template, besides those of the request.
+def chat_params(
+    request: ChatRequest,
+    defaults: Mapping[str, Any],
+    template_stop: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
+) -> SamplingParams:
+    """template_stop, stop_ids: texts, and tokens, that end a turn under the chat template, besides those of the
+    request; tokens are not looked at where ends are ignored.
 
     Raises ParameterError on a value out of range or a contradiction.
     """
@@ -63,6 +69,8 @@ def chat_params(request: ChatRequest, defaults: Mapping[str, Any], template_stop
     if template_stop:
         stop = settings.get("stop", [])
         settings["stop"] = [*([stop] if isinstance(stop, str) else stop), *template_stop]
+    if stop_ids and not request.ignore_eos:
+        settings["stop_token_ids"] = list(dict.fromkeys([*settings.get("stop_token_ids", ()), *stop_ids]))
     limit = request.max_completion_tokens
     if limit is not None:
         if request.max_tokens not in (None, limit):
