@@ -135,7 +135,8 @@ def test_an_engine_runs_them_by_the_reference_and_says_so(
 ) -> None:
     llm = LLM(str(made(name).path), max_model_len=64)
     assert llm.core.backend.name == "ref"
-    assert "the slow reference runs this model" in caplog.text
+    kind = {"fp8-block": "F8_E4M3", "gptq": "GPTQ_4"}[name]
+    assert f"the slow reference runs this model; no fast kernel for: linear, weights in {kind}" in caplog.text
     assert llm.generate(prompt_token_ids=random_prompt(5, SEED), use_tqdm=False)[0].outputs[0].token_ids
 
 

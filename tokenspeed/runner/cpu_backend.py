@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from tokenspeed.contracts.errors import ConfigError
-from tokenspeed.kernels.cpu.registration import forced_isa, register
+from tokenspeed.kernels.cpu.registration import FORMATS, forced_isa, register
 from tokenspeed.kernels.registry import Registry, Situation
 from tokenspeed.ops.definitions import UNSCALED
 from tokenspeed.ops.kv import kv_dtype_name
@@ -58,6 +58,9 @@ def why_not(model: LoadedModel, kv_dtype: torch.dtype) -> list[str]:
     register(registry)
     for record in model.program.records:
         missing += _unplanned(model, record, registry, situation)
+    missing += sorted(
+        {f"weights in {fmt}" for name in model.stored for fmt in model.formats[name] if fmt not in FORMATS}
+    )
     return list(dict.fromkeys(missing))
 
 
