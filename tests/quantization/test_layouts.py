@@ -140,3 +140,18 @@ def test_awq_orders_its_outputs() -> None:
         tensors["qzeros"] = torch.zeros(1, 1, dtype=torch.int32)
         codes = read_codes(layout_of(METHODS["awq"]), tensors, 8, 8).codes
         assert codes.nonzero()[:, 0].unique().tolist() == [output]
+
+
+def test_modules_that_are_kept_are_found_by_parts_of_their_names() -> None:
+    kept = ["lm_head", "gate", "model.layers.3", "mlp.shared"]
+    found = read_quantization({"quantization_config": METHODS["fp8-block"].config | {"modules_to_not_convert": kept}})
+    assert found is not None
+    base = "model.layers.1.mlp"
+    plain = ["lm_head", f"{base}.gate", "model.layers.3.mlp.up_proj", f"{base}.shared.up_proj"]
+    quantised = [
+        f"{base}.gate_proj",
+        "model.layers.31.mlp.up_proj",
+        f"{base}.shared_up.x",
+        "model.layers.1.self_attn.o",
+    ]
+    assert [found.layout_of(module) is None for module in plain + quantised] == [True] * 4 + [False] * 4

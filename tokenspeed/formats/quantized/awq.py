@@ -63,7 +63,7 @@ def read_awq(config: Mapping[str, Any]) -> Quantization:
     group = whole(config, METHOD, "q_group_size" if "q_group_size" in config else "group_size", 128)
     if group != -1 and group < 1:
         raise refuse(METHOD, "group_size", group, "-1, or columns")
-    layout, kept = AwqLayout(max(0, group)), names(config, METHOD, "modules_to_not_convert")
+    layout, kept = AwqLayout(max(0, group)), frozenset(names(config, METHOD, "modules_to_not_convert"))
     return Quantization(
         METHOD,
         lambda module: None if is_kept(module, kept) else layout,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from tokenspeed.contracts.errors import FormatError
@@ -129,7 +128,6 @@ def read_compressed_tensors(config: Mapping[str, Any]) -> Quantization:
     if any(each and isinstance(group.layout, Int8Layout) for each, group in zip(asked, groups, strict=True)):
         notes.append(ACTIVATIONS_NOTE)
 
-    @cache
     def layout_of(module: str) -> Layout | None:
         if any(_matches(module, pattern) for pattern in ignored):
             return None

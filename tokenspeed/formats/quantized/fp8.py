@@ -54,7 +54,7 @@ def read_fp8(config: Mapping[str, Any]) -> Quantization:
     if block is not None and list(block) != [BLOCK, BLOCK]:
         raise refuse(METHOD, "weight_block_size", block, f"[{BLOCK}, {BLOCK}]")
     layout = Fp8Layout("block", "weight_scale_inv") if block is not None else Fp8Layout("tensor")
-    kept = names(config, METHOD, "modules_to_not_convert") + names(config, METHOD, "ignored_layers")
+    kept = frozenset(names(config, METHOD, "modules_to_not_convert") + names(config, METHOD, "ignored_layers"))
     notes = (STATIC,) if config.get("activation_scheme") == "static" else ()
     return Quantization(
         METHOD,
@@ -66,10 +66,11 @@ def read_fp8(config: Mapping[str, Any]) -> Quantization:
     )
 
 
-def is_kept(module: str, kept: tuple[str, ...]) -> bool:
-    """Whether a module is one of those that stay as they were: by its whole name, its last parts, or a parent's name.
+def is_kept(module: str, kept: frozenset[str]) -> bool:
+    """Whether a module is one of those that stay as they were: by its whole name or parts of it that follow each other.
     Raises FormatError for an empty name."""
     if "" in kept:
         raise FormatError("quantization_config: an empty name among the modules that are not quantised")
-    dotted = f".{module}."
-    return any(f".{name}." in dotted for name in kept)
+    parts = module.split(".")
+    ends = range(1, len(parts) + 1)
+    return any(".".join(parts[first:end]) in kept for end in ends for first in range(end))

@@ -26,7 +26,7 @@ def read_modelopt(config: Mapping[str, Any]) -> Quantization:
     if algorithm == "NVFP4" and given.get("group_size") not in (None, nvfp4.BLOCK):
         raise refuse(METHOD, "group_size", given["group_size"], str(nvfp4.BLOCK))
     layout = _LAYOUTS[algorithm]
-    kept = names(given, METHOD, "exclude_modules") + names(given, METHOD, "ignore")
+    kept = frozenset(names(given, METHOD, "exclude_modules") + names(given, METHOD, "ignore"))
     return Quantization(
         METHOD,
         lambda module: None if _is_kept(module, kept) else layout,
@@ -37,5 +37,5 @@ def read_modelopt(config: Mapping[str, Any]) -> Quantization:
     )
 
 
-def _is_kept(module: str, kept: tuple[str, ...]) -> bool:
+def _is_kept(module: str, kept: frozenset[str]) -> bool:
     return is_kept(module, kept) or any(fnmatchcase(module, pattern) for pattern in kept)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from tokenspeed.contracts.errors import FormatError, UnsupportedError
@@ -35,4 +37,5 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
     method = given.get("quant_method")
     if method not in READERS:
         raise UnsupportedError(f"quantization_config {method!r} is not supported (supported: {', '.join(READERS)})")
-    return READERS[method](given)
+    found = READERS[method](given)
+    return replace(found, layout_of=cache(found.layout_of))  # asked for often, of thousands of experts
