@@ -14,6 +14,7 @@ FEW_ONCE = 0.9
 _ELEMENTS = 4096
 """Of W in a tile of the kernels for few tokens."""
 _PROGRAMS = 2 * 132
+_CHOICE_PROGRAMS, _LEAST_PART = 10 * 132, 4 * 128
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,15 @@ def tile_of(rows: int, item: int, scale_block: int = 0) -> ProductTile:
 def choice_tile() -> ProductTile:
     """For the choices of a few tokens, one by one, by MXFP4 weights."""
     return ProductTile(8, 32, 128, 2, 6, 256, True)
+
+
+def choice_splits(programs: int, columns: int) -> int:
+    """Into how many parts so many programs of `choice_tile` cut the columns: until processors have some ten each, of
+    four runs or more."""
+    splits = 1
+    while programs * splits < _CHOICE_PROGRAMS and columns >= 2 * splits * _LEAST_PART:
+        splits *= 2
+    return splits
 
 
 def packed_product_tile(tokens: int, experts: int, k: int) -> ProductTile:
