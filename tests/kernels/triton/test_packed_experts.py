@@ -19,7 +19,13 @@ from tokenspeed.bench.gpu.expert_cases import ExpertCase
 from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.kernels.triton import packed_experts as module
 from tokenspeed.kernels.triton.expert_operands import ACTS
-from tokenspeed.kernels.triton.expert_tiles import ProductTile, choice_splits, packed_product_tile, packed_tile_of
+from tokenspeed.kernels.triton.expert_tiles import (
+    ProductTile,
+    choice_splits,
+    choice_tile,
+    packed_product_tile,
+    packed_tile_of,
+)
 from tokenspeed.kernels.triton.experts import run_experts
 from tokenspeed.kernels.triton.mxfp4_codes import WIDEN
 from tokenspeed.kernels.triton.packed_experts import packed_by_choice, packed_in_blocks
@@ -95,6 +101,7 @@ def test_who_ends_last_leaves_zeros_behind() -> None:
 def test_few_programs_share_the_columns() -> None:
     assert [choice_splits(programs, 2880) for programs in (90, 360, 720, 1440)] == [4, 4, 2, 1]
     assert choice_splits(90, 512) == 1
+    assert [choice_tile(choices, rows).block_n for choices, rows in ((4, 5760), (4, 2880), (8, 2880))] == [64, 32, 64]
 
 
 def test_blocks_follow_the_expected_part_of_an_expert() -> None:

@@ -29,11 +29,16 @@ _PACKED = {
 """(rows of W, warps, stages) by choices of a block, of MXFP4 weights."""
 
 
-def packed_choice_candidates() -> Iterator[tuple[ProductTile | None, ProductTile | None]]:
-    """Tiles of gate and up, and of down, of MXFP4 weights; None for the rule's."""
+Splits = tuple[int, int]
+
+
+def packed_choice_candidates() -> Iterator[tuple[ProductTile | None, ProductTile | None, Splits | None]]:
+    """Tiles of gate and up, and of down, of MXFP4 weights, and parts of their columns; None for the rules'."""
+    for splits in ((1, 1), (1, 2), (2, 2), (2, 4), (4, 2), (4, 4), (4, 8), (8, 8)):
+        yield None, None, splits
     for tile in _packed(8):
-        yield tile, None
-        yield None, tile
+        yield tile, None, None
+        yield None, tile, None
 
 
 def packed_candidates(tokens: int) -> Iterator[ProductTile]:

@@ -199,8 +199,9 @@ def _cases(case: ExpertCase, name: str, item: float, given: Turns, tiles: bool) 
 
 def _packed_tiles(tokens: int, made: Callable[[str, Callable[..., object]], Case]) -> Iterator[Case]:
     if tokens <= 8:
-        for first, second in packed_choice_candidates():
-            yield made(f"by choice {first} {second}", partial(packed_by_choice, first=first, second=second))
+        for first, second, splits in packed_choice_candidates():
+            run = partial(packed_by_choice, first=first, second=second, splits=splits)
+            yield made(f"by choice {first} {second} {splits}", run)
     for tile in packed_candidates(tokens):
         yield made(f"in blocks {tile}", partial(packed_in_blocks, tile=tile))
 

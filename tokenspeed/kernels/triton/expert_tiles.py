@@ -74,8 +74,11 @@ def tile_of(rows: int, item: int, scale_block: int = 0) -> ProductTile:
     return ProductTile(rows, 128, narrow, 8, 4 if item < 4 else 3, 0, False)
 
 
-def choice_tile() -> ProductTile:
-    """For the choices of a few tokens, one by one, by MXFP4 weights."""
+def choice_tile(choices: int, stored: int) -> ProductTile:
+    """For so many choices of a few tokens, one by one, by MXFP4 weights of `stored` rows: wide ones where programs are
+    enough with the columns in four parts."""
+    if 4 * choices * -(-stored // 64) >= _CHOICE_PROGRAMS:
+        return packed_tile_of(8)
     return ProductTile(8, 32, 128, 2, 6, 256, True)
 
 

@@ -41,9 +41,10 @@ def packed_by_choice(
     gate_up, down = packed_parts(given)
     ff = down.shape[2]
     between = torch.empty(tokens * k, ff, dtype=x.dtype, device=x.device)
-    _by_choice(x, gate_up, given.gate_up_bias, between, ids, None, first or choice_tile(), splits and splits[0], given)
+    first, second = first or choice_tile(tokens * k, 2 * ff), second or choice_tile(tokens * k, hidden)
+    _by_choice(x, gate_up, given.gate_up_bias, between, ids, None, first, splits and splits[0], given)
     y = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
-    _by_choice(between, down, given.down_bias, y, ids, shares, second or choice_tile(), splits and splits[1], None)
+    _by_choice(between, down, given.down_bias, y, ids, shares, second, splits and splits[1], None)
     return y
 
 
