@@ -13,7 +13,7 @@ from tests.quantized_files import METHODS, make_mxfp4, make_quantized
 from tests.seeds import SEED
 from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.weights import ahead, stored
-from tokenspeed.weights.ahead import read_ahead
+from tokenspeed.weights.ahead import bytes_to, read_ahead
 from tokenspeed.weights.stored import is_stored, unpack_stored
 from tokenspeed.weights.unpacked import unpack_all
 
@@ -49,6 +49,21 @@ def test_parts_are_those_of_the_whole(
     total = sum(weight.nbytes for weight in weights.values())
     assert told == sorted(told)
     assert told[-1] == (total, total)
+
+
+@pytest.mark.parametrize("name", ["fp8-block", "gptq", "mxfp4", *SLOW])
+def test_bytes_that_readers_bring_are_those_of_the_file(name: str, tmp_path: Path) -> None:
+    """Plain weights among them."""
+    packed = load(checkpoint(name, tmp_path)).packed
+    found = dict(bytes_to(torch.device("cpu"), packed))
+    assert list(found) == list(packed)
+    assert any(is_stored(weight) for weight in packed.values())
+    for key, weight in packed.items():
+        assert type(found[key].segments[0]) is type(weight.segments[0])
+        assert all(not segment.views for segment in found[key].segments)
+        assert torch.equal(found[key].unpacked(torch.float32), weight.unpacked(torch.float32))
+        held = [part.segments[0].data.data_ptr() for part in (found[key], weight)]
+        assert weight.spec.kind == "vector" or held[0] != held[1]
 
 
 @pytest.mark.parametrize("most", [1, 1 << 30])

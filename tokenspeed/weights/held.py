@@ -9,7 +9,7 @@ import torch
 from tokenspeed.quantization.fp8 import BLOCK, Fp8Weight
 from tokenspeed.quantization.hold import held_mode, hold
 from tokenspeed.quantization.narrow import NarrowWeight
-from tokenspeed.weights.ahead import read_ahead
+from tokenspeed.weights.ahead import brought
 from tokenspeed.weights.packed import PackedTensor, Weight
 from tokenspeed.weights.stored import StoredRows
 
@@ -80,7 +80,7 @@ def hold_weights(
 ) -> Iterator[tuple[str, NarrowWeight]]:
     """Weights of `held_modes` by name, on `device`. progress: bytes done and in all."""
     total, done = sum(weight.nbytes for weight in weights.values()), 0
-    for name, weight in read_ahead(weights):
+    for name, weight in brought(weights, device):
         yield name, hold_weight(weight, device)
         for segment in weight.segments:
             segment.drop_pages(0, segment.rows)

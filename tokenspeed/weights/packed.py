@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -55,6 +56,10 @@ class PackedTensor:
         data = self.rows_at(first, last)
         unpack(data.to(out.device), self.fmt, self.cols, dtype, out)
         return data.numel()
+
+    def with_views(self, views: Sequence[torch.Tensor]) -> PackedTensor:
+        """The same over copies of its `views`: uint8 [nbytes] each, on any device."""
+        return replace(self, data=views[0].view(self.data.shape), mapped=None)
 
     def released(self) -> PackedTensor:
         """The same without data."""

@@ -13,7 +13,7 @@ from tokenspeed.weights.packed import PackedTensor, Weight
 from tokenspeed.weights.staging import Lane, OpenFiles, Target
 
 ALIGNMENT = 16
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 
 
 def plain_dtype(segment: PackedTensor) -> torch.dtype | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,7 +14,7 @@ from tokenspeed.formats.quantized.mxfp4 import BLOCK as MXFP4_BLOCK
 from tokenspeed.formats.quantized.mxfp4 import Mxfp4Layout
 from tokenspeed.quantization.codes import Codes
 from tokenspeed.quantization.layouts import read_codes
-from tokenspeed.weights.ahead import read_ahead
+from tokenspeed.weights.ahead import brought
 from tokenspeed.weights.layouts import Stored
 from tokenspeed.weights.packed import PackedTensor, Weight, share_bytes, unpermute_rope
 from tokenspeed.weights.spec import Source
@@ -87,6 +87,11 @@ class StoredRows(PackedTensor):
         out.copy_(self.codes(first, last, out.device).values(dtype))
         return self.nbytes * (last - first) // self.rows
 
+    def with_views(self, views: Sequence[torch.Tensor]) -> StoredRows:
+        old = zip(self.tensors.items(), views, strict=True)
+        tensors = {suffix: view.view(tensor.dtype).view(tensor.shape) for (suffix, tensor), view in old}
+        return replace(self, data=tensors[self.layout.marker], tensors=tensors, of_file=())
+
     def released(self) -> StoredRows:
         tensors = {suffix: tensor.to("meta") for suffix, tensor in self.tensors.items()}
         return replace(self, data=self.data.to("meta"), tensors=tensors, of_file=())
@@ -127,6 +132,10 @@ class Mxfp4Rows(PackedTensor):
         blocks = torch.cat((exponents[:, :, None], split[:, :, 0] | split[:, :, 1] << 4), dim=2)
         return blocks.flatten(1)
 
+    def with_views(self, views: Sequence[torch.Tensor]) -> Mxfp4Rows:
+        data, exponents = views[0].view(self.data.shape), views[1].view(self.exponents.shape)
+        return replace(self, data=data, exponents=exponents, of_file=())
+
     def released(self) -> Mxfp4Rows:
         return replace(self, data=self.data.to("meta"), exponents=self.exponents.to("meta"), of_file=())
 
@@ -150,7 +159,7 @@ def unpack_stored(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Such weights by name, unpacked on `device` to `dtype`. progress: bytes done and in all."""
     total, done = sum(weight.nbytes for weight in weights.values()), 0
-    for name, weight in read_ahead(weights):
+    for name, weight in brought(weights, device):
         out = torch.empty(weight.spec.rows, weight.spec.cols, dtype=dtype, device=device)
         start = 0
         for segment in weight.segments:
@@ -170,14 +179,16 @@ def unpack_stored(
 def stored_rows(stored: Stored, source: Source, checkpoint: Checkpoint) -> PackedTensor:
     """Views of a matrix's tensors; copies of those that lie off their natural alignment."""
     tensors = {suffix: _tensor(checkpoint, name) for suffix, name in stored.tensors.items()}
-    views = tuple(checkpoint.data(name) for name in stored.tensors.values())
     heads = source.heads if source.transform == "unpermute_rope" else 0
     data, layout = tensors[stored.layout.marker], stored.layout
     if isinstance(layout, Mxfp4Layout):
-        codes, exponents = (tensors[name].reshape(stored.rows, -1) for name in ("blocks", "scales"))
+        kept = ("blocks", "scales")
+        codes, exponents = (tensors[name].reshape(stored.rows, -1) for name in kept)
+        views = tuple(checkpoint.data(stored.tensors[name]) for name in kept)
         return Mxfp4Rows(codes, layout.fmt, stored.rows, stored.cols, heads, source.turned, exponents=exponents,
             of_file=views,
         )  # fmt: skip
+    views = tuple(checkpoint.data(name) for name in stored.tensors.values())
     return StoredRows(
         data, layout.fmt, stored.rows, stored.cols, heads, source.turned, stored=stored, tensors=tensors,
         name=source.name, of_file=views,

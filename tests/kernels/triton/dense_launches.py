@@ -38,9 +38,12 @@ def int8(rows: int, cols: int) -> Int8Weight:
     return Int8Weight(meta(rows, cols, dtype=torch.int8), meta(rows, dtype=torch.float32))
 
 
-def int4(rows: int, cols: int, zeros: bool = False) -> Int4Weight:
-    zero = meta(cols // 128, rows, dtype=torch.uint8) if zeros else None
-    return Int4Weight(meta(rows, cols // 8, dtype=torch.int32), meta(cols // 128, rows), zero)
+def int4(
+    rows: int, cols: int, zeros: bool = False, per_run: int = 1, scales: torch.dtype = torch.bfloat16
+) -> Int4Weight:
+    shape = (cols // 128, rows) if per_run == 1 else (cols // 128, rows, per_run)
+    zero = meta(*shape, dtype=torch.uint8) if zeros else None
+    return Int4Weight(meta(rows, cols // 8, dtype=torch.int32), meta(*shape, dtype=scales), zero)
 
 
 def mxfp4(rows: int, cols: int) -> Mxfp4Weight:
@@ -48,6 +51,12 @@ def mxfp4(rows: int, cols: int) -> Mxfp4Weight:
     return Mxfp4Weight(meta(rows, 16 * runs, dtype=torch.int32), meta(runs, rows, 4, dtype=torch.uint8), cols)
 
 
+OF_FILES = (
+    partial(int4, zeros=True),
+    partial(int4, scales=torch.float16),
+    partial(int4, per_run=2, zeros=True),
+    partial(int4, per_run=4, scales=torch.float16),
+)
 PACKED = (int8, int4, partial(int4, zeros=True), mxfp4)
 
 
@@ -93,7 +102,8 @@ def few(target: str) -> None:
     for packed in (int4, mxfp4):
         project(meta(32, 4096), packed(4096, 4096))
     project(meta(64, 4096), int8(28672, 4096), act="silu")
-    packed_linear.plain(int4(4096, 4096), torch.bfloat16)
+    for narrow in (int4(4096, 4096), int4(4096, 4096, zeros=True, per_run=4), fp8(4096, 4096, block=True)):
+        packed_linear.plain(narrow, torch.bfloat16)
     project_invariant(x, meta(4096, 4096), prologue=prologue)
     project_invariant(meta(999, 4096), fp8(28672, 4096), act="silu")
     row_kernels(torch.bfloat16)
@@ -116,6 +126,9 @@ def product(target: str) -> None:
         for rows in (1, 8, 64, 100):
             layer(rows, 4096, 14336, packed, torch.bfloat16)
         layer(33, 4096, 14336, packed, torch.float16)
+    for packed in OF_FILES:
+        project(meta(9, 4096), packed(4096, 4096))
+        packed_linear.plain(packed(4096, 4096), torch.bfloat16)
     project(meta(9, 2880), mxfp4(5120, 2880))
     project(meta(9, 2880), int8(5120, 2880))
     if target not in NO_FP8:
@@ -123,6 +136,7 @@ def product(target: str) -> None:
         for rows in (1, 8, 64):
             layer(rows, 4096, 14336, fp8, torch.bfloat16)
         project(meta(9, 4096), fp8(6144, 4096, block=True))
+        packed_linear.plain(fp8(6144, 4096, block=True), torch.bfloat16)
         for rows in (1, 300):
             layer(rows, 4096, 14336, fp8, torch.bfloat16, project_invariant)
             project_invariant(meta(rows, 4096), fp8(6144, 4096, block=True))

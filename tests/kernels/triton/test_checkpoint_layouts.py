@@ -93,7 +93,7 @@ def test_blocks_that_parts_cut_are_unpacked(made: Maker) -> None:
     assert backend.formats["layers.0.qkv"] == ("BF16",)
 
 
-MOE = FEW_KEYS | {"num_experts": 3}
+MOE = FEW_KEYS | {"num_local_experts": 3}
 
 
 @pytest.mark.parametrize(

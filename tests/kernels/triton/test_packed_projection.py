@@ -15,6 +15,7 @@ from tokenspeed.kernels.triton.linear import project
 from tokenspeed.kernels.triton.packed_linear import packed_product, plain
 from tokenspeed.kernels.triton.tiles import PackedTile, packed_tile
 from tokenspeed.ops.definitions import Operands
+from tokenspeed.quantization.fp8 import quantize_fp8
 from tokenspeed.quantization.int4 import Int4Weight, int4_weight
 from tokenspeed.quantization.narrow import FORMATS, PackedWeight, narrow
 
@@ -106,6 +107,14 @@ def test_groups_and_scales_of_files(
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_made_plain_is_what_torch_makes(kind: str, dtype: torch.dtype) -> None:
     w = packed(kind, 41, columns(kind, 256, 300), generator(1))
+    assert (plain(w, dtype) == w.dequantized(dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("rows, cols", [(130, 384), (41, 300)])
+def test_blocks_of_fp8_made_plain_are_what_torch_makes(rows: int, cols: int, dtype: torch.dtype) -> None:
+    w = quantize_fp8(matrix(rows, cols, FP32, generator(rows)), "block")
+    w.scale.mul_(torch.rand(w.scale.shape, generator=generator(2)) + 0.5)
     assert (plain(w, dtype) == w.dequantized(dtype)).all()
 
 

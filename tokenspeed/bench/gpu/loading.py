@@ -30,7 +30,7 @@ from tokenspeed.runner.build import open_model, prepare
 from tokenspeed.runner.gpu.backend import GpuBackend
 from tokenspeed.runner.model import load_model
 from tokenspeed.weights.packed import Weight
-from tokenspeed.weights.placing import read_to
+from tokenspeed.weights.reading import read_to
 from tokenspeed.weights.staging import Times
 from tokenspeed.weights.tasks import usable_cores
 

@@ -1,12 +1,11 @@
 """Projections by int8, int4 and MXFP4 weights: checks them, or times a layer's.
 
     python -m tokenspeed.bench.gpu.packed --check
-    python -m tokenspeed.bench.gpu.packed [--model 8b] [--format int4] [--rows 1 8 32] [--programs 1 2] [--out FILE]
+    python -m tokenspeed.bench.gpu.packed [--model 8b] [--format int4] [--rows 1 8 32] [--out FILE]
 
 --check compares each type with float64 of the values it stands for, on fresh random data over poisoned memory: 1 to 8,
 16, 33, 64, 100 and 300 rows, by the streaming kernel where it takes them and by Triton's. Status 1 where one is wrong.
-Times are of layers of distinct weights in one graph, joins and norms included, without attention. --programs: of the
-streaming kernel per processor; with one, the next kernel's weights are on their way while this one still works.
+Times are of layers of distinct weights in one graph, joins and norms included, without attention.
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ import torch
 
 from tokenspeed.bench.gpu.chain import SHAPES, Layer, Projection, microseconds, ready, streamed
 from tokenspeed.bench.gpu.graph_timing import write_timed
-from tokenspeed.kernels.cuda import stream as streams
 from tokenspeed.kernels.cuda.registration import stream_or_project
-from tokenspeed.kernels.cuda.stream import PROGRAMS_PER_SM, stream
+from tokenspeed.kernels.cuda.stream import stream
 from tokenspeed.kernels.triton.linear import project
 from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue
 from tokenspeed.quantization.groups import GPU_MODES
@@ -149,20 +147,16 @@ def layers(model: str, kind: str) -> list[Layer]:
     return [{name: weight_of(kind, *size) for name, size in sizes.items()} for _ in range(count)]
 
 
-def timed(model: str, kind: str, rows: int, programs: Sequence[int], out: list[tuple[str, int, float]]) -> None:
+def timed(model: str, kind: str, rows: int, out: list[tuple[str, int, float]]) -> None:
     """Print the time of a layer, by each way that takes so many rows."""
     made = layers(model, kind)
     moved = sum(weight.nbytes for weight in made[0].values())
     streaming: Projection = streamed if kind not in NOT_STREAMED else stream_or_project
-    ways: dict[str, tuple[int, Projection]] = {"triton": (PROGRAMS_PER_SM, project)}
-    if rows == 1:
-        ways |= {f"streamed by {count}": (count, streaming) for count in programs}
-    for name, (count, projection) in ways.items():
-        streams.PROGRAMS_PER_SM = count
+    ways: dict[str, Projection] = {"triton": project} | ({"streamed": streaming} if rows == 1 else {})
+    for name, projection in ways.items():
         us = microseconds(made, projection, rows)
         out.append((f"{model} {kind} B{rows} {name}", moved, us))
         print(f"{model} {kind} B{rows} {name}: {us:.2f} us a layer, {moved / us / 1e3:.0f} GB/s", flush=True)
-    streams.PROGRAMS_PER_SM = PROGRAMS_PER_SM
 
 
 def main() -> int:
@@ -174,7 +168,6 @@ def main() -> int:
         "--format", nargs="*", choices=("bf16", *GPU_MODES, *OF_FILES), default=["int8", "int4", "mxfp4"]
     )
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 8, 32])
-    parser.add_argument("--programs", nargs="*", type=int, default=[PROGRAMS_PER_SM])
     parser.add_argument("--out", type=Path, metavar="FILE", help="of records to add to")
     options = parser.parse_args()
     if options.check:
@@ -183,7 +176,7 @@ def main() -> int:
     for model in options.model:
         for kind in options.format:
             for rows in options.rows:
-                timed(model, kind, rows, options.programs, times)
+                timed(model, kind, rows, times)
     if options.out is not None:
         write_timed(options.out, "packed", times)
     return 0

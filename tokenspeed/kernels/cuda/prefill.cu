@@ -83,7 +83,7 @@ struct Loader {
   __device__ void load(const Tile& tile, int block, int which, int page) {
     int lane = threadIdx.x % 32, box = lane % BOXES, half = lane / BOXES;
     u32 full = shared_address(&s.full[place.slot]);
-    wait_full(shared_address(&s.empty[place.slot]), place.parity ^ 1);
+    wait_barrier(shared_address(&s.empty[place.slot]), place.parity ^ 1);
     if (lane == 0) expect_bytes(full, HALVES * KEY_HALF);
     __syncwarp();
     if (half < HALVES) {
@@ -137,7 +137,7 @@ struct Attention {
 
   __device__ void sync() const { asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); }
   __device__ u32 wait() const {
-    wait_full(shared_address(&s.full[place.slot]), place.parity);
+    wait_barrier(shared_address(&s.full[place.slot]), place.parity);
     return shared_address(s.ring[place.slot]);
   }
   __device__ void release(const Place& done) const {

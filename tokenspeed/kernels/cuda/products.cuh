@@ -69,9 +69,6 @@ __device__ inline void multiply(float (&d)[32], const u32* a, u64 b) {
       : FLOATS32(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-__device__ inline void barrier_init(u64* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
 __device__ inline void copy_box(u32 to, const TensorMap& map, int column, int entry, int head, int which, int page, u32 barrier) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6,%7}], [%2];" ::

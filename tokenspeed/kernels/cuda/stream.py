@@ -1,5 +1,5 @@
-"""y = f(x) W^T for one row of bf16 by weights of any type, x W^T for up to eight by bf16, streamed at the read ceiling
-(`stream.cu`)."""
+"""y = f(x) W^T for one row of bf16 by weights of any type, x W^T for up to eight by bf16, streamed at the read ceiling:
+bf16 by `stream.cu`, narrower weights by `stream_narrow.cu`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -23,38 +24,54 @@ FORMATS: dict[type, int] = {torch.Tensor: 0, Fp8Weight: 1, Int8Weight: 2, Int4We
 BITS = (16, 8, 8, 4, 4)
 _SCALES = (0, 0, 0, 2, 4)
 """Bytes of the scales that lie in the ring, of a row and 64 bytes of it."""
-_OFFSETS = (0, 0, 4, 4, 0)
-"""Bytes that 64 bytes of a row take for what the codes of zeros add."""
+_PLANES = (0, 0, 2, 2, 0)
+"""Of bytes in which x is multiplied by a format's codes as integers."""
 ACTS = {"none": 0, "silu": 1, "gelu_tanh": 2}
 UNIT = 8
+STEP = 64
+"""Bytes of a row that a warp multiplies at a time."""
 PROGRAMS_PER_SM = 2
 SHARED = 113 << 10
 """Bytes of a program, so that two fit the 228 KiB of an SM."""
 SHORT_ROW = 4096
 """Bytes. Rows of bf16 up to here are split among 16 warps, longer ones among 8 (a layer of 1B: 32.8 against 34.3 us,
-of 8B: 103.4 and 102.0); those of e4m3 among 8 (8B: 73.1 and 66.3)."""
+of 8B: 103.4 and 102.0)."""
 MOST_ROWS = 8
 ROW_GAP = 32
 """Elements between rows of x in shared memory."""
 SEVERAL_SEGMENT = 256
-"""Of several rows, which take their part of a program's memory: with 128 bytes the Triton kernel wins, as it does with
-e4m3."""
+"""Of several rows, which take their part of a program's memory: with 128 bytes the Triton kernel wins."""
+PLANE_GAP = 64
+"""Bytes between planes of x's bytes."""
 MOST_COLUMNS = {"bare": 16384, "norm": 12288, "branch": 8192}
 """Beyond, x does not fit the registers that two programs have: a warp takes an eighth of these at most."""
-MOST_NORMED_TWICE = 7168
-"""The same of codes of four bits, after a norm of the branch and one of the sum."""
-SEGMENTS = {16: (256, 128), 8: (512, 384, 256, 128)}
-"""Bytes of a row in a stage, by the bits of a weight (a layer of 8B in bf16: 98.5 us by 256, 102.6 by 512; e4m3: 65.1
-and 63.3)."""
+SEGMENTS = (256, 128)
+"""Bytes of a row of bf16 in a stage of a warp's ring (a layer of 8B: 98.5 us by 256, 102.6 by 512)."""
 ODD_WARPS = (9, 7, 10, 6, 5)
 """For one long row that eight warps do not divide: 2880 columns of bf16 take nine."""
-NIBBLE_WARPS, NIBBLE_SEGMENTS = (8, 7, 6, 5), ((512, 256), (128,))
-"""Rows of four-bit codes are short: any number of warps that leaves copies of 256 bytes or more, else of 128."""
+NARROW_WARPS, NARROW_STEPS = (8, 7, 9, 10, 6, 5, 4), (4, 8, 2, 6, 5, 3, 7, 1)
+"""Of a program with narrow weights, and of a warp in a stage, the better first (a layer of 8B in int4: 8 warps 41.3 us,
+16 41.6, 4 44.6; 4 and 8 steps 41.3, 2 steps 44.3)."""
+LEAST_STAGES = 3
+
+
+class Way(NamedTuple):
+    """programs: of a kernel per SM. shared: bytes of a program, of which two always fit: the next kernel's as well."""
+
+    programs: int
+    shared: int
+
+
+_SMALLER = Way(PROGRAMS_PER_SM, 100 << 10)
+WAYS = (Way(PROGRAMS_PER_SM, SHARED), Way(1, SHARED), Way(1, SHARED), _SMALLER, _SMALLER)
+"""By format. A layer of 8B, by one program, by two, and by two with 100 KiB: fp8 58.2, 60.2 and 59.5 us, int8 56.9,
+59.6 and 59.2, int4 43.5, 41.3 and 40.8, MXFP4 50.8, 50.0 and 49.1; bf16 by one 108.9, by two 99.9."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What a kernel is compiled for: names of the definitions of `stream.cu`, in lower case."""
+    """What a kernel is compiled for: names of the definitions of its source, in lower case. segment: bytes of a row in
+    a stage, of a warp in `stream.cu`, of all warps that multiply in `stream_narrow.cu`."""
 
     rows: int
     k: int
@@ -70,22 +87,43 @@ class Variant:
     half_scales: int = 0
 
     @property
+    def narrow(self) -> bool:
+        return BITS[self.format] < 16
+
+    @property
+    def source(self) -> str:
+        """The file, without its ending."""
+        return "stream_narrow" if self.narrow else "stream"
+
+    @property
+    def threads(self) -> int:
+        """Of a program: one warp more fills a ring that all share."""
+        return 32 * (self.warps + self.narrow)
+
+    @property
     def shared(self) -> int:
-        """Bytes of `stream.cu`'s Shared."""
-        """Bytes of `stream.cu`'s Shared."""
+        """Bytes of the source's Shared."""
         x = 2 * self.rows * (self.k + (ROW_GAP if self.rows > 1 else 0))
-        offsets = self.k * BITS[self.format] // 8 // 64 * _OFFSETS[self.format] or 8
-        floats = offsets + (2 * UNIT * self.rows + 3) * 4 * self.warps
-        return x + -(-floats // 8) * 8 + self.stages * self.warps * self.stage
+        floats = 3 * self.warps
+        if self.narrow:
+            planes = _PLANES[self.format]
+            x = planes * (self.k + PLANE_GAP) if planes else x
+            floats += (self.k * BITS[self.format] // 8 // STEP if planes else 2) + 1
+        else:
+            floats += 2 * UNIT * self.rows * self.warps
+        return x + -(-4 * floats // 8) * 8 + self.stages * self.stage
 
     @property
     def stage(self) -> int:
-        """Bytes of a stage of a ring, with its barrier."""
-        return UNIT * self.segment + 64 + self.segment // 64 * UNIT * _SCALES[self.format] + 8
+        """Bytes of a stage, of a program: with its barriers, and what else there is of each."""
+        if not self.narrow:
+            return self.warps * (UNIT * self.segment + 64 + 8)
+        scales = self.segment // STEP * UNIT * _SCALES[self.format]
+        return UNIT * self.segment + 64 + scales + 16 + 4 * self.warps * UNIT
 
     def defines(self) -> dict[str, int]:
         """For the compiler."""
-        return {name.upper(): value for name, value in asdict(self).items()} | {"SHARED": self.shared}
+        return {name.upper(): int(value) for name, value in asdict(self).items()} | {"SHARED": self.shared}
 
 
 def variant(
@@ -101,43 +139,41 @@ def variant(
     than one row of x comes without prologue, and to bf16. half_scales: of int4, whether scales are float16."""
     branch = prologue is not None and prologue.branch is not None
     branch_norm = prologue is not None and prologue.branch_norm is not None
-    padded = 1 << (rows - 1).bit_length()
-    most = MOST_COLUMNS["bare" if prologue is None else "branch" if branch else "norm"]
-    if branch_norm and BITS[format] == 4:
-        most = MOST_NORMED_TWICE
-    row_bytes = columns * BITS[format] // 8
     if columns % 8 or rows > MOST_ROWS or (rows > 1 and BITS[format] != 16):
         return None
-    splits = list(_splits(format, row_bytes, rows))
-    for warps, segment in splits:
-        if columns > min(warps, 8) * most // 8 or row_bytes % (warps * segment):
-            continue
+    padded, most = (
+        1 << (rows - 1).bit_length(),
+        MOST_COLUMNS["bare" if prologue is None else "branch" if branch else "norm"],
+    )
+    for warps, segment, least in _splits(format, columns * BITS[format] // 8, rows):
         found = Variant(
             padded, columns, format, warps, segment, 0, ACTS[act], prologue is not None, branch, branch_norm, bias
         )  # fmt: skip
-        stages = (SHARED - found.shared) // (warps * found.stage)
-        if stages >= 3 or (stages == 2 and segment == splits[-1][1]):
+        stages = (WAYS[format].shared - found.shared) // found.stage
+        if stages >= least and columns <= min(warps, 8) * most // 8:
             return replace(found, stages=stages, half_scales=int(half_scales))
     return None
 
 
-def _splits(format: int, row_bytes: int, rows: int) -> Iterator[tuple[int, int]]:
-    """Warps and segments to try, the better first."""
-    if BITS[format] == 4:
-        yield from ((warps, each) for segments in NIBBLE_SEGMENTS for warps in NIBBLE_WARPS for each in segments)
-    else:
-        warps = 16 if BITS[format] == 16 and row_bytes <= SHORT_ROW else 8
-        segments = SEGMENTS[BITS[format]] if rows == 1 else (SEVERAL_SEGMENT,)
-        yield from ((warps, segment) for segment in segments)
+def _splits(format: int, row_bytes: int, rows: int) -> Iterator[tuple[int, int, int]]:
+    """Warps, segments and the fewest stages to try, the better first: those that divide a row."""
+    if BITS[format] == 16:
+        warps = 16 if row_bytes <= SHORT_ROW else 8
+        segments = SEGMENTS if rows == 1 else (SEVERAL_SEGMENT,)
+        tried = [(warps, each, LEAST_STAGES - (each == segments[-1])) for each in segments]
         if rows == 1 and row_bytes > SHORT_ROW:
-            yield from ((other, segment) for segment in segments for other in ODD_WARPS)
+            tried += [(odd, each, LEAST_STAGES - (each == segments[-1])) for each in segments for odd in ODD_WARPS]
+        yield from (each for each in tried if row_bytes % (each[0] * each[1]) == 0)
+    else:
+        tried = [(warps, STEP * warps * steps, LEAST_STAGES) for warps in NARROW_WARPS for steps in NARROW_STEPS]
+        yield from (each for each in tried if row_bytes % each[1] == 0)
 
 
 @cache
 def kernel(found: Variant, device: int) -> Kernel:
     """Compiled and loaded."""
-    defines = {name: int(value) for name, value in found.defines().items()}
-    return Kernel(compiled("stream", defines, architecture(device)), "stream", 32 * found.warps, found.shared)
+    cubin = compiled(found.source, found.defines(), architecture(device))
+    return Kernel(cubin, "stream", found.threads, found.shared)
 
 
 def stream(
@@ -174,7 +210,7 @@ def _stream(
     device = device_index(x.device)
     units = -(-n // (UNIT if act == "none" else UNIT // 2))
     kernel(found, device).launch(
-        (min(units, PROGRAMS_PER_SM * processors(device)), 1, 1),
+        (min(units, WAYS[found.format].programs * processors(device)), 1, 1),
         [
             pointer(x),
             pointer(branch),

@@ -212,7 +212,7 @@ def _library(x: Rows, weight: Multiplied, dtype: torch.dtype, bias: torch.Tensor
 
 def _scaled_product(x: Rows, weight: Fp8Weight, dtype: torch.dtype) -> torch.Tensor:
     if x.scale is None:
-        return F.linear(x.values, weight.dequantized(dtype))
+        return F.linear(x.values, plain(weight, dtype))
     # Row-wise scaling gives bf16 only.
     y = torch._scaled_mm(
         x.values,

@@ -167,18 +167,23 @@ def dequantize_kernel(
     PER_RUN: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """W as plain rows, out [stored, K]: values rounded once."""
+    """W as plain rows, out [stored, K]: values rounded once. KIND fp8: e4m3 with a scale per 128 x 128."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     run = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     w_rows = tl.minimum(row, stored - 1)
-    wide = run_tile(weight, scale, zero, w_rows, w_stride, stored, run, K, BLOCK_N, KIND, tl.float32, PER_RUN)
+    cols = run * 128 + columns_of(tl.arange(0, 128), KIND == "int4" or KIND == "mxfp4")
+    if KIND == "fp8":
+        at = weight + w_rows.to(tl.int64)[:, None] * w_stride + cols[None, :]
+        wide = tl.load(at, mask=cols[None, :] < K, other=0.0).to(tl.float32)
+        wide *= tl.load(scale + w_rows // 128 * ((K + 127) // 128) + run)[:, None]
+    else:
+        wide = run_tile(weight, scale, zero, w_rows, w_stride, stored, run, K, BLOCK_N, KIND, tl.float32, PER_RUN)
     if KIND == "int4" and PER_RUN == 1:
         wide *= tl.load(scale + run * stored + w_rows).to(tl.float32)[:, None]
     if KIND == "int8":
         wide *= tl.load(scale + w_rows)[:, None]
-    cols = run * 128 + columns_of(tl.arange(0, 128), KIND != "int8")
     at = out + row.to(tl.int64)[:, None] * K + cols[None, :]
     tl.store(at, wide.to(out.dtype.element_ty), mask=(row[:, None] < stored) & (cols[None, :] < K))

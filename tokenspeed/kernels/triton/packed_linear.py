@@ -1,4 +1,4 @@
-"""Launches of the kernels over int8, int4 and MXFP4 weights."""
+"""Launches of the kernels over int8, int4 and MXFP4 weights, and of those that make weights plain."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from tokenspeed.kernels.triton.launch import dependent_launch, options
 from tokenspeed.kernels.triton.packed import dequantize_kernel, packed_kernel
 from tokenspeed.kernels.triton.skinny import add_parts_kernel
 from tokenspeed.kernels.triton.tiles import PackedTile, packed_tile
+from tokenspeed.quantization.fp8 import Fp8Weight
 from tokenspeed.quantization.int4 import Int4Weight
 from tokenspeed.quantization.int8 import Int8Weight
 from tokenspeed.quantization.narrow import PackedWeight
@@ -95,21 +96,22 @@ def packed_product(
     return y
 
 
-def plain(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
-    """A fresh [N, K] of `dtype`, values rounded once: `weight.dequantized` in one kernel."""
+def plain(weight: PackedWeight | Fp8Weight, dtype: torch.dtype) -> torch.Tensor:
+    """A fresh [N, K] of `dtype`, values rounded once: `weight.dequantized` in one kernel; of fp8 with scales per
+    block."""
     rows, cols = weight.shape
     out = torch.empty(rows, cols, dtype=dtype, device=weight.q.device)
     dequantize_kernel[(triton.cdiv(rows, _BLOCK_N), triton.cdiv(cols, 128))](
         weight.q,
         weight.scale,
-        zero_of(weight),
+        None if isinstance(weight, Fp8Weight) else zero_of(weight),
         out,
         weight.q.stride(0),
         rows,
         K=cols,
         BLOCK_N=_BLOCK_N,
-        KIND=kind_of(weight),
-        PER_RUN=per_run_of(weight),
+        KIND="fp8" if isinstance(weight, Fp8Weight) else kind_of(weight),
+        PER_RUN=1 if isinstance(weight, Fp8Weight) else per_run_of(weight),
         **options(4, dependent_launch(out.device)),
     )
     return out

@@ -20,6 +20,7 @@ from tokenspeed.program.program import Record
 from tokenspeed.quantization.narrow import FORMATS, Narrow, narrow
 from tokenspeed.runner.gpu.view import GpuView
 from tokenspeed.runner.model import LoadedModel, Progress
+from tokenspeed.weights.ahead import brought
 from tokenspeed.weights.held import held_modes, hold_weights
 from tokenspeed.weights.packed_experts import load_experts, packed_experts
 from tokenspeed.weights.placing import place_weights, share
@@ -70,8 +71,9 @@ class GpuBackend:
         self._plans: dict[int, Plan] = {}
         self._before_head = model.program.before_head()
         self.plan_for(1)
+        experts = brought({name: model.packed[name] for name in model.packed if name in packed}, model.device)
         self.weights: dict[str, torch.Tensor | Narrow] = {
-            name: load_experts(model.packed[name], model.device) for name in packed
+            name: load_experts(weight, model.device) for name, weight in experts
         }
         others = {name: weight for name, weight in model.packed.items() if name not in held and name not in packed}
         kept = {name: model.packed[name] for name in held}

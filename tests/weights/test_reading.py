@@ -20,10 +20,10 @@ from tokenspeed.contracts.errors import FormatError
 from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.formats.gguf import open_gguf
 from tokenspeed.formats.safetensors import open_safetensors
-from tokenspeed.weights import placing
+from tokenspeed.weights import reading
 from tokenspeed.weights.dummy import dummy_weights
 from tokenspeed.weights.loader import load_weights
-from tokenspeed.weights.placing import read_to
+from tokenspeed.weights.reading import read_to
 from tokenspeed.weights.spec import Source, WeightSpec, WeightTable
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def test_safetensors_of_all_kinds(
 ) -> None:
     """Stacked parts of three types, interleaved heads, experts one by one and all in one with rows and columns
     exchanged, vectors; pages of the files stay out of this process."""
-    monkeypatch.setattr(placing, "usable_cores", lambda: readers)
+    monkeypatch.setattr(reading, "usable_cores", lambda: readers)
     torch.manual_seed(seed)
     cols, sizes = 33, dict(zip("qkv", (12, 6, 5), strict=True))
     kinds = dict(zip("qkv", (torch.float16, torch.bfloat16, torch.float32), strict=True))
@@ -155,15 +155,15 @@ def test_weights_in_memory_are_copied(tmp_path: Path) -> None:
 
 def test_no_more_is_read_ahead_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, specs, values = one_file(tmp_path)
-    monkeypatch.setattr(placing, "AHEAD_BYTES", 2 * values.nbytes)
+    monkeypatch.setattr(reading, "AHEAD_BYTES", 2 * values.nbytes)
     started: list[str] = []
-    start = placing._Readers.start
+    start = reading._Readers.start
 
     def counted(self: Any, name: str, *rest: Any) -> Any:
         started.append(name)
         return start(self, name, *rest)
 
-    monkeypatch.setattr(placing._Readers, "start", counted)
+    monkeypatch.setattr(reading._Readers, "start", counted)
     for number, (name, tensor) in enumerate(read_to(CPU, load_weights(checkpoint, specs), torch.float32)):
         assert name == f"w{number}"
         assert torch.equal(tensor, values + number)

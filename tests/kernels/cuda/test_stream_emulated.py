@@ -1,0 +1,171 @@
+"""The streaming kernels' own sources, run thread by thread on the host, against float64: formats, prologues, rows,
+ragged units. On a GPU: `python -m tokenspeed.bench.gpu.chain` and `python -m tokenspeed.bench.gpu.packed --check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.kernels.cuda.emulated import emulate
+from tests.seeds import SEED
+from tokenspeed.bench.gpu.chain import ready
+from tokenspeed.bench.gpu.packed import weight_of
+from tokenspeed.kernels.cuda.stream import stream, stream_rows
+from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue, Rows
+from tokenspeed.quantization.fp8 import Fp8Weight, quantize_fp8
+
+BOUND, REQUANTISED_BOUND = 0.02, 0.06
+"""Of |y - exact| / (1 + |exact|); the last bit of a norm may move all roundings to e4m3."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For compiled kernels."""
+    return tmp_path_factory.mktemp("emulated")
+
+
+def matrix(kind: str, rows: int, columns: int) -> Matrix:
+    if kind != "fp8":
+        return weight_of(kind, rows, columns, "cpu")
+    plain = weight_of("bf16", rows, columns, "cpu")
+    assert isinstance(plain, torch.Tensor)
+    return quantize_fp8(plain)
+
+
+def prologue_of(kind: str, columns: int) -> Prologue | None:
+    norms = [Norm(torch.rand(columns) + 0.5, 1e-5) for _ in range(2)]
+    branch = (torch.randn(1, columns) + 0.3).bfloat16()
+    made = {"bare": None, "norm": Prologue(norms[0]), "join": Prologue(norms[0], branch)}
+    return made[kind] if kind in made else Prologue(norms[0], branch, norms[1])
+
+
+def exact(entered: torch.Tensor, weight: Matrix, bias: torch.Tensor, act: str) -> torch.Tensor:
+    """float64 of rows that are ready."""
+    if isinstance(weight, Fp8Weight):
+        scale = entered.abs().max().clamp(min=1e-12) / 448.0
+        entered = (entered * (1 / scale)).to(torch.float8_e4m3fn).double() * scale.double()
+        values = weight.q.double() * weight.scale.double()[:, None]
+    else:
+        values = weight.double() if isinstance(weight, torch.Tensor) else weight.dequantized(torch.float64)
+    product = entered.double() @ values.T + bias.bfloat16().double()
+    if act == "none":
+        return product
+    gate, up = product.bfloat16().double().chunk(2, dim=1)
+    return (F.silu(gate) if act == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have new tensors hold no numbers."""
+    for name in ("empty", "empty_like"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, real=real, **k: real(*a, **k).fill_(torch.nan))
+
+
+def close(y: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
+    assert y.shape == expected.shape
+    assert expected.abs().max() > 0.1
+    error = ((y.double() - expected).abs() / (1 + expected.abs())).nan_to_num(9e9).max()
+    assert error < bound
+
+
+def one_row(kind: str, stored: int, columns: int, act: str, prologue: str, patch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(SEED + stored + columns)
+    weight, entering = matrix(kind, stored, columns), prologue_of(prologue, columns)
+    x, bias = (torch.randn(1, columns) + 0.3).bfloat16(), torch.randn(stored)
+    with patch.context() as poison:
+        poisoned(poison)
+        made = stream(x, weight, bias, act, entering)
+    assert made is not None
+    entered, total = ready(x, entering)
+    again = REQUANTISED_BOUND if kind == "fp8" and entering else BOUND
+    close(made[0], exact(entered, weight, bias, act), again)
+    if entering is not None and entering.branch is not None:
+        assert made[1] is not None
+        torch.testing.assert_close(made[1].float(), total.float(), rtol=2**-7, atol=2**-6)
+        assert entering.branch_norm is not None or torch.equal(made[1], total)
+
+
+def several_rows(rows: int, stored: int, columns: int, act: str, patch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(SEED + rows)
+    weight = matrix("bf16", stored, columns)
+    x, bias = torch.randn(rows, columns + 8).bfloat16()[:, :columns], torch.randn(stored)
+    with patch.context() as poison:
+        poisoned(poison)
+        y = stream_rows(Rows(x, None), weight, bias, act)
+    assert y is not None
+    close(y, exact(x.float(), weight, bias, act), BOUND)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored", "columns", "act", "prologue"),
+    [
+        ("bf16", 44, 2048, "silu", "join"),
+        ("fp8", 21, 1024, "none", "branch norm"),
+        ("int8", 36, 1024, "gelu_tanh", "join"),
+        ("int4", 44, 4096, "silu", "join"),
+        ("int4 half", 30, 7168, "none", "bare"),
+        ("mxfp4", 22, 1024, "none", "norm"),
+    ],
+)
+def test_one_row(
+    kind: str, stored: int, columns: int, act: str, prologue: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(monkeypatch, folder)
+    one_row(kind, stored, columns, act, prologue, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ["none", "silu"])
+@pytest.mark.parametrize("prologue", ["bare", "norm", "join", "branch norm"])
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "int8", "int4", "int4 half", "mxfp4"])
+@pytest.mark.parametrize("columns", [1024, 5120])
+def test_every_kind_of_one_row(
+    kind: str, columns: int, act: str, prologue: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(monkeypatch, folder)
+    one_row(kind, 76, columns, act, prologue, monkeypatch)
+
+
+@pytest.mark.parametrize(("rows", "stored", "columns", "act"), [(3, 36, 2048, "silu"), (8, 30, 4096, "none")])
+def test_several_rows(
+    rows: int, stored: int, columns: int, act: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(monkeypatch, folder)
+    several_rows(rows, stored, columns, act, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ["none", "silu"])
+@pytest.mark.parametrize("columns", [2048, 4096])
+@pytest.mark.parametrize("rows", range(2, 9))
+def test_every_number_of_rows(rows: int, columns: int, act: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate(monkeypatch, folder)
+    several_rows(rows, 76, columns, act, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_what_is_no_number_stays_none(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate(monkeypatch, folder)
+    for value in (torch.nan, torch.inf):
+        x = torch.randn(1, 1024, generator=torch.Generator().manual_seed(SEED)).bfloat16()
+        x[0, SEED % 1024] = value
+        made = stream(x, matrix(kind, 8, 1024), None, "none", None)
+        assert made is not None
+        assert not made[0].isfinite().any()
+
+
+def test_outliers_cost_the_others_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x of int4 is rounded within groups of columns: one of 10,000 times the size leaves other groups alone."""
+    emulate(monkeypatch, folder)
+    g = torch.Generator().manual_seed(SEED)
+    x, weight = torch.randn(1, 1024, generator=g).bfloat16(), matrix("int4", 16, 1024)
+    x[0, :128] = 0
+    x[0, 0] = 10_000
+    assert not isinstance(weight, torch.Tensor | Fp8Weight)
+    weight.q[:, :16] = -0x77777778  # codes of 0
+    made = stream(x, weight, None, "none", None)
+    assert made is not None
+    close(made[0], exact(x.float(), weight, torch.zeros(16), "none"), 2**-8)
