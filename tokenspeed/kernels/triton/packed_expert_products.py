@@ -132,25 +132,23 @@ def packed_choice_kernel(x, weight, scale, bias, parts, y, ids, shares, counters
         to = parts + (at.to(tl.int64) * SPLITS + split) * stored + (number * 0)[None, :] + w_rows[:, None]
         tl.store(to, acc, mask=used[None, :] & (column < n)[:, None])
     tl.debug_barrier()
-    group = at // GROUP
+    group = (at // GROUP).to(tl.int64)
     counter = counters + group * tl.num_programs(0) + tile
     if tl.atomic_add(counter, 1, sem="acq_rel") == GROUP * SPLITS - 1:
         tl.store(counter, 0)
-        first = group.to(tl.int64) * GROUP
+        first = group * GROUP
         # Nobody has written parts without experts.
         last = tl.where(tl.load(ids + first) >= 0, n, 0)
         total = tl.zeros([BLOCK_N], tl.float32)
         for j in tl.static_range(GROUP * SPLITS):
             part = parts + (first * SPLITS + j) * stored + w_rows
-            value = tl.load(part, mask=column < last, other=0.0, cache_modifier=".cg")
-            if ACT == "none":
-                value *= tl.load(shares + first + j // SPLITS)
-            total += value
+            share = tl.load(shares + first + j // SPLITS) if ACT == "none" else 1.0
+            total += share * tl.load(part, mask=column < last, other=0.0, cache_modifier=".cg")
         dtype: tl.constexpr = y.dtype.element_ty
         if ACT == "none":
-            tl.store(y + group.to(tl.int64) * n + column, total.to(dtype), mask=column < n)
+            tl.store(y + group * n + column, total.to(dtype), mask=column < n)
         else:
             gate, up = tl.split(tl.reshape(total, [BLOCK_N // 2, 2]))
             outputs = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
             out = expert_gate(gate, up, alpha, limit, ACT, dtype)
-            tl.store(y + group.to(tl.int64) * n + outputs, out.to(dtype), mask=outputs < last)
+            tl.store(y + group * n + outputs, out.to(dtype), mask=outputs < last)
