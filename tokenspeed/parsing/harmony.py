@@ -131,7 +131,6 @@ class HarmonyParser:
             self._show(rest, part)
         elif not self._begun and CHANNEL not in self._header:
             part.content += self._header + rest
-            self._begun = bool(part.content)
 
     def _show(self, text: str, part: ReplyPart) -> None:
         if not text:

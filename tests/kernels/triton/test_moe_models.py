@@ -46,6 +46,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_registration, "decode_tile", lambda *shape: DecodeTile(2, 16, 1, 1, 1))
     for module, name in ((linear, "gemv_tile"), (experts, "gate_up_tile"), (experts, "down_tile")):
         monkeypatch.setattr(module, name, lambda *shape: GemvTile(64, 64, 1))
+    monkeypatch.setattr(packed_experts, "choice_splits", lambda *shape: 1)
     for name in ("choice_tile", "packed_product_tile"):
         monkeypatch.setattr(packed_experts, name, lambda *shape: ProductTile(16, 128, 128, 4, 2, 0, True))
 

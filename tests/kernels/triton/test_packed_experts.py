@@ -19,7 +19,13 @@ from tokenspeed.bench.gpu.expert_cases import ExpertCase
 from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.kernels.triton import packed_experts as module
 from tokenspeed.kernels.triton.expert_operands import ACTS
-from tokenspeed.kernels.triton.expert_tiles import ProductTile, packed_product_tile, packed_tile_of
+from tokenspeed.kernels.triton.expert_tiles import (
+    ProductTile,
+    choice_splits,
+    choice_tile,
+    packed_product_tile,
+    packed_tile_of,
+)
 from tokenspeed.kernels.triton.experts import run_experts
 from tokenspeed.kernels.triton.mxfp4_codes import WIDEN
 from tokenspeed.kernels.triton.packed_experts import packed_by_choice, packed_in_blocks
@@ -37,6 +43,13 @@ in_blocks = partial(packed_in_blocks, tile=TILE)
 @pytest.mark.parametrize("act, biased", [("silu", False), ("swiglu_clamped", True)])
 def test_activations(act: str, biased: bool, run: Any) -> None:
     check(replace(SMALL, act=act, biased=biased), 2, run)
+
+
+@pytest.mark.parametrize("splits", [(2, 3), (4, 1)])
+def test_columns_in_parts(splits: tuple[int, int]) -> None:
+    """Of which the last may be short, or empty."""
+    case = replace(SMALL, hidden=416, ff=224, act="swiglu_clamped", biased=True)
+    check(case, 3, partial(by_choice, splits=splits), padding=1)
 
 
 @pytest.mark.parametrize("run", [by_choice, in_blocks])
@@ -80,9 +93,15 @@ def test_who_ends_last_leaves_zeros_behind() -> None:
     g = torch.Generator().manual_seed(SEED)
     given, asked = SMALL.random(g), SMALL.choices(3, g, padding=1)
     first = by_choice(*asked, given)
-    counters = module._counters(torch.device("cpu"), module.packed_parts(given)[1].q.data_ptr(), 4 * 3)
+    counters = module._counters(torch.device("cpu"), module.packed_parts(given)[1].q.data_ptr(), 4 * 3 * 3)
     assert (counters == 0).all()
     assert torch.equal(first, by_choice(*asked, given))
+
+
+def test_few_programs_share_the_columns() -> None:
+    assert [choice_splits(programs, 2880) for programs in (90, 360, 720, 1440)] == [4, 4, 2, 1]
+    assert choice_splits(90, 512) == 1
+    assert [choice_tile(choices, rows).block_n for choices, rows in ((4, 5760), (4, 2880), (8, 2880))] == [64, 32, 64]
 
 
 def test_blocks_follow_the_expected_part_of_an_expert() -> None:

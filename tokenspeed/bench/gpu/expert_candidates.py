@@ -20,20 +20,25 @@ _PRODUCTS = {
 """(rows of W, bytes of a row's tile, warps, stages) by choices of a block."""
 
 _PACKED = {
-    8: ((32, 2, 4), (32, 2, 6), (32, 2, 8), (16, 1, 6), (16, 1, 8), (64, 4, 4), (64, 4, 6), (32, 1, 6), (64, 2, 6)),
-    16: ((32, 2, 4), (32, 2, 6), (64, 4, 4), (64, 4, 6), (64, 2, 4), (32, 1, 6)),
-    32: ((64, 4, 3), (64, 4, 4), (64, 4, 6), (128, 8, 4), (128, 4, 4), (32, 2, 4), (64, 2, 4)),
+    8: ((64, 2, 4), (64, 2, 6), (128, 2, 4), (128, 4, 4), (64, 1, 4), (32, 1, 6), (32, 2, 6), (16, 1, 8)),
+    16: ((64, 2, 4), (64, 2, 6), (128, 2, 4), (128, 4, 4), (64, 1, 4), (32, 2, 6)),
+    32: ((128, 4, 4), (128, 4, 3), (256, 8, 3), (64, 4, 4), (64, 2, 4), (128, 8, 4)),
     64: ((64, 4, 3), (64, 4, 4), (128, 8, 3), (128, 8, 4), (128, 4, 3)),
     128: ((128, 8, 2), (128, 8, 3), (128, 4, 3), (64, 4, 3), (256, 8, 2)),
 }
 """(rows of W, warps, stages) by choices of a block, of MXFP4 weights."""
 
 
-def packed_choice_candidates() -> Iterator[tuple[ProductTile | None, ProductTile | None]]:
-    """Tiles of gate and up, and of down, of MXFP4 weights; None for the rule's."""
+Splits = tuple[int, int]
+
+
+def packed_choice_candidates() -> Iterator[tuple[ProductTile | None, ProductTile | None, Splits | None]]:
+    """Tiles of gate and up, and of down, of MXFP4 weights, and parts of their columns; None for the rules'."""
+    for splits in ((1, 1), (1, 2), (2, 2), (2, 4), (4, 2), (4, 4), (4, 8), (8, 8)):
+        yield None, None, splits
     for tile in _packed(8):
-        yield tile, None
-        yield None, tile
+        yield tile, None, None
+        yield None, tile, None
 
 
 def packed_candidates(tokens: int) -> Iterator[ProductTile]:

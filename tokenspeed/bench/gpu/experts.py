@@ -4,7 +4,8 @@
 and number of tokens; it ends with status 1 where one is wrong. Times are those of a layer of Qwen3-30B-A3B, or in
 MXFP4 of gpt-oss-20b, in a CUDA graph, its experts chosen by uniform noise that differs from launch to launch, over
 weights that the second-level cache cannot hold; bytes are those of the experts that were touched, and a floor is the
-time that these take at the read ceiling. --tiles times candidates for the tile rules.
+time that these take at the read ceiling. --format says what is checked or timed, --tiles times candidates for the tile
+rules.
 """
 
 from __future__ import annotations
@@ -41,11 +42,14 @@ from tokenspeed.ops.reference import REFERENCE
 
 TOKENS = (1, 2, 3, 8, 17, 64, 300)
 SMALL = ExpertCase(24, 4, 360, 200)
+SMALL_RUNS = ExpertCase(24, 4, 416, 224)
+"""The same in whole blocks of 32 columns."""
 QWEN = ExpertCase(128, 8, 2048, 768)
 GPT_OSS = ExpertCase(32, 4, 2880, 2880, "swiglu_clamped", True)
 MODELS = {"bf16": ("qwen3-30b-a3b", QWEN), "fp8": ("qwen3-30b-a3b", QWEN), "mxfp4": ("gpt-oss-20b", GPT_OSS)}
 """Whose layer is timed, by format."""
 FORMATS = {"bf16": "plain", "fp8": "channel", "mxfp4": "mxfp4"}
+CHECKED = {"bf16": ("plain",), "fp8": ("channel", "block"), "mxfp4": ("mxfp4",)}
 BYTES = {"bf16": 2.0, "fp8": 1.0, "mxfp4": 17 / 32}
 """Of a weight."""
 ATTRS: dict[str, Any] = {"k": 8, "score": "softmax", "renormalize": True, "groups": 1, "kept_groups": 1, "scale": 1.0}
@@ -62,19 +66,18 @@ LAYERS, SETS = 4, 64
 """Weights that take turns, and choices."""
 
 
-def check(device: str = "cuda", tokens: Sequence[int] = TOKENS) -> bool:
-    """Everything against float64; says what is wrong."""
+def check(device: str = "cuda", tokens: Sequence[int] = TOKENS, formats: Sequence[str] = tuple(FORMATS)) -> bool:
+    """Everything against float64; says what is wrong. formats: of weights."""
     g = torch.Generator(device).manual_seed(torch.seed() % (1 << 40))
     results = [_right_route(g, *router, count) for router in ROUTERS for count in tokens]
     results += [_right_router(g, count, QWEN.hidden) for count in tokens if count <= FEW_TOKENS]
     for act in ACTS:
-        for fmt in ("plain", "channel", "block"):
-            case = ExpertCase(SMALL.experts, SMALL.k, SMALL.hidden, SMALL.ff, act, act == "swiglu_clamped", fmt)
+        for fmt in (each for name in formats for each in CHECKED[name]):
+            small = SMALL_RUNS if fmt == "mxfp4" else SMALL
+            case = replace(small, act=act, biased=act == "swiglu_clamped", fmt=fmt)
             results += [_right(case, count, g) for count in tokens]
-        case = ExpertCase(SMALL.experts, SMALL.k, 416, 224, act, act == "swiglu_clamped", "mxfp4")
-        results += [_right(case, count, g) for count in tokens]
     if device != "cpu":
-        results += [_right(replace(case, fmt=FORMATS[fmt]), count, g) for fmt, (_, case) in MODELS.items()
+        results += [_right(replace(MODELS[fmt][1], fmt=FORMATS[fmt]), count, g) for fmt in formats
                     for count in (1, 2, 8, 32, 128, 1500)]  # fmt: skip
     return all(results)
 
@@ -199,8 +202,9 @@ def _cases(case: ExpertCase, name: str, item: float, given: Turns, tiles: bool) 
 
 def _packed_tiles(tokens: int, made: Callable[[str, Callable[..., object]], Case]) -> Iterator[Case]:
     if tokens <= 8:
-        for first, second in packed_choice_candidates():
-            yield made(f"by choice {first} {second}", partial(packed_by_choice, first=first, second=second))
+        for first, second, splits in packed_choice_candidates():
+            run = partial(packed_by_choice, first=first, second=second, splits=splits)
+            yield made(f"by choice {first} {second} {splits}", run)
     for tile in packed_candidates(tokens):
         yield made(f"in blocks {tile}", partial(packed_in_blocks, tile=tile))
 
@@ -239,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="of records to add to")
     options = parser.parse_args(arguments)
     if options.check:
-        return 0 if check() else 1
+        return 0 if check(formats=options.format) else 1
     with torch.inference_mode():
         timed = print_table(cases(options.tokens, options.format, options.tiles))
     if options.out is not None:

@@ -14,6 +14,7 @@ FEW_ONCE = 0.9
 _ELEMENTS = 4096
 """Of W in a tile of the kernels for few tokens."""
 _PROGRAMS = 2 * 132
+_CHOICE_PROGRAMS, _LEAST_PART = 10 * 132, 4 * 128
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,21 @@ def tile_of(rows: int, item: int, scale_block: int = 0) -> ProductTile:
     return ProductTile(rows, 128, narrow, 8, 4 if item < 4 else 3, 0, False)
 
 
-def choice_tile() -> ProductTile:
-    """For the choices of a few tokens, one by one, by MXFP4 weights."""
+def choice_tile(choices: int, stored: int) -> ProductTile:
+    """For so many choices of a few tokens, one by one, by MXFP4 weights of `stored` rows: wide ones where programs are
+    enough with the columns in four parts."""
+    if 4 * choices * -(-stored // 64) >= _CHOICE_PROGRAMS:
+        return packed_tile_of(8)
     return ProductTile(8, 32, 128, 2, 6, 256, True)
+
+
+def choice_splits(programs: int, columns: int) -> int:
+    """Into how many parts so many programs of `choice_tile` cut the columns: until processors have some ten each, of
+    four runs or more."""
+    splits = 1
+    while programs * splits < _CHOICE_PROGRAMS and columns >= 2 * splits * _LEAST_PART:
+        splits *= 2
+    return splits
 
 
 def packed_product_tile(tokens: int, experts: int, k: int) -> ProductTile:
@@ -87,9 +100,10 @@ def packed_product_tile(tokens: int, experts: int, k: int) -> ProductTile:
 def packed_tile_of(rows: int) -> ProductTile:
     """The tile for blocks of 8, 16, 32, 64 or 128 choices by MXFP4 weights, whose runs have 128 columns."""
     if rows <= 16:
-        return ProductTile(rows, 32, 128, 2, 6, 256, True)
+        # A warp has 32 rows of W: 184 instructions for 2048 codes, with 16 rows 226, with 64 rows 164.
+        return ProductTile(rows, 64, 128, 2, 4, 256, True)
     if rows == 32:
-        return ProductTile(rows, 64, 128, 4, 4, 256, True)
+        return ProductTile(rows, 128, 128, 4, 4, 256, True)
     return ProductTile(rows, 128, 128, 8, 3, 0, False)
 
 

@@ -10,9 +10,15 @@ import triton
 from tokenspeed.kernels.triton.expert_lists import ExpertLists, expert_lists
 from tokenspeed.kernels.triton.expert_operands import Experts
 from tokenspeed.kernels.triton.expert_products import combine_kernel
-from tokenspeed.kernels.triton.expert_tiles import FEW_TOKENS, ProductTile, choice_tile, packed_product_tile
+from tokenspeed.kernels.triton.expert_tiles import (
+    FEW_TOKENS,
+    ProductTile,
+    choice_splits,
+    choice_tile,
+    packed_product_tile,
+)
 from tokenspeed.kernels.triton.launch import dependent_launch, exact_options
-from tokenspeed.kernels.triton.packed_expert_products import packed_down_kernel, packed_experts_kernel
+from tokenspeed.kernels.triton.packed_expert_products import packed_choice_kernel, packed_experts_kernel
 from tokenspeed.quantization.mxfp4_experts import Mxfp4Experts
 
 AHEAD_TOKENS = 256
@@ -27,24 +33,45 @@ def packed_by_choice(
     given: Experts,
     first: ProductTile | None = None,
     second: ProductTile | None = None,
+    splits: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """`experts.run_experts` for a few tokens: two kernels. first, second: tiles of gate and up, and of down."""
+    """`experts.run_experts` for a few tokens: two kernels. first, second: tiles of gate and up, and of down; splits:
+    into how many parts each cuts the columns."""
     (tokens, hidden), k = x.shape, ids.shape[1]
     gate_up, down = packed_parts(given)
-    ff, ahead = down.shape[2], dependent_launch(x.device)
-    first, second = first or choice_tile(), second or choice_tile()
+    ff = down.shape[2]
     between = torch.empty(tokens * k, ff, dtype=x.dtype, device=x.device)
-    _products(x, gate_up, given.gate_up_bias, between, ids, first, k, ahead, given)
-    parts = torch.empty(tokens * k, hidden, dtype=torch.float32, device=x.device)
+    first, second = first or choice_tile(tokens * k, 2 * ff), second or choice_tile(tokens * k, hidden)
+    _by_choice(x, gate_up, given.gate_up_bias, between, ids, None, first, splits and splits[0], given)
     y = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
-    tiles = triton.cdiv(hidden, second.block_n)
-    counters = _counters(x.device, down.q.data_ptr(), max(tokens, FEW_TOKENS) * tiles)
-    packed_down_kernel[(tiles, tokens * k)](
-        between, down.q, down.scale, given.down_bias, parts, y, ids, shares, counters, hidden, CHOICES=k, K=ff,
-        ROWS=second.rows, BLOCK_N=second.block_n, STAGES=second.stages, POLICY=_policy(second),
-        PREFETCH=second.prefetch, FAST=_fast(x), **exact_options(second.warps, ahead),
-    )  # fmt: skip
+    _by_choice(between, down, given.down_bias, y, ids, shares, second, splits and splits[1], None)
     return y
+
+
+def _by_choice(
+    x: torch.Tensor,
+    weight: Mxfp4Experts,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    ids: torch.Tensor,
+    shares: torch.Tensor | None,
+    tile: ProductTile,
+    splits: int | None,
+    gate: Experts | None,
+) -> None:
+    """One of the two kernels. gate: whose activation follows; None for down, whose choices are added up by shares."""
+    (tokens, k), stored, n = ids.shape, weight.shape[1], y.shape[1]
+    tiles, ahead = triton.cdiv(stored, tile.block_n), dependent_launch(x.device)
+    splits = splits or choice_splits(tiles * tokens * k, weight.cols)
+    parts = torch.empty(tokens * k, splits, stored, dtype=torch.float32, device=x.device)
+    counters = _counters(x.device, weight.q.data_ptr(), max(tokens, FEW_TOKENS) * k * tiles)
+    act, alpha, limit = (gate.act, gate.alpha, gate.limit) if gate else ("none", 0.0, 0.0)
+    packed_choice_kernel[(tiles, tokens * k, splits)](
+        x, weight.q, weight.scale, bias, parts, y, ids, shares, counters, x.stride(0), n, alpha, limit,
+        CHOICES=k if gate else 1, GROUP=1 if gate else k, SPLITS=splits, K=weight.cols, ROWS=tile.rows,
+        BLOCK_N=tile.block_n, STAGES=tile.stages, ACT=act, POLICY=_policy(tile), PREFETCH=tile.prefetch,
+        EARLY=gate is None, FAST=_fast(x), **exact_options(tile.warps, ahead),
+    )  # fmt: skip
 
 
 def packed_in_blocks(
@@ -80,26 +107,20 @@ def _products(
     weight: Mxfp4Experts,
     bias: torch.Tensor | None,
     y: torch.Tensor,
-    chosen: ExpertLists | torch.Tensor,
+    lists: ExpertLists,
     tile: ProductTile,
     choices: int,
     ahead: bool,
     gate: Experts | None,
 ) -> None:
-    """One of the two products. chosen: lists, or ids where choices go one by one. choices: how many share a row of x.
-    gate: whose activation follows, None for down, in front of which another kernel has waited since the lists were
-    made."""
-    n, order, blocks, ids = y.shape[1], None, None, None
-    if isinstance(chosen, ExpertLists):
-        order, blocks = chosen.order, chosen.blocks
-    else:
-        ids = chosen
+    """One of the two products of the lists' blocks. choices: how many share a row of x. gate: whose activation follows,
+    None for down, in front of which another kernel has waited since the lists were made."""
     act, alpha, limit = (gate.act, gate.alpha, gate.limit) if gate else ("none", 0.0, 0.0)
-    across = triton.cdiv(n if gate is None else 2 * n, tile.block_n)
-    packed_experts_kernel[(across, len(y) if blocks is None else len(blocks))](
-        x, weight.q, weight.scale, bias, y, order, blocks, ids, x.stride(0), n, alpha, limit, CHOICES=choices,
-        K=weight.cols, ROWS=tile.rows, BLOCK_N=tile.block_n, STAGES=tile.stages, ACT=act, POLICY=_policy(tile),
-        PREFETCH=tile.prefetch, EARLY=gate is None, FAST=_fast(x), **exact_options(tile.warps, ahead),
+    packed_experts_kernel[(triton.cdiv(weight.shape[1], tile.block_n), len(lists.blocks))](
+        x, weight.q, weight.scale, bias, y, lists.order, lists.blocks, x.stride(0), y.shape[1], alpha, limit,
+        CHOICES=choices, K=weight.cols, ROWS=tile.rows, BLOCK_N=tile.block_n, STAGES=tile.stages, ACT=act,
+        POLICY=_policy(tile), PREFETCH=tile.prefetch, EARLY=gate is None, FAST=_fast(x),
+        **exact_options(tile.warps, ahead),
     )  # fmt: skip
 
 
