@@ -89,8 +89,8 @@ def reach_of(lengths: Sequence[int]) -> Reach:
 
 
 @cache
-def _counters(device: torch.device, items: int) -> torch.Tensor:
-    """Of programs that have ended: no two attentions run at once."""
+def _counters(device: torch.device, address: int, items: int) -> torch.Tensor:
+    """Of programs that have ended, of the attention over the pages that are there: no two of those run at once."""
     return torch.zeros(items, dtype=torch.int32, device=device)
 
 
@@ -149,7 +149,7 @@ def attend(
             pointer(out),
             pointer(sinks),
             pointer(parts),
-            pointer(_counters(q.device, items) if far else None),
+            pointer(_counters(q.device, paged.kv.data_ptr(), items) if far else None),
             *((stride, ctypes.c_longlong) for stride in strides),
             (heads.window, ctypes.c_int),
             (heads.scale * LOG2E.value, ctypes.c_float),
