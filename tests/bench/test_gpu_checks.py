@@ -17,7 +17,7 @@ from tests.seeds import SEED
 from tokenspeed.bench import record
 from tokenspeed.bench.gpu import ceilings, graph_timing, reference, sanitize, small_kernels
 from tokenspeed.bench.gpu.publish import Publisher
-from tokenspeed.contracts.errors import UnsupportedError
+from tokenspeed.contracts.errors import ConfigError, UnsupportedError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -136,7 +136,10 @@ def test_watched_kernels_run_and_give_finite_results(group: str) -> None:
 def test_a_result_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = {"good": lambda device: [torch.ones(2)], "bad": lambda device: [torch.ones(2), torch.tensor([torch.inf])]}
     monkeypatch.setattr(small_kernels, "GROUPS", groups)
-    assert small_kernels.run("cpu") == ["bad"]
+    assert small_kernels.run("cpu") == small_kernels.run("cpu", ["bad"]) == ["bad"]
+    assert small_kernels.run("cpu", ["good"]) == []
+    with pytest.raises(ConfigError, match=r"no such group: worse \(known: good, bad\)"):
+        small_kernels.run("cpu", ["worse", "bad"])
 
 
 @pytest.mark.parametrize("programs, block, tiles", [(3, 64, 10), (5, 128, 4)])

@@ -116,8 +116,8 @@ def _split(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return qkv.split([HEADS.group * size, size, size], dim=-1)
 
 
-def decoding(name: str, device: str, rows: int, one_kernel: bool) -> Case:
-    """Rotation, writing and attention of decoding rows; their keys so far are old."""
+def decoding(name: str, device: str, rows: int, one_kernel: bool, far: bool = False) -> Case:
+    """Rotation, writing and attention of decoding rows; their keys so far are old. far: without clusters."""
     step = paged_step([(50 * i + 7, 1) for i in range(rows)], HEADS, PAGE, _random(device, 1).dtype, 1, device)
     rope, tile = Rope(1e4, HEADS.head_dim), decode_tile(rows, HEADS.kv_heads, HEADS.head_dim, 2)
     width = (HEADS.group + 2) * HEADS.kv_heads * HEADS.head_dim
@@ -125,7 +125,7 @@ def decoding(name: str, device: str, rows: int, one_kernel: bool) -> Case:
     def attention(written: torch.Tensor) -> list[torch.Tensor]:
         q, k, v = _split(written.view(rows, width))
         if one_kernel:
-            out = attend(q, k, v, step.layer(0), rope, HEADS)
+            out = attend(q, k, v, step.layer(0), rope, HEADS, far=far)
             assert out is not None
             return [out]
         ahead = dependent_launch(q.device)
@@ -167,6 +167,7 @@ def cuda_cases(device: str) -> list[Case]:
         projection("stream, one row, int4", device, 1, 4096, mode="int4", product=stream_or_project),
         projection("norm and stream, three rows", device, 3, 4096, product=stream_or_project),
         decoding("attend", device, 4, one_kernel=True),
+        decoding("attend, far", device, 4, one_kernel=True, far=True),
         prompt("prefill", device),
     ]
 

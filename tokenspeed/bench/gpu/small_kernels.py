@@ -1,5 +1,5 @@
 """Launches each kernel once or twice at small odd shapes: what a sanitizer watches. `python -m
-tokenspeed.bench.gpu.small_kernels` ends with 1 where a result is not finite."""
+tokenspeed.bench.gpu.small_kernels [GROUP ...]` ends with 1 where a result is not finite."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from tokenspeed.bench.gpu.paged_steps import paged_step
 from tokenspeed.bench.gpu.sample import HISTORY, KINDS, state_of
 from tokenspeed.bench.gpu.sample import around as step_around
+from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.contracts.step import SamplingRow
 from tokenspeed.kernels.cuda.attend import attend
 from tokenspeed.kernels.cuda.prefill import prefill
@@ -36,8 +37,9 @@ from tokenspeed.kernels.triton.sample import sample
 from tokenspeed.kernels.triton.sampling_state import is_edited
 from tokenspeed.ops.rope import Rope
 from tokenspeed.quantization.fp8 import quantize_fp8
+from tokenspeed.quantization.groups import GPU_MODES
 from tokenspeed.quantization.mxfp4_experts import quantize_experts
-from tokenspeed.quantization.narrow import PackedWeight, narrow
+from tokenspeed.quantization.narrow import NarrowWeight, PackedWeight, narrow
 
 HEADS = Heads(6, 2, 80, 80**-0.5, 0)
 WINDOWED = Heads(4, 1, 64, 0.125, 19)
@@ -47,6 +49,12 @@ WIDTH, OUT, STREAMED = 208, 90, 2048
 VOCAB = 1237
 Results = list[torch.Tensor]
 T = TypeVar("T")
+
+
+def _narrow(w: torch.Tensor, mode: str) -> NarrowWeight:
+    made = narrow(w, mode, "w")
+    assert isinstance(made, NarrowWeight)
+    return made
 
 
 def _values(device: str, *size: int) -> torch.Tensor:
@@ -127,19 +135,22 @@ def prefills(device: str) -> Results:
 
 
 def streams(device: str) -> Results:
-    """The CUDA projections: one row, plain, in fp8 and with all around, and three."""
+    """The CUDA projections: one row, plain, by narrow weights and with all around, and three."""
     x, w = _values(device, 3, STREAMED), _values(device, OUT, STREAMED)
     prologue = Prologue(Norm(torch.ones(STREAMED, device=device), 1e-5), x[1:2])
-    found = [stream(x[:1], w), stream(x[:1], quantize_fp8(w)), stream(x[:1], w, None, "silu", prologue)]
+    weights = [w, *(_narrow(w, mode) for mode in GPU_MODES)]
+    found = [*(stream(x[:1], each) for each in weights), stream(x[:1], w, None, "silu", prologue)]
     return [*(each[0] for each in _taken(found)), *_taken([stream_rows(Rows(x), w)])]
 
 
 def attends(device: str) -> Results:
-    """The CUDA kernels of attention: two decoding rows, one long; a prompt's end and a decoding row."""
+    """The CUDA kernels of attention: two decoding rows, one long, in clusters and by programs without; a prompt's end
+    and a decoding row."""
     step = paged_step([(0, 1), (700, 1)], CUDA_HEADS, PAGE, _dtype(device), 1, device)
     size = CUDA_HEADS.kv_heads * CUDA_HEADS.head_dim
     q, k, v = _values(device, 2, (CUDA_HEADS.group + 2) * size).split([CUDA_HEADS.group * size, size, size], dim=-1)
-    found = [attend(q, k, v, step.layer(0), Rope(1e4, CUDA_HEADS.head_dim), CUDA_HEADS)]
+    rope = Rope(1e4, CUDA_HEADS.head_dim)
+    found = [attend(q, k, v, step.layer(0), rope, CUDA_HEADS, far=far) for far in (False, True)]
     step = paged_step([(5, 67), (160, 1)], CUDA_HEADS, PAGE, _dtype(device), 1, device)
     items = step.items(item_tokens(CUDA_HEADS.heads, CUDA_HEADS.kv_heads, CUDA_HEADS.head_dim, 2))[0]
     queries = _values(device, 68, CUDA_HEADS.group * size)
@@ -220,18 +231,22 @@ CUDA_GROUPS: dict[str, Callable[[str], Results]] = {"stream": streams, "attend":
 """The same where CUDA kernels can be used."""
 
 
-def run(device: str) -> list[str]:
-    """Launch all; the groups whose results are not all finite."""
+def run(device: str, only: Sequence[str] = ()) -> list[str]:
+    """Launch all groups, or some by name; those whose results are not all finite. Raises ConfigError for another
+    name."""
     groups = GROUPS | (CUDA_GROUPS if device == "cuda" and hopper() else {})
-    return [name for name, launch in groups.items() if not all(bool(each.isfinite().all()) for each in launch(device))]
+    unknown = sorted(set(only) - set(groups))
+    if unknown:
+        raise ConfigError(f"no such group: {', '.join(unknown)} (known: {', '.join(groups)})")
+    return [name for name in only or groups if not all(bool(each.isfinite().all()) for each in groups[name](device))]
 
 
-def main() -> int:
-    """Launch all on the GPU."""
-    wrong = run("cuda")
+def main(only: Sequence[str] = ()) -> int:
+    """Launch all on the GPU, or the groups named, so that a sanitizer tells which of them it means."""
+    wrong = run("cuda", only)
     print("not finite:", ", ".join(wrong) or "none", flush=True)
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
