@@ -179,7 +179,7 @@ def test_stored_formats_of_a_checkpoint_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("llama-3.1-8b", "H900", 1, 1, "none"), "H900.*known: H200"),
+        (("llama-3.1-8b", "H900", 1, 1, "none"), "H900.*known: H200, H100, B200, MI350X"),
         (("llama-3.1-8b", "H200", 0, 1, "none"), "--batch must be at least 1"),
         (("llama-3.1-8b", "H200", 1, 0, "none"), "--context must be at least 1"),
         (("llama-3.1-8b", "H200", 1, 1, "int3"), "--quantization must be one of none, fp8, int8, int4, mxfp4"),

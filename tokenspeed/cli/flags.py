@@ -135,7 +135,9 @@ def sampling_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def add_floor_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of `sol` and `plan`: the step, and the machine whose limits count."""
-    parser.add_argument("--gpu", metavar="NAME", help="a GPU by name (H200); by default this machine, as measured")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="a GPU by name (H200, H100, B200, MI350X); by default this machine, as measured"
+    )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences decoding together (default: 1)")
     parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens each one holds (default: 1024)")
     parser.add_argument(

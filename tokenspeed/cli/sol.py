@@ -20,6 +20,9 @@ def add_parser(commands: Any) -> None:
         "model", nargs="?", help="a shipped config, a directory, a .gguf file; by default the demo model"
     )
     add_floor_flags(parser)
+    parser.add_argument(
+        "--within", type=float, metavar="MS", help="also find the most sequences whose step takes no longer"
+    )
     parser.set_defaults(run=run)
 
 
@@ -28,7 +31,13 @@ def run(options: argparse.Namespace) -> None:
     from tokenspeed.sol.report import step_report
 
     report = step_report(
-        options.model, options.gpu, options.batch, options.context, options.quantization, options.kv_cache_dtype
+        options.model,
+        options.gpu,
+        options.batch,
+        options.context,
+        options.quantization,
+        options.kv_cache_dtype,
+        options.within,
     )
     if options.json:
         print(json.dumps(report.summary(), indent=2))

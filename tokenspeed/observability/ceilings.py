@@ -13,13 +13,15 @@ from tokenspeed.config.paths import user_cache
 
 @dataclass(frozen=True)
 class Ceilings:
-    """read_gbs: GB/s of reading memory. Matrix rates in TFLOP/s; 0 where not known. threads: used, 0 for a GPU."""
+    """read_gbs: GB/s of reading memory. Matrix rates in TFLOP/s, memory in GB; 0 where not known. threads: used, 0 for
+    a GPU."""
 
     machine: str
     read_gbs: float
     bf16_tflops: float = 0.0
     fp8_tflops: float = 0.0
     threads: int = 0
+    memory_gb: float = 0.0
 
 
 def usable_threads() -> int:

@@ -24,8 +24,14 @@ from tokenspeed.quantization.groups import (
 from tokenspeed.weights.layouts import planned_bytes, source_bytes, tensors_of
 from tokenspeed.weights.spec import WeightSpec, WeightTable
 
-GPUS = {"H200": Ceilings("NVIDIA H200", 4600.0, 770.0, 1410.0)}
-"""Measured ceilings; benchmarks/README.md says how."""
+GPUS = {
+    "H200": Ceilings("NVIDIA H200", 4600.0, 770.0, 1410.0, memory_gb=141.0),
+    "H100": Ceilings("NVIDIA H100 SXM (data sheet)", 3350.0, 989.0, 1979.0, memory_gb=80.0),
+    "B200": Ceilings("NVIDIA B200 (data sheet)", 8000.0, 2250.0, 4500.0, memory_gb=180.0),
+    "MI350X": Ceilings("AMD MI350X (data sheet)", 8000.0, 2300.0, 4600.0, memory_gb=288.0),
+}
+"""H200 as measured, benchmarks/README.md says how. The others as their makers publish them, matrix rates without
+sparsity: no kernel reaches those (H200's own: 4800, 989, 1979), so floors by them are lower than measured ones."""
 QUANTIZATIONS = ("none", *GPU_MODES)
 
 

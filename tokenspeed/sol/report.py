@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tokenspeed.config.engine import EngineConfig
 from tokenspeed.config.source import resolve_model
+from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.formats.gguf import open_gguf
 from tokenspeed.formats.safetensors import open_safetensors
@@ -16,6 +18,7 @@ from tokenspeed.models.registry import Definition, define, define_from_hf, read_
 from tokenspeed.observability.ceilings import Ceilings
 from tokenspeed.ops.definitions import Workload
 from tokenspeed.program.program import Program
+from tokenspeed.sol.fit import Fit, most_within
 from tokenspeed.sol.floor import Floor, ceilings_for, decode_work, kv_element_bytes, record_floor, stored_bytes, total
 
 
@@ -30,6 +33,8 @@ class StepReport:
     kv_cache_dtype: str
     by_op: Mapping[str, Floor]
     total: Floor
+    fit: Fit | None = None
+    """None where the machine's memory is not known."""
 
     def summary(self) -> dict[str, Any]:
         """As JSON values; times in ms, bytes in bytes."""
@@ -48,6 +53,7 @@ class StepReport:
             "floor_ms": self.total.seconds * 1e3,
             "tok_s": self.work.batch / self.total.seconds,
             "bound": self.total.bound,
+            **(self.fit.summary() if self.fit else {}),
         }
 
     def text(self) -> str:
@@ -64,7 +70,8 @@ class StepReport:
         weights, kv = cost.weight_bytes / 1e9, cost.kv_bytes / 1e9
         step = f"floor {ms:.3f} ms per step of {self.work.batch} tokens, {rate}"
         closing = f"{step}; {weights:.3f} GB of weights, {kv:.3f} GB of KV"
-        return "\n".join([head, "", *rows, _row("total", self.total), "", closing])
+        last = [self.fit.text()] if self.fit else []
+        return "\n".join([head, "", *rows, _row("total", self.total), "", closing, *last])
 
 
 def _row(name: str, floor: Floor) -> str:
@@ -91,17 +98,48 @@ def find_definition(model: str | None) -> tuple[str, Definition, Checkpoint | No
 
 
 def step_report(
-    model: str | None, gpu: str | None, batch: int, context: int, quantization: str, kv_cache_dtype: str = "bfloat16"
+    model: str | None,
+    gpu: str | None,
+    batch: int,
+    context: int,
+    quantization: str,
+    kv_cache_dtype: str = "bfloat16",
+    within_ms: float | None = None,
 ) -> StepReport:
-    """The floor of a decode step. Raises ConfigError on flags out of range, or a machine that is not known."""
+    """The floor of a decode step. within_ms: a time for each token, for which the most sequences are looked for. Raises
+    ConfigError on flags out of range, or a machine that is not known, or whose memory is not where a time is given."""
     ceilings = ceilings_for(gpu)
     name, definition, checkpoint = find_definition(model)
     kv_bytes = kv_element_bytes(kv_cache_dtype, definition.config.head_dim)
     stored = stored_bytes(definition.weights, checkpoint, quantization, gpu is not None)
-    work = decode_work(batch, context, stored, kv_bytes=kv_bytes)
-    program = definition.program()
-    by_op = floors_by_op(program, work, ceilings, quantization == "fp8" or definition.multiplies_fp8)
-    return StepReport(name, ceilings, work, quantization, kv_cache_dtype, by_op, total(list(by_op.values())))
+    program, fp8 = definition.program(), quantization == "fp8" or definition.multiplies_fp8
+
+    def step(sequences: int) -> tuple[Workload, dict[str, Floor]]:
+        work = decode_work(sequences, context, stored, kv_bytes=kv_bytes)
+        return work, floors_by_op(program, work, ceilings, fp8)
+
+    def floor(sequences: int) -> Floor:
+        return total(list(step(sequences)[1].values()))
+
+    work, by_op = step(batch)
+    fit = _fit(ceilings, sum(stored.values()), floor, within_ms)
+    return StepReport(name, ceilings, work, quantization, kv_cache_dtype, by_op, floor(batch), fit)
+
+
+def _fit(ceilings: Ceilings, held: float, floor: Callable[[int], Floor], within_ms: float | None) -> Fit | None:
+    if within_ms is not None and within_ms <= 0:
+        raise ConfigError(f"--within must be more than 0 ms, got {within_ms:g}")
+    if not ceilings.memory_gb:
+        if within_ms is not None:
+            raise ConfigError("--within needs a machine whose memory is known: name a --gpu")
+        return None
+    usable = ceilings.memory_gb * 1e9 * EngineConfig.gpu_memory_utilization
+    fit = Fit(held, floor(1).cost.kv_bytes, usable)
+    if within_ms is None:
+        return fit
+    return replace(
+        fit, within_ms=within_ms, within=most_within(within_ms, fit.sequences, lambda n: floor(n).seconds * 1e3)
+    )
 
 
 def floors_by_op(program: Program, work: Workload, ceilings: Ceilings, fp8: bool) -> dict[str, Floor]:
