@@ -123,7 +123,7 @@ def step_report(
 
     work, by_op = step(batch)
     fit = _fit(ceilings, sum(stored.values()), floor, within_ms)
-    return StepReport(name, ceilings, work, quantization, kv_cache_dtype, by_op, floor(batch), fit)
+    return StepReport(name, ceilings, work, quantization, kv_cache_dtype, by_op, total(list(by_op.values())), fit)
 
 
 def _fit(ceilings: Ceilings, held: float, floor: Callable[[int], Floor], within_ms: float | None) -> Fit | None:
