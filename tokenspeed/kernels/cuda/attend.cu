@@ -45,13 +45,6 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == SHARED, "the launch must know the size");
 
-__device__ void store_remote(const void* here, int rank, float v) {
-  asm volatile(
-      "{ .reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "st.shared::cluster.f32 [there], %2; }" ::"r"(shared_address(here)), "r"(rank), "f"(v) : "memory");
-}
-
 // Where a row's chunk of 16 bytes lies, so that threads which read at once touch different banks: four chunks of a row of
 // keys and of the next; one chunk of eight rows of values.
 __device__ int key_chunk(int row, int chunk) { return (chunk ^ (row & 1) << 2) * 16; }
@@ -236,7 +229,7 @@ __device__ void weigh(int parts, float* tops, const float* totals, const float* 
 __device__ void merge_cluster(Shared& s, u16* out, const float* sinks, bool alive) {
   int rank = blockIdx.x;
   Together own{s};
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_wait();
   for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS)
     store_remote(&s.all_sums[rank][i % VALUES], i / VALUES, own.sum(i, own.top(i / DIM)));
   for (int i = threadIdx.x; i < GROUP * SHARERS; i += THREADS) {
@@ -245,8 +238,8 @@ __device__ void merge_cluster(Shared& s, u16* out, const float* sinks, bool aliv
     store_remote(&s.all_tops[rank][h], i / GROUP, top);
     store_remote(&s.all_totals[rank][h], i / GROUP, own.total(h, top));
   }
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_arrive();
+  cluster_wait();
   for (int i = threadIdx.x; i < VALUES; i += THREADS) {
     int column = rank * VALUES + i, h = column / DIM;
     float top = SINKS ? sinks[h] * 1.4426950408889634f : NONE, total = SINKS ? 1.0f : 0.0f, sum = 0;
@@ -333,7 +326,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
     long long kv_which, long long kv_entry, long long kv_head, int window, float scale, float turn_scale, float q_eps, float k_eps) {
   extern __shared__ __align__(128) u8 memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
-  asm volatile("griddepcontrol.launch_dependents;");
+  let_next_start();
   if (CLUSTER) asm volatile("barrier.cluster.arrive.relaxed.aligned;");
   int rank = blockIdx.x, programs = gridDim.x, head = blockIdx.y, token = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int position = positions[token], slot = slots[token];
@@ -357,7 +350,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
   u16* entry = alive ? kv + pages[position / PAGE] * kv_page + position % PAGE * kv_entry + head * kv_head : kv;
   __syncthreads();
 
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  wait_for_previous();
   // Query heads' rows, and one of the key: all are asked for before the first is turned.
   constexpr int ROWS = (GROUP + WARPS) / WARPS;
   Turn turns[ROWS];
