@@ -9,6 +9,7 @@ import pytest
 
 from tests.tiny_llama import VOCAB
 from tokenspeed.contracts.errors import PromptError
+from tokenspeed.contracts.request import SequenceUpdate
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
 
@@ -27,7 +28,12 @@ def watched(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many objects are left alone at each step."""
     seen: list[int] = []
     step = llm.core.step
-    monkeypatch.setattr(llm.core, "step", lambda: (seen.append(gc.get_freeze_count()), step())[1])
+
+    def counted() -> list[SequenceUpdate]:
+        seen.append(gc.get_freeze_count())
+        return step()
+
+    monkeypatch.setattr(llm.core, "step", counted)
     return seen
 
 
