@@ -127,6 +127,14 @@ def decode_work(
     return Workload(batch, batch, batch, context, act_bytes, kv_bytes, weight_bytes)
 
 
+def prefill_work(
+    batch: int, tokens: int, weight_bytes: Mapping[str, float], act_bytes: float = 2, kv_bytes: float = 2
+) -> Workload:
+    """Prompts of `batch` sequences of `tokens` each in one step, with the logits of their last ones."""
+    decode_work(batch, tokens, weight_bytes)
+    return Workload(batch * tokens, batch, batch, tokens, act_bytes, kv_bytes, weight_bytes)
+
+
 @dataclass(frozen=True)
 class Floor:
     """Cost and least time in seconds of some records; `bound` is what most of the time is spent on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,19 @@ from tokenspeed.observability.ceilings import Ceilings
 from tokenspeed.ops.definitions import Workload
 from tokenspeed.program.program import Program
 from tokenspeed.sol.fit import Fit, most_within
-from tokenspeed.sol.floor import Floor, ceilings_for, decode_work, kv_element_bytes, record_floor, stored_bytes, total
+from tokenspeed.sol.floor import (
+    Floor,
+    ceilings_for,
+    decode_work,
+    kv_element_bytes,
+    prefill_work,
+    record_floor,
+    stored_bytes,
+    total,
+)
+
+MOST_DRAWN = 1024
+"""Sequences at most of a curve."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,9 @@ class StepReport:
     total: Floor
     fit: Fit | None = None
     """None where the machine's memory is not known."""
+    prefill: bool = False
+    curve: Mapping[int, Mapping[str, Floor]] = field(default_factory=dict)
+    """Floors by op for other numbers of sequences, where they were asked for."""
 
     def summary(self) -> dict[str, Any]:
         """As JSON values; times in ms, bytes in bytes."""
@@ -45,13 +60,14 @@ class StepReport:
             "read_gb_s": self.ceilings.read_gbs,
             "batch": self.work.batch,
             "context": self.work.context,
+            "prefill": self.prefill,
             "quantization": self.quantization,
             "kv_cache_dtype": self.kv_cache_dtype,
             "weight_bytes": round(cost.weight_bytes),
             "kv_bytes": round(cost.kv_bytes),
             "flops": round(cost.flops),
             "floor_ms": self.total.seconds * 1e3,
-            "tok_s": self.work.batch / self.total.seconds,
+            "tok_s": self.work.tokens / self.total.seconds,
             "bound": self.total.bound,
             **(self.fit.summary() if self.fit else {}),
         }
@@ -59,16 +75,17 @@ class StepReport:
     def text(self) -> str:
         """As a table by op."""
         cost, ms = self.total.cost, self.total.seconds * 1e3
+        kind = "a prompt, " if self.prefill else ""
         head = (
-            f"{self.model} on {self.ceilings.machine}: batch {self.work.batch}, context {self.work.context}, "
+            f"{self.model} on {self.ceilings.machine}: {kind}batch {self.work.batch}, context {self.work.context}, "
             f"{self.ceilings.read_gbs:.1f} GB/s"
         )
         rows = [f"{'op':<12}{'weights MB':>12}{'KV MB':>10}{'GFLOP':>10}{'floor ms':>11}  bound"]
         for op, floor in sorted(self.by_op.items(), key=lambda item: -item[1].seconds):
             rows.append(_row(op, floor))
-        rate = f"{self.work.batch / self.total.seconds:.1f} tok/s"
+        rate = f"{self.work.tokens / self.total.seconds:.1f} tok/s"
         weights, kv = cost.weight_bytes / 1e9, cost.kv_bytes / 1e9
-        step = f"floor {ms:.3f} ms per step of {self.work.batch} tokens, {rate}"
+        step = f"floor {ms:.3f} ms per step of {self.work.tokens} tokens, {rate}"
         closing = f"{step}; {weights:.3f} GB of weights, {kv:.3f} GB of KV"
         last = [self.fit.text()] if self.fit else []
         return "\n".join([head, "", *rows, _row("total", self.total), "", closing, *last])
@@ -83,8 +100,11 @@ def _row(name: str, floor: Floor) -> str:
 
 
 def find_definition(model: str | None) -> tuple[str, Definition, Checkpoint | None]:
-    """Name, definition and (headers only) checkpoint of a shipped config, a directory, a .gguf file or a repository."""
+    """Name, definition and (headers only) checkpoint of a shipped config, a directory (or the config.json
+    in it), a .gguf file or a repository."""
     shipped = shipped_configs()
+    if model is not None and Path(model).name == "config.json" and Path(model).is_file():
+        model = str(Path(model).resolve().parent)
     if model in shipped:
         return str(model), define_from_hf(shipped[model]), None
     source = resolve_model(model, need_weights=False)
@@ -105,9 +125,17 @@ def step_report(
     quantization: str,
     kv_cache_dtype: str = "bfloat16",
     within_ms: float | None = None,
+    prefill: bool = False,
+    curve: bool = False,
 ) -> StepReport:
-    """The floor of a decode step. within_ms: a time for each token, for which the most sequences are looked for. Raises
-    ConfigError on flags out of range, or a machine that is not known, or whose memory is not where a time is given."""
+    """The floor of a decode step, or of a prompt of `context` tokens of each sequence. within_ms: a time for each
+    token, for which the most sequences are looked for. curve: also of 1, 2, 4, ... sequences, up to what fits, or
+    MOST_DRAWN.
+
+    Raises ConfigError on flags out of range or that contradict each other, or a machine that is not known, or whose
+    memory is not where a time is given."""
+    if prefill and (within_ms is not None or curve):
+        raise ConfigError("--within and --plot are about decoding: leave out --prefill")
     ceilings = ceilings_for(gpu)
     name, definition, checkpoint = find_definition(model)
     kv_bytes = kv_element_bytes(kv_cache_dtype, definition.config.head_dim)
@@ -115,15 +143,19 @@ def step_report(
     program, fp8 = definition.program(), quantization == "fp8" or definition.multiplies_fp8
 
     def step(sequences: int) -> tuple[Workload, dict[str, Floor]]:
-        work = decode_work(sequences, context, stored, kv_bytes=kv_bytes)
+        work = (prefill_work if prefill else decode_work)(sequences, context, stored, kv_bytes=kv_bytes)
         return work, floors_by_op(program, work, ceilings, fp8)
 
     def floor(sequences: int) -> Floor:
         return total(list(step(sequences)[1].values()))
 
     work, by_op = step(batch)
-    fit = _fit(ceilings, sum(stored.values()), floor, within_ms)
-    return StepReport(name, ceilings, work, quantization, kv_cache_dtype, by_op, total(list(by_op.values())), fit)
+    fit = None if prefill else _fit(ceilings, sum(stored.values()), floor, within_ms)
+    most = min(MOST_DRAWN, fit.sequences) if fit and fit.sequences else MOST_DRAWN
+    drawn = sorted({most, *(1 << n for n in range(most.bit_length()))}) if curve else []
+    floors = {n: step(n)[1] for n in drawn}
+    whole = total(list(by_op.values()))
+    return StepReport(name, ceilings, work, quantization, kv_cache_dtype, by_op, whole, fit, prefill, floors)
 
 
 def _fit(ceilings: Ceilings, held: float, floor: Callable[[int], Floor], within_ms: float | None) -> Fit | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tokenspeed.contracts.errors import ConfigError
 
@@ -61,7 +61,7 @@ def write_picture(stem: Path, size: tuple[float, float], draw: Callable[[Figure]
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png")]
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
+        cast(dict[str, Any], matplotlib.rcParams).update(STYLE)
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         figure.savefig(files[0], metadata={"Date": None, "Creator": None}, facecolor="white")
@@ -90,7 +90,7 @@ def plain_numbers(axes: Axes, which: str) -> None:
         axis = axes.xaxis if name == "x" else axes.yaxis
         low, high = sorted(axis.get_view_interval())
         tens = high / low if low > 0 else 1.0
-        steps = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0) if tens < 4 else (1.0, 2.0, 5.0) if tens < 60 else (1.0,)
+        steps = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0) if tens < 4 else (1.0, 2.0, 5.0) if tens < 300 else (1.0,)
         axis.set_major_locator(LogLocator(subs=steps, numticks=99))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
         axis.set_minor_formatter(NullFormatter())

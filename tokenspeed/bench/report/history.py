@@ -62,8 +62,9 @@ def lines(files: Sequence[Path], records: Sequence[Record], wanted: Sequence[str
 
 def _line(record: Record) -> Line:
     metric = record.target.of if record.target else "ratio" if record.ratio else "value"
-    target = record.target and (record.target.at_least if record.target.at_most is None else record.target.at_most)
-    return Line(record.id, metric, record.unit if metric == "value" else metric.replace("_", " "), target)
+    aim = record.target
+    bound = None if aim is None else aim.at_least if aim.at_most is None else aim.at_most
+    return Line(record.id, metric, record.unit if metric == "value" else metric.replace("_", " "), bound)
 
 
 def _add(line: Line, commit: str, date: str, entry: dict[str, Any]) -> None:

@@ -80,7 +80,8 @@ def rows(found: Curves) -> list[list[str]]:
     made = []
     for metric, loads in found.items():
         for name, points in loads.items():
-            at = [float(np.interp(share, *reversed(_columns(points)))) for _, share in SHARES]
+            times, shares = _columns(points)
+            at = [float(np.interp(share, shares, times)) for _, share in SHARES]
             made.append([name, metric.upper(), *(f"{each:.4g}" for each in at)])
     return sorted(made, key=lambda row: natural(row[0]))
 
