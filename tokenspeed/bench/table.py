@@ -1,4 +1,5 @@
-"""The tables of docs/benchmarks.md, from the records alone: `python -m tokenspeed.bench.table` rewrites them."""
+"""The tables of docs/benchmarks.md and of the README, from the records and the peers' figures alone:
+`python -m tokenspeed.bench.table` rewrites them."""
 
 from __future__ import annotations
 
@@ -6,22 +7,26 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tokenspeed.bench import peer_table
 from tokenspeed.bench.record import Record, Target, read
 from tokenspeed.contracts.errors import FormatError
 
-PAGE = Path("docs/benchmarks.md")
+PAGE, README = Path("docs/benchmarks.md"), Path("README.md")
 RESULTS = Path("benchmarks/results")
 BEGIN, END = "<!-- tables: begin, written by python -m tokenspeed.bench.table -->", "<!-- tables: end -->"
 HEADER = "| id | ours | floor (share) | peer | ratio or runs | target | | bus_share |"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Rewrite the tables of the page."""
+    """Rewrite the tables of both pages."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page", type=Path, default=PAGE, help="default: %(default)s")
+    parser.add_argument("--readme", type=Path, default=README, help="default: %(default)s")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of records (default: %(default)s)")
     options = parser.parse_args(arguments)
-    options.page.write_text(updated(options.page.read_text(), read_all(options.results)))
+    files = read_all(options.results)
+    options.page.write_text(updated(options.page.read_text(), files))
+    options.readme.write_text(updated_readme(options.readme.read_text(), files))
 
 
 def read_all(folder: Path) -> dict[str, list[Record]]:
@@ -31,11 +36,20 @@ def read_all(folder: Path) -> dict[str, list[Record]]:
 
 def updated(page: str, files: Mapping[str, Sequence[Record]]) -> str:
     """The page with fresh tables between its markers. Raises FormatError where it lacks one."""
+    return _between(page, "\n".join(filter(None, [peer_table.section(files), *map(section, files, files.values())])))
+
+
+def updated_readme(page: str, files: Mapping[str, Sequence[Record]]) -> str:
+    """The README with a fresh table of ratios between the same markers. Raises FormatError where it lacks one."""
+    return _between(page, peer_table.ratios(files))
+
+
+def _between(page: str, tables: str) -> str:
     before, begin, rest = page.partition(f"{BEGIN}\n")
     _, end, after = rest.partition(f"{END}\n")
     if not begin or not end:
         raise FormatError(f"the page needs a line {BEGIN!r} and after it a line {END!r}")
-    return before + begin + "\n".join(map(section, files, files.values())) + end + after
+    return before + begin + tables + end + after
 
 
 def section(name: str, records: Sequence[Record]) -> str:

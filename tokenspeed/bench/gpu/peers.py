@@ -43,3 +43,5 @@ START_S: dict[str, dict[str, tuple[float, float]]] = {
 """Seconds of starting, from and to."""
 CARD = "h200"
 """What our ids of the same card begin with."""
+OTHER_WORK = ("qwen3-30b-a3b.bf16",)
+"""Models of which theirs and ours are not compared: experts were chosen differently."""
