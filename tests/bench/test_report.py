@@ -160,6 +160,15 @@ def test_the_same_data_give_the_same_bytes(tmp_path: Path):
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
+@pytest.mark.slow
+def test_the_picture_of_the_readme_is_that_of_the_records(tmp_path: Path):
+    """After a change of the records: docs/benchmarks.md says how it is drawn."""
+    root = Path(__file__).resolve().parents[2]
+    write_report([root / "benchmarks/results/h200.json"], tmp_path)
+    assert "docs/pictures/pareto.svg" in (root / "README.md").read_text()
+    assert (tmp_path / "pareto.svg").read_bytes() == (root / "docs/pictures/pareto.svg").read_bytes()
+
+
 def test_a_report_of_a_load_that_was_printed_as_json(tmp_path: Path):
     told = {"mean": 3.0, "p50": 2.0, "p90": 5.0, "p99": 8.0, "max": 9.0}
     load = {
