@@ -89,6 +89,11 @@ def test_records() -> None:
     assert (made["serve.tiny.c2.output.tok_s"].value, made["serve.tiny.c2.output.tok_s"].unit) == (6.25, "tok/s")
     assert made["serve.tiny.c2.ttft.p50"].value == pytest.approx(300)
     assert made["serve.tiny.c2.ttft.p50"].samples["ttft_ms"] == pytest.approx([100, 200, 300, 400, 500])
+    gaps = made["serve.tiny.c2.itl.p50"].samples["itl_ms"]
+    assert found.itl_ms is not None
+    assert (len(gaps), gaps[50], gaps[99], gaps[100]) == pytest.approx(
+        (101, found.itl_ms.p50, found.itl_ms.p99, found.itl_ms.max)
+    )
     assert made["serve.tiny.c2.goodput.per_s"].value == 0.5
     failed = Run("2 at once", [*REQUESTS, measured(9, 9, 9, "it broke")], 4.0, 1.0)
     with pytest.raises(ConfigError, match="1 of 6 requests failed: nothing is recorded"):

@@ -190,6 +190,9 @@ def records(report: Report, run: Run, prefix: str, surroundings: Surroundings) -
         "tpot": [1e3 * request.tpot for request in run.requests if request.tpot is not None],
         "e2e": [1e3 * request.e2e for request in run.requests],
     }
+    gaps = [1e3 * gap for request in run.requests for gap in request.gaps]
+    if gaps:  # There may be millions: their percentiles from 0 to 100 are kept.
+        samples["itl"] = np.percentile(gaps, range(101)).tolist()
     for name, found in _distributions(report).items():
         if found is not None:
             each = {f"{name}_ms": samples[name]} if name in samples else {}
