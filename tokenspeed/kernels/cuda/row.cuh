@@ -20,6 +20,10 @@ constexpr float E2M1_FACTOR = 4.611686018427387904e18f;  // 2^62
 
 __device__ inline float widen(u32 bits) { return __uint_as_float(bits << 16); }
 __device__ inline float rounded(float v) { return widen(narrow(v)); }
+// Of two columns of bf16 each.
+__device__ inline float dot(u32 a, u32 b) {
+  return widen(a & 0xffff) * widen(b & 0xffff) + __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u);
+}
 // Of four integers of which 128 was added to each: the upper bytes, and the lower ones as signed.
 __device__ inline void split(const u32* words, u32& lower, u32& upper) {
   u32 first = bytes_of(words[0], words[1], 0x5140), second = bytes_of(words[2], words[3], 0x5140);

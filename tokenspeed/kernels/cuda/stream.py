@@ -203,7 +203,7 @@ def _stream(
     found = variant(x.shape[1], FORMATS.get(type(weight), 0), act, prologue, bias is not None, x.shape[0], half)
     branch = prologue.branch if prologue else None
     branch_norm = prologue.branch_norm if prologue else None
-    if found is None or not _streams(weight, act) or not _aligned(x, branch, matrix):
+    if found is None or not _streams(weight, act) or not aligned(x, branch, matrix):
         return None
     n = matrix.shape[0] if act == "none" else matrix.shape[0] // 2
     y = torch.empty(x.shape[0], n, dtype=torch.bfloat16, device=x.device)
@@ -248,7 +248,7 @@ def _is_taken(weight: Int4Weight) -> bool:
     return weight.zero is None and weight.per_run == 1 and weight.scale.itemsize == 2
 
 
-def _aligned(*matrices: torch.Tensor | None) -> bool:
+def aligned(*matrices: torch.Tensor | None) -> bool:
     """Whether all rows begin at multiples of 16 bytes, as copies and vector loads want."""
     given = [matrix for matrix in matrices if matrix is not None]
     apart = [each for matrix in given for each in (matrix.data_ptr(), matrix.stride(0) * matrix.element_size())]

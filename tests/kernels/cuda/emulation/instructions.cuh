@@ -29,7 +29,7 @@ using std::max;
 using std::min;
 
 struct Place {
-  int x;
+  int x, y;
 };
 struct uint2 {
   u32 x, y;
@@ -64,6 +64,7 @@ inline std::mutex guard;
 inline std::condition_variable changed;
 inline thread_local Place threadIdx, blockIdx;
 inline Place gridDim;
+inline int token_of_grid = 0;
 inline thread_local Warp* warp_of;
 inline thread_local int lane_of;
 
@@ -95,6 +96,15 @@ inline float __shfl_sync(u32, float v, int from) {
 }
 inline float __shfl_xor_sync(u32 who, float v, int other) { return __shfl_sync(who, v, lane_of ^ other); }
 inline float __shfl_down_sync(u32 who, float v, int by) { return __shfl_sync(who, v, lane_of + by); }
+
+inline u32 most_of_warp(u32 v) {
+  warp_of->held[lane_of][6] = v;
+  __syncwarp();
+  for (int i = 0; i < 32; ++i) v = max(v, warp_of->held[i][6]);
+  __syncwarp();
+  return v;
+}
+inline u32 least_of_warp(u32 v) { return ~most_of_warp(~v); }
 
 inline u16 narrow(float v) {
   u32 bits = __float_as_uint(v);
@@ -186,6 +196,10 @@ inline void wait_barrier(u32 barrier, u32 parity) {
   std::unique_lock<std::mutex> held(guard);
   changed.wait(held, [&] { return counted(barrier).phase != int(parity); });
 }
+// Clusters are of one program.
+inline void cluster_arrive() {}
+inline void cluster_wait() { __syncthreads(); }
+inline void store_remote(float* here, int, float v) { *here = v; }
 template <int Threads>
 void sync_first() {
   program.first->arrive_and_wait();
@@ -243,7 +257,7 @@ void launch(int grid, int threads, int first, int shared, Kernel kernel) {
     std::vector<std::thread> running;
     for (int i = 0; i < threads; ++i)
       running.emplace_back([=] {
-        threadIdx = {i}, blockIdx = {block}, lane_of = i % 32, warp_of = &program.warps[i / 32];
+        threadIdx = {i}, blockIdx = {block, token_of_grid}, lane_of = i % 32, warp_of = &program.warps[i / 32];
         kernel();
       });
     for (std::thread& thread : running) thread.join();
