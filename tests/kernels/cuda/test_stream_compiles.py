@@ -113,7 +113,8 @@ def test_scales_of_files() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "cluster"), [(2, 14336, 2), (3, 2048, 1), (8, 4096, 1), (8, 8192, 2), (4, 10240, 2)]
+    ("rows", "columns", "cluster"),
+    [(2, 14336, 2), (3, 2048, 1), (8, 4096, 1), (2, 8192, 1), (8, 8192, 2), (3, 10240, 2)],
 )
 def test_several_rows(rows: int, columns: int, cluster: int) -> None:
     found = variant(columns, BF16, "silu", None, bias=True, rows=rows)
@@ -173,6 +174,10 @@ def test_rings_hold_no_more_than_a_program_multiplies() -> None:
     shared = variant(8192, BF16, "none", None, False, rows=8)
     assert shared is not None
     assert (shared.stages, shared.holding(1)) == (2, shared)
+    long = variant(4096, E4M3, "none", None, False)
+    assert long is not None
+    # Two and three units of 32 KiB are few for a program, four more than it could hold; one comes before its wait.
+    assert [long.holding(units).stages for units in (1, 2, 3, 4)] == [2, 3, 3, long.stages]
 
 
 def test_what_no_tile_fits_is_left_to_the_twin() -> None:

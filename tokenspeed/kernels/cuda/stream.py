@@ -53,10 +53,14 @@ NARROW_WARPS, NARROW_STEPS = (8, 7, 9, 10, 6, 5, 4), (4, 8, 2, 6, 5, 3, 7, 1)
 """Of a program with narrow weights, and of a warp in a stage, the better first (a layer of 8B in int4: 8 warps 41.3 us,
 16 41.6, 4 44.6; 4 and 8 steps 41.3, 2 steps 44.3)."""
 LEAST_STAGES = 3
-LONG_ROW = 8192
-"""Columns from which on two programs share those of several rows. us a layer, by one (or Triton where x does not fit)
-and by two: 1B at 4 and 8 rows 36.0 and 35.2, 39.5 and 36.6, 8B at 2 and 4 rows 101.6 and 101.4, 105.7 and 104.5. By
-four or eight a projection takes a fifth longer: too few of such clusters find room side by side."""
+LONG_ROW, LONG_ROWS = 8192, 28672
+"""Columns, and elements of all (padded) rows, from which on two programs share the columns of several rows. us a layer,
+by one (or Triton where x does not fit) and by two: 1B at 2 rows 33.6 and 34.8, at 4 35.4 and 34.7, at 8 39.2 and 36.4,
+8B at 2 rows 101.7 and 100.9, at 4 105.8 and 104.2. By four or eight a projection takes a fifth longer: too few of such
+clusters find room side by side."""
+SHORT_SHARED, SHORT_BYTES = 60 << 10, 100 << 10
+"""Of a program that multiplies some units of so few bytes of narrow weights: what it leaves free the next kernel's
+programs have (a layer of 8B with attention, us: int8 62.9 and 61.1, fp8 62.8 and 61.5 by 60 KiB for o and q, k, v)."""
 
 
 class Way(NamedTuple):
@@ -128,9 +132,12 @@ class Variant:
         return UNIT * self.segment + 64 + scales + 16 + 4 * self.warps * UNIT
 
     def holding(self, units: int) -> Variant:
-        """The same with no more stages than so many units fill: what a program leaves free the next kernel's have."""
-        segments = self.k * BITS[self.format] // 8 // (self.segment * self.cluster * (1 if self.narrow else self.warps))
-        return replace(self, stages=min(self.stages, units * segments))
+        """The same with no more stages than so many units of a program fill, or than a short program is better with."""
+        row_bytes, most = self.k * BITS[self.format] // 8, self.stages
+        if self.narrow and 1 < units <= SHORT_BYTES // (UNIT * row_bytes):
+            most = min(most, (SHORT_SHARED - replace(self, stages=0).shared) // self.stage)
+        segments = row_bytes // (self.segment * self.cluster * (1 if self.narrow else self.warps))
+        return replace(self, stages=min(max(most, LEAST_STAGES), self.stages, units * segments))
 
     def defines(self) -> dict[str, int]:
         """For the compiler."""
@@ -156,7 +163,8 @@ def variant(
         1 << (rows - 1).bit_length(),
         MOST_COLUMNS["bare" if prologue is None else "branch" if branch else "norm"],
     )
-    for cluster in (2, 1) if rows > 1 and columns >= LONG_ROW else (1,):
+    shared = rows > 1 and columns >= LONG_ROW and padded * columns >= LONG_ROWS
+    for cluster in (2, 1) if shared else (1,):
         for warps, segment, least in _splits(format, columns * BITS[format] // 8 // cluster, rows, cluster):
             found = Variant(
                 padded, columns, format, warps, segment, 0, ACTS[act], prologue is not None, branch, branch_norm, bias,
