@@ -7,7 +7,7 @@ import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from typing import Any
 
@@ -353,7 +353,18 @@ def _no_prompt(given: Any) -> PromptError:
     return PromptError(f"a prompt is text, a list of token ids, or a dict of either; got {given!r:.80}")
 
 
+class _NoBar:
+    """In place of a progress bar."""
+
+    n = 0
+
+    def update(self, done: int) -> None:
+        pass
+
+
 def _progress_bar(total: int, shown: bool) -> Any:
+    if not shown:
+        return nullcontext(_NoBar())  # tqdm is not needed then
     from tqdm import tqdm
 
-    return tqdm(total=total, desc="generating", unit="req", disable=not shown, dynamic_ncols=True)
+    return tqdm(total=total, desc="generating", unit="req", dynamic_ncols=True)
