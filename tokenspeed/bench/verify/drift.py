@@ -19,9 +19,11 @@ from tokenspeed.ops.kv import KV_TORCH
 from tokenspeed.program.program import Program, Record
 from tokenspeed.runner.arena import PageShape
 
-TIMES = {"cpu": 0.5, "gpu": 2.0, "ref": 2.0}
+TIMES = {"cpu": 1.0, "gpu": 2.0, "ref": 2.0}
 """A backend may drift so many times as far as plain ops: a GPU's has their roundings in other places, the CPU's keeps
 activations in float32."""
+ROUTED = 2.0
+"""So many times that where a router chooses: one tie decided otherwise changes all that comes after."""
 LEAST = 1e-4
 """What counts as drift at all, as a part of the values."""
 NARROW_KV = (torch.int8, KV_TORCH["fp8"])

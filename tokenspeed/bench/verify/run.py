@@ -16,7 +16,7 @@ import torch
 from tokenspeed.bench.record import machine, versions
 from tokenspeed.bench.verify import invariance
 from tokenspeed.bench.verify.backends import CpuRecords, GpuRecords, Records
-from tokenspeed.bench.verify.drift import TIMES, Walked, layer_rows, walk_fast, walk_plain, yardstick_shape
+from tokenspeed.bench.verify.drift import ROUTED, TIMES, Walked, layer_rows, walk_fast, walk_plain, yardstick_shape
 from tokenspeed.bench.verify.kernels import check_kernels, steps_for
 from tokenspeed.bench.verify.logprobs import (
     Told,
@@ -163,7 +163,7 @@ def _check_drift(
     exact = walk_plain(PlainOps(weights, torch.float64), program, _step(core, sequences, torch.float32))
     plain = walk_plain(PlainOps(weights, dtype, rounds=True), program, _step(core, sequences, dtype))
     routed = any(part.op == "route" for record in program.records for part in record.plain())
-    by, times = records.by if records else core.backend.name, TIMES[core.backend.name]
+    by, times = records.by if records else core.backend.name, TIMES[core.backend.name] * (ROUTED if routed else 1)
     if records is not None:
         fast = walk_fast(records, _step(core, sequences, None))
         report.add(layer_rows(exact, plain, fast, by, times, routed))
