@@ -142,7 +142,9 @@ class _Check:
         made = self.records.run(planned, inputs)
         written = step.own_entries(*place) if write else None
         if before is not None and not step.others_untouched(before, *place):
-            self._found(planned).take(f"{step.name}: entries of other tokens changed", torch.inf, torch.inf, STORED[torch.float32])
+            self._found(planned).take(
+                f"{step.name}: entries of other tokens changed", torch.inf, torch.inf, STORED[torch.float32]
+            )
         self._compare(planned, step.name, view, inputs, made)
         if written is not None:
             kept = Allowed(*map(max, STORED[step.arena.kv.dtype], self._allowed(planned.record)))

@@ -101,14 +101,14 @@ def told_rows(
     return [*rows, Row(PART, "greedy tokens, without", by, f"{len(places)} tokens", (figure,))]
 
 
-def walked_row(
-    name: str, exact: Walked, plain: Walked, fast: Walked, by: str, times: float, routed: bool
-) -> Row:
+def walked_row(name: str, exact: Walked, plain: Walked, fast: Walked, by: str, times: float, routed: bool) -> Row:
     """Of the five likeliest tokens everywhere, by records one by one."""
     top = exact.logprobs.topk(min(TOP, exact.logits.shape[-1])).indices
     wanted = exact.logprobs.gather(-1, top)
     ours, theirs = ((each.logprobs.gather(-1, top) - wanted).abs() for each in (fast, plain))
-    figure = Figure("median nats" if routed else "mean nats", _mean(ours, routed), times * _mean(theirs, routed) + LEAST)
+    figure = Figure(
+        "median nats" if routed else "mean nats", _mean(ours, routed), times * _mean(theirs, routed) + LEAST
+    )
     return Row(PART, name, by, f"{ours.numel()} log-probabilities", (figure,))
 
 
