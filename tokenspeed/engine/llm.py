@@ -8,7 +8,7 @@ import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from typing import Any
 
@@ -367,7 +367,18 @@ def _heap_spared() -> Iterator[None]:
         gc.unfreeze()
 
 
+class _NoBar:
+    """In place of a progress bar."""
+
+    n = 0
+
+    def update(self, done: int) -> None:
+        pass
+
+
 def _progress_bar(total: int, shown: bool) -> Any:
+    if not shown:
+        return nullcontext(_NoBar())  # tqdm is not needed then
     from tqdm import tqdm
 
-    return tqdm(total=total, desc="generating", unit="req", disable=not shown, dynamic_ncols=True)
+    return tqdm(total=total, desc="generating", unit="req", dynamic_ncols=True)
