@@ -126,6 +126,15 @@ __device__ inline void store_remote(const void* here, int rank, float v) {
       "mapa.shared::cluster.u32 there, %0, %1;\n"
       "st.shared::cluster.f32 [there], %2; }" ::"r"(shared_address(here)), "r"(rank), "f"(v) : "memory");
 }
+// The same, counted by that program's barrier.
+__device__ inline void send_float(u32 to, int rank, float v, u32 barrier) {
+  asm volatile(
+      "{ .reg .b32 there, counted;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mapa.shared::cluster.u32 counted, %3, %1;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %2, [counted]; }" ::"r"(to), "r"(rank), "f"(v),
+      "r"(barrier) : "memory");
+}
 // A barrier of the first so many threads of a program.
 template <int Threads>
 __device__ void sync_first() {

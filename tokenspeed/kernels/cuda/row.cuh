@@ -207,14 +207,25 @@ __device__ float prepare_row(u16* to, float* scales, float (*partial)[Threads / 
   return scale;
 }
 
-// Prepared rows, `stride` elements apart, into rows of `pitch`, turned as Row::store does.
-template <int Columns, int Threads>
+// Prepared rows, `stride` elements apart, into rows of `pitch`, turned as Row::store does. Up to sixteen pieces of a thread are
+// under way at a time: each waits for the second-level cache as long as all of them do.
+template <int Most, int Columns, int Threads>
 __device__ void load_rows(u16* to, int pitch, const u16* from, long long stride, int rows) {
-#pragma unroll 4
-  for (int i = threadIdx.x; i < rows * (Columns / 8); i += Threads) {
-    int row = i / (Columns / 8), at = i % (Columns / 8) * 8;
-    uint4 pairs = *reinterpret_cast<const uint4*>(from + row * stride + at);
-    *reinterpret_cast<uint4*>(to + row * pitch + at) = make_uint4(pairs.x, pairs.z, pairs.y, pairs.w);
+  constexpr int PIECES = Columns / 8, MINE = (Most * PIECES + Threads - 1) / Threads, AT_ONCE = MINE < 16 ? MINE : 16;
+#pragma unroll
+  for (int first = 0; first < MINE; first += AT_ONCE) {
+    uint4 pairs[AT_ONCE];
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j) {
+      int i = (first + j) * Threads + threadIdx.x, row = i / PIECES;
+      if (row < rows) pairs[j] = *reinterpret_cast<const uint4*>(from + row * stride + i % PIECES * 8);
+    }
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j) {
+      int i = (first + j) * Threads + threadIdx.x, row = i / PIECES;
+      uint4 turned = make_uint4(pairs[j].x, pairs[j].z, pairs[j].y, pairs[j].w);
+      if (row < rows) *reinterpret_cast<uint4*>(to + row * pitch + i % PIECES * 8) = turned;
+    }
   }
   sync_first<Threads>();
 }
