@@ -52,7 +52,7 @@ def measure(program: Path, url: str, streams: int, requests: int, tokens: int) -
         prompts, out = Path(folder) / "prompts.jsonl", Path(folder) / "out.json"
         lines = [{"prompt": f"{number} " + "word " * 20, "output_tokens_count": tokens} for number in range(requests)]
         prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        command = [program, "run", "--disable-console"]
+        command = [str(program), "run", "--disable-console"]
         for flag, value in (
             ("backend", f"kind=openai_http,target={url},request_format=/v1/completions"),
             ("profile", f"kind=concurrent,streams={streams}"),

@@ -123,8 +123,7 @@ def _build(version: str, missing: Sequence[str], programs: Path) -> None:
         settings += ["LLAMA_CURL=OFF", "LLAMA_OPENSSL=OFF", "CMAKE_BUILD_TYPE=Release"]
         build_folder = Path(scratch) / "build"
         run_program(["cmake", "-S", source, "-B", build_folder, *(f"-D{setting}" for setting in settings)])
-        jobs = str(os.cpu_count() or 1)  # make's own default is as many as there are files
-        run_program(["cmake", "--build", build_folder, "--parallel", jobs, "--target", *missing])
+        run_program(["cmake", "--build", build_folder, "--parallel", str(os.cpu_count() or 1), "--target", *missing])
         for target in missing:
             shutil.move(build_folder / "bin" / target, programs / target)
 
