@@ -1,21 +1,21 @@
-"""`tokenspeed bench`: measuring the host's share of a step, and a server under load."""
+"""`tokenspeed bench`: measuring the host's share of a step, a server under load, and the perplexity of a text."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from tokenspeed.cli import bench_serve
+from tokenspeed.cli import bench_perplexity, bench_serve
 
 
 def add_parser(commands: Any) -> None:
     """Register the subcommand and its own subcommands."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
-        help="measure the host overhead, or a server under load",
+        help="measure the host overhead, a server under load, or the perplexity of a text",
         description="Measure. `bench COMMAND --help` says more.",
     )
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND", help="host or serve")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND", help="host, serve or perplexity")
     host: argparse.ArgumentParser = kinds.add_parser(
         "host",
         help="measure the host's share of a step",
@@ -26,6 +26,7 @@ def add_parser(commands: Any) -> None:
     )
     host.set_defaults(run=run_host)
     bench_serve.add_parser(kinds)
+    bench_perplexity.add_parser(kinds)
 
 
 def run_host(options: argparse.Namespace) -> None:
