@@ -1,4 +1,4 @@
-"""Every command of the documentation is run by a test, or a list says why not; `tests/e2e/test_docs_run.py` runs them."""
+"""Every command of the documentation is run by a test, or a list says why not."""
 
 from __future__ import annotations
 
