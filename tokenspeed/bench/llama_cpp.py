@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -12,8 +13,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import FileLock
 
 from tokenspeed.bench.launch import Done, run_program
 from tokenspeed.config.paths import user_cache
@@ -107,7 +106,8 @@ def build(version: str = VERSION, targets: Sequence[str] = TARGETS) -> Path:
     """
     programs = user_cache() / "peers" / f"llama-cpp-{version}" / "bin"
     programs.mkdir(parents=True, exist_ok=True)
-    with FileLock(programs.parent / "build.lock"):
+    with (programs.parent / "build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         missing = [target for target in targets if not (programs / target).is_file()]
         if missing:
             _build(version, missing, programs)

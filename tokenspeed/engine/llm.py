@@ -89,7 +89,8 @@ class LLM:
         EngineAsleepError; LogitsProcessorError once all others are done, whose results it holds.
         """
         listed = _prompt_list(prompts, prompt_token_ids)
-        return self._finish(self._submit(listed, self._params_list(sampling_params, len(listed))), use_tqdm)
+        with _heap_spared():
+            return self._finish(self._submit(listed, self._params_list(sampling_params, len(listed))), use_tqdm)
 
     def embed(
         self,
@@ -182,11 +183,12 @@ class LLM:
         self.core.close()
 
     def _pool(self, prompts: Sequence[Prompt], pooling: Pooling, use_tqdm: bool) -> list[RequestOutput]:
-        return self._finish(self._submit(prompts, [pooling] * len(prompts)), use_tqdm)
+        with _heap_spared():
+            return self._finish(self._submit(prompts, [pooling] * len(prompts)), use_tqdm)
 
     def _finish(self, builders: list[OutputBuilder], use_tqdm: bool) -> list[RequestOutput]:
         outputs = [builder.output for builder in builders]
-        with self._abort_unfinished(builders), _heap_spared(), _progress_bar(len(outputs), use_tqdm) as bar:
+        with self._abort_unfinished(builders), _progress_bar(len(outputs), use_tqdm) as bar:
             while (done := sum(output.finished for output in outputs)) < len(outputs):
                 bar.update(done - bar.n)
                 self._step()
