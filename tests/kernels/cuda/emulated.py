@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tokenspeed.kernels.cuda import experts
 from tokenspeed.kernels.cuda import stream as streams
 from tokenspeed.kernels.cuda.program import SOURCES
 from tokenspeed.kernels.cuda.stream import Variant
@@ -24,37 +25,38 @@ PROCESSORS = 2
 class EmulatedKernel:
     """In the place of `program.Kernel`. folder: for what is compiled."""
 
-    def __init__(self, found: Variant, folder: Path) -> None:
-        name = "_".join([found.source, *(str(value) for value in found.defines().values())])
+    def __init__(self, found: Variant | experts.Variant, folder: Path) -> None:
+        source, run = (found.source, "run.cpp") if isinstance(found, Variant) else ("experts", "run_experts.cpp")
+        name = "_".join([source, *(str(value) for value in found.defines().values())])
         self.library = folder / name / "stream.so"
         if not self.library.exists():
             self.library.parent.mkdir()
-            for source in (f"{found.source}.cu", "narrow_products.cuh", "units.cuh", "row.cuh"):
-                shutil.copy(SOURCES / source, self.library.parent)
-            for source in ("instructions.cuh", "run.cpp"):
-                shutil.copy(HERE / source, self.library.parent)
+            for given in (f"{source}.cu", "narrow_products.cuh", "units.cuh", "row.cuh"):
+                shutil.copy(SOURCES / given, self.library.parent)
+            for given in ("instructions.cuh", run):
+                shutil.copy(HERE / given, self.library.parent)
             defines = [f"-D{key}={value}" for key, value in found.defines().items()]
-            defines += [f'-DSOURCE="{found.source}.cu"', f"-DALL_THREADS={found.threads}"]
+            defines += [f'-DSOURCE="{source}.cu"', f"-DALL_THREADS={found.threads}"]
             command = ["c++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w", *defines]
-            subprocess.run([*command, "run.cpp", "-o", self.library], cwd=self.library.parent, check=True)
+            subprocess.run([*command, run, "-o", self.library], cwd=self.library.parent, check=True)
 
     def launch(self, grid: tuple[int, int, int], arguments: Sequence[tuple[Any, Any]]) -> None:
         values = [value if kind is None else kind(value) for value, kind in arguments]
         ctypes.CDLL(str(self.library)).run(grid[0], *values)
 
 
-def emulate(monkeypatch: Any, folder: Path) -> list[Variant]:
-    """Have `stream` run on the host in this test; the variants it takes, as they come."""
-    seen: list[Variant] = []
+def emulate(monkeypatch: Any, folder: Path, room: Any = streams) -> list[Any]:
+    """Have `stream`, or `experts`, run on the host in this test; the variants it takes, as they come."""
+    seen: list[Any] = []
 
-    def kernel(found: Variant, device: int) -> EmulatedKernel:
+    def kernel(found: Any, device: int) -> EmulatedKernel:
         seen.append(found)
         return EmulatedKernel(found, folder)
 
     def cpu(device: torch.device) -> int:
         return 0
 
-    monkeypatch.setattr(streams, "kernel", kernel)
-    monkeypatch.setattr(streams, "device_index", cpu)
-    monkeypatch.setattr(streams, "processors", lambda device: PROCESSORS)
+    monkeypatch.setattr(room, "kernel", kernel)
+    monkeypatch.setattr(room, "device_index", cpu)
+    monkeypatch.setattr(room, "processors", lambda device: PROCESSORS)
     return seen
