@@ -30,7 +30,7 @@ def test_the_check_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: p
     case, g = ExpertCase(4, 2, 40, 24, dtype=torch.float32), torch.Generator().manual_seed(SEED)
     assert experts._right(case, 3, g)
     assert experts._right_route(g, 12, True, {"k": 2, "score": "sigmoid", "groups": 3, "kept_groups": 2}, 5)
-    assert experts._right_router(g, 2, 40, repeats=2)
+    assert experts._right_router(g, 2, 40, torch.float32, repeats=2)
     assert "WRONG" not in capsys.readouterr().out
     exact = expert_cases.exact
     monkeypatch.setattr(experts, "exact", lambda *given: exact(*given).roll(1, 1))

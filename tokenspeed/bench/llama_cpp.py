@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -12,12 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from tokenspeed.bench.launch import Done, run_program
 from tokenspeed.config.paths import user_cache
 from tokenspeed.contracts.errors import ConfigError
 
+PACKAGE = "llama-cpp-python"
 VERSION = "0.3.36"
-"""Of llama-cpp-python, whose source distribution holds llama.cpp."""
+"""Of PACKAGE, whose source distribution holds llama.cpp."""
 NAME = f"llama.cpp of llama-cpp-python {VERSION}, built with GGML_NATIVE"
 TARGETS = ("llama-bench", "llama-batched-bench", "llama-completion")
 SERVER = "llama-server"
@@ -102,9 +106,15 @@ def build(version: str = VERSION, targets: Sequence[str] = TARGETS) -> Path:
     Raises ConfigError where pip, cmake or the compiler fail.
     """
     programs = user_cache() / "peers" / f"llama-cpp-{version}" / "bin"
-    missing = [target for target in targets if not (programs / target).is_file()]
-    if not missing:
-        return programs
+    programs.mkdir(parents=True, exist_ok=True)
+    with FileLock(programs.parent / "build.lock"):
+        missing = [target for target in targets if not (programs / target).is_file()]
+        if missing:
+            _build(version, missing, programs)
+    return programs
+
+
+def _build(version: str, missing: Sequence[str], programs: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         source = _fetch(version, Path(scratch))
         settings = ["GGML_NATIVE=ON", "BUILD_SHARED_LIBS=OFF", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF"]
@@ -113,16 +123,15 @@ def build(version: str = VERSION, targets: Sequence[str] = TARGETS) -> Path:
         settings += ["LLAMA_CURL=OFF", "LLAMA_OPENSSL=OFF", "CMAKE_BUILD_TYPE=Release"]
         build_folder = Path(scratch) / "build"
         run_program(["cmake", "-S", source, "-B", build_folder, *(f"-D{setting}" for setting in settings)])
-        run_program(["cmake", "--build", build_folder, "--parallel", "--target", *missing])
-        programs.mkdir(parents=True, exist_ok=True)
+        run_program(["cmake", "--build", build_folder, "--parallel", str(os.cpu_count() or 1), "--target", *missing])
         for target in missing:
             shutil.move(build_folder / "bin" / target, programs / target)
-    return programs
 
 
 def _fetch(version: str, folder: Path) -> Path:
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-    run_program([*pip, f"llama-cpp-python=={version}", "--dest", folder])
+    # Its own source alone: with --no-binary :all: pip builds cmake from source first.
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", PACKAGE]
+    run_program([*pip, f"{PACKAGE}=={version}", "--dest", folder])
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from typing import Any
 
@@ -185,7 +186,7 @@ class LLM:
 
     def _finish(self, builders: list[OutputBuilder], use_tqdm: bool) -> list[RequestOutput]:
         outputs = [builder.output for builder in builders]
-        with self._abort_unfinished(builders), _progress_bar(len(outputs), use_tqdm) as bar:
+        with self._abort_unfinished(builders), _heap_spared(), _progress_bar(len(outputs), use_tqdm) as bar:
             while (done := sum(output.finished for output in outputs)) < len(outputs):
                 bar.update(done - bar.n)
                 self._step()
@@ -344,7 +345,7 @@ def _read_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:
 
 def _token_ids(given: Any) -> list[int]:
     try:
-        return [operator.index(token) for token in given]
+        return list(map(operator.index, given))
     except TypeError:
         raise _no_prompt(given) from None
 
@@ -353,7 +354,31 @@ def _no_prompt(given: Any) -> PromptError:
     return PromptError(f"a prompt is text, a list of token ids, or a dict of either; got {given!r:.80}")
 
 
+@contextmanager
+def _heap_spared() -> Iterator[None]:
+    """Meanwhile the collector leaves alone what is there: to walk a loaded model and its libraries takes 100 ms."""
+    if gc.get_freeze_count():  # the caller has done so
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+class _NoBar:
+    """In place of a progress bar."""
+
+    n = 0
+
+    def update(self, done: int) -> None:
+        pass
+
+
 def _progress_bar(total: int, shown: bool) -> Any:
+    if not shown:
+        return nullcontext(_NoBar())  # tqdm is not needed then
     from tqdm import tqdm
 
-    return tqdm(total=total, desc="generating", unit="req", disable=not shown, dynamic_ncols=True)
+    return tqdm(total=total, desc="generating", unit="req", dynamic_ncols=True)

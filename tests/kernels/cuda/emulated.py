@@ -1,4 +1,4 @@
-"""The streaming kernels compiled for the host, their instructions emulated (`emulation/instructions.cuh`): what they
+"""CUDA kernels compiled for the host, their instructions emulated (`emulation/instructions.cuh`): what they
 compute, and that barriers and copies go together, can be seen without a GPU. Not speed, nor what a device reorders."""
 
 from __future__ import annotations
@@ -6,13 +6,12 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import pytest
 
-from tokenspeed.kernels.cuda import experts
 from tokenspeed.kernels.cuda import stream as streams
 from tokenspeed.kernels.cuda.program import SOURCES
 from tokenspeed.kernels.cuda.stream import Variant
@@ -23,40 +22,48 @@ PROCESSORS = 2
 
 
 class EmulatedKernel:
-    """In the place of `program.Kernel`. folder: for what is compiled."""
+    """In the place of `program.Kernel`. folder: for what is compiled; axis: of the grid, over which `run` goes."""
 
-    def __init__(self, found: Variant | experts.Variant, folder: Path) -> None:
-        source, run = (found.source, "run.cpp") if isinstance(found, Variant) else ("experts", "run_experts.cpp")
-        name = "_".join([source, *(str(value) for value in found.defines().values())])
-        self.library = folder / name / "stream.so"
+    def __init__(self, folder: Path, source: str, defines: Mapping[str, int], run: str, axis: int = 0) -> None:
+        self.axis = axis
+        self.library = folder / "_".join([source, *(str(value) for value in defines.values())]) / "kernel.so"
         if not self.library.exists():
             self.library.parent.mkdir()
-            for given in (f"{source}.cu", "narrow_products.cuh", "units.cuh", "row.cuh"):
-                shutil.copy(SOURCES / given, self.library.parent)
-            for given in ("instructions.cuh", run):
-                shutil.copy(HERE / given, self.library.parent)
-            defines = [f"-D{key}={value}" for key, value in found.defines().items()]
-            defines += [f'-DSOURCE="{source}.cu"', f"-DALL_THREADS={found.threads}"]
-            command = ["c++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w", *defines]
+            for path in (SOURCES / f"{source}.cu", *SOURCES.glob("*.cuh"), HERE / "instructions.cuh", HERE / run):
+                shutil.copy(path, self.library.parent)
+            given = [f"-D{key}={value}" for key, value in defines.items()]
+            command = [
+                "c++",
+                "-std=c++20",
+                "-O1",
+                "-shared",
+                "-fPIC",
+                "-pthread",
+                "-w",
+                f'-DSOURCE="{source}.cu"',
+                *given,
+            ]
             subprocess.run([*command, run, "-o", self.library], cwd=self.library.parent, check=True)
 
     def launch(self, grid: tuple[int, int, int], arguments: Sequence[tuple[Any, Any]]) -> None:
         values = [value if kind is None else kind(value) for value, kind in arguments]
-        ctypes.CDLL(str(self.library)).run(grid[0], *values)
+        ctypes.CDLL(str(self.library)).run(grid[self.axis], *values)
 
 
-def emulate(monkeypatch: Any, folder: Path, room: Any = streams) -> list[Any]:
-    """Have `stream`, or `experts`, run on the host in this test; the variants it takes, as they come."""
-    seen: list[Any] = []
+def on_host(monkeypatch: pytest.MonkeyPatch, module: Any, kernel: Callable[..., EmulatedKernel]) -> None:
+    """Have a module's kernels run on the host in this test."""
+    monkeypatch.setattr(module, "kernel", kernel)
+    monkeypatch.setattr(module, "device_index", lambda device: 0)
 
-    def kernel(found: Any, device: int) -> EmulatedKernel:
+
+def emulate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Variant]:
+    """Have `stream` run on the host in this test; the variants it takes, as they come."""
+    seen: list[Variant] = []
+
+    def kernel(found: Variant, device: int) -> EmulatedKernel:
         seen.append(found)
-        return EmulatedKernel(found, folder)
+        return EmulatedKernel(folder, found.source, found.defines() | {"ALL_THREADS": found.threads}, "run.cpp")
 
-    def cpu(device: torch.device) -> int:
-        return 0
-
-    monkeypatch.setattr(room, "kernel", kernel)
-    monkeypatch.setattr(room, "device_index", cpu)
-    monkeypatch.setattr(room, "processors", lambda device: PROCESSORS)
+    on_host(monkeypatch, streams, kernel)
+    monkeypatch.setattr(streams, "processors", lambda device: PROCESSORS)
     return seen

@@ -9,22 +9,31 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.cuda.emulated import emulate
+from tests.kernels.cuda.emulated import PROCESSORS, EmulatedKernel, on_host
 from tests.seeds import SEED
 from tokenspeed.bench.gpu.expert_cases import ExpertCase, exact, poisoned, worst_error
 from tokenspeed.kernels.cuda import experts
-from tokenspeed.kernels.cuda.experts import stream_experts
+from tokenspeed.kernels.cuda.experts import Variant, stream_experts
 
 SMALL = ExpertCase(5, 3, 256, 128)
 CASES = [(1, "plain", "silu"), (5, "channel", "gelu_tanh")]
-WARPS = (2,)
-"""Few, as each of their threads is one of the host."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For compiled kernels."""
     return tmp_path_factory.mktemp("emulated")
+
+
+def emulate(patch: pytest.MonkeyPatch, folder: Path, warps: int) -> None:
+    """Have the kernels run on the host in this test, by so many warps: each of their threads is one of the host."""
+
+    def kernel(found: Variant, device: int) -> EmulatedKernel:
+        return EmulatedKernel(folder, "experts", found.defines(), "run_experts.cpp")
+
+    on_host(patch, experts, kernel)
+    patch.setattr(experts, "processors", lambda device: PROCESSORS)
+    patch.setattr(experts, "WARPS", (warps,))
 
 
 def right(case: ExpertCase, tokens: int, padding: int) -> None:
@@ -38,14 +47,12 @@ def right(case: ExpertCase, tokens: int, padding: int) -> None:
 
 @pytest.mark.parametrize(("tokens", "fmt", "act"), CASES)
 def test_tokens(tokens: int, fmt: str, act: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    emulate(monkeypatch, folder, experts)
-    monkeypatch.setattr(experts, "WARPS", WARPS)
+    emulate(monkeypatch, folder, 2)
     right(replace(SMALL, fmt=fmt, act=act), tokens, tokens // 3)
 
 
 def test_a_token_of_padding_alone_gets_zeros(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    emulate(monkeypatch, folder, experts)
-    monkeypatch.setattr(experts, "WARPS", WARPS)
+    emulate(monkeypatch, folder, 2)
     right(SMALL, 1, 1)
 
 
@@ -54,6 +61,5 @@ def test_a_token_of_padding_alone_gets_zeros(folder: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("fmt", ["plain", "channel"])
 @pytest.mark.parametrize("tokens", range(1, 9))
 def test_every_number_of_tokens(tokens: int, fmt: str, act: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    emulate(monkeypatch, folder, experts)
-    monkeypatch.setattr(experts, "WARPS", (4,))
+    emulate(monkeypatch, folder, 4)
     right(ExpertCase(11, 4, 512, 384, act, fmt=fmt), tokens, tokens // 4)

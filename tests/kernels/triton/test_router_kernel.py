@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,20 @@ from tests.kernels.triton.dense_reference import prepared, random_prologue
 from tests.seeds import SEED
 from tokenspeed.bench.gpu.expert_cases import poisoned
 from tokenspeed.kernels.triton import router as module
-from tokenspeed.kernels.triton.router import route_rows
+from tokenspeed.kernels.triton.router import Routed, route_rows
 
 FP32 = torch.float32
 
 
-def check(case: Router, kind: str, dtype: torch.dtype, tokens: int = 5, hidden: int = 70, biased: bool = False) -> None:
+def check(
+    case: Router,
+    kind: str,
+    dtype: torch.dtype,
+    tokens: int = 5,
+    hidden: int = 70,
+    biased: bool = False,
+    route: Callable[..., Routed | None] = route_rows,
+) -> None:
     """Ids and weights of the scores that float64 gives, rounded as the router's product is."""
     print(f"seed {SEED}")
     g = torch.Generator().manual_seed(SEED)
@@ -30,7 +39,8 @@ def check(case: Router, kind: str, dtype: torch.dtype, tokens: int = 5, hidden: 
     assert prologue is not None
     slots = torch.arange(tokens, dtype=torch.int32) - 1
     with poisoned():
-        found = route_rows(x, prologue, weight, bias, correction, case.attrs, slots)
+        found = route(x, prologue, weight, bias, correction, case.attrs, slots)
+    assert found is not None
     rows, joined = prepared(x, prologue)
     torch.testing.assert_close(found.normed, rows, rtol=1e-5 if dtype == FP32 else 1e-2, atol=1e-5)
     assert (found.joined is None) == (joined is None)

@@ -186,6 +186,7 @@ def cuda_cases(device: str) -> list[Case]:
         projection("stream, one row, fp8", device, 1, 4096, mode="fp8", product=stream_or_project),
         projection("stream, one row, int4", device, 1, 4096, mode="int4", product=stream_or_project),
         projection("norm and stream, three rows", device, 3, 4096, product=stream_or_project),
+        projection("norm and stream by two programs, eight rows", device, 8, 8192, product=stream_or_project),
         decoding("attend", device, 4, one_kernel=True),
         decoding("attend, far", device, 4, one_kernel=True, far=True),
         experts("experts, one token", device, 1, "plain", stream_experts),

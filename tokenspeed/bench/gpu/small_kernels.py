@@ -18,7 +18,7 @@ from tokenspeed.contracts.step import SamplingRow
 from tokenspeed.kernels.cuda.attend import attend
 from tokenspeed.kernels.cuda.prefill import prefill
 from tokenspeed.kernels.cuda.registration import hopper
-from tokenspeed.kernels.cuda.stream import stream, stream_rows
+from tokenspeed.kernels.cuda.stream import LONG_ROW, stream, stream_rows
 from tokenspeed.kernels.triton import norm as row_kernels
 from tokenspeed.kernels.triton.attention_tiles import decode_tile, item_tokens, pad, prefill_tile
 from tokenspeed.kernels.triton.decode_attention import decode_attention
@@ -135,12 +135,14 @@ def prefills(device: str) -> Results:
 
 
 def streams(device: str) -> Results:
-    """The CUDA projections: one row, plain, by narrow weights and with all around, and three."""
+    """The CUDA projections: one row, plain, by narrow weights and with all around; three, also by two programs."""
     x, w = _values(device, 3, STREAMED), _values(device, OUT, STREAMED)
     prologue = Prologue(Norm(torch.ones(STREAMED, device=device), 1e-5), x[1:2])
     weights = [w, *(_narrow(w, mode) for mode in GPU_MODES)]
     found = [*(stream(x[:1], each) for each in weights), stream(x[:1], w, None, "silu", prologue)]
-    return [*(each[0] for each in _taken(found)), *_taken([stream_rows(Rows(x), w)])]
+    long, wide = _values(device, 3, LONG_ROW), _values(device, OUT, LONG_ROW)
+    several = [stream_rows(Rows(x), w), stream_rows(Rows(long), wide)]
+    return [*(each[0] for each in _taken(found)), *_taken(several)]
 
 
 def attends(device: str) -> Results:

@@ -14,6 +14,7 @@ import torch
 
 from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.engine.llm import LLM
+from tokenspeed.kernels.cuda.registration import route_by_either
 from tokenspeed.kernels.triton.dense import Node, Outputs
 from tokenspeed.kernels.triton.expert_registration import ROUTERS, router_outputs
 from tokenspeed.kernels.triton.operands import Matrix
@@ -37,7 +38,7 @@ def _run(view: PagedView, record: Node, inputs: Sequence[torch.Tensor], weights:
 
 def _run_fused(view: PagedView, record: Node, inputs: Sequence[torch.Tensor], weights: Sequence[Matrix]) -> Outputs:
     (choice,) = (part for part in record.plain() if part.op == "route")
-    return router_outputs(view, record, inputs, weights, _noise(view, choice))
+    return router_outputs(view, record, inputs, weights, _noise(view, choice), route_by_either)
 
 
 def route_uniformly(llm: LLM) -> None:

@@ -38,56 +38,52 @@ struct Shared {
   Tile own;
   u16 queries[8][QUERY_PITCH];
   float cosines[HALF], sines[HALF];
+  float norms[2][NORMED ? DIM : 1];
   float tops[WARPS][GROUP], totals[WARPS][GROUP];
   float all_tops[SHARERS][GROUP], all_totals[SHARERS][GROUP], all_sums[SHARERS][VALUES];
   int last;
 };
 static_assert(sizeof(Shared) == SHARED, "the launch must know the size");
 
-__device__ void store_remote(const void* here, int rank, float v) {
-  asm volatile(
-      "{ .reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "st.shared::cluster.f32 [there], %2; }" ::"r"(shared_address(here)), "r"(rank), "f"(v) : "memory");
-}
-
 // Where a row's chunk of 16 bytes lies, so that threads which read at once touch different banks: four chunks of a row of
 // keys and of the next; one chunk of eight rows of values.
 __device__ int key_chunk(int row, int chunk) { return (chunk ^ (row & 1) << 2) * 16; }
 __device__ int value_chunk(int row, int chunk) { return (chunk ^ (row & 7)) * 16; }
 
-// One row of bf16, [normed,] turned by the token's position and rounded, by one warp: column c to to[at(c)].
+// One row of bf16, [normed,] turned by the token's position and rounded, by one warp: lane + 32 i is column i of a thread.
 struct Turn {
   const float* norm;
   const float* cosines;
   const float* sines;
   float eps;
+  float x[DIM / 32], y[DIM / 32];
 
-  __device__ void row(const u16* from, u16 (&out)[DIM / 32]) const {
-    int lane = threadIdx.x % 32;
-    float x[DIM / 32], y[DIM / 32], squares = 0;
+  __device__ static int column(int i) { return threadIdx.x % 32 + 32 * i; }
+  // The column that turns with it.
+  __device__ static int partner(int c) { return c < HALF ? c + HALF : c < 2 * HALF ? c - HALF : c; }
+
+  __device__ void load(const u16* from) {
     for (int i = 0; i < DIM / 32; ++i) {
-      int column = lane + 32 * i, partner = column < HALF ? column + HALF : column < 2 * HALF ? column - HALF : column;
-      x[i] = widen(from[column]);
-      y[i] = widen(from[partner]);
-      squares += x[i] * x[i];
+      x[i] = widen(from[column(i)]);
+      y[i] = widen(from[partner(column(i))]);
     }
+  }
+
+  __device__ void turn(u16 (&out)[DIM / 32]) {
     if (NORMED) {
+      float squares = 0;
+      for (int i = 0; i < DIM / 32; ++i) squares += x[i] * x[i];
       for (int o = 16; o; o /= 2) squares += __shfl_xor_sync(~0u, squares, o);
       float factor = rsqrtf(squares / DIM + eps);
       for (int i = 0; i < DIM / 32; ++i) {
-        int column = lane + 32 * i, partner = column < HALF ? column + HALF : column < 2 * HALF ? column - HALF : column;
-        x[i] = rounded(x[i] * factor * norm[column]);
-        y[i] = rounded(y[i] * factor * norm[partner]);
+        x[i] = rounded(x[i] * factor * norm[column(i)]);
+        y[i] = rounded(y[i] * factor * norm[partner(column(i))]);
       }
     }
     for (int i = 0; i < DIM / 32; ++i) {
-      int column = lane + 32 * i;
+      int c = column(i);
       float turned = x[i];
-      if (column < 2 * HALF) {
-        float c = cosines[column % HALF], s = sines[column % HALF];
-        turned = x[i] * c + y[i] * (column < HALF ? -s : s);
-      }
+      if (c < 2 * HALF) turned = x[i] * cosines[c % HALF] + y[i] * (c < HALF ? -sines[c % HALF] : sines[c % HALF]);
       out[i] = narrow(turned);
     }
   }
@@ -233,7 +229,7 @@ __device__ void weigh(int parts, float* tops, const float* totals, const float* 
 __device__ void merge_cluster(Shared& s, u16* out, const float* sinks, bool alive) {
   int rank = blockIdx.x;
   Together own{s};
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_wait();
   for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS)
     store_remote(&s.all_sums[rank][i % VALUES], i / VALUES, own.sum(i, own.top(i / DIM)));
   for (int i = threadIdx.x; i < GROUP * SHARERS; i += THREADS) {
@@ -242,8 +238,8 @@ __device__ void merge_cluster(Shared& s, u16* out, const float* sinks, bool aliv
     store_remote(&s.all_tops[rank][h], i / GROUP, top);
     store_remote(&s.all_totals[rank][h], i / GROUP, own.total(h, top));
   }
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_arrive();
+  cluster_wait();
   for (int i = threadIdx.x; i < VALUES; i += THREADS) {
     int column = rank * VALUES + i, h = column / DIM;
     float top = SINKS ? sinks[h] * 1.4426950408889634f : NONE, total = SINKS ? 1.0f : 0.0f, sum = 0;
@@ -275,28 +271,51 @@ __device__ void merge_memory(Shared& s, u16* out, float* parts, int* counter, co
     tops[rank * GROUP + h] = own.top(h);
     totals[rank * GROUP + h] = own.total(h, own.top(h));
   }
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();
     s.last = atomicAdd(counter, 1) == programs - 1;
     if (s.last) *counter = 0;
     __threadfence();
   }
   __syncthreads();
   if (!s.last) return;
+  // Four columns a thread, of some programs at once; where threads are left, two share the programs.
+  constexpr int WIDTH = GROUP * DIM / 4, TEAMS = 2 * WIDTH <= THREADS ? 2 : 1, HELD = 16;
+  int team = TEAMS > 1 ? threadIdx.x / WIDTH : 0, column = threadIdx.x - team * WIDTH;
+  bool mine = team < TEAMS;
+  float4 held[HELD];
+  auto ask = [&](int from) {
+#pragma unroll
+    for (int j = 0; j < HELD; ++j)
+      if (from + j * TEAMS < programs && mine && column < WIDTH)
+        held[j] = written(sums + (from + j * TEAMS) * GROUP * DIM + 4 * column);
+  };
+  ask(team);
   float* here = reinterpret_cast<float*>(s.ring);
+  float4* sent = reinterpret_cast<float4*>(here + 2 * programs * GROUP);
   for (int i = threadIdx.x; i < programs * GROUP / 2; i += THREADS) reinterpret_cast<float4*>(here)[i] = written(tops + 4 * i);
   __syncthreads();
   weigh(programs, here, here + programs * GROUP, sinks);
-  for (int i = 4 * threadIdx.x; i < GROUP * DIM; i += 4 * THREADS) {
-    float sum[4] = {};
-#pragma unroll 16
-    for (int r = 0; r < programs; ++r) {
-      float4 part = written(sums + r * GROUP * DIM + i);
-      float weight = here[r * GROUP + i / DIM];
-      sum[0] += part.x * weight, sum[1] += part.y * weight, sum[2] += part.z * weight, sum[3] += part.w * weight;
+  for (int done = 0; done < WIDTH; done += THREADS, column += THREADS) {
+    if (done) ask(team);
+    float4 sum = {};
+    for (int from = team; from < programs && mine && column < WIDTH; from += HELD * TEAMS) {
+      if (from != team) ask(from);
+#pragma unroll
+      for (int j = 0; j < HELD; ++j) {
+        if (from + j * TEAMS >= programs) continue;
+        float weight = here[(from + j * TEAMS) * GROUP + 4 * column / DIM];
+        sum.x += held[j].x * weight, sum.y += held[j].y * weight, sum.z += held[j].z * weight, sum.w += held[j].w * weight;
+      }
     }
-    for (int j = 0; j < 4; ++j) out[i + j] = narrow(alive ? sum[j] : 0.0f);
+    if (TEAMS > 1) {
+      if (team == 1) sent[column] = sum;
+      __syncthreads();
+      if (team == 0) sum.x += sent[column].x, sum.y += sent[column].y, sum.z += sent[column].z, sum.w += sent[column].w;
+    }
+    if (team == 0 && column < WIDTH)
+      *reinterpret_cast<uint2*>(out + 4 * column) = alive ? make_uint2(pair(sum.x, sum.y), pair(sum.z, sum.w)) : make_uint2(0, 0);
   }
 }
 
@@ -307,7 +326,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
     long long kv_which, long long kv_entry, long long kv_head, int window, float scale, float turn_scale, float q_eps, float k_eps) {
   extern __shared__ __align__(128) u8 memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
-  asm volatile("griddepcontrol.launch_dependents;");
+  let_next_start();
   if (CLUSTER) asm volatile("barrier.cluster.arrive.relaxed.aligned;");
   int rank = blockIdx.x, programs = gridDim.x, head = blockIdx.y, token = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int position = positions[token], slot = slots[token];
@@ -324,28 +343,44 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
     s.cosines[i] = turn_scale * cosf(angle);
     s.sines[i] = turn_scale * sinf(angle);
   }
+  if (NORMED)
+    for (int i = threadIdx.x; i < DIM; i += THREADS) s.norms[0][i] = q_norm[i], s.norms[1][i] = k_norm[i];
   for (int i = threadIdx.x; i < (int)sizeof(Tile) / 4; i += THREADS) reinterpret_cast<u32*>(&s.own)[i] = 0;
-  __syncthreads();
-
-  asm volatile("griddepcontrol.wait;" ::: "memory");
   bool writes = rank == programs - 1 && alive;
   u16* entry = alive ? kv + pages[position / PAGE] * kv_page + position % PAGE * kv_entry + head * kv_head : kv;
-  for (int row = warp; row < GROUP + writes; row += WARPS) {
+  __syncthreads();
+
+  wait_for_previous();
+  // Query heads' rows, and one of the key: all are asked for before the first is turned.
+  constexpr int ROWS = (GROUP + WARPS) / WARPS;
+  Turn turns[ROWS];
+  u16 value[DIM / 32] = {};
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) {
+    int row = warp + i * WARPS;
     bool is_key = row == GROUP;
-    Turn turn{is_key ? k_norm : q_norm, s.cosines, s.sines, is_key ? k_eps : q_eps};
+    turns[i] = {s.norms[is_key], s.cosines, s.sines, is_key ? k_eps : q_eps};
+    if (row < GROUP + writes)
+      turns[i].load(is_key ? k + token * k_row + head * DIM : q + token * q_row + (head * GROUP + row) * DIM);
+    if (is_key && writes)
+      for (int c = 0; c < DIM / 32; ++c) value[c] = v[token * v_row + head * DIM + Turn::column(c)];
+  }
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) {
+    int row = warp + i * WARPS;
+    if (row >= GROUP + writes) continue;
     u16 turned[DIM / 32];
-    turn.row(is_key ? k + token * k_row + head * DIM : q + token * q_row + (head * GROUP + row) * DIM, turned);
-    for (int i = 0; i < DIM / 32; ++i) {
-      int column = lane + 32 * i;
-      if (is_key) {
-        u16 value = v[token * v_row + head * DIM + column];
-        entry[column] = turned[i];
-        entry[kv_which + column] = value;
-        reinterpret_cast<u16*>(s.own.keys[0])[column] = turned[i];
-        reinterpret_cast<u16*>(s.own.values[0])[column] = value;
-      } else {
-        s.queries[row][column] = turned[i];
+    turns[i].turn(turned);
+    for (int c = 0; c < DIM / 32; ++c) {
+      int column = Turn::column(c);
+      if (row < GROUP) {
+        s.queries[row][column] = turned[c];
+        continue;
       }
+      entry[column] = turned[c];
+      entry[kv_which + column] = value[c];
+      reinterpret_cast<u16*>(s.own.keys[0])[column] = turned[c];
+      reinterpret_cast<u16*>(s.own.values[0])[column] = value[c];
     }
   }
   __syncthreads();

@@ -58,7 +58,7 @@ class Variant:
         """Bytes of `attend.cu`'s Shared."""
         tile = 2 * KEYS * 2 * self.dim
         ring = self.warps * max(self.stages * tile, 4 * self.group * self.dim)
-        turned = 8 * 2 * (self.dim + 32) + 2 * 4 * self.half
+        turned = 8 * 2 * (self.dim + 32) + 2 * 4 * self.half + 2 * 4 * (self.dim if self.normed else 1)
         merged = 4 * self.group * (2 * self.warps + 2 * max(self.splits, 1) + self.dim) + 4
         return ring + tile + turned + merged
 

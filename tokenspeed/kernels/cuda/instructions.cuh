@@ -66,6 +66,10 @@ __device__ inline u32 held_constant(u32 value) {
   return r;
 }
 
+// The highest and the lowest value that a thread of the warp has.
+__device__ inline u32 most_of_warp(u32 v) { return __reduce_max_sync(~0u, v); }
+__device__ inline u32 least_of_warp(u32 v) { return __reduce_min_sync(~0u, v); }
+
 // Lets the next kernel of a chain start (programmatic dependent launch).
 __device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 // Until the kernel in front has ended and what it wrote is seen.
@@ -111,6 +115,25 @@ __device__ inline void wait_barrier(u32 barrier, u32 parity) {
       "{ .reg .pred done;\n"
       "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
       "@!done bra again; }" ::"r"(barrier), "r"(parity) : "memory");
+}
+// A barrier of all programs of a cluster, in two halves: what was written before the first is seen after the second.
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Into the shared memory of a program of the cluster, where it lies as `here` does.
+__device__ inline void store_remote(const void* here, int rank, float v) {
+  asm volatile(
+      "{ .reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.shared::cluster.f32 [there], %2; }" ::"r"(shared_address(here)), "r"(rank), "f"(v) : "memory");
+}
+// The same, counted by that program's barrier.
+__device__ inline void send_float(u32 to, int rank, float v, u32 barrier) {
+  asm volatile(
+      "{ .reg .b32 there, counted;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mapa.shared::cluster.u32 counted, %3, %1;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %2, [counted]; }" ::"r"(to), "r"(rank), "f"(v),
+      "r"(barrier) : "memory");
 }
 // A barrier of the first so many threads of a program.
 template <int Threads>

@@ -11,9 +11,10 @@ from tokenspeed.kernels.cuda.attend import MOST_TOKENS, attend, fits
 from tokenspeed.kernels.cuda.experts import MOST_TOKENS as MOST_EXPERT_TOKENS
 from tokenspeed.kernels.cuda.experts import stream_experts
 from tokenspeed.kernels.cuda.program import compiler_found, divide_alike
+from tokenspeed.kernels.cuda.router import route_rows
 from tokenspeed.kernels.cuda.stream import MOST_ROWS, stream, stream_rows
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
-from tokenspeed.kernels.triton import dense
+from tokenspeed.kernels.triton import dense, router
 from tokenspeed.kernels.triton.attention_registration import (
     MOST_DECODE_TOKENS,
     Inputs,
@@ -24,24 +25,28 @@ from tokenspeed.kernels.triton.attention_registration import (
     run_rope_write,
 )
 from tokenspeed.kernels.triton.expert_operands import Experts
-from tokenspeed.kernels.triton.expert_registration import run_chosen, takes_experts
+from tokenspeed.kernels.triton.expert_registration import ROUTERS, run_chosen, run_router, takes_experts, takes_router
 from tokenspeed.kernels.triton.experts import run_experts
 from tokenspeed.kernels.triton.linear import project
 from tokenspeed.kernels.triton.operands import Matrix, Prologue
 from tokenspeed.kernels.triton.paged import Heads, PagedLayer, heads_of, paged_layer
+from tokenspeed.kernels.triton.route import Noise
 from tokenspeed.kernels.triton.view import PagedView, Reach, RecordView
-from tokenspeed.ops.definitions import Operands
+from tokenspeed.ops.definitions import Attrs, Operands
 
 PRIORITY = 20
 
 
 def register(registry: Registry) -> None:
-    """Add the projections of few rows of bf16, and the attention of decoding tokens and of prompts."""
+    """Add the projections of few rows of bf16, routers, and the attention of decoding tokens and of prompts."""
     if usable():
         divide_alike()
     run = partial(dense.run_projection, project=stream_or_project)
     for op in ("linear", *dense.FUSED):
         registry.add(Implementation(f"cuda.{op}", op, "cuda", run, _takes, PRIORITY))
+    for op in ROUTERS:
+        run_rows = partial(run_router, rows=route_by_either)
+        registry.add(Implementation(f"cuda.{op}", op, "cuda", run_rows, _takes_router, PRIORITY))
     for op in ("rope_attention", "qk_norm_rope_attention"):
         registry.add(Implementation("cuda.attend", op, "cuda", run_attend, _takes_attend, PRIORITY))
     chosen = partial(run_chosen, run=stream_or_run)
@@ -61,6 +66,21 @@ def stream_or_run(x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor, give
     """By the streaming kernels where their tiles fit, else as `triton.experts.run_experts`."""
     streamed = stream_experts(x, ids, shares, given)
     return run_experts(x, ids, shares, given) if streamed is None else streamed
+
+
+def route_by_either(
+    x: torch.Tensor,
+    prologue: Prologue,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    correction: torch.Tensor | None,
+    attrs: Attrs,
+    slots: torch.Tensor,
+    noise: Noise | None = None,
+) -> router.Routed:
+    """By `router.cu` where its registers hold the weights, else as `triton.router.route_rows`."""
+    given = (x, prologue, weight, bias, correction, attrs, slots, noise)
+    return (route_rows(*given) if usable() else None) or router.route_rows(*given)
 
 
 def run_attend(view: PagedView, record: RecordView, inputs: Inputs, weights: Inputs) -> Tensors:
@@ -111,6 +131,10 @@ def _takes(operands: Operands, situation: Situation) -> bool:
 def _takes_experts(operands: Operands, situation: Situation) -> bool:
     few = situation.tokens <= MOST_EXPERT_TOKENS and not situation.batch_invariant
     return few and takes_experts(operands, situation) and _on_device(situation)
+
+
+def _takes_router(operands: Operands, situation: Situation) -> bool:
+    return takes_router(operands, situation) and _on_device(situation)
 
 
 def _on_device(situation: Situation) -> bool:

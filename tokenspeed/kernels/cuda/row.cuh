@@ -20,6 +20,10 @@ constexpr float E2M1_FACTOR = 4.611686018427387904e18f;  // 2^62
 
 __device__ inline float widen(u32 bits) { return __uint_as_float(bits << 16); }
 __device__ inline float rounded(float v) { return widen(narrow(v)); }
+// Of two columns of bf16 each.
+__device__ inline float dot(u32 a, u32 b) {
+  return widen(a & 0xffff) * widen(b & 0xffff) + __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u);
+}
 // Of four integers of which 128 was added to each: the upper bytes, and the lower ones as signed.
 __device__ inline void split(const u32* words, u32& lower, u32& upper) {
   u32 first = bytes_of(words[0], words[1], 0x5140), second = bytes_of(words[2], words[3], 0x5140);
@@ -203,14 +207,25 @@ __device__ float prepare_row(u16* to, float* scales, float (*partial)[Threads / 
   return scale;
 }
 
-// Prepared rows, `stride` elements apart, into rows of `pitch`, turned as Row::store does.
-template <int Columns, int Threads>
+// Prepared rows, `stride` elements apart, into rows of `pitch`, turned as Row::store does. Up to sixteen pieces of a thread are
+// under way at a time: each waits for the second-level cache as long as all of them do.
+template <int Most, int Columns, int Threads>
 __device__ void load_rows(u16* to, int pitch, const u16* from, long long stride, int rows) {
-#pragma unroll 4
-  for (int i = threadIdx.x; i < rows * (Columns / 8); i += Threads) {
-    int row = i / (Columns / 8), at = i % (Columns / 8) * 8;
-    uint4 pairs = *reinterpret_cast<const uint4*>(from + row * stride + at);
-    *reinterpret_cast<uint4*>(to + row * pitch + at) = make_uint4(pairs.x, pairs.z, pairs.y, pairs.w);
+  constexpr int PIECES = Columns / 8, MINE = (Most * PIECES + Threads - 1) / Threads, AT_ONCE = MINE < 16 ? MINE : 16;
+#pragma unroll
+  for (int first = 0; first < MINE; first += AT_ONCE) {
+    uint4 pairs[AT_ONCE];
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j) {
+      int i = (first + j) * Threads + threadIdx.x, row = i / PIECES;
+      if (row < rows) pairs[j] = *reinterpret_cast<const uint4*>(from + row * stride + i % PIECES * 8);
+    }
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j) {
+      int i = (first + j) * Threads + threadIdx.x, row = i / PIECES;
+      uint4 turned = make_uint4(pairs[j].x, pairs[j].z, pairs[j].y, pairs[j].w);
+      if (row < rows) *reinterpret_cast<uint4*>(to + row * pitch + i % PIECES * 8) = turned;
+    }
   }
   sync_first<Threads>();
 }

@@ -53,6 +53,10 @@ NARROW_WARPS, NARROW_STEPS = (8, 7, 9, 10, 6, 5, 4), (4, 8, 2, 6, 5, 3, 7, 1)
 """Of a program with narrow weights, and of a warp in a stage, the better first (a layer of 8B in int4: 8 warps 41.3 us,
 16 41.6, 4 44.6; 4 and 8 steps 41.3, 2 steps 44.3)."""
 LEAST_STAGES = 3
+LONG_ROW = 8192
+"""Columns from which on two programs share those of several rows. us a layer, by one (or Triton where x does not fit)
+and by two: 1B at 4 and 8 rows 36.0 and 35.2, 39.5 and 36.6, 8B at 2 and 4 rows 101.6 and 101.4, 105.7 and 104.5. By
+four or eight a projection takes a fifth longer: too few of such clusters find room side by side."""
 
 
 class Way(NamedTuple):
@@ -86,6 +90,7 @@ class Variant:
     branch_norm: int
     bias: int
     half_scales: int = 0
+    cluster: int = 1
 
     @property
     def narrow(self) -> bool:
@@ -104,14 +109,14 @@ class Variant:
     @property
     def shared(self) -> int:
         """Bytes of the source's Shared."""
-        x = 2 * self.rows * (self.k + (ROW_GAP if self.rows > 1 else 0))
+        x = 2 * self.rows * (self.k // self.cluster + (ROW_GAP if self.rows > 1 else 0))
         floats = 3 * self.warps
         if self.narrow:
             planes = _PLANES[self.format]
             x = planes * (self.k + PLANE_GAP) if planes else x
             floats += (self.k * BITS[self.format] // 8 // STEP if planes else 2) + 1
         else:
-            floats += 2 * UNIT * self.rows * self.warps
+            floats += UNIT * self.rows * (2 * self.warps + self.cluster) + 2
         return x + -(-4 * floats // 8) * 8 + self.stages * self.stage
 
     @property
@@ -121,6 +126,11 @@ class Variant:
             return self.warps * (UNIT * self.segment + 64 + 8)
         scales = self.segment // STEP * UNIT * _SCALES[self.format]
         return UNIT * self.segment + 64 + scales + 16 + 4 * self.warps * UNIT
+
+    def holding(self, units: int) -> Variant:
+        """The same with no more stages than so many units fill: what a program leaves free the next kernel's have."""
+        segments = self.k * BITS[self.format] // 8 // (self.segment * self.cluster * (1 if self.narrow else self.warps))
+        return replace(self, stages=min(self.stages, units * segments))
 
     def defines(self) -> dict[str, int]:
         """For the compiler."""
@@ -146,23 +156,25 @@ def variant(
         1 << (rows - 1).bit_length(),
         MOST_COLUMNS["bare" if prologue is None else "branch" if branch else "norm"],
     )
-    for warps, segment, least in _splits(format, columns * BITS[format] // 8, rows):
-        found = Variant(
-            padded, columns, format, warps, segment, 0, ACTS[act], prologue is not None, branch, branch_norm, bias
-        )  # fmt: skip
-        stages = (WAYS[format].shared - found.shared) // found.stage
-        if stages >= least and columns <= min(warps, 8) * most // 8:
-            return replace(found, stages=stages, half_scales=int(half_scales))
+    for cluster in (2, 1) if rows > 1 and columns >= LONG_ROW else (1,):
+        for warps, segment, least in _splits(format, columns * BITS[format] // 8 // cluster, rows, cluster):
+            found = Variant(
+                padded, columns, format, warps, segment, 0, ACTS[act], prologue is not None, branch, branch_norm, bias,
+                int(half_scales), cluster,
+            )  # fmt: skip
+            stages = (WAYS[format].shared - found.shared) // found.stage
+            if stages >= least and columns <= min(warps, 8) * most // 8:
+                return replace(found, stages=stages)
     return None
 
 
-def _splits(format: int, row_bytes: int, rows: int) -> Iterator[tuple[int, int, int]]:
+def _splits(format: int, row_bytes: int, rows: int, cluster: int) -> Iterator[tuple[int, int, int]]:
     """Warps, segments and the fewest stages to try, the better first: those that divide a row."""
     if BITS[format] == 16:
         warps = 16 if row_bytes <= SHORT_ROW else 8
         segments = SEGMENTS if rows == 1 else (SEVERAL_SEGMENT,)
         tried = [(warps, each, LEAST_STAGES - (each == segments[-1])) for each in segments]
-        if rows == 1 and row_bytes > SHORT_ROW:
+        if row_bytes > SHORT_ROW and (rows == 1 or cluster > 1):
             tried += [(odd, each, LEAST_STAGES - (each == segments[-1])) for each in segments for odd in ODD_WARPS]
         yield from (each for each in tried if row_bytes % (each[0] * each[1]) == 0)
     else:
@@ -174,7 +186,7 @@ def _splits(format: int, row_bytes: int, rows: int) -> Iterator[tuple[int, int, 
 def kernel(found: Variant, device: int) -> Kernel:
     """Compiled and loaded."""
     cubin = compiled(found.source, found.defines(), architecture(device))
-    return Kernel(cubin, "stream", found.threads, found.shared)
+    return Kernel(cubin, "stream", found.threads, found.shared, found.cluster)
 
 
 def stream(
@@ -203,15 +215,16 @@ def _stream(
     found = variant(x.shape[1], FORMATS.get(type(weight), 0), act, prologue, bias is not None, x.shape[0], half)
     branch = prologue.branch if prologue else None
     branch_norm = prologue.branch_norm if prologue else None
-    if found is None or not _streams(weight, act) or not _aligned(x, branch, matrix):
+    if found is None or not _streams(weight, act) or not aligned(x, branch, matrix):
         return None
     n = matrix.shape[0] if act == "none" else matrix.shape[0] // 2
     y = torch.empty(x.shape[0], n, dtype=torch.bfloat16, device=x.device)
     joined = None if branch is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     device = device_index(x.device)
     units = -(-n // (UNIT if act == "none" else UNIT // 2))
-    kernel(found, device).launch(
-        (min(units, WAYS[found.format].programs * processors(device)), 1, 1),
+    together = min(units, WAYS[found.format].programs * processors(device) // found.cluster)
+    kernel(found.holding(-(-units // together)), device).launch(
+        (together * found.cluster, 1, 1),
         [
             pointer(x),
             pointer(branch),
@@ -248,7 +261,7 @@ def _is_taken(weight: Int4Weight) -> bool:
     return weight.zero is None and weight.per_run == 1 and weight.scale.itemsize == 2
 
 
-def _aligned(*matrices: torch.Tensor | None) -> bool:
+def aligned(*matrices: torch.Tensor | None) -> bool:
     """Whether all rows begin at multiples of 16 bytes, as copies and vector loads want."""
     given = [matrix for matrix in matrices if matrix is not None]
     apart = [each for matrix in given for each in (matrix.data_ptr(), matrix.stride(0) * matrix.element_size())]

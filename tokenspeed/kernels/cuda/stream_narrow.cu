@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + 32, 2) stream(
     if (elected()) {
       for (int i = 0; i < STAGES; ++i) {
         barrier_init(&s.full[i], SCALE ? 33 : 1);
-        barrier_init(&s.done[i], WARPS);
+        barrier_init(&s.done[i], WARPS * UNIT);
       }
       barriers_ready();
     }
@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + 32, 2) stream(
         }
         if (segment == SEGMENTS - 1) products.store(s.sums[at][warp], group, part);
         __syncwarp();
-        if (lane == 0) arrive(shared_address(&s.done[at]));
+        if (part == 0) arrive(shared_address(&s.done[at]));  // each that writes sums
         if (++at == STAGES) {
           at = 0;
           parity ^= 1;

@@ -14,7 +14,7 @@ from tokenspeed.kernels.triton.expert_tiles import ProductTile, packed_tile_of, 
 from tokenspeed.kernels.triton.experts import run_experts
 from tokenspeed.kernels.triton.operands import Matrix, matrix_parts, scale_block_of
 from tokenspeed.kernels.triton.route import MOST_EXPERTS, Noise, route
-from tokenspeed.kernels.triton.router import FEW_TOKENS, MOST_COLUMNS, route_rows
+from tokenspeed.kernels.triton.router import FEW_TOKENS, MOST_COLUMNS, Routed, route_rows
 from tokenspeed.kernels.triton.view import PagedView, RecordView
 from tokenspeed.ops.definitions import Operands
 from tokenspeed.quantization.fp8 import FORMAT as FP8_FORMAT
@@ -26,6 +26,8 @@ ROUTERS = tuple(f"{op}_route" for op in ("norm", *JOINS))
 SAME_ROWS = 64
 """Choices of a block where a row must have the same bits in every batch."""
 Outputs = tuple[torch.Tensor, ...]
+RouteRows = Callable[..., Routed]
+"""As `router.route_rows`."""
 Takes = Callable[[Operands, Situation], bool]
 
 
@@ -34,10 +36,6 @@ def register(registry: Registry, *, fp8: bool = True) -> None:
 
     def takes(operands: Operands, situation: Situation) -> bool:
         return takes_experts(operands, situation, fp8)
-
-    def takes_router(operands: Operands, situation: Situation) -> bool:
-        few = situation.tokens <= FEW_TOKENS and not situation.batch_invariant
-        return few and _takes_router(operands, situation)
 
     def takes_apart(operands: Operands, situation: Situation) -> bool:
         return situation.batch_invariant and takes(operands, situation)
@@ -65,9 +63,15 @@ def run_route(
     return route(inputs[0], _tensor(weights[0]) if weights else None, record.attrs, view.slots)
 
 
-def run_router(view: PagedView, record: Node, inputs: Sequence[torch.Tensor], weights: Sequence[Matrix]) -> Outputs:
+def run_router(
+    view: PagedView,
+    record: Node,
+    inputs: Sequence[torch.Tensor],
+    weights: Sequence[Matrix],
+    rows: RouteRows = route_rows,
+) -> Outputs:
     """norm_route and its like, of a few tokens: the joined and the normed row, ids and weights."""
-    return router_outputs(view, record, inputs, weights, None)
+    return router_outputs(view, record, inputs, weights, None, rows)
 
 
 def router_outputs(
@@ -76,6 +80,7 @@ def router_outputs(
     inputs: Sequence[torch.Tensor],
     weights: Sequence[Matrix],
     noise: Noise | None,
+    rows: RouteRows = route_rows,
 ) -> Outputs:
     """The same, by noise where there is any."""
     values, named = dict(zip(record.inputs, inputs, strict=True)), dict(zip(record.weights, weights, strict=True))
@@ -86,7 +91,7 @@ def router_outputs(
     assert prologue is not None
     matrix, *bias = (_tensor(named[name]) for name in linear.weights)
     correction = _tensor(named[choice.weights[0]]) if choice.weights else None
-    found = route_rows(x, prologue, matrix, bias[0] if bias else None, correction, choice.attrs, view.slots, noise)
+    found = rows(x, prologue, matrix, bias[0] if bias else None, correction, choice.attrs, view.slots, noise)
     made = dict(zip(choice.outputs, (found.ids, found.shares), strict=True)) | {norm.outputs[0]: found.normed}
     return outputs_of(record, parts, made, found.joined)
 
@@ -128,11 +133,13 @@ def _experts(weight: Matrix | Mxfp4Experts) -> ExpertMatrix:
     return weight
 
 
-def _takes_router(operands: Operands, situation: Situation) -> bool:
+def takes_router(operands: Operands, situation: Situation) -> bool:
+    """Whether a router with its norm is one kernel: of a few tokens and plain weights."""
     stored = zip(operands.weights, operands.weight_shapes, strict=True)
     name, (experts, hidden) = next((name, shape) for name, shape in stored if len(shape) > 1)
     plain = FP8_FORMAT not in situation.formats.get(name, ())
-    return plain and hidden <= MOST_COLUMNS and _fits(experts, situation)
+    few = situation.tokens <= FEW_TOKENS and not situation.batch_invariant
+    return few and plain and hidden <= MOST_COLUMNS and _fits(experts, situation)
 
 
 def _takes_route(operands: Operands, situation: Situation) -> bool:

@@ -247,7 +247,7 @@ class GpuExecutor:
     def _upload(self, changes: Changes, rows: Sequence[LaunchedRow]) -> int:
         """Tell what changed and the rows; what finds no place in a header goes ahead of it. The step's number."""
         for new in changes.new:
-            ids = self._link.staged(torch.tensor(new.token_ids, dtype=torch.int32))
+            ids = self._link.staged(torch.from_numpy(np.array(new.token_ids, np.int32)))
             self.state.lengths.pool[new.slot, : len(ids)].copy_(ids, non_blocking=True)
         entries = [self.state.table_entries(*table) for table in changes.tables]
         entries += [self.state.sequence_entries(new) for new in changes.new]

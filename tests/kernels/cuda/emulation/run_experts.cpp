@@ -4,5 +4,5 @@
 
 extern "C" void run(int grid, const u16* x, const int* ids, const float* shares, const u8* weight, const float* scale, u16* y,
                     long long x_stride, int tokens) {
-  launch(grid, THREADS, THREADS, SHARED, [=] { experts(x, ids, shares, weight, scale, y, x_stride, tokens); });
+  launch(grid, THREADS, THREADS, SHARED, 1, [=] { experts(x, ids, shares, weight, scale, y, x_stride, tokens); });
 }
