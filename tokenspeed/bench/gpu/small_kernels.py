@@ -16,6 +16,7 @@ from tokenspeed.bench.gpu.sample import around as step_around
 from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.contracts.step import SamplingRow
 from tokenspeed.kernels.cuda.attend import attend
+from tokenspeed.kernels.cuda.experts import stream_experts
 from tokenspeed.kernels.cuda.prefill import prefill
 from tokenspeed.kernels.cuda.registration import hopper
 from tokenspeed.kernels.cuda.stream import LONG_ROW, stream, stream_rows
@@ -159,6 +160,17 @@ def attends(device: str) -> Results:
     return _taken([*found, prefill(queries, step.layer(0), items, CUDA_HEADS)])
 
 
+def streamed_experts(device: str) -> Results:
+    """The CUDA kernels of experts: one token, five that share experts, one of them padding, of bf16 and of e4m3."""
+    number, hidden, ff = 6, 512, 128
+    gate_up, down = _values(device, number, 2 * ff, hidden), _values(device, number, hidden, ff)
+    x, shares = _values(device, 5, hidden), torch.rand(5, 2, device=device)
+    ids = torch.arange(10, dtype=torch.int32, device=device).view(5, 2) % number
+    ids[4] = -1
+    several = [Experts(gate_up, down, "silu"), Experts(quantize_fp8(gate_up), quantize_fp8(down), "gelu_tanh")]
+    return _taken([stream_experts(x[:n], ids[:n], shares[:n], each) for each in several for n in (1, 5)])
+
+
 def _taken(results: Sequence[T | None]) -> list[T]:
     found = [each for each in results if each is not None]
     if len(found) < len(results):
@@ -229,7 +241,11 @@ GROUPS: dict[str, Callable[[str], Results]] = {
 }
 
 
-CUDA_GROUPS: dict[str, Callable[[str], Results]] = {"stream": streams, "attend": attends}
+CUDA_GROUPS: dict[str, Callable[[str], Results]] = {
+    "stream": streams,
+    "attend": attends,
+    "streamed_experts": streamed_experts,
+}
 """The same where CUDA kernels can be used."""
 
 

@@ -145,6 +145,11 @@ __device__ inline u64 read_once_policy() {
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+__device__ inline u64 usual_policy() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
 // Whether this thread is the one of its warp that the hardware picks.
 __device__ inline bool elected() {
   u32 r;

@@ -206,6 +206,7 @@ void sync_first() {
   own->first->arrive_and_wait();
 }
 inline u64 read_once_policy() { return 0; }
+inline u64 usual_policy() { return 0; }
 inline void copy_bulk(u32 to, const u8* from, int bytes, u32 barrier, u64) {
   if (reinterpret_cast<u64>(from) % 16 || bytes % 16) refuse("a bulk copy is out of line");
   std::memcpy(at_address(to, 16), from, bytes);
