@@ -64,7 +64,17 @@ def write_task(folder: Path) -> None:
 @contextmanager
 def served(model: str, log: Path) -> Iterator[str]:
     """The address of a server of the model, once it is ready. Raises ConfigError where it ends before."""
-    command = [sys.executable, "-m", "tokenspeed.cli.main", "serve", model, "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "tokenspeed.cli.main",
+        "serve",
+        model,
+        "--port",
+        "0",
+        "--served-model-name",
+        "tokenspeed",
+    ]
     with log.open("w") as out:
         process = subprocess.Popen(command, stderr=out)
     try:
