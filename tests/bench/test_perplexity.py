@@ -16,31 +16,7 @@ from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.engine.llm import LLM
 
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "a",
-    "to",
-    "in",
-    "it",
-    "is",
-    "was",
-    "that",
-    "he",
-    "for",
-    "on",
-    "are",
-    "with",
-    "as",
-    "his",
-    "they",
-    "be",
-    "at",
-    "one",
-    "have",
-    "this",
-]
+WORDS = ("the", "of", "and", "a", "to", "in", "it", "is", "was", "that", "he", "for", "on", "are", "with", "as")
 
 
 @pytest.fixture(scope="module")
