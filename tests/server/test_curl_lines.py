@@ -42,6 +42,7 @@ CHECKS: dict[str, Callable[[str], object]] = {
     "/v1/embeddings": of_json(lambda body: [len(each["embedding"]) for each in body["data"]] == [128, 128]),
     "/tokenize": of_json(lambda body: body["count"] == len(body["tokens"]) == len(body["token_strs"]) > 0),
     "/detokenize": of_json(lambda body: body["prompt"]),
+    "/tokenizer_info": of_json(lambda body: (body["bos_token"], body["eos_token"]) == ("<bos>", "<eos>")),
     "/health": of_json(lambda body: body["status"] == "ok"),
     "/metrics": lambda text: "tokenspeed:generation_tokens_total" in text,
     "/openapi.json": of_json(lambda body: "/v1/completions" in body["paths"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Protocol
 
@@ -27,9 +28,12 @@ REFERENCES = ("ref",)
 class Records(Protocol):
     """dtype: of activations as the kernels round them. formats: of weights as they read them."""
 
-    model: LoadedModel
-    dtype: torch.dtype
-    formats: Mapping[str, tuple[str, ...]]
+    @property
+    def model(self) -> LoadedModel: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def formats(self) -> Mapping[str, tuple[str, ...]]: ...
 
     @property
     def by(self) -> str: ...
@@ -159,27 +163,27 @@ class GpuRecords:
             for group, table in enumerate(row.slot.tables):
                 tables[group, row.number, : len(table)] = torch.tensor(table)
         own = step.view()
-        ints = {"dtype": torch.int32, "device": device}
+        ints = partial(torch.tensor, dtype=torch.int32, device=device)
         slots = [row.number for row in fed for _ in range(row.count)] + [-1] * (bucket - step.tokens)
         starts = np.cumsum([0, *(row.count for row in fed)]).tolist()
         mixed = any(row.count > 1 for row in fed)
         inputs = SimpleNamespace(
-            tokens=torch.zeros(bucket, **ints),
-            row_slots=torch.tensor([row.number for row in fed], **ints),
-            row_starts=torch.tensor(starts[:-1], **ints),
-            row_counts=torch.tensor([row.count for row in fed], **ints),
-            row_firsts=torch.tensor([row.start for row in fed], **ints),
+            tokens=ints([0] * bucket),
+            row_slots=ints([row.number for row in fed]),
+            row_starts=ints(starts[:-1]),
+            row_counts=ints([row.count for row in fed]),
+            row_firsts=ints([row.start for row in fed]),
         )
         inputs.tokens[: step.tokens] = own.tokens
         decodes = mixed and any(row.count == 1 for row in fed)
-        items, decode_rows = self._kernels.items(inputs, torch.tensor([len(fed)], **ints), step.arena, mixed, decodes)
-        positions = torch.zeros(bucket, **ints)
+        items, decode_rows = self._kernels.items(inputs, ints([len(fed)]), step.arena, mixed, decodes)
+        positions = ints([0] * bucket)
         positions[: step.tokens] = own.positions
         return GpuView(
             tokens=inputs.tokens,
             positions=positions,
-            slots=torch.tensor(slots, **ints),
-            rows=torch.tensor([end - 1 for end in starts[1:]], **ints),
+            slots=ints(slots),
+            rows=ints([end - 1 for end in starts[1:]]),
             block_tables=tables.to(device),
             kv=step.arena.kv,
             places=shape.layout.places,

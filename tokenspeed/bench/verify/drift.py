@@ -131,7 +131,7 @@ def yardstick_shape(shape: PageShape, dtype: torch.dtype) -> PageShape:
 
 
 def layer_rows(exact: Walked, plain: Walked, fast: Walked, by: str, times: float, routed: bool) -> list[Row]:
-    """A row per layer. times: one of TIMES. routed: half of the tokens count, as others may have chosen other experts at a tie."""
+    """A row per layer. times: one of TIMES. routed: half of the tokens count, as at a tie others choose otherwise."""
     rows = []
     for layer, wanted in exact.layers.items():
         if layer in fast.layers:

@@ -55,8 +55,8 @@ def prompts_for(llm: LLM, rng: random.Random, text: bool) -> list[list[int]]:
 
 def ask(llm: LLM, prompts: Sequence[list[int]], told: bool) -> list[Told]:
     """Greedy tokens behind the prompts; told: with log-probabilities of both, which takes other ways of the engine."""
-    extra = {"logprobs": TOP, "prompt_logprobs": TOP} if told else {}
-    params = SamplingParams(temperature=0.0, max_tokens=DRAWN, ignore_eos=True, **extra)
+    top = TOP if told else None
+    params = SamplingParams(temperature=0.0, max_tokens=DRAWN, ignore_eos=True, logprobs=top, prompt_logprobs=top)
     outputs = llm.generate(prompt_token_ids=list(prompts), sampling_params=params, use_tqdm=False)
     return [_told(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
 
