@@ -1,4 +1,4 @@
-"""`tokenspeed verify` on a CPU: it passes on a small model, and says so where a kernel, a weight or an answer is wrong."""
+"""`tokenspeed verify` on a CPU: it passes on a small model, and names a kernel, a weight or an answer that is wrong."""
 
 from __future__ import annotations
 
@@ -128,9 +128,11 @@ def test_a_table_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_figures() -> None:
-    assert Figure("", 1.0, 1.0).ok and not Figure("", 1.01, 1.0).ok
+    assert Figure("", 1.0, 1.0).ok
+    assert not Figure("", 1.01, 1.0).ok
     bad = Row("part", "name", "by", "where", (Figure("a", float("nan"), 1.0), Figure("b", float("inf"), 1.0)))
-    assert not bad.ok and [f["measured"] for f in bad.as_json()["figures"]] == [None, None]
+    assert not bad.ok
+    assert [f["measured"] for f in bad.as_json()["figures"]] == [None, None]
     exact = torch.tensor([[3.0, 4.0], [30.0, -40.0]])
     rms, largest = errors(exact + torch.tensor([[0.0, 0.5], [0.0, 0.0]]), exact)
     assert rms == pytest.approx((0.02 / 4) ** 0.5)

@@ -1,21 +1,21 @@
-"""`tokenspeed bench`: measuring the host's share of a step, and a server under load."""
+"""`tokenspeed bench`: measuring the host, a server under load, engines against each other, and texts."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from tokenspeed.cli import bench_serve
+from tokenspeed.cli import bench_compare, bench_perplexity, bench_serve
 
 
 def add_parser(commands: Any) -> None:
     """Register the subcommand and its own subcommands."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
-        help="measure the host overhead, or a server under load",
+        help="measure the host overhead, a server under load, engines against each other, or a text's perplexity",
         description="Measure. `bench COMMAND --help` says more.",
     )
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND", help="host or serve")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND", help="what to measure")
     host: argparse.ArgumentParser = kinds.add_parser(
         "host",
         help="measure the host's share of a step",
@@ -26,6 +26,8 @@ def add_parser(commands: Any) -> None:
     )
     host.set_defaults(run=run_host)
     bench_serve.add_parser(kinds)
+    bench_compare.add_parser(kinds)
+    bench_perplexity.add_parser(kinds)
 
 
 def run_host(options: argparse.Namespace) -> None:

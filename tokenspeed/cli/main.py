@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status: 0, 1 for an error or a check that failed, 2 for wrong usage, 130 when
+    """Run a command line; returns the exit status: 0, 1 for an error or a failed check, 2 for wrong usage, 130 when
     interrupted."""
     options = parser().parse_args(arguments)
     try:

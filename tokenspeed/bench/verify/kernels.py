@@ -39,6 +39,7 @@ class Allowed(NamedTuple):
     largest: float
 
 
+UNSEEN = Allowed(0, 0)
 BOUNDS = {
     torch.bfloat16: Allowed(0.008, 0.05),
     torch.float16: Allowed(0.001, 0.01),
@@ -66,7 +67,7 @@ class Found:
     where: str = ""
     rms: float = 0.0
     largest: float = 0.0
-    allowed: Allowed = Allowed(0, 0)
+    allowed: Allowed = UNSEEN
 
     def take(self, where: str, rms: float, largest: float, allowed: Allowed) -> None:
         """Keep what is nearest to its bound, or beyond."""

@@ -72,7 +72,7 @@ class Step:
 def random_step(
     name: str, rows: Sequence[tuple[int, int]], shape: PageShape, device: torch.device, vocab: int, rng: random.Random
 ) -> Step:
-    """Rows of (tokens before, tokens fed) of random tokens; pages in random order, entries beyond a row's end poisoned."""
+    """Rows of (tokens before, tokens fed) of random tokens; pages in random order, poisoned beyond a row's end."""
     lengths = [before + fed for before, fed in rows]
     tokens = [[rng.randrange(vocab) for _ in range(length)] for length in lengths]
     return step_of(name, tokens, [before for before, _ in rows], shape, device, rng)
