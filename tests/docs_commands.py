@@ -71,7 +71,11 @@ RULES = (
     Rule(r"python -m tools\.\w+", "elsewhere", "tests/house/test_site.py"),
     Rule(r"python -m build .*", "elsewhere", "tests/house/test_release.py"),
     Rule(r"python -m tokenspeed\.bench\.(?:host|simulate|table)", "run"),
-    Rule(r"python -m tokenspeed\.bench\.(?:cpu|cpu_hf|serving_overhead|server_peer|soak)\b.*", "not", LONG),
+    Rule(
+        r"python -m tokenspeed\.bench\.(?:client_error|cpu|cpu_hf|guidellm|serving_overhead|server_peer|soak)\b.*",
+        "not",
+        LONG,
+    ),
     Rule(r"(?:PYTHONPATH=\. )?python3? -m tokenspeed\.bench(?: |\.gpu).*", "not", GPU),
     Rule(r"(?:cmake|build/native/plain/native_kernels) .*", "elsewhere", "tests/kernels/native_build.py"),
 )
