@@ -24,7 +24,10 @@ def main() -> None:
     assert tokenspeed.__version__ in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     llm = tokenspeed.LLM("gemma-3-270m", load_format="dummy", max_model_len=64, seed=0)
     params = tokenspeed.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    tokens = [llm.generate(prompt_token_ids=[PROMPT], sampling_params=params)[0].outputs[0].token_ids for _ in range(2)]
+    tokens = [
+        llm.generate(prompt_token_ids=[PROMPT], sampling_params=params, use_tqdm=False)[0].outputs[0].token_ids
+        for _ in range(2)
+    ]
     assert len(tokens[0]) == 8
     assert tokens[0] == tokens[1], tokens
     print(f"tokenspeed {tokenspeed.__version__} works: {platform.machine()}, Python {platform.python_version()}")

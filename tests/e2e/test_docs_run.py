@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 SHOWN = list({each.text: each for each in shown()}.values())
 ADDRESS = "localhost:8000"
 PLACEHOLDERS = ("path/to/model.gguf", "path/to/model", "MODEL", "DIR")
-"""The demo model stands for each."""
+"""The demo model stands for each, and a page for FILE."""
 SMALLER = {
     "--concurrency": "2",
     "--group-size": "2",
@@ -92,7 +92,7 @@ def run(copy: Path, demo_path: Path) -> Callable[[str], str]:
 def _filled(text: str, demo_path: Path) -> str:
     for name in PLACEHOLDERS:
         text = re.sub(rf"(?<![\w/-]){re.escape(name)}\b", str(demo_path), text)
-    return text
+    return re.sub(r"\bFILE\b", "docs/serving.md", text)
 
 
 @pytest.fixture(scope="module")

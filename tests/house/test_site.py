@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tools import licences_page, recipes_page
-from tools.site_lists import on_page_markdown
+from tools.site_hook import on_page_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -64,9 +64,10 @@ def test_a_broken_link_fails_the_build(tmp_path: Path) -> None:
         ("a\n\n- b\n", "a\n\n- b\n"),
         ("```\na\n- b\n```\nc\n- d\n", "```\na\n- b\n```\nc\n\n- d\n"),
         ("a -\n-b\n", "a -\n-b\n"),
+        ("see [a b](../c/d.md#e) and [f](g.md)\n", "see a b (`c/d.md`) and [f](g.md)\n"),
     ],
 )
-def test_lists_after_text_get_an_empty_line(text: str, made: str) -> None:
+def test_what_the_site_writes_otherwise(text: str, made: str) -> None:
     assert on_page_markdown(text) == made
 
 

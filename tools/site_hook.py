@@ -1,15 +1,19 @@
-"""A hook of mkdocs: lists may follow a paragraph without an empty line, as on GitHub."""
+"""A hook of mkdocs, for what works where the repository is looked at and not on the site: lists right after a line of
+text, and links to files outside docs."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([^)#]+)(?:#[^)]*)?\)")
 ITEM = re.compile(r"(?:[-*]|\d+\.) ")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """The page's text, with an empty line before each list that begins right after a line of text."""
+    """The page's text, with an empty line before each list that begins right after a line of text, and the path in
+    the repository in place of a link out of docs."""
+    markdown = OUTSIDE.sub(r"\1 (`\2`)", markdown)
     lines: list[str] = []
     fenced, listed = False, False
     for line in markdown.split("\n"):
