@@ -68,6 +68,7 @@ RULES = (
     Rule(r"pip install '\.\[gpu\]'", "not", GPU),
     Rule(r"pip install .*", "elsewhere", "tests/e2e/test_newcomer.py"),
     Rule(r"docker .*", "not", "needs docker's daemon and a registry of images"),
+    Rule(r"(?:lm_eval|python -m tools\.lm_eval_check) .*", "not", "needs lm-evaluation-harness in a place of its own"),
     Rule(r"python -m tools\.\w+", "elsewhere", "tests/house/test_site.py"),
     Rule(r"python -m build .*", "elsewhere", "tests/house/test_release.py"),
     Rule(r"python -m tokenspeed\.bench\.(?:host|simulate|table)", "run"),
