@@ -27,7 +27,7 @@ ID_PATTERN = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z0-9][a-z0-9_-]*)+")
 
 TIMES = ("s", "ms", "us", "ns")
 RATES = ("tok/s", "req/s", "events/s", "GB/s", "TB/s", "GFLOP/s", "TFLOP/s")
-AMOUNTS = ("B", "MB", "GB", "MiB", "GiB", "tokens", "count", "x", "%", "nats")
+AMOUNTS = ("B", "MB", "GB", "MiB", "GiB", "tokens", "count", "x", "%", "nats", "ppl")
 UNITS = frozenset(TIMES + RATES + AMOUNTS)
 """x is a plain ratio, % a hundredth of one, nats a difference of natural logarithms."""
 
