@@ -12,7 +12,7 @@ INSTALL_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard token
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15
 CROSS_PACKAGES := g++-aarch64-linux-gnu qemu-user
 
-.PHONY: demo test test-full curl cross-tools bench-cpu lint format clean
+.PHONY: demo docs test test-full curl cross-tools bench-cpu lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -43,9 +43,12 @@ bench-cpu: $(VENV)/.installed-demo
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/size_report.py
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix
@@ -67,5 +70,5 @@ $(VENV)/.installed-demo: $(INSTALL_INPUTS) | $(BIN)/python
 
 $(VENV)/.installed-dev: $(INSTALL_INPUTS) | $(BIN)/python
 	@echo "installing into $(VENV), about a minute"
-	$(PIP) install --constraint constraints.txt --editable '.[demo,dev]'
+	$(PIP) install --constraint constraints.txt --editable '.[demo,dev,docs]'
 	@touch $@

@@ -21,11 +21,13 @@ default. What is not known, of the wrong type or out of bounds is refused with t
 A YAML mapping of flags without their dashes in front, with `-` or `_` within; for `serve` all flags of this page, for
 `generate` and `chat` those under "engine":
 
-    model: org/name
-    served-model-name: [large, default]   # a list where several values may be given; one stands for a list of it
-    max_num_seqs: 32
-    enable-prefix-caching: false          # flags that are on or off take true and false
-    cors-origin: "*"
+```yaml
+model: org/name
+served-model-name: [large, default]   # a list where several values may be given; one stands for a list of it
+max_num_seqs: 32
+enable-prefix-caching: false          # flags that are on or off take true and false
+cors-origin: "*"
+```
 
 `MODEL` and all flags on the command line come before the file, lists as a whole. A key that is unknown or there twice,
 a file that is no mapping, cannot be read or is longer than 1 MiB is an error that names file and line. Text that looks

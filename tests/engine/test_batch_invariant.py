@@ -12,7 +12,7 @@ import pytest
 
 from tests.parity_tools import CASES, make_gguf
 from tests.seeds import SEED
-from tokenspeed.bench.gpu.invariance import Asked, different, make_requests, run, run_after_hit, run_alone, run_mixed
+from tokenspeed.bench.verify.invariance import Asked, different, make_requests, run, run_after_hit, run_alone, run_mixed
 from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.engine import core
 from tokenspeed.engine.llm import LLM

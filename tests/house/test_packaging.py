@@ -83,16 +83,16 @@ def test_the_package_imports_only_what_it_declares():
 
 
 def test_the_tests_import_only_what_is_declared():
-    declared = names(PROJECT["dependencies"] + EXTRAS["demo"] + EXTRAS["dev"])
+    declared = names(PROJECT["dependencies"] + EXTRAS["demo"] + EXTRAS["dev"] + EXTRAS["docs"])
     assert undeclared(sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "tools").rglob("*.py")), declared) == []
 
 
 def test_everything_that_make_installs_is_pinned():
-    wanted = names(PROJECT["dependencies"] + EXTRAS["demo"] + EXTRAS["dev"])
+    wanted = names(PROJECT["dependencies"] + EXTRAS["demo"] + EXTRAS["dev"] + EXTRAS["docs"])
     assert [name for name in sorted(closure(wanted)) if name not in PINNED and not CHOSEN_BY_TORCH.match(name)] == []
 
 
-@pytest.mark.parametrize("extra", ["", "demo", "dev"])
+@pytest.mark.parametrize("extra", ["", "demo", "dev", "docs"])
 def test_pins_lie_within_the_declared_ranges(extra):
     for text in EXTRAS[extra] if extra else PROJECT["dependencies"]:
         requirement = Requirement(text)

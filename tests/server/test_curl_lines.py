@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.docs_commands import shown
 from tests.server.server_process import GUARD_S, ServerProcess
 from tokenspeed.config.demo import DEMO_NAME
 
-ROOT = Path(__file__).parents[2]
-FILES = ("README.md", "docs/serving.md")
 ADDRESS = "localhost:8000"
 
 
-def curl_lines(text: str) -> list[str]:
-    """Commands in indented or fenced blocks; a backslash at the end of a line joins the next."""
-    joined = re.sub(r"\\\n\s*", " ", text)
-    return [line.strip() for line in joined.splitlines() if re.match(r"\s*(\$ )?curl ", line)]
-
-
-LINES = [line for name in FILES for line in curl_lines((ROOT / name).read_text())]
+LINES = list(dict.fromkeys(each.text for each in shown() if each.text.startswith("curl ")))
 
 
 def events(text: str) -> list[Any]:
@@ -51,6 +42,7 @@ CHECKS: dict[str, Callable[[str], object]] = {
     "/v1/embeddings": of_json(lambda body: [len(each["embedding"]) for each in body["data"]] == [128, 128]),
     "/tokenize": of_json(lambda body: body["count"] == len(body["tokens"]) == len(body["token_strs"]) > 0),
     "/detokenize": of_json(lambda body: body["prompt"]),
+    "/tokenizer_info": of_json(lambda body: (body["bos_token"], body["eos_token"]) == ("<bos>", "<eos>")),
     "/health": of_json(lambda body: body["status"] == "ok"),
     "/metrics": lambda text: "tokenspeed:generation_tokens_total" in text,
     "/openapi.json": of_json(lambda body: "/v1/completions" in body["paths"]),
@@ -69,14 +61,9 @@ def test_each_kind_of_route_has_a_line() -> None:
     assert {path_of(shlex.split(line)) for line in LINES} == set(CHECKS)
 
 
-def test_lines_are_found() -> None:
-    text = "a\n    curl x \\\n      -d 1\n```\n$ curl y\n```\nuse curl z\n"
-    assert curl_lines(text) == ["curl x  -d 1", "$ curl y"]
-
-
 @pytest.mark.parametrize("line", LINES)
 def test_line(demo_server: ServerProcess, line: str) -> None:
-    program, *words = shlex.split(line.removeprefix("$ "))
+    program, *words = shlex.split(line)
     asked = [word.replace(ADDRESS, demo_server.url.removeprefix("http://"), 1) for word in words]
     flags = ["--silent", "--show-error", "--noproxy", "*", "--max-time", str(GUARD_S), "--write-out", "\n%{http_code}"]
     done = subprocess.run([program, *flags, *asked], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""tools/grafana/tokenspeed.json asks for names and labels that /metrics really gives, and shows all of them."""
+"""The dashboard asks for what /metrics really gives, and shows all of it; so does docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.conftest import Served
 
-DASHBOARD = json.loads((Path(__file__).parents[2] / "tools" / "grafana" / "tokenspeed.json").read_text())
+ROOT = Path(__file__).parents[2]
+DASHBOARD = json.loads((ROOT / "tools" / "grafana" / "tokenspeed.json").read_text())
 QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
 UNSHOWN = {"request_inference_time_seconds", "request_prompt_tokens", "request_generation_tokens"}
 """Families without a panel."""
@@ -58,3 +59,11 @@ def test_panels_do_not_overlap() -> None:
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in DASHBOARD["panels"]]
     assert len(set(places)) == len(places)
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(places)
+
+
+def test_the_page_has_a_row_for_every_family_and_no_other(served: Served) -> None:
+    text = served.client.get("/metrics").text
+    kinds = dict(re.findall(r"^# TYPE tokenspeed:(\w+) (\w+)$", text, re.MULTILINE))
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
+    assert dict(rows) == kinds
+    assert len(rows) == len(kinds)

@@ -32,6 +32,12 @@ def test_the_shape(served: Served) -> None:
     assert post(served, "/detokenize", model="fake", tokens=[*b"ab", EOS]) == {"prompt": "ab<eos>"}
 
 
+def test_the_tokenizer_tells_of_itself(served: Served) -> None:
+    response = served.client.get("/tokenizer_info")
+    assert response.status_code == 200
+    assert set(response.json()) == {"bos_token", "eos_token", "pad_token", "unk_token", "chat_template"}
+
+
 @pytest.mark.parametrize("length", [0, 1, 37, LONG])
 @pytest.mark.parametrize("seed", [SEED, SEED + 1])
 def test_there_and_back(served: Served, length: int, seed: int) -> None:

@@ -52,7 +52,22 @@ def _parser() -> argparse.ArgumentParser:
     sanitize.add_argument("--tool", nargs="+", default=["memcheck", "racecheck"], metavar="TOOL")
     sanitize.add_argument("--out", type=Path, metavar="FILE", help="of records to add to")
     sanitize.set_defaults(run=_sanitize)
+    _add_verify(commands)
     return parser
+
+
+def _add_verify(commands: Any) -> None:
+    """`tokenspeed verify` from an unbuilt tree."""
+    text = "the numbers of a model: kernels, drift, log-probabilities, batch invariance"
+    verify = commands.add_parser("verify", help=text, description=text)
+    verify.add_argument("model", nargs="?", help="a shipped config, with random weights, or a model's files")
+    verify.add_argument("--quantization", metavar="KIND", help="fp8, int8, int4 or mxfp4 (default: as they come)")
+    verify.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto")
+    verify.add_argument("--dtype", default="auto", metavar="TYPE", help="compute type (default: auto)")
+    verify.add_argument("--kv-cache-dtype", default="auto", metavar="TYPE", help="of the KV cache (default: auto)")
+    verify.add_argument("--json", type=Path, metavar="FILE", help="also write the table to this file")
+    verify.add_argument("--data-seed", type=int, metavar="N", help="of the random rows and prompts")
+    verify.set_defaults(run=_verify)
 
 
 def _add_models(commands: Any) -> None:
@@ -225,6 +240,17 @@ def _reference(options: argparse.Namespace) -> int:
 def _kernels(options: argparse.Namespace) -> int:
     run: Callable[[Sequence[str]], int] = importlib.import_module(f"tokenspeed.bench.gpu.{options.table}").main
     return run(options.rest)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from tokenspeed.bench.verify.run import run_verify
+    from tokenspeed.models.registry import shipped_configs
+
+    names = ("model", "quantization", "device", "dtype", "kv_cache_dtype")
+    settings = {name: getattr(options, name) for name in names}
+    if options.model in shipped_configs() and not Path(options.model).exists():
+        settings["load_format"] = "dummy"
+    return run_verify(settings, options.data_seed, options.json)
 
 
 def _sanitize(options: argparse.Namespace) -> int:

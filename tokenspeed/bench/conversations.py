@@ -78,6 +78,44 @@ class IdDialogue:
         return None if grown == sent else f"prompt_tokens grew by {grown} in a turn that added {sent} ids"
 
 
+class ScriptDialogue:
+    """A conversation whose answers are written beforehand: every server reads the same, whatever it answered itself.
+
+    Token ids for completions, messages of words for chats. An answer is as long as the most that is asked for.
+    """
+
+    def __init__(self, work: Workload) -> None:
+        self._work = work
+        self._ids: list[int] = []
+        self._messages: list[dict[str, str]] = []
+        self._answered = 0
+        self._generator = random.Random()
+
+    def ask(self, generator: random.Random, length: int) -> dict[str, Any]:
+        """The next request, with `length` pieces more."""
+        self._generator = generator
+        return self._add(generator, "user", length)
+
+    def hear(self, answer: Answer) -> None:
+        """Go on with the written answer, not with this one."""
+        self._answered = self._work.output_len.high
+        self._add(self._generator, "assistant", self._answered)
+
+    def missing(self, grown: int, added: int) -> str | None:
+        """What is wrong where the server's count of the prompt has grown so much, and `added` pieces came."""
+        sent = self._answered + added
+        if self._work.api == "chat":
+            return _too_few_words(grown, sent)
+        return None if grown == sent else f"prompt_tokens grew by {grown} in a turn that added {sent} ids"
+
+    def _add(self, generator: random.Random, role: str, length: int) -> dict[str, Any]:
+        if self._work.api == "chat":
+            self._messages.append({"role": role, "content": " ".join(words(generator, length))})
+            return {"messages": self._messages}
+        self._ids += self._work.ids(generator, length)
+        return {"prompt": self._ids}
+
+
 def _too_few_words(grown: int, added: int) -> str | None:
     # What was answered may come to fewer tokens than it was made of, and its last one may merge with a neighbour.
     if 2 * grown >= added:
@@ -85,7 +123,7 @@ def _too_few_words(grown: int, added: int) -> str | None:
     return f"prompt_tokens grew by {grown} in a turn that added {added} words: not all of the conversation was read"
 
 
-Dialogue = ChatDialogue | TextDialogue | IdDialogue
+Dialogue = ChatDialogue | TextDialogue | IdDialogue | ScriptDialogue
 
 
 @dataclass(frozen=True)
@@ -93,7 +131,7 @@ class Conversations:
     """`count` conversations, `concurrency` of them under way. work: its input_len is that of a first turn.
 
     turn_len: what each later turn adds to the conversation. think_s: seconds between an answer and the next turn.
-    token_ids: send the ids that the server gave instead of text.
+    token_ids: send the ids that the server gave instead of text. scripted: go on with answers written beforehand.
     """
 
     work: Workload
@@ -103,6 +141,7 @@ class Conversations:
     turn_len: Lengths
     think_s: float = 0.0
     token_ids: bool = False
+    scripted: bool = False
 
     def __post_init__(self) -> None:
         if self.concurrency < 1:
@@ -151,6 +190,8 @@ class Conversations:
             before = result
 
     def _dialogue(self) -> Dialogue:
+        if self.scripted:
+            return ScriptDialogue(self.work)
         if self.work.api == "chat":
             return ChatDialogue()
         return IdDialogue(self.work) if self.token_ids else TextDialogue()

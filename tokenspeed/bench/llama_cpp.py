@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import shutil
 import sys
@@ -11,8 +13,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import FileLock
 
 from tokenspeed.bench.launch import Done, run_program
 from tokenspeed.config.paths import user_cache
@@ -106,7 +106,8 @@ def build(version: str = VERSION, targets: Sequence[str] = TARGETS) -> Path:
     """
     programs = user_cache() / "peers" / f"llama-cpp-{version}" / "bin"
     programs.mkdir(parents=True, exist_ok=True)
-    with FileLock(programs.parent / "build.lock"):
+    with (programs.parent / "build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         missing = [target for target in targets if not (programs / target).is_file()]
         if missing:
             _build(version, missing, programs)
@@ -122,7 +123,7 @@ def _build(version: str, missing: Sequence[str], programs: Path) -> None:
         settings += ["LLAMA_CURL=OFF", "LLAMA_OPENSSL=OFF", "CMAKE_BUILD_TYPE=Release"]
         build_folder = Path(scratch) / "build"
         run_program(["cmake", "-S", source, "-B", build_folder, *(f"-D{setting}" for setting in settings)])
-        run_program(["cmake", "--build", build_folder, "--parallel", "--target", *missing])
+        run_program(["cmake", "--build", build_folder, "--parallel", str(os.cpu_count() or 1), "--target", *missing])
         for target in missing:
             shutil.move(build_folder / "bin" / target, programs / target)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -50,13 +51,18 @@ class _Event(msgspec.Struct):
 
 
 _event = msgspec.json.Decoder(_Event)
+_WORD = re.compile(r"\S\s")
 
 
 @dataclass
 class Answer:
-    """What the server answered: the pieces of its text, without reasoning, and its ids where events hold some."""
+    """What the server answered: the pieces of its text, without reasoning, and its ids where events hold some.
+
+    times: when each piece came, by perf_counter.
+    """
 
     pieces: list[str] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
 
     @property
@@ -64,11 +70,21 @@ class Answer:
         """All of it."""
         return "".join(self.pieces)
 
-    def add(self, choice: _Choice) -> None:
-        """Append what an event holds."""
+    def first_word(self) -> float | None:
+        """When its first word was whole: something that is not blank, and behind it a blank or the end."""
+        text = ""
+        for piece, time in zip(self.pieces, self.times, strict=True):
+            text += piece
+            if _WORD.search(text):
+                return time
+        return self.times[-1] if text.strip() else None
+
+    def add(self, choice: _Choice, now: float) -> None:
+        """Append what an event holds, which came `now`."""
         piece = choice.text if choice.delta is None else choice.delta.content
         if piece:
             self.pieces.append(piece)
+            self.times.append(now)
         if choice.token_ids:
             self.token_ids += choice.token_ids
 
@@ -136,7 +152,7 @@ class Measured:
         if event.usage is not None:
             self._count(event.usage)
         if self.answer is not None and event.choices:
-            self.answer.add(event.choices[0])
+            self.answer.add(event.choices[0], now)
         if any(event.choices):
             if self.first is None:
                 self.first = now

@@ -27,7 +27,7 @@ ID_PATTERN = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z0-9][a-z0-9_-]*)+")
 
 TIMES = ("s", "ms", "us", "ns")
 RATES = ("tok/s", "req/s", "events/s", "GB/s", "TB/s", "GFLOP/s", "TFLOP/s")
-AMOUNTS = ("B", "MB", "GB", "MiB", "GiB", "tokens", "count", "x", "%", "nats")
+AMOUNTS = ("B", "MB", "GB", "MiB", "GiB", "tokens", "count", "x", "%", "nats", "ppl")
 UNITS = frozenset(TIMES + RATES + AMOUNTS)
 """x is a plain ratio, % a hundredth of one, nats a difference of natural logarithms."""
 
@@ -82,7 +82,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fi
     limit. share: floor over value for times, value over floor for rates.
     weight_share: bytes that the file format requires over time; bus_share: bytes really read over time; both as parts
     of `ceiling_gb_s`, the bandwidth measured in the same run. Shares are parts of one, not per cent.
-    samples: every figure by name, in run order.
+    samples: every figure by name, in run order. settings: what the id does not say of the work, by name.
     """
 
     id: str
@@ -105,6 +105,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fi
     machine: Machine
     date: datetime.date
     samples: dict[str, list[float]] = {}
+    settings: dict[str, str | float] = {}
 
     def __post_init__(self) -> None:
         _require(ID_PATTERN.fullmatch(self.id) is not None, self.id, "id must look like cpu.decode128.t1")

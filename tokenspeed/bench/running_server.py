@@ -43,8 +43,8 @@ def our_command(port: int, model: Path | str, *flags: str) -> list[str]:
 
 
 @contextmanager
-def serving(command: Sequence[str | Path], port: int) -> Iterator[RunningServer]:
-    """Start a server, wait until /health at `port` is a 200, and end it with SIGTERM.
+def serving(command: Sequence[str | Path], port: int, ready_s: float = READY_S) -> Iterator[RunningServer]:
+    """Start a server, wait at most `ready_s` until /health at `port` is a 200, and end it with SIGTERM.
 
     Raises ConfigError with the end of its log where it cannot be started, or ends before its time.
     """
@@ -54,7 +54,7 @@ def serving(command: Sequence[str | Path], port: int) -> Iterator[RunningServer]
         except OSError as error:
             raise ConfigError(f"{command[0]} cannot be run: {error.strerror}") from None
         try:
-            _wait_until_ready(process, f"http://127.0.0.1:{port}", log)
+            _wait_until_ready(process, f"http://127.0.0.1:{port}", log, ready_s)
             yield RunningServer(f"http://127.0.0.1:{port}", process.pid)
             if process.poll() is not None:
                 raise ConfigError(f"{command[0]} has ended with status {process.returncode}: {_end_of(log)}")
@@ -62,13 +62,13 @@ def serving(command: Sequence[str | Path], port: int) -> Iterator[RunningServer]
             _end(process)
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[bytes]) -> None:
-    end = time.monotonic() + READY_S
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[bytes], ready_s: float) -> None:
+    end = time.monotonic() + ready_s
     while not _is_ready(url):
         if process.poll() is not None:
             raise ConfigError(f"the server ended with status {process.returncode}: {_end_of(log)}")
         if time.monotonic() > end:
-            raise ConfigError(f"the server was not ready within {READY_S:g} s: {_end_of(log)}")
+            raise ConfigError(f"the server was not ready within {ready_s:g} s: {_end_of(log)}")
         time.sleep(0.1)
 
 

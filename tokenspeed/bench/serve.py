@@ -12,7 +12,7 @@ from time import perf_counter
 import msgspec
 
 from tokenspeed.bench.arrivals import Load
-from tokenspeed.bench.measured import Measured
+from tokenspeed.bench.measured import Answer, Measured
 from tokenspeed.bench.sse_client import Client, RequestFailed
 from tokenspeed.contracts.errors import ConfigError
 
@@ -58,11 +58,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Sender:
-    """Sends bodies to a route. timeout: seconds for one request. Nothing is raised for one that fails: it says so."""
+    """Sends bodies to a route. timeout: seconds for one request. Nothing is raised for one that fails: it says so.
+
+    keep_answers: keep what was answered, and when.
+    """
 
     client: Client
     path: str
     timeout: float = 600.0
+    keep_answers: bool = False
 
     def request(self, body: bytes) -> bytes:
         """The bytes to send."""
@@ -70,6 +74,8 @@ class Sender:
 
     async def send(self, request: bytes, result: Measured) -> None:
         """Send what `request` made, and measure it."""
+        if self.keep_answers and result.answer is None:
+            result.answer = Answer()
         result.sent = perf_counter()
         try:
             async with asyncio.timeout(self.timeout):

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from tokenspeed import __version__
-from tokenspeed.cli import bench, chat, doctor, generate, plan, run_batch, serve, sol
+from tokenspeed.cli import bench, chat, doctor, generate, plan, run_batch, serve, sol, verify
 from tokenspeed.contracts.errors import TokenSpeedError
 
-COMMANDS = (generate, chat, serve, run_batch, bench, plan, sol, doctor)
+COMMANDS = (generate, chat, serve, run_batch, bench, plan, sol, verify, doctor)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -37,12 +37,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
+    """Run a command line; returns the exit status: 0, 1 for an error or a failed check, 2 for wrong usage, 130 when
+    interrupted."""
     options = parser().parse_args(arguments)
     try:
-        options.run(options)
+        status = options.run(options)
         sys.stdout.flush()  # A reader that is gone must show here, not at exit.
-        return 0
+        return int(status or 0)
     except TokenSpeedError as error:
         print(f"tokenspeed: error: {error}", file=sys.stderr)
         return 1

@@ -8,7 +8,7 @@ import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from typing import Any
 
@@ -89,7 +89,8 @@ class LLM:
         EngineAsleepError; LogitsProcessorError once all others are done, whose results it holds.
         """
         listed = _prompt_list(prompts, prompt_token_ids)
-        return self._finish(self._submit(listed, self._params_list(sampling_params, len(listed))), use_tqdm)
+        with _heap_spared():
+            return self._finish(self._submit(listed, self._params_list(sampling_params, len(listed))), use_tqdm)
 
     def embed(
         self,
@@ -182,11 +183,12 @@ class LLM:
         self.core.close()
 
     def _pool(self, prompts: Sequence[Prompt], pooling: Pooling, use_tqdm: bool) -> list[RequestOutput]:
-        return self._finish(self._submit(prompts, [pooling] * len(prompts)), use_tqdm)
+        with _heap_spared():
+            return self._finish(self._submit(prompts, [pooling] * len(prompts)), use_tqdm)
 
     def _finish(self, builders: list[OutputBuilder], use_tqdm: bool) -> list[RequestOutput]:
         outputs = [builder.output for builder in builders]
-        with self._abort_unfinished(builders), _heap_spared(), _progress_bar(len(outputs), use_tqdm) as bar:
+        with self._abort_unfinished(builders), _progress_bar(len(outputs), use_tqdm) as bar:
             while (done := sum(output.finished for output in outputs)) < len(outputs):
                 bar.update(done - bar.n)
                 self._step()
@@ -367,7 +369,18 @@ def _heap_spared() -> Iterator[None]:
         gc.unfreeze()
 
 
+class _NoBar:
+    """In place of a progress bar."""
+
+    n = 0
+
+    def update(self, done: int) -> None:
+        pass
+
+
 def _progress_bar(total: int, shown: bool) -> Any:
+    if not shown:
+        return nullcontext(_NoBar())  # tqdm is not needed then
     from tqdm import tqdm
 
-    return tqdm(total=total, desc="generating", unit="req", disable=not shown, dynamic_ncols=True)
+    return tqdm(total=total, desc="generating", unit="req", dynamic_ncols=True)

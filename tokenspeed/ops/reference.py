@@ -1,7 +1,7 @@
 """The torch reference of every plain op: short, obvious, right. Fast kernels are tested against these.
 
 A reference is called as fn(view, inputs, weights, attrs) and returns a tuple of tensors. Activations have the compute
-dtype [tokens, columns]; norm weights are float32; reductions run in float32.
+dtype [tokens, columns]; norm weights are float32; reductions run in float32, of float64 in float64.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from tokenspeed.ops.kv import decode, encode
 from tokenspeed.ops.rope import Rope
 
 Tensors = tuple[torch.Tensor, ...]
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """In the type that reductions run in."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 @dataclass
@@ -72,9 +77,9 @@ def embed(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torc
 def norm(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
     """x / sqrt(mean(x^2) + eps) * w (arXiv:1910.07467), per row or per head."""
     x, width = inputs[0], attrs["per_head"] or inputs[0].shape[-1]
-    wide = x.reshape(*x.shape[:-1], -1, width).float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + attrs["eps"]) * weights[0]
-    return (wide.to(x.dtype).reshape(x.shape),)
+    rows = wide(x.reshape(*x.shape[:-1], -1, width))
+    rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + attrs["eps"]) * weights[0]
+    return (rows.to(x.dtype).reshape(x.shape),)
 
 
 def linear(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
@@ -107,7 +112,7 @@ def kv_write(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[t
     scale: KvScale = attrs.get("kv_scale", UNSCALED)
     for which, (x, inverse) in enumerate(zip(inputs, (scale.key_inverse, scale.value_inverse), strict=True)):
         heads = x.reshape(x.shape[0], attrs["kv_heads"], attrs["head_dim"])
-        entries = encode(heads if inverse == 1 else heads.float() * inverse, layer.dtype)
+        entries = encode(heads if inverse == 1 else wide(heads) * inverse, layer.dtype)
         layer.view(torch.uint8)[pages, which, offsets] = entries.view(torch.uint8)
     return (layer,)
 
@@ -125,7 +130,7 @@ def attention(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[
         q = query[start:end].reshape(end - start, attrs["heads"], attrs["head_dim"])
         attended = _attend(q, layer, view.block_tables[i][group], context, attrs, weights[0] if weights else None)
         out[start:end] = attended.reshape(end - start, -1)
-    return (out if scale.value == 1 else (out.float() * scale.value).to(out.dtype),)
+    return (out if scale.value == 1 else (wide(out) * scale.value).to(out.dtype),)
 
 
 def _attend(
@@ -160,16 +165,16 @@ def _attend_by_hand(
 ) -> torch.Tensor:
     """q [tokens, heads, dim], keys and values [kv_heads, context, dim], mask [tokens, context], sinks [heads]; in
     float32."""
-    grouped = q.transpose(0, 1).unflatten(0, (attrs["kv_heads"], -1)).float()
-    scores = grouped @ keys.float().transpose(1, 2)[:, None] * attrs["scale"]
+    grouped = wide(q.transpose(0, 1).unflatten(0, (attrs["kv_heads"], -1)))
+    scores = grouped @ wide(keys).transpose(1, 2)[:, None] * attrs["scale"]
     if attrs["softcap"]:
         scores = attrs["softcap"] * torch.tanh(scores / attrs["softcap"])
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     if sinks is not None:
-        column = sinks.float().view(attrs["kv_heads"], -1, 1, 1).expand(*scores.shape[:-1], 1)
+        column = sinks.to(scores.dtype).view(attrs["kv_heads"], -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat((scores, column), -1)
-    out = scores.softmax(-1)[..., : keys.shape[1]] @ values.float()[:, None]
+    out = scores.softmax(-1)[..., : keys.shape[1]] @ wide(values)[:, None]
     return out.flatten(0, 1).transpose(0, 1).to(q.dtype)
 
 
@@ -183,7 +188,7 @@ def act_mul(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[to
 
 def softcap(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
     """cap * tanh(x / cap), in float32."""
-    return ((attrs["cap"] * torch.tanh(inputs[0].float() / attrs["cap"])).to(inputs[0].dtype),)
+    return ((attrs["cap"] * torch.tanh(wide(inputs[0]) / attrs["cap"])).to(inputs[0].dtype),)
 
 
 def route(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], attrs: Attrs) -> Tensors:
@@ -193,17 +198,26 @@ def route(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[torc
     softmax among the chosen ones alone. A bias is added for choosing alone. Of more than one group of neighbours the
     `kept_groups` best take part; a group's score is that of its best expert, of sigmoids the sum of its two best.
     """
-    scores = _scores(inputs[0].float(), attrs["score"])
-    choice = scores + weights[0].float() if weights else scores
-    if attrs["groups"] > 1:
-        choice = _in_best_groups(choice, attrs)
+    choice = choices(inputs[0], weights, attrs)
     ids = choice.sort(dim=-1, descending=True, stable=True).indices[..., : attrs["k"]]
-    chosen = scores.gather(-1, ids)
+    return ids.int(), shares_of(inputs[0], ids, attrs)
+
+
+def choices(logits: torch.Tensor, weights: Sequence[torch.Tensor], attrs: Attrs) -> torch.Tensor:
+    """What experts are chosen by [T, E]: their scores with the bias, -inf in groups that take no part."""
+    scores = _scores(wide(logits), attrs["score"])
+    choice = scores + weights[0].float() if weights else scores
+    return _in_best_groups(choice, attrs) if attrs["groups"] > 1 else choice
+
+
+def shares_of(logits: torch.Tensor, ids: torch.Tensor, attrs: Attrs) -> torch.Tensor:
+    """The weights [T, k] of the experts `ids`, int64 [T, k]."""
+    chosen = _scores(wide(logits), attrs["score"]).gather(-1, ids)
     if attrs["score"] == "logits":
         chosen = chosen.softmax(-1)
     elif attrs["renormalize"]:
         chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
-    return ids.int(), chosen * attrs["scale"]
+    return chosen * attrs["scale"]
 
 
 def _scores(logits: torch.Tensor, score: str) -> torch.Tensor:
@@ -225,12 +239,12 @@ def experts(view: StepView, inputs: Sequence[torch.Tensor], weights: Sequence[to
     """Expert by expert over the rows that chose it; rows are added up in float32."""
     x, ids, shares = inputs
     gate_up, down, *biases = weights
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    out = torch.zeros(x.shape, dtype=wide(x[:0]).dtype, device=x.device)
     for expert in ids.unique().tolist():
         rows, places = (ids == expert).nonzero(as_tuple=True)
         first, second = (bias[expert].to(x.dtype) for bias in biases) if biases else (None, None)
         hidden = gated(F.linear(x[rows], gate_up[expert], first), attrs)
-        y = F.linear(hidden, down[expert], second).float()
+        y = wide(F.linear(hidden, down[expert], second))
         out.index_add_(0, rows, y * shares[rows, places, None])
     return (out.to(x.dtype),)
 

@@ -7,12 +7,13 @@ int8 or fp8.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tokenspeed.contracts.errors import ConfigError
@@ -35,6 +36,7 @@ from tokenspeed.runner.sampler import log_min_p, settle
 if TYPE_CHECKING:
     from tokenspeed.kernels.cpu import _walk
 
+Array = npt.NDArray[np.float32]
 BLOCK = 32
 """Columns of a block of packed weights."""
 _LOOK_BYTES, _CLOSE_BYTES = 304 / 16, 128
@@ -112,9 +114,11 @@ class CpuBackend:
         self._plan = self._make_plan()
         self._values = self._add_values()
         self._timed = [step for step in self._plan.steps if step.record.op not in _IN_OTHERS]
-        for step in self._timed:
-            self._add(step.record)
+        self._ops = {id(step.record): self._op(step.record) for step in self._timed}
+        for op in self._ops.values():
+            self._native.add_op(op)
         self._arena: Arena | None = None
+        self._step: tuple[Any, ...] = ()
 
     @property
     def weight_bytes(self) -> dict[str, float]:
@@ -139,6 +143,18 @@ class CpuBackend:
         self._native.time_ops()
         return lambda: list(zip(self._timed, self._native.seconds, strict=True))
 
+    @property
+    def steps(self) -> tuple[Planned, ...]:
+        """The plan, which holds for any number of tokens."""
+        return self._plan.steps
+
+    def run_record(self, record: Record, inputs: Mapping[int, Array], outputs: Mapping[int, Array]) -> None:
+        """Run one record of the plan alone: for checks. Rows by value number, float32 [rows, columns], ids of experts
+        as their bits. What `outputs` hold at first is where the record writes, before it does. What a step sees is
+        that of the last `body`, whose arrays this object keeps."""
+        given = [(self._values[value], rows) for value, rows in (*inputs.items(), *outputs.items())]
+        self._native.run_alone(self._ops[id(record)], given, [(self._values[v], rows) for v, rows in outputs.items()])
+
     def bind(self, arena: Arena) -> None:
         """Use an arena's pages."""
         kv, layout = arena.kv, arena.shape.layout
@@ -156,7 +172,8 @@ class CpuBackend:
         self._arena = arena
 
     def body(self, fed: Sequence[FedRow]) -> None:
-        self._native.body(*_step(fed))
+        self._step = _step(fed)
+        self._native.body(*self._step)
 
     def decode(self, fed: Sequence[FedRow], asks: Sequence[SampledRow], most: int) -> list[list[int]]:
         if self._needs_cap(asks):
@@ -222,7 +239,7 @@ class CpuBackend:
                 handles[value] = self._native.add_value(buffer, start, width, stride)
         return handles
 
-    def _add(self, record: Record) -> None:
+    def _op(self, record: Record) -> Any:
         kinds = self._walk.Kind
         if record.op.endswith(("linear", "linear_act")):
             op = self._linear(record)
@@ -249,7 +266,7 @@ class CpuBackend:
                 )
             elif record.op == "act_mul":
                 op.act = _act(record)
-        self._native.add_op(op)
+        return op
 
     def _linear(self, record: Record) -> Any:
         """Any projection: what is fused before and after it are optional fields."""

@@ -22,7 +22,7 @@ from tokenspeed.server.openai.completions import complete
 from tokenspeed.server.openai.embeddings import embed
 from tokenspeed.server.openai.responses import Model, ModelList
 from tokenspeed.server.openai.scoring import rerank, score
-from tokenspeed.server.openai.tokenize import detokenize, tokenize
+from tokenspeed.server.openai.tokenize import detokenize, tokenize, tokenizer_info
 from tokenspeed.server.openapi import openapi
 from tokenspeed.server.reports import HealthReport, Version
 from tokenspeed.server.state import ServerState
@@ -100,6 +100,10 @@ def tokenizer_routes(state: ServerState) -> APIRouter:
     @router.post("/detokenize")
     async def ids_to_text(request: Request) -> Response:
         return await detokenize(state, await json_body(request, state.limits))
+
+    @router.get("/tokenizer_info")
+    async def about_tokenizer() -> Response:
+        return tokenizer_info(state)
 
     return router
 

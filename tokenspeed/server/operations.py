@@ -27,7 +27,7 @@ from tokenspeed.server.openai.responses import (
     Ranking,
     Scores,
 )
-from tokenspeed.server.openai.tokenize import Text, Tokens
+from tokenspeed.server.openai.tokenize import Text, TokenizerInfo, Tokens
 from tokenspeed.server.reports import HealthReport, Version
 
 BODY_ERRORS = {400, 408, 413}
@@ -81,6 +81,7 @@ OPERATIONS = (
     Operation("get", "/v1/models", "The names it is served under", ModelList, errors=(503,)),
     Operation("post", "/tokenize", "A prompt, or messages, to ids", Tokens, TOKENIZE, errors=_TEXT),
     Operation("post", "/detokenize", "Ids to text", Text, DETOKENIZE, errors=_TEXT),
+    Operation("get", "/tokenizer_info", "Special tokens and the chat template", TokenizerInfo, errors=_TEXT),
     Operation("get", "/health", "Whether requests are served", HealthReport, unwell=HealthReport),
     Operation("get", "/metrics", "Prometheus' text format", "text/plain"),
     Operation("get", "/version", "The version", Version),

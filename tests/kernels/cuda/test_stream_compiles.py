@@ -66,6 +66,9 @@ def check(found: Variant, compiled: tuple[str, str]) -> None:
     # One warp asks for narrow weights, by a thread that the hardware picks: no loop over threads.
     assert (ptx.count("elect.sync") > 0) == found.narrow
     assert ptx.count("cp.async.bulk.shared") % (UNIT if found.narrow else 1) == 0
+    # Programs of a cluster have set up the barrier that counts their sums before one waits.
+    assert ("st.async.shared::cluster" in ptx) == ("barrier.cluster" in ptx) == (found.cluster > 1)
+    assert found.cluster == 1 or ptx.index("mbarrier.init") < ptx.index("barrier.cluster.arrive") < wait
     # Codes become bytes or bf16 by a shift and a mask each: but for sums, nothing is converted.
     if found.format == MXFP4:
         assert "cvt.rn.f32" not in ptx.replace("cvt.rn.f32.bf16", "")
@@ -109,11 +112,14 @@ def test_scales_of_files() -> None:
     assert "cvt.f32.f16" not in compile_(plain.source, plain.defines(), "sm_90a")[1]
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(2, 14336), (3, 2048), (8, 4096)])
-def test_several_rows(rows: int, columns: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "columns", "cluster"),
+    [(2, 14336, 2), (3, 2048, 1), (8, 4096, 1), (2, 8192, 1), (8, 8192, 2), (3, 10240, 2)],
+)
+def test_several_rows(rows: int, columns: int, cluster: int) -> None:
     found = variant(columns, BF16, "silu", None, bias=True, rows=rows)
     assert found is not None
-    assert (found.rows, found.segment) == (1 << (rows - 1).bit_length(), 256)
+    assert (found.rows, found.segment, found.cluster) == (1 << (rows - 1).bit_length(), 256, cluster)
     assert found.shared <= SHARED
     check(found, compile_(found.source, found.defines(), "sm_90a"))
     assert variant(columns, E4M3, "silu", None, bias=True, rows=rows) is None
@@ -154,6 +160,24 @@ def test_two_programs_fit_a_processor(fmt: int) -> None:
         assert each.k * BITS[fmt] // 8 % (each.segment * (1 if each.narrow else each.warps)) == 0
         assert each.segment % (STEP * each.warps if each.narrow else 128) == 0
         assert each.stages >= 2
+
+
+def test_rings_hold_no_more_than_a_program_multiplies() -> None:
+    short = variant(4096, INT4, "none", None, False)
+    assert short is not None
+    assert short.stages > 3
+    one, many = short.holding(1), short.holding(99)
+    assert many == short
+    assert one.stages * one.segment * 2 == short.k
+    assert one.shared < short.shared
+    check(one, compile_(one.source, one.defines(), "sm_90a"))
+    shared = variant(8192, BF16, "none", None, False, rows=8)
+    assert shared is not None
+    assert (shared.stages, shared.holding(1)) == (2, shared)
+    long = variant(4096, E4M3, "none", None, False)
+    assert long is not None
+    # Two and three units of 32 KiB are few for a program, four more than it could hold; one comes before its wait.
+    assert [long.holding(units).stages for units in (1, 2, 3, 4)] == [2, 3, 3, long.stages]
 
 
 def test_what_no_tile_fits_is_left_to_the_twin() -> None:

@@ -129,7 +129,9 @@ def test_every_kind_of_one_row(
     one_row(kind, 76, columns, act, prologue, monkeypatch)
 
 
-@pytest.mark.parametrize(("rows", "stored", "columns", "act"), [(3, 36, 2048, "silu"), (8, 30, 4096, "none")])
+@pytest.mark.parametrize(
+    ("rows", "stored", "columns", "act"), [(3, 36, 2048, "silu"), (8, 30, 4096, "none"), (4, 52, 8192, "silu")]
+)
 def test_several_rows(
     rows: int, stored: int, columns: int, act: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +141,7 @@ def test_several_rows(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("act", ["none", "silu"])
-@pytest.mark.parametrize("columns", [2048, 4096])
+@pytest.mark.parametrize("columns", [2048, 4096, 8192])
 @pytest.mark.parametrize("rows", range(2, 9))
 def test_every_number_of_rows(rows: int, columns: int, act: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emulate(monkeypatch, folder)

@@ -17,7 +17,7 @@ import torch
 from tests.kernels.triton.gpu_fakes import FakeLink
 from tests.parity_tools import CASES, make_gguf
 from tests.seeds import SEED
-from tokenspeed.bench.gpu.invariance import different, make_requests, run, run_after_hit, run_alone, run_mixed
+from tokenspeed.bench.verify.invariance import different, make_requests, run, run_after_hit, run_alone, run_mixed
 from tokenspeed.contracts.errors import UnsupportedError
 from tokenspeed.contracts.sampling import SamplingParams
 from tokenspeed.contracts.step import Pooling

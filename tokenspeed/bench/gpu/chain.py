@@ -121,7 +121,9 @@ def _same(weight: Multiplied, act: str, kind: str, entering: int) -> bool:
     worst = float(((y.double() - product).abs() / (1 + product.abs())).max())
     # The last bit of a norm may move the row's largest value, and with it the rounding of all others to e4m3.
     bound = 0.06 if isinstance(weight, Fp8Weight) and prologue is not None and entering == 1 else 0.02
-    good = worst < bound and (joined is None or torch.equal(joined, total))
+    # The same bit may move a sum with a branch that was normed.
+    apart = 2**-7 if kind == "branch norm" else 0.0
+    good = worst < bound and (joined is None or torch.allclose(joined, total, rtol=apart, atol=apart))
     print(f"{'ok' if good else 'WRONG':6} {worst:.5f}  {entering} by [{rows}, {columns}] {act} {kind}", flush=True)
     return good
 

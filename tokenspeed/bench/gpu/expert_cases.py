@@ -43,6 +43,11 @@ class ExpertCase:
         """Of the norm of a row's error, by the row's own."""
         return TOLERANCE[self.dtype] if self.fmt in ("plain", "mxfp4") else max(FP8_TOLERANCE, TOLERANCE[self.dtype])
 
+    @property
+    def plain_tolerance(self) -> float:
+        """The same where x is not rounded to e4m3."""
+        return TOLERANCE[self.dtype]
+
     def random(self, g: torch.Generator) -> Experts:
         """Weights whose rows differ in size, on the generator's device."""
         up_bias, down_bias = (_normal(g, self.experts, n) for n in (2 * self.ff, self.hidden))
@@ -73,21 +78,26 @@ def _normal(g: torch.Generator, *size: int) -> torch.Tensor:
     return torch.randn(size, generator=g, device=g.device)
 
 
-def exact(x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor, given: Experts) -> torch.Tensor:
-    """[T, hidden] in float64, rounded to the dtype of x, and to e4m3, where the kernels round."""
+def exact(
+    x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor, given: Experts, rounds: bool = True
+) -> torch.Tensor:
+    """[T, hidden] in float64, rounded to the dtype of x, and to e4m3 if `rounds`, where the kernels round."""
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for expert in range(given.number):
         rows, places = (ids == expert).nonzero(as_tuple=True)
-        between = _product(x[rows], given.gate_up, given.gate_up_bias, expert)
-        y = _product(activated(between.to(x.dtype), given), given.down, given.down_bias, expert)
+        between = _product(x[rows], given.gate_up, given.gate_up_bias, expert, rounds)
+        y = _product(activated(between.to(x.dtype), given), given.down, given.down_bias, expert, rounds)
         out.index_add_(0, rows, y * shares[rows, places, None])
     return out
 
 
-def _product(x: torch.Tensor, weight: ExpertMatrix, bias: torch.Tensor | None, expert: int) -> torch.Tensor:
+def _product(
+    x: torch.Tensor, weight: ExpertMatrix, bias: torch.Tensor | None, expert: int, rounds: bool
+) -> torch.Tensor:
     if isinstance(weight, Fp8Weight):
         q, scale = quantize_rows(x)
         wide, matrix = q.double() * scale.double()[:, None], Fp8Weight(weight.q[expert], weight.scale[expert])
+        wide = wide if rounds else x.double()
         y = wide @ matrix.dequantized(torch.float64).T
     elif isinstance(weight, Mxfp4Experts):
         one = Mxfp4Experts(weight.q[expert, None], weight.scale[expert, None], weight.cols)

@@ -11,8 +11,7 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,8 @@ import torch
 from tokenspeed.bench.gpu.decode import measure
 from tokenspeed.bench.record import Record, surroundings, write
 from tokenspeed.bench.stats import paired
-from tokenspeed.contracts.sampling import SamplingParams
+from tokenspeed.bench.verify.invariance import Answer, Asked, check, make_requests, run_alone
 from tokenspeed.engine.llm import LLM
-from tokenspeed.engine.output import RequestOutput
 from tokenspeed.quantization.groups import GPU_MODES
 
 BUDGETS = (512, 64, 100, 2048)
@@ -34,112 +32,6 @@ MOST_ROWS = 64
 COST_CONTEXT = 1024
 CACHE_BYTES = 12 << 30
 COMMAND = "python -m tokenspeed.bench.gpu.invariance"
-KINDS: tuple[dict[str, Any], ...] = (
-    {"temperature": 0.0},
-    {"temperature": 1.0},
-    {"temperature": 0.7, "top_p": 0.95, "top_k": 50},
-    {"temperature": 1.2, "top_p": 0.9},
-    {"temperature": 0.8, "min_p": 0.02, "repetition_penalty": 1.2},
-)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request."""
-
-    prompt: list[int]
-    params: SamplingParams
-
-    def silent(self) -> Asked:
-        """The same without log-probabilities."""
-        return Asked(self.prompt, msgspec.structs.replace(self.params, logprobs=None))
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Token ids; per token (id, log-probability, rank) of it and of its alternatives, None where not asked for; and
-    how many prompt tokens came from the cache."""
-
-    token_ids: list[int]
-    logprobs: list[list[tuple[int, float, int]]] | None
-    num_cached: int
-
-    def same(self, other: Answer) -> bool:
-        """Whether all bits that both have are equal."""
-        told = self.logprobs is None or other.logprobs is None or self.logprobs == other.logprobs
-        return self.token_ids == other.token_ids and told
-
-
-def make_requests(count: int, vocab_size: int, longest: int, tokens: int, rng: random.Random) -> list[Asked]:
-    """Random prompts of 1 to `longest` tokens, seeds of their own, and kinds of sampling in turn."""
-    return [
-        Asked(
-            [rng.randrange(1, vocab_size) for _ in range(rng.randint(1, longest))],
-            SamplingParams(max_tokens=tokens, ignore_eos=True, logprobs=1, seed=number, **KINDS[number % len(KINDS)]),
-        )
-        for number in range(count)
-    ]
-
-
-def run(llm: LLM, asked: Sequence[Asked]) -> list[Answer]:
-    """Together, as a step's budget takes them."""
-    outputs = llm.generate(
-        prompt_token_ids=[one.prompt for one in asked], sampling_params=[one.params for one in asked], use_tqdm=False
-    )
-    return [_answer(output) for output in outputs]
-
-
-def run_alone(llm: LLM, asked: Sequence[Asked]) -> list[Answer]:
-    """One after another, each with an empty prefix cache."""
-    answers = []
-    for one in asked:
-        llm.core.cache.reset()
-        answers += run(llm, [one])
-    return answers
-
-
-def run_mixed(llm: LLM, asked: Sequence[Asked], most: int, rng: random.Random) -> Iterator[tuple[int, Answer]]:
-    """In mixes of 2 to `most` requests of which some are others, until each has been in one; with their numbers."""
-    left = list(range(len(asked)))
-    rng.shuffle(left)
-    longest, tokens = max(len(one.prompt) for one in asked), asked[0].params.max_tokens or 1
-    while left:
-        size = rng.randint(2, most)
-        mine, left = left[: max(1, size // 2)], left[max(1, size // 2) :]
-        others = make_requests(size - len(mine), llm.core.vocab_size, longest, tokens, rng)
-        order = [*((number, asked[number]) for number in mine), *((-1, _at_times_silent(one, rng)) for one in others)]
-        rng.shuffle(order)
-        llm.core.cache.reset()
-        answers = run(llm, [one for _, one in order])
-        yield from ((number, answer) for (number, _), answer in zip(order, answers, strict=True) if number >= 0)
-
-
-def run_after_hit(llm: LLM, asked: Sequence[Asked]) -> Iterator[tuple[int, Answer]]:
-    """Each again, right after another request that begins with most of its prompt; with their numbers."""
-    for number, one in enumerate(asked):
-        llm.core.cache.reset()
-        run(llm, [Asked(one.prompt[: max(1, len(one.prompt) * 3 // 4)], one.params)])
-        yield number, run(llm, [one])[0]
-
-
-def different(expected: Sequence[Answer], found: Iterator[tuple[int, Answer]]) -> dict[str, Any]:
-    """How many were compared, which differ, and how many prompt tokens came from the cache."""
-    numbered = list(found)
-    wrong = sorted({number for number, answer in numbered if not answer.same(expected[number])})
-    cached = sum(answer.num_cached for _, answer in numbered)
-    return {"compared": len(numbered), "different": wrong, "cached_tokens": cached}
-
-
-def check(llm: LLM, asked: Sequence[Asked], expected: Sequence[Answer], rng: random.Random) -> dict[str, Any]:
-    """Every way with one engine, against the answers alone."""
-    silent = [one.silent() for one in asked]
-    return {
-        "alone": different(expected, iter(enumerate(run_alone(llm, asked)))),
-        "mixed": different(expected, run_mixed(llm, asked, MOST_ROWS, rng)),
-        "mixed, no log-probabilities": different(expected, run_mixed(llm, silent, MOST_ROWS, rng)),
-        "together, no log-probabilities": different(expected, iter(enumerate(run(llm, silent)))),
-        "after a prefix hit": different(expected, run_after_hit(llm, asked)),
-    }
 
 
 def measured_costs(on: LLM, off: LLM, name: str, batches: Sequence[int], pairs: int = 3) -> list[Record]:
@@ -166,17 +58,6 @@ def measured_costs(on: LLM, off: LLM, name: str, batches: Sequence[int], pairs: 
     return records
 
 
-def _answer(output: RequestOutput) -> Answer:
-    completion = output.outputs[0]
-    told = completion.logprobs or []
-    logprobs = [[(token, each.logprob, each.rank) for token, each in entry.items()] for entry in told]
-    return Answer(list(completion.token_ids), logprobs or None, output.num_cached_tokens)
-
-
-def _at_times_silent(asked: Asked, rng: random.Random) -> Asked:
-    return asked.silent() if rng.random() < 0.5 else asked
-
-
 def _open(options: argparse.Namespace, **settings: Any) -> LLM:
     extra = {"quantization": options.quantization} if options.quantization else {}
     return LLM(
@@ -194,7 +75,7 @@ def _checked(options: argparse.Namespace) -> dict[str, Any]:
         if not expected:
             asked = make_requests(20, llm.core.vocab_size, 700, 32, rng)
             expected = run_alone(llm, asked)
-        found[f"chunks of {budget}"] = check(llm, asked, expected, rng)
+        found[f"chunks of {budget}"] = check(llm, asked, expected, MOST_ROWS, rng)
         llm.close()
         del llm
         torch.cuda.empty_cache()

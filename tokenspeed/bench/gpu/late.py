@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, globaltimer
 
+from tokenspeed.bench.gpu.expert_cases import ExpertCase
 from tokenspeed.bench.gpu.paged_steps import paged_step
 from tokenspeed.kernels.cuda.attend import attend
+from tokenspeed.kernels.cuda.experts import stream_experts
 from tokenspeed.kernels.cuda.prefill import prefill
 from tokenspeed.kernels.cuda.registration import stream_or_project
 from tokenspeed.kernels.triton.attention_tiles import decode_tile, item_tokens
@@ -73,7 +75,7 @@ def holds(case: Case) -> bool:
     """Whether results are, bit by bit, those of values that were there long before."""
     expected = case.run(case.written)
     for _ in range(RUNS):
-        target = torch.full_like(case.written, torch.nan)
+        target = torch.full_like(case.written, torch.nan if case.written.is_floating_point() else 0)
         poison = torch.full((1 << 20,), torch.nan, device=target.device)
         del poison
         _synchronize(target.device)
@@ -148,6 +150,24 @@ def prompt(name: str, device: str) -> Case:
     return Case(name, _random(device, 100 * HEADS.heads * HEADS.head_dim), attention)
 
 
+def experts(name: str, device: str, tokens: int, fmt: str, run: Callable[..., torch.Tensor | None]) -> Case:
+    """Experts whose rows, ids and shares come late: of down, which asks for its weights before its wait, by what lies
+    one kernel further in front."""
+    g = torch.Generator(device).manual_seed(torch.seed() % (1 << 40))
+    case = ExpertCase(32, 4, 512, 256, fmt=fmt)
+    given, (x, ids, shares) = case.random(g), case.choices(tokens, g)
+    words = [each.contiguous().view(torch.int32).flatten() for each in (ids, shares, x)]
+
+    def layer(written: torch.Tensor) -> list[torch.Tensor]:
+        chosen, weights, rows = written.split([each.numel() for each in words])
+        shape = ids.shape
+        y = run(rows.view(x.dtype).view(x.shape), chosen.view(shape), weights.view(torch.float32).view(shape), given)
+        assert y is not None
+        return [y]
+
+    return Case(name, torch.cat(words), layer)
+
+
 def triton_cases(device: str) -> list[Case]:
     """The Triton kernels."""
     return [
@@ -166,8 +186,11 @@ def cuda_cases(device: str) -> list[Case]:
         projection("stream, one row, fp8", device, 1, 4096, mode="fp8", product=stream_or_project),
         projection("stream, one row, int4", device, 1, 4096, mode="int4", product=stream_or_project),
         projection("norm and stream, three rows", device, 3, 4096, product=stream_or_project),
+        projection("norm and stream by two programs, eight rows", device, 8, 8192, product=stream_or_project),
         decoding("attend", device, 4, one_kernel=True),
         decoding("attend, far", device, 4, one_kernel=True, far=True),
+        experts("experts, one token", device, 1, "plain", stream_experts),
+        experts("experts, eight tokens, fp8", device, 8, "channel", stream_experts),
         prompt("prefill", device),
     ]
 

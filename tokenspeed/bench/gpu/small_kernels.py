@@ -16,9 +16,10 @@ from tokenspeed.bench.gpu.sample import around as step_around
 from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.contracts.step import SamplingRow
 from tokenspeed.kernels.cuda.attend import attend
+from tokenspeed.kernels.cuda.experts import stream_experts
 from tokenspeed.kernels.cuda.prefill import prefill
 from tokenspeed.kernels.cuda.registration import hopper
-from tokenspeed.kernels.cuda.stream import stream, stream_rows
+from tokenspeed.kernels.cuda.stream import LONG_ROW, stream, stream_rows
 from tokenspeed.kernels.triton import norm as row_kernels
 from tokenspeed.kernels.triton.attention_tiles import decode_tile, item_tokens, pad, prefill_tile
 from tokenspeed.kernels.triton.decode_attention import decode_attention
@@ -135,12 +136,14 @@ def prefills(device: str) -> Results:
 
 
 def streams(device: str) -> Results:
-    """The CUDA projections: one row, plain, by narrow weights and with all around, and three."""
+    """The CUDA projections: one row, plain, by narrow weights and with all around; three, also by two programs."""
     x, w = _values(device, 3, STREAMED), _values(device, OUT, STREAMED)
     prologue = Prologue(Norm(torch.ones(STREAMED, device=device), 1e-5), x[1:2])
     weights = [w, *(_narrow(w, mode) for mode in GPU_MODES)]
     found = [*(stream(x[:1], each) for each in weights), stream(x[:1], w, None, "silu", prologue)]
-    return [*(each[0] for each in _taken(found)), *_taken([stream_rows(Rows(x), w)])]
+    long, wide = _values(device, 3, LONG_ROW), _values(device, OUT, LONG_ROW)
+    several = [stream_rows(Rows(x), w), stream_rows(Rows(long), wide)]
+    return [*(each[0] for each in _taken(found)), *_taken(several)]
 
 
 def attends(device: str) -> Results:
@@ -155,6 +158,17 @@ def attends(device: str) -> Results:
     items = step.items(item_tokens(CUDA_HEADS.heads, CUDA_HEADS.kv_heads, CUDA_HEADS.head_dim, 2))[0]
     queries = _values(device, 68, CUDA_HEADS.group * size)
     return _taken([*found, prefill(queries, step.layer(0), items, CUDA_HEADS)])
+
+
+def streamed_experts(device: str) -> Results:
+    """The CUDA kernels of experts: one token, five that share experts, one of them padding, of bf16 and of e4m3."""
+    number, hidden, ff = 6, 512, 128
+    gate_up, down = _values(device, number, 2 * ff, hidden), _values(device, number, hidden, ff)
+    x, shares = _values(device, 5, hidden), torch.rand(5, 2, device=device)
+    ids = torch.arange(10, dtype=torch.int32, device=device).view(5, 2) % number
+    ids[4] = -1
+    several = [Experts(gate_up, down, "silu"), Experts(quantize_fp8(gate_up), quantize_fp8(down), "gelu_tanh")]
+    return _taken([stream_experts(x[:n], ids[:n], shares[:n], each) for each in several for n in (1, 5)])
 
 
 def _taken(results: Sequence[T | None]) -> list[T]:
@@ -227,7 +241,11 @@ GROUPS: dict[str, Callable[[str], Results]] = {
 }
 
 
-CUDA_GROUPS: dict[str, Callable[[str], Results]] = {"stream": streams, "attend": attends}
+CUDA_GROUPS: dict[str, Callable[[str], Results]] = {
+    "stream": streams,
+    "attend": attends,
+    "streamed_experts": streamed_experts,
+}
 """The same where CUDA kernels can be used."""
 
 

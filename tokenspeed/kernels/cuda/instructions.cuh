@@ -126,6 +126,15 @@ __device__ inline void store_remote(const void* here, int rank, float v) {
       "mapa.shared::cluster.u32 there, %0, %1;\n"
       "st.shared::cluster.f32 [there], %2; }" ::"r"(shared_address(here)), "r"(rank), "f"(v) : "memory");
 }
+// The same, counted by that program's barrier.
+__device__ inline void send_float(u32 to, int rank, float v, u32 barrier) {
+  asm volatile(
+      "{ .reg .b32 there, counted;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mapa.shared::cluster.u32 counted, %3, %1;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %2, [counted]; }" ::"r"(to), "r"(rank), "f"(v),
+      "r"(barrier) : "memory");
+}
 // A barrier of the first so many threads of a program.
 template <int Threads>
 __device__ void sync_first() {
@@ -134,6 +143,11 @@ __device__ void sync_first() {
 __device__ inline u64 read_once_policy() {
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ inline u64 usual_policy() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 // Whether this thread is the one of its warp that the hardware picks.

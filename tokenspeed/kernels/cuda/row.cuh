@@ -84,12 +84,16 @@ struct Row {
   // bits are multiplied 16 times as large.
   template <int Group>
   __device__ void store_bytes(u8* upper, u8* lower, float* scales) const {
-    constexpr bool nibbles = Group == 128;
+    constexpr bool nibbles = Group == 128, even = Columns % (8 * Threads) == 0;
+    float most[VECTORS];  // of all groups first, as each waits for other threads
     for (int i = 0; i < VECTORS; ++i) {
-      float most = 0;
-      for (int j = 0; j < 8; ++j) most = larger(most, fabsf(v[i][j]));
-      for (int o = Group / 16; o; o /= 2) most = larger(most, __shfl_xor_sync(~0u, most, o));
-      u32 exponent = max(__float_as_uint(most) & 0x7f800000u, 32u << 23);
+      most[i] = 0;
+      for (int j = 0; j < 8; ++j) most[i] = larger(most[i], fabsf(v[i][j]));
+    }
+    for (int o = Group / 16; o; o /= 2)
+      for (int i = 0; i < VECTORS; ++i) most[i] = larger(most[i], __shfl_xor_sync(~0u, most[i], o));
+    for (int i = 0; i < VECTORS; ++i) {
+      u32 exponent = max(__float_as_uint(most[i]) & 0x7f800000u, 32u << 23);
       float factor = __uint_as_float(((127 + INTEGER_BITS - 1 + 127) << 23) - exponent);
       u32 words[8];  // the integer plus 128 in the lower bits, as the rest are those of 1.5 2^23
       for (int j = 0; j < 8; ++j)
@@ -98,7 +102,7 @@ struct Row {
       split(words, low.x, high.x);
       split(words + 4, low.y, high.y);
       int column = at(i), to = nibbles ? column / 128 * 128 + column / 8 % 4 * 32 + column / 32 % 4 * 8 : column;
-      if (column < Columns) {
+      if (even || column < Columns) {
         *reinterpret_cast<uint2*>(lower + to) = low;
         *reinterpret_cast<uint2*>(upper + to) = high;
         u32 scale = exponent == 0x7f800000u ? 0x7fffffffu : exponent - ((INTEGER_BITS - 1 + (nibbles ? 4 : 0)) << 23);
@@ -126,6 +130,14 @@ struct Row {
     return most;
   }
 
+  // After weights, of which a factor is left out.
+  __device__ float largest(const Row& weights) const {
+    float most = 0;
+    for (int i = 0; i < VECTORS; ++i)
+      for (int j = 0; j < 8; ++j) most = fmaxf(most, fabsf(v[i][j] * weights.v[i][j]));
+    return most;
+  }
+
   __device__ void scale(float factor, const Row& weights) {
     for (int i = 0; i < VECTORS; ++i)
       for (int j = 0; j < 8; ++j) v[i][j] = rounded(v[i][j] * factor * weights.v[i][j]);
@@ -150,6 +162,19 @@ __device__ float across(float v, float* partial) {
   v = partial[0];
   for (int w = 1; w < Warps; ++w) v = Largest ? fmaxf(v, partial[w]) : v + partial[w];
   return v;
+}
+
+// A sum and a maximum, with one barrier.
+template <int Warps>
+__device__ void across(float& sum, float& most, float* sums, float* mosts) {
+  for (int o = 16; o; o /= 2) {
+    sum += __shfl_xor_sync(~0u, sum, o);
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
+  }
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum, mosts[threadIdx.x / 32] = most;
+  sync_first<32 * Warps>();
+  sum = sums[0], most = mosts[0];
+  for (int w = 1; w < Warps; ++w) sum += sums[w], most = fmaxf(most, mosts[w]);
 }
 
 // Whether registers hold a norm's weights besides the rows, so that they can be read before a wait.
@@ -184,20 +209,29 @@ __device__ float prepare_row(u16* to, float* scales, float (*partial)[Threads / 
     row.add(other);
     if (blockIdx.x == 0) row.store(joined);
   }
-  if (Norm) {
+  float scale = 1;
+  constexpr bool both = Format == E4M3 && Norm && early;
+  if (both) {
+    // The factor goes to all numbers alike, so the largest one is known but for it; its own rounding may differ by a last bit, and
+    // none grows past what e4m3 holds.
+    float sum = row.squares(), most = row.largest(norm);
+    across<warps>(sum, most, partial[1], partial[2]);
+    float factor = rsqrtf(sum / Columns + eps);
+    scale = fmaxf(rounded(most * factor), 1e-12f) / 448.0f;
+    row.scale(factor, norm);
+  } else if (Norm) {
     float factor = rsqrtf(across<false, warps>(row.squares(), partial[1]) / Columns + eps);
     if (early)
       row.scale(factor, norm);
     else
       row.scale(factor, norm_weight);
   }
-  float scale = 1;
   if (Format == BF16) {
     row.store(to, 1, true);
   } else if (Format == MXFP4) {
     row.store(to, X_FACTOR);
   } else if (Format == E4M3) {
-    scale = fmaxf(across<true, warps>(row.largest(), partial[2]), 1e-12f) / 448.0f;
+    if (!both) scale = fmaxf(across<true, warps>(row.largest(), partial[2]), 1e-12f) / 448.0f;
     row.store_e4m3(to, scale);
   } else {
     u8* upper = reinterpret_cast<u8*>(to);
@@ -207,14 +241,25 @@ __device__ float prepare_row(u16* to, float* scales, float (*partial)[Threads / 
   return scale;
 }
 
-// Prepared rows, `stride` elements apart, into rows of `pitch`, turned as Row::store does.
-template <int Columns, int Threads>
+// Prepared rows, `stride` elements apart, into rows of `pitch`, turned as Row::store does. Up to eight pieces of a thread are
+// under way at a time: each waits for the second-level cache as long as all of them do.
+template <int Most, int Columns, int Threads>
 __device__ void load_rows(u16* to, int pitch, const u16* from, long long stride, int rows) {
-#pragma unroll 4
-  for (int i = threadIdx.x; i < rows * (Columns / 8); i += Threads) {
-    int row = i / (Columns / 8), at = i % (Columns / 8) * 8;
-    uint4 pairs = *reinterpret_cast<const uint4*>(from + row * stride + at);
-    *reinterpret_cast<uint4*>(to + row * pitch + at) = make_uint4(pairs.x, pairs.z, pairs.y, pairs.w);
+  constexpr int PIECES = Columns / 8, MINE = (Most * PIECES + Threads - 1) / Threads, AT_ONCE = MINE < 8 ? MINE : 8;
+#pragma unroll
+  for (int first = 0; first < MINE; first += AT_ONCE) {
+    uint4 pairs[AT_ONCE];
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j) {
+      int i = (first + j) * Threads + threadIdx.x, row = i / PIECES;
+      if (row < rows) pairs[j] = *reinterpret_cast<const uint4*>(from + row * stride + i % PIECES * 8);
+    }
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j) {
+      int i = (first + j) * Threads + threadIdx.x, row = i / PIECES;
+      uint4 turned = make_uint4(pairs[j].x, pairs[j].z, pairs[j].y, pairs[j].w);
+      if (row < rows) *reinterpret_cast<uint4*>(to + row * pitch + i % PIECES * 8) = turned;
+    }
   }
   sync_first<Threads>();
 }

@@ -6,27 +6,36 @@
 // dependent launch), as weights are constant. Then x is prepared (join, norms), and each warp multiplies its slice on
 // tensor cores and asks for more; sums of the warps meet at the end of a unit. Narrower weights: stream_narrow.cu.
 //
-// Compiled with -D: ROWS of x that fit (1, 2, 4 or 8; more than one come prepared), K columns, WARPS, SEGMENT bytes of a row in
-// a stage of a ring, STAGES, ACT (0: none, 1: silu, 2: gelu tanh), SHARED bytes, and 0/1: NORM, BRANCH, BRANCH_NORM, BIAS.
+// Where several rows of x leave rings little room, the programs of a cluster share the columns, and send each other their sums.
+//
+// Compiled with -D: ROWS of x that fit (1, 2, 4 or 8; more than one come prepared), K columns, CLUSTER programs that share them,
+// WARPS, SEGMENT bytes of a row in a stage of a ring, STAGES, ACT (0: none, 1: silu, 2: gelu tanh), SHARED bytes, and 0/1: NORM,
+// BRANCH, BRANCH_NORM, BIAS.
 
 #include "units.cuh"
 
 constexpr int THREADS = 32 * WARPS;
-constexpr int ROW_BYTES = 2 * K;
+constexpr int OWN = K / CLUSTER;
+constexpr int ROW_BYTES = 2 * OWN;
 constexpr int SLICE = ROW_BYTES / WARPS;
 constexpr int SEGMENTS = SLICE / SEGMENT;
 constexpr int STEPS = SEGMENT / 64;
-static_assert(SLICE % SEGMENT == 0 && SEGMENT % 128 == 0 && SLICE * WARPS == ROW_BYTES && K % 8 == 0,
+constexpr int SUMS = ROWS * UNIT;
+constexpr int ADDING = (SUMS + 31) / 32 * 32;
+static_assert(SLICE % SEGMENT == 0 && SEGMENT % 128 == 0 && SLICE * WARPS * CLUSTER == 2 * K && K % 8 == 0,
               "columns do not fit the tiles");
+static_assert(CLUSTER == 1 || ROWS > 1, "rows are prepared where all of their columns are");
 
 // Rows of x: neighbours lie half a line of banks apart.
-constexpr int PITCH = ROWS > 1 ? K + 32 : K;
+constexpr int PITCH = ROWS > 1 ? OWN + 32 : OWN;
 
 struct Shared {
   u8 ring[WARPS][STAGES][rows_bytes(SEGMENT)];
   u16 x[ROWS * PITCH];
   u64 full[WARPS][STAGES];
-  float sums[2][WARPS][ROWS * UNIT];
+  u64 gathered;
+  float sums[2][WARPS][SUMS];
+  float parts[CLUSTER][SUMS];
   float partial[3][WARPS];
 };
 
@@ -50,8 +59,36 @@ struct Stream {
     }
     if (++segment == SEGMENTS) {
       segment = 0;
-      unit += gridDim.x;
+      unit += gridDim.x / CLUSTER;
     }
+  }
+};
+
+// The programs of a cluster finish its units in turn, each one's when the next one's sums are there, so that none waits long.
+// A program that sends for its next turn's unit to another has heard from that one since, which had finished its last by then:
+// so there is one place for parts.
+struct Turn {
+  int at = 0, held = -1, phase = 0;
+  float bias = 0;
+
+  __device__ void send(Shared& s, int rank, float total, int unit, float row_bias) {
+    u32 gathered = shared_address(&s.gathered);
+    if (at == rank) {
+      held = unit, bias = row_bias;
+      if (threadIdx.x == 0) expect_bytes(gathered, CLUSTER * SUMS * 4);
+    }
+    if (threadIdx.x < SUMS) send_float(shared_address(&s.parts[rank][threadIdx.x]), at, total, gathered);
+    if (++at == CLUSTER) at = 0;
+  }
+
+  template <class Finish>
+  __device__ void finish(Shared& s, Finish finish) {
+    if (held < 0) return;
+    wait_barrier(shared_address(&s.gathered), phase);
+    float total = 0;
+    for (int from = 0; from < CLUSTER; ++from) total += s.parts[from][threadIdx.x % SUMS];
+    finish(total, held, bias);
+    held = -1, phase ^= 1;
   }
 };
 
@@ -62,26 +99,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
   Shared& s = *reinterpret_cast<Shared*>(launched_memory());
   let_next_start();
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, units = (n + OUTPUTS - 1) / OUTPUTS;
+  int rank = blockIdx.x % CLUSTER, first = blockIdx.x / CLUSTER, apart = gridDim.x / CLUSTER;
+  x += rank * OWN, weight += rank * ROW_BYTES;
   if (lane == 0) {
     for (int i = 0; i < STAGES; ++i) barrier_init(&s.full[warp][i], 1);
+    if (CLUSTER > 1 && warp == 0) barrier_init(&s.gathered, 1);
     barriers_ready();
   }
   __syncwarp();
-  Stream stream{weight, w_stride, n, units, (int)blockIdx.x, 0, read_once_policy()};
+  if (CLUSTER > 1) cluster_arrive();
+  Stream stream{weight, w_stride, n, units, first, 0, read_once_policy()};
   for (int i = 0; i < STAGES; ++i) stream.request(s.ring[warp][i], shared_address(&s.full[warp][i]));
-  Row<K, THREADS> norm, branch_norm;
-  constexpr bool early = reads_early<BRANCH, BRANCH_NORM, K, THREADS>();
+  Row<OWN, THREADS> norm, branch_norm;
+  constexpr bool early = reads_early<BRANCH, BRANCH_NORM, OWN, THREADS>();
   if (NORM && early) norm.load(norm_weight);
   if (BRANCH_NORM && early) branch_norm.load(branch_weight);
+  if (CLUSTER > 1) cluster_wait();
 
   wait_for_previous();
   if (ROWS > 1)
-    load_rows<K, THREADS>(s.x, PITCH, x, x_stride, rows);
+    load_rows<ROWS, OWN, THREADS>(s.x, PITCH, x, x_stride, rows);
   else
     prepare_row<BF16, NORM, BRANCH, BRANCH_NORM>(s.x, nullptr, s.partial, x, branch, norm, branch_norm, norm_weight,
                                                  branch_weight, joined, eps, branch_eps);
   int group = lane / 4, part = lane % 4, at = 0, parity = 0, flip = 0;
-  for (int unit = blockIdx.x; unit < units; unit += gridDim.x, flip ^= 1) {
+  auto finish = [&](float total, int unit, float row_bias) {
+    int t = threadIdx.x / UNIT, local = lane % UNIT, column = unit * OUTPUTS + local;
+    if (BIAS) total += row_bias;
+    if (ACT) total = gated<ACT>(total, __shfl_down_sync(~0u, total, UNIT / 2));
+    if (t < rows && column < n && local < OUTPUTS) y[(long long)t * n + column] = narrow(total);
+  };
+  Turn turn;
+  for (int unit = first; unit < units; unit += apart, flip ^= 1) {
     float sums[4][4] = {};  // several, as one product waits for the one before it into the same
     int row = weight_row(unit, lane % UNIT, n);
     float row_bias = BIAS ? rounded(bias[row]) : 0;
@@ -113,14 +162,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
             (sums[0][i] + sums[1][2 + i]) + (sums[2][i] + sums[3][2 + i]);
     }
     __syncthreads();
-    if (threadIdx.x < (ROWS * UNIT + 31) / 32 * 32) {
-      int t = threadIdx.x / UNIT, local = lane % UNIT;
+    if (threadIdx.x < ADDING) {
       float total = 0;
-      for (int w = 0; w < WARPS; ++w) total += s.sums[flip][w][t % ROWS * UNIT + local];
-      if (BIAS) total += row_bias;
-      int column = unit * OUTPUTS + local;
-      if (ACT) total = gated<ACT>(total, __shfl_down_sync(~0u, total, UNIT / 2));
-      if (t < rows && column < n && local < OUTPUTS) y[(long long)t * n + column] = narrow(total);
+      for (int w = 0; w < WARPS; ++w) total += s.sums[flip][w][threadIdx.x % SUMS];
+      if (CLUSTER == 1) {
+        finish(total, unit, row_bias);
+      } else {
+        turn.finish(s, finish);
+        turn.send(s, rank, total, unit, row_bias);
+      }
     }
   }
+  if (CLUSTER > 1 && threadIdx.x < ADDING) turn.finish(s, finish);
 }

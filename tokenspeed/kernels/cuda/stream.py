@@ -53,6 +53,14 @@ NARROW_WARPS, NARROW_STEPS = (8, 7, 9, 10, 6, 5, 4), (4, 8, 2, 6, 5, 3, 7, 1)
 """Of a program with narrow weights, and of a warp in a stage, the better first (a layer of 8B in int4: 8 warps 41.3 us,
 16 41.6, 4 44.6; 4 and 8 steps 41.3, 2 steps 44.3)."""
 LEAST_STAGES = 3
+LONG_ROW, LONG_ROWS = 8192, 28672
+"""Columns, and elements of all (padded) rows, from which on two programs share the columns of several rows. us a layer,
+by one (or Triton where x does not fit) and by two: 1B at 2 rows 33.6 and 34.8, at 4 35.4 and 34.7, at 8 39.2 and 36.4,
+8B at 2 rows 101.7 and 100.9, at 4 105.8 and 104.2. By four or eight a projection takes a fifth longer: too few of such
+clusters find room side by side."""
+SHORT_SHARED, SHORT_BYTES = 60 << 10, 100 << 10
+"""Of a program that multiplies some units of so few bytes of narrow weights: what it leaves free the next kernel's
+programs have (a layer of 8B with attention, us: int8 62.9 and 61.1, fp8 62.8 and 61.5 by 60 KiB for o and q, k, v)."""
 
 
 class Way(NamedTuple):
@@ -86,6 +94,7 @@ class Variant:
     branch_norm: int
     bias: int
     half_scales: int = 0
+    cluster: int = 1
 
     @property
     def narrow(self) -> bool:
@@ -104,14 +113,14 @@ class Variant:
     @property
     def shared(self) -> int:
         """Bytes of the source's Shared."""
-        x = 2 * self.rows * (self.k + (ROW_GAP if self.rows > 1 else 0))
+        x = 2 * self.rows * (self.k // self.cluster + (ROW_GAP if self.rows > 1 else 0))
         floats = 3 * self.warps
         if self.narrow:
             planes = _PLANES[self.format]
             x = planes * (self.k + PLANE_GAP) if planes else x
             floats += (self.k * BITS[self.format] // 8 // STEP if planes else 2) + 1
         else:
-            floats += 2 * UNIT * self.rows * self.warps
+            floats += UNIT * self.rows * (2 * self.warps + self.cluster) + 2
         return x + -(-4 * floats // 8) * 8 + self.stages * self.stage
 
     @property
@@ -121,6 +130,14 @@ class Variant:
             return self.warps * (UNIT * self.segment + 64 + 8)
         scales = self.segment // STEP * UNIT * _SCALES[self.format]
         return UNIT * self.segment + 64 + scales + 16 + 4 * self.warps * UNIT
+
+    def holding(self, units: int) -> Variant:
+        """The same with no more stages than so many units of a program fill, or than a short program is better with."""
+        row_bytes, most = self.k * BITS[self.format] // 8, self.stages
+        if self.narrow and 1 < units <= SHORT_BYTES // (UNIT * row_bytes):
+            most = min(most, (SHORT_SHARED - replace(self, stages=0).shared) // self.stage)
+        segments = row_bytes // (self.segment * self.cluster * (1 if self.narrow else self.warps))
+        return replace(self, stages=min(max(most, LEAST_STAGES), self.stages, units * segments))
 
     def defines(self) -> dict[str, int]:
         """For the compiler."""
@@ -146,23 +163,26 @@ def variant(
         1 << (rows - 1).bit_length(),
         MOST_COLUMNS["bare" if prologue is None else "branch" if branch else "norm"],
     )
-    for warps, segment, least in _splits(format, columns * BITS[format] // 8, rows):
-        found = Variant(
-            padded, columns, format, warps, segment, 0, ACTS[act], prologue is not None, branch, branch_norm, bias
-        )  # fmt: skip
-        stages = (WAYS[format].shared - found.shared) // found.stage
-        if stages >= least and columns <= min(warps, 8) * most // 8:
-            return replace(found, stages=stages, half_scales=int(half_scales))
+    shared = rows > 1 and columns >= LONG_ROW and padded * columns >= LONG_ROWS
+    for cluster in (2, 1) if shared else (1,):
+        for warps, segment, least in _splits(format, columns * BITS[format] // 8 // cluster, rows, cluster):
+            found = Variant(
+                padded, columns, format, warps, segment, 0, ACTS[act], prologue is not None, branch, branch_norm, bias,
+                int(half_scales), cluster,
+            )  # fmt: skip
+            stages = (WAYS[format].shared - found.shared) // found.stage
+            if stages >= least and columns <= min(warps, 8) * most // 8:
+                return replace(found, stages=stages)
     return None
 
 
-def _splits(format: int, row_bytes: int, rows: int) -> Iterator[tuple[int, int, int]]:
+def _splits(format: int, row_bytes: int, rows: int, cluster: int) -> Iterator[tuple[int, int, int]]:
     """Warps, segments and the fewest stages to try, the better first: those that divide a row."""
     if BITS[format] == 16:
         warps = 16 if row_bytes <= SHORT_ROW else 8
         segments = SEGMENTS if rows == 1 else (SEVERAL_SEGMENT,)
         tried = [(warps, each, LEAST_STAGES - (each == segments[-1])) for each in segments]
-        if rows == 1 and row_bytes > SHORT_ROW:
+        if row_bytes > SHORT_ROW and (rows == 1 or cluster > 1):
             tried += [(odd, each, LEAST_STAGES - (each == segments[-1])) for each in segments for odd in ODD_WARPS]
         yield from (each for each in tried if row_bytes % (each[0] * each[1]) == 0)
     else:
@@ -174,7 +194,7 @@ def _splits(format: int, row_bytes: int, rows: int) -> Iterator[tuple[int, int, 
 def kernel(found: Variant, device: int) -> Kernel:
     """Compiled and loaded."""
     cubin = compiled(found.source, found.defines(), architecture(device))
-    return Kernel(cubin, "stream", found.threads, found.shared)
+    return Kernel(cubin, "stream", found.threads, found.shared, found.cluster)
 
 
 def stream(
@@ -210,8 +230,9 @@ def _stream(
     joined = None if branch is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     device = device_index(x.device)
     units = -(-n // (UNIT if act == "none" else UNIT // 2))
-    kernel(found, device).launch(
-        (min(units, WAYS[found.format].programs * processors(device)), 1, 1),
+    together = min(units, WAYS[found.format].programs * processors(device) // found.cluster)
+    kernel(found.holding(-(-units // together)), device).launch(
+        (together * found.cluster, 1, 1),
         [
             pointer(x),
             pointer(branch),

@@ -35,10 +35,7 @@ def register(registry: Registry, *, fp8: bool = True) -> None:
     """Add `route` and `experts` of backend "triton". fp8: as `dense.register`."""
 
     def takes(operands: Operands, situation: Situation) -> bool:
-        formats = {situation.formats.get(name, ()) for name in operands.weights[:2]}
-        narrow = {fmt for each in formats for fmt in each if fmt in NARROW}
-        one_format = not narrow or (len(formats) == 1 and (fp8 or FP8_FORMAT not in narrow))
-        return one_format and operands.attrs["act"] in ACTS and _fits(operands.weight_shapes[0][0], situation)
+        return takes_experts(operands, situation, fp8)
 
     def takes_apart(operands: Operands, situation: Situation) -> bool:
         return situation.batch_invariant and takes(operands, situation)
@@ -49,6 +46,14 @@ def register(registry: Registry, *, fp8: bool = True) -> None:
     registry.add(Implementation("triton.route", "route", "triton", run_route, _takes_route, PRIORITY, invariant=True))
     registry.add(Implementation("invariant.experts", "experts", "triton", same, takes_apart, PRIORITY, invariant=True))
     registry.add(Implementation("triton.experts", "experts", "triton", run_chosen, takes, PRIORITY))
+
+
+def takes_experts(operands: Operands, situation: Situation, fp8: bool = True) -> bool:
+    """Whether `run_experts` runs such. fp8: as `dense.register`."""
+    formats = {situation.formats.get(name, ()) for name in operands.weights[:2]}
+    narrow = {fmt for each in formats for fmt in each if fmt in NARROW}
+    one_format = not narrow or (len(formats) == 1 and (fp8 or FP8_FORMAT not in narrow))
+    return one_format and operands.attrs["act"] in ACTS and _fits(operands.weight_shapes[0][0], situation)
 
 
 def run_route(
@@ -97,17 +102,18 @@ def run_chosen(
     inputs: Sequence[torch.Tensor],
     weights: Sequence[Matrix | Mxfp4Experts],
     rows: int | None = None,
+    run: Callable[..., torch.Tensor] = run_experts,
 ) -> Outputs:
-    """experts. rows: choices of a block, whatever the number of tokens; by default what suits that."""
+    """experts. rows: choices of a block, whatever the number of tokens; by default what suits that. run: otherwise, as
+    `run_experts`."""
     gate_up, down = map(_experts, weights[:2])
     biases, attrs = weights[2:], record.attrs
     up_bias, down_bias = map(_tensor, biases) if biases else (None, None)
     given = Experts(gate_up, down, attrs["act"], up_bias, down_bias, attrs["alpha"], attrs["limit"])
-    tile = None
-    if rows is not None:
-        tile = product_tile_of(rows, gate_up)
     x, ids, shares = inputs
-    return (run_experts(x, ids, shares, given, tile),)
+    if rows is None:
+        return (run(x, ids, shares, given),)
+    return (run_experts(x, ids, shares, given, product_tile_of(rows, gate_up)),)
 
 
 def _tensor(weight: Matrix | Mxfp4Experts) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, in vLLM's shapes."""
+"""/tokenize, /detokenize and /tokenizer_info, in vLLM's shapes."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ class Text(msgspec.Struct):
     """prompt: what the ids say."""
 
     prompt: str
+
+
+class TokenizerInfo(msgspec.Struct, kw_only=True):
+    """Texts of special tokens, and the model's own template; null for what there is none of."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
 
 
 async def tokenize(state: ServerState, body: bytes) -> Response:
@@ -58,5 +68,13 @@ async def detokenize(state: ServerState, body: bytes) -> Response:
     return _reply(Text(await asyncio.to_thread(tokenizer.decode, ids, skip_special_tokens=False)))
 
 
-def _reply(body: Tokens | Text) -> Response:
+def tokenizer_info(state: ServerState) -> Response:
+    """What clients that count tokens themselves ask first. Raises ApiError, and PromptError without a tokenizer."""
+    state.ready()
+    tokenizer = state.tokenizer
+    texts = {name: tokenizer.special_tokens.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return _reply(TokenizerInfo(**texts, chat_template=tokenizer.chat_template))
+
+
+def _reply(body: Tokens | Text | TokenizerInfo) -> Response:
     return Response(msgspec.json.encode(body), media_type="application/json")

@@ -1,5 +1,5 @@
-// What `instructions.cuh` and a device give `stream.cu`, by a host's threads: one for each thread of a program, one program
-// after the other. Copies arrive at once, so that memory which is still read when it is asked for anew shows.
+// What `instructions.cuh` and a device give `stream.cu`, by a host's threads: one for each thread of a program, one program (or
+// cluster) after the other. Copies arrive at once, so that memory which is still read when it is asked for anew shows.
 
 #pragma once
 
@@ -59,14 +59,17 @@ struct Program {
   std::vector<Warp> warps;
 };
 
-inline Program program;
+constexpr int RANK_SHIFT = 20;  // of a program in a shared address
+inline Program programs[16];
+inline std::unique_ptr<std::barrier<>> cluster;
 inline std::mutex guard;
 inline std::condition_variable changed;
 inline thread_local Place threadIdx, blockIdx;
 inline Place gridDim;
 inline int token_of_grid = 0;
+inline thread_local Program* own;
 inline thread_local Warp* warp_of;
-inline thread_local int lane_of;
+inline thread_local int rank_of, lane_of;
 
 inline void refuse(const char* what) {
   std::printf("%s\n", what);
@@ -86,7 +89,7 @@ inline float __uint_as_float(u32 v) {
 }
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 inline void __syncwarp() { warp_of->together->arrive_and_wait(); }
-inline void __syncthreads() { program.all->arrive_and_wait(); }
+inline void __syncthreads() { own->all->arrive_and_wait(); }
 inline float __shfl_sync(u32, float v, int from) {
   warp_of->held[lane_of][7] = __float_as_uint(v);
   __syncwarp();
@@ -152,12 +155,12 @@ inline u32 held_constant(u32 value) { return value; }
 
 inline void let_next_start() {}
 inline void wait_for_previous() {}
-inline u8* launched_memory() { return program.memory; }
+inline u8* launched_memory() { return own->memory; }
 inline bool elected() { return lane_of == 5; }
-inline u32 shared_address(const void* p) { return u32(static_cast<const u8*>(p) - program.memory); }
+inline u32 shared_address(const void* p) { return u32(static_cast<const u8*>(p) - own->memory) | rank_of << RANK_SHIFT; }
 inline u8* at_address(u32 a, u32 aligned) {
   if (a % aligned) refuse("shared memory is read or written out of line");
-  return program.memory + a;
+  return programs[a >> RANK_SHIFT].memory + a % (1 << RANK_SHIFT);
 }
 inline void load_four(u32 (&words)[4], u32 from, bool wanted) {
   if (wanted) std::memcpy(words, at_address(from, 16), 16);
@@ -166,7 +169,7 @@ inline void load_two(u32 (&words)[4], u32 from, bool wanted) {
   if (wanted) std::memcpy(words, at_address(from, 8), 8);
 }
 
-inline Counted& counted(u32 barrier) { return program.barriers[barrier]; }
+inline Counted& counted(u32 barrier) { return programs[barrier >> RANK_SHIFT].barriers[barrier]; }
 inline void settle(Counted& b) {
   if (b.missing || b.bytes) return;
   b.missing = b.arrivals, b.phase ^= 1;
@@ -196,15 +199,14 @@ inline void wait_barrier(u32 barrier, u32 parity) {
   std::unique_lock<std::mutex> held(guard);
   changed.wait(held, [&] { return counted(barrier).phase != int(parity); });
 }
-// Clusters are of one program.
 inline void cluster_arrive() {}
-inline void cluster_wait() { __syncthreads(); }
-inline void store_remote(float* here, int, float v) { *here = v; }
+inline void cluster_wait() { cluster->arrive_and_wait(); }
 template <int Threads>
 void sync_first() {
-  program.first->arrive_and_wait();
+  own->first->arrive_and_wait();
 }
 inline u64 read_once_policy() { return 0; }
+inline u64 usual_policy() { return 0; }
 inline void copy_bulk(u32 to, const u8* from, int bytes, u32 barrier, u64) {
   if (reinterpret_cast<u64>(from) % 16 || bytes % 16) refuse("a bulk copy is out of line");
   std::memcpy(at_address(to, 16), from, bytes);
@@ -214,6 +216,14 @@ template <int Bytes>
 void copy_few(u32 to, const u8* from) {
   if (reinterpret_cast<u64>(from) % Bytes) refuse("a copy is out of line");
   std::memcpy(at_address(to, Bytes), from, Bytes);
+}
+inline u32 in_program(u32 address, int rank) { return address % (1 << RANK_SHIFT) | rank << RANK_SHIFT; }
+inline void store_remote(const void* here, int rank, float v) {
+  std::memcpy(at_address(in_program(shared_address(here), rank), 4), &v, 4);
+}
+inline void send_float(u32 to, int rank, float v, u32 barrier) {
+  std::memcpy(at_address(in_program(to, rank), 4), &v, 4);
+  came(in_program(barrier, rank), 4);
 }
 
 // Sums of a thread: of words `w` of the rows and `x` of the columns that belong to it, each word by `dot`.
@@ -244,20 +254,25 @@ inline void multiply_bytes(int (&sums)[4], u32 w0, u32 w1, u32 w2, u32 w3, u32 x
   });
 }
 
-// Runs so many programs of `threads`, of which some barriers are for the `first`.
+// Runs so many programs of `threads`, of which barriers among the first are for `first`, in clusters of so many.
 template <class Kernel>
-void launch(int grid, int threads, int first, int shared, Kernel kernel) {
+void launch(int grid, int threads, int first, int shared, int together, Kernel kernel) {
   gridDim = {grid};
-  for (int block = 0; block < grid; ++block) {
-    std::vector<u8> memory(shared + 128, 0x7f);
-    program.memory = memory.data() + 128 - reinterpret_cast<u64>(memory.data()) % 128;
-    program.all = std::make_unique<std::barrier<>>(threads), program.first = std::make_unique<std::barrier<>>(first);
-    program.barriers.clear(), program.warps = std::vector<Warp>(threads / 32);
-    for (Warp& warp : program.warps) warp.together = std::make_unique<std::barrier<>>(32);
+  for (int begin = 0; begin < grid; begin += together) {
+    cluster = std::make_unique<std::barrier<>>(threads * together);
+    std::vector<std::vector<u8>> memories(together, std::vector<u8>(shared + 128, 0x7f));
+    for (int rank = 0; rank < together; ++rank) {
+      Program& program = programs[rank];
+      program.memory = memories[rank].data() + 128 - reinterpret_cast<u64>(memories[rank].data()) % 128;
+      program.all = std::make_unique<std::barrier<>>(threads), program.first = std::make_unique<std::barrier<>>(first);
+      program.barriers.clear(), program.warps = std::vector<Warp>(threads / 32);
+      for (Warp& warp : program.warps) warp.together = std::make_unique<std::barrier<>>(32);
+    }
     std::vector<std::thread> running;
-    for (int i = 0; i < threads; ++i)
+    for (int i = 0; i < threads * together; ++i)
       running.emplace_back([=] {
-        threadIdx = {i}, blockIdx = {block, token_of_grid}, lane_of = i % 32, warp_of = &program.warps[i / 32];
+        rank_of = i / threads, threadIdx = {i % threads}, blockIdx = {begin + rank_of, token_of_grid}, lane_of = i % 32;
+        own = &programs[rank_of], warp_of = &own->warps[threadIdx.x / 32];
         kernel();
       });
     for (std::thread& thread : running) thread.join();

@@ -1,0 +1,1 @@
+"""`bench compare`: engines against each other, alternately, on the same work."""
