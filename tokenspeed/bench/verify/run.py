@@ -172,7 +172,8 @@ def _check_drift(
     if told:
         report.add(told_rows(told, silent, sequences, exact, plain, by, times, routed))
     if core.config.quantization is not None and told:
-        report.add([quantized_row(core.config.quantization, exact, _original(core, sequences), by)])
+        drawn = core.config.load_format == "dummy"
+        report.add([quantized_row(core.config.quantization, exact, _original(core, sequences), by, drawn)])
 
 
 def _step(core: EngineCore, sequences: list[list[int]], dtype: torch.dtype | None) -> Step:
