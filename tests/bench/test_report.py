@@ -58,6 +58,12 @@ def test_points_of_decode_rows_stand_beside_their_floor_and_the_peers():
     assert panel.lines["vLLM 0.24"] == [pytest.approx((1e3 / 5.22, 8e3 / 5.22, 8))]
 
 
+def test_figures_of_other_work_are_named_so():
+    row = make("h200.qwen3-30b-a3b.bf16.decode.b8", 8.0, "ms", machine=GPU)
+    (panel,) = pareto.panels(Inputs(records=[row]))
+    assert list(panel.lines) == ["TokenSpeed", "vLLM 0.24, experts by its own router"]
+
+
 def test_points_of_loads_are_lines_by_engine():
     records = [*served("serve.bench", 1), *served("serve.bench", 4)]
     for engine, speed in (("ours", 50.0), ("llama", 40.0)):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from tokenspeed.bench.record import read
-from tokenspeed.bench.report.floors import draw, shares
+from tokenspeed.bench.report.floors import draw, draw_parts, shares
 from tokenspeed.bench.report.roofline import floor_of
 from tokenspeed.cli.main import main
 from tokenspeed.contracts.errors import ConfigError
@@ -89,6 +90,17 @@ def test_pictures_of_floors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg", "b.png", "b.svg"]
     for kind in ("svg", "png"):
         assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+
+
+@pytest.mark.parametrize("within_ms, lines", [(9.0, 1), (900.0, 0)])
+def test_a_far_limit_leaves_the_steps_their_height(within_ms: float, lines: int) -> None:
+    found = step_report("llama-3.1-8b", "H100", 1, 8192, "none", within_ms=within_ms, curve=True)
+    axes = Figure().subplots()
+    draw_parts(axes, found)
+    highest = max(map(sum, zip(*shares(found).values(), strict=True)))
+    assert highest < axes.get_ylim()[1] < 3 * highest
+    assert len(axes.lines) == lines
+    assert [text.get_text().partition(":")[0] for text in axes.texts] == [f"{within_ms:g} ms"]
 
 
 def test_a_config_file_stands_for_its_folder(tmp_path: Path) -> None:

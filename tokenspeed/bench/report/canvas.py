@@ -41,8 +41,7 @@ STYLE: dict[str, Any] = {
     "hatch.linewidth": 0.6,
 }
 DOTS_PER_INCH = 130
-HALO: dict[str, Any] = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.6}
-"""Behind words that lie over lines."""
+HALO_POINTS = 2.0
 
 
 def write_picture(stem: Path, size: tuple[float, float], draw: Callable[[Figure], None]) -> list[Path]:
@@ -67,6 +66,13 @@ def write_picture(stem: Path, size: tuple[float, float], draw: Callable[[Figure]
         figure.savefig(files[0], metadata={"Date": None, "Creator": None}, facecolor="white")
         figure.savefig(files[1], metadata={"Software": None}, facecolor="white", dpi=DOTS_PER_INCH)
     return files
+
+
+def halo() -> list[Any]:
+    """Path effects of words over lines: a white rim, so that neither hides the other."""
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=HALO_POINTS, foreground="white")]
 
 
 def grid(figure: Figure, count: int, columns: int = 3) -> list[Axes]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tokenspeed.bench.report.canvas import COLOURS, HALO, INK, LIMIT, OURS, plain_numbers, write_picture
+from tokenspeed.bench.report.canvas import COLOURS, INK, LIMIT, OURS, halo, plain_numbers, write_picture
 from tokenspeed.sol.floor import total
 from tokenspeed.sol.report import StepReport
 
@@ -22,11 +22,12 @@ def draw(report: StepReport, stem: Path) -> list[Path]:
 
     def page(figure: Figure) -> None:
         parts, speeds = figure.subplots(1, 2)
-        _parts(parts, report)
+        draw_parts(parts, report)
         _speeds(speeds, report)
         stored = "" if report.quantization == "none" else f", {report.quantization}"
         name = f"{report.model}{stored} on {report.ceilings.machine}, context {report.work.context}: the floor"
         figure.suptitle(name, x=0.01, ha="left", fontsize=11, weight="bold")
+        figure.legend(loc="outside lower left", ncols=8)
 
     return write_picture(stem, (9.5, 4.0), page)
 
@@ -42,22 +43,32 @@ def shares(report: StepReport) -> dict[str, list[float]]:
     return found | ({"other": [sum(column) for column in zip(*small, strict=True)]} if small else {})
 
 
-def _parts(axes: Axes, report: StepReport) -> None:
+def draw_parts(axes: Axes, report: StepReport) -> None:
+    """Milliseconds by op over numbers of sequences, and the time asked about."""
     at = list(report.curve)
     found = shares(report)
     colours = [LIMIT if op == "other" else COLOURS[place % len(COLOURS)] for place, op in enumerate(found)]
     axes.stackplot(at, list(found.values()), labels=list(found), colors=colours, alpha=0.85, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_xlim(at[0], at[-1])
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, 1.05 * max(map(sum, zip(*found.values(), strict=True))))
     if report.fit is not None and report.fit.within_ms is not None:
-        axes.axhline(report.fit.within_ms, color=INK, linestyle=":", linewidth=1.2)
-        words = f"{report.fit.within_ms:g} ms: {report.fit.within} sequences"
-        corner = (at[0], report.fit.within_ms)
-        axes.annotate(words, corner, textcoords="offset points", xytext=(6, 3), fontsize=8, bbox=HALO)
+        _limit(axes, report.fit.within_ms, f"{report.fit.within_ms:g} ms: {report.fit.within} sequences")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.legend(loc="upper left", reverse=True, bbox_to_anchor=(0.0, 0.93))
     axes.set(title="ms of a step, by op", xlabel="sequences decoding together", ylabel="ms")
+
+
+def _limit(axes: Axes, ms: float, words: str) -> None:
+    """A line at so many milliseconds; words alone where it lies so high that the steps below it would be flat."""
+    top = axes.get_ylim()[1]
+    if ms < 2 * top:
+        axes.set_ylim(0, max(top, 1.12 * ms))
+        axes.axhline(ms, color=INK, linestyle=":", linewidth=1.2)
+        place, offset = (0.0, ms / axes.get_ylim()[1]), (6, 3)
+    else:
+        place, offset = (0.0, 1.0), (6, -12)
+    corner: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "xytext": offset}
+    axes.annotate(words, place, fontsize=8, path_effects=halo(), **corner)
 
 
 def _speeds(axes: Axes, report: StepReport) -> None:
@@ -67,7 +78,7 @@ def _speeds(axes: Axes, report: StepReport) -> None:
     for n, user, all in zip(times, users, whole, strict=True):
         full = report.fit is not None and n == report.fit.sequences
         words, offset = (f"{n}, all that fit", (-6, -14)) if full else (str(n), (6, 2))
-        axes.annotate(words, (user, all), textcoords="offset points", xytext=offset, fontsize=7.5, bbox=HALO)
+        axes.annotate(words, (user, all), textcoords="offset points", xytext=offset, fontsize=7.5, path_effects=halo())
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.margins(0.14)

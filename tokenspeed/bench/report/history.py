@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenspeed.bench.record import Record
-from tokenspeed.bench.report.canvas import HALO, LIMIT, OURS, grid, grid_size, write_picture
+from tokenspeed.bench.report.canvas import LIMIT, OURS, grid, grid_size, halo, write_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,10 +121,10 @@ def _panel(axes: Axes, line: Line) -> None:
         xytext=(5, 4),
         fontsize=8,
         color=OURS,
-        bbox=HALO,
+        path_effects=halo(),
     )
     if line.target is not None:
-        axes.axhline(line.target, color=LIMIT, linestyle="--", linewidth=1.2)
+        axes.hlines(line.target, -0.3, places[-1] + 0.1, color=LIMIT, linestyles="--", linewidth=1.2)
     top = max([*values, line.target or 0.0])
     axes.set_ylim(0 if min(values) >= 0 else None, 1.2 * top if top > 0 else None)
     axes.set_xlim(-0.3, len(values) - 0.4)

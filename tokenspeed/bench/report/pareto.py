@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from tokenspeed.bench.gpu.peers import CARD, DECODE_MS
+from tokenspeed.bench.gpu.peers import CARD, DECODE_MS, OTHER_WORK
 from tokenspeed.bench.record import Record
 from tokenspeed.bench.report.canvas import (
     COLOURS,
-    HALO,
     LIMIT,
     MARKS,
     grid,
     grid_size,
+    halo,
     legend_above,
     natural,
     plain_numbers,
@@ -85,7 +85,8 @@ def _decode(found: dict[str, Panel], record: Record) -> None:
     for engine, figures in DECODE_MS.items():
         taken = figures.get(match["name"], {}).get(batch) if match["card"] == CARD else None
         if taken is not None:
-            panel.add(engine, _point(batch, taken, 1))
+            other = ", experts by its own router" if match["name"] in OTHER_WORK else ""
+            panel.add(f"{engine}{other}", _point(batch, taken, 1))
     if record.floor:
         panel.add(FLOOR, _point(batch, record.floor, gpus))
 
@@ -161,8 +162,8 @@ def _label(axes: Axes, points: Sequence[Point], colour: str) -> None:
                 va="bottom",
                 fontsize=7.5,
                 color=colour,
-                bbox=HALO,
-                zorder=2.5,
+                path_effects=halo(),
+                zorder=4,
             )
 
 
