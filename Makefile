@@ -65,10 +65,10 @@ $(BIN)/python:
 
 $(VENV)/.installed-demo: $(INSTALL_INPUTS) | $(BIN)/python
 	@echo "installing into $(VENV), about a minute"
-	$(PIP) install --constraint constraints.txt --editable '.[demo]'
+	$(PIP) install --no-compile --constraint constraints.txt --editable '.[demo]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(INSTALL_INPUTS) | $(BIN)/python
 	@echo "installing into $(VENV), about a minute"
-	$(PIP) install --constraint constraints.txt --editable '.[demo,dev,docs]'
+	$(PIP) install --no-compile --constraint constraints.txt --editable '.[demo,dev,docs]'
 	@touch $@

@@ -34,6 +34,8 @@ def emulate(patch: pytest.MonkeyPatch, folder: Path, warps: int) -> None:
     on_host(patch, experts, kernel)
     patch.setattr(experts, "processors", lambda device: PROCESSORS)
     patch.setattr(experts, "WARPS", (warps,))
+    for name in ("NARROW_UP", "NARROW_DOWN"):
+        patch.setattr(experts, name, ((warps, 256), (warps, 128)))
 
 
 def right(case: ExpertCase, tokens: int, padding: int) -> None:
