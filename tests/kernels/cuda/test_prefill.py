@@ -16,7 +16,7 @@ from tests.kernels.triton.paged_step import PagedCase, check
 from tests.kernels.triton.test_attention_registration import attention_of, program, with_items
 from tests.seeds import SEED
 from tokenspeed.contracts.errors import DeviceError
-from tokenspeed.kernels.cuda import prefill, registration
+from tokenspeed.kernels.cuda import prefill, registration, tensor_maps
 from tokenspeed.kernels.cuda.prefill import ROWS, Variant, fits, takes_pages, tensor_map, variant
 from tokenspeed.kernels.registry import Registry, Situation
 from tokenspeed.kernels.triton import attention_registration, attention_tiles
@@ -162,7 +162,7 @@ class Launches:
         self.status = status
         monkeypatch.setattr(prefill, "kernel", lambda found, device: self)
         monkeypatch.setattr(prefill, "processors", lambda device: 132)
-        monkeypatch.setattr(prefill, "_encoder", lambda: self.encode)
+        monkeypatch.setattr(tensor_maps, "encoder", lambda: self.encode)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         tensor_map.cache_clear()
 

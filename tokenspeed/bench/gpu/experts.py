@@ -28,8 +28,8 @@ from tokenspeed.bench.gpu.expert_candidates import (
 )
 from tokenspeed.bench.gpu.expert_cases import Asked, ExpertCase, exact, poisoned, worst_error
 from tokenspeed.bench.gpu.graph_timing import CEILING_GBS, Case, Launch, print_table, write_timed
-from tokenspeed.kernels.cuda.experts import MOST_TOKENS, stream_experts
-from tokenspeed.kernels.cuda.registration import route_by_either, stream_or_run, usable
+from tokenspeed.kernels.cuda.experts_packed import MOST_TOKENS
+from tokenspeed.kernels.cuda.registration import route_by_either, stream_or_run, streamed_experts, usable
 from tokenspeed.kernels.triton.expert_operands import ACTS, Experts
 from tokenspeed.kernels.triton.expert_registration import SAME_ROWS, product_tile_of
 from tokenspeed.kernels.triton.expert_tiles import by_choice
@@ -108,10 +108,10 @@ def _right(case: ExpertCase, tokens: int, g: torch.Generator) -> bool:
 
 def _right_streamed(case: ExpertCase, asked: Asked, given: Experts, text: list[str]) -> bool:
     """By the CUDA kernels, where they take these, twice; says its error."""
-    if len(asked[0]) > MOST_TOKENS or not usable():
+    if not usable():
         return True
     with poisoned():
-        first, second = stream_experts(*asked, given), stream_experts(*asked, given)
+        first, second = streamed_experts(*asked, given), streamed_experts(*asked, given)
     if first is None or second is None:
         return True
     error = worst_error(first, exact(*asked, given, rounds=False))

@@ -7,6 +7,11 @@ using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
+// A tensor in memory, for copies (CUtensorMap).
+struct alignas(64) TensorMap {
+  u64 words[16];
+};
+
 // Rounded to bf16.
 __device__ inline u16 narrow(float v) {
   u16 r;
@@ -45,6 +50,12 @@ __device__ inline u32 halves(u16 pair) {
 __device__ inline float widen_half(u32 bits) {
   float r;
   asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"((u16)bits));
+  return r;
+}
+// Two of bf16, 2^64 times as large.
+__device__ inline u32 enlarged(u32 both) {
+  u32 r;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(both), "r"(0x5f805f80));
   return r;
 }
 // Four bytes of two words, by the hexadecimal digits of `which`, the lowest first.
@@ -161,6 +172,13 @@ __device__ inline void copy_bulk(u32 to, const u8* from, int bytes, u32 barrier,
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
+}
+// A box of a tensor of five axes, by its first element's coordinates from the innermost axis on; zeros past an axis's end.
+__device__ inline void copy_tensor(u32 to, const TensorMap& map, int c0, int c1, int c2, int c3, int c4, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3,%4,%5,%6,%7}], [%2], %8;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(policy) : "memory");
 }
 // The same of 4 or 8 bytes by a thread; the barrier then counts an arrival of each thread once all that it asked for is there.
 template <int Bytes>

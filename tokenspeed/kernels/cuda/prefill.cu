@@ -88,7 +88,7 @@ struct Loader {
     __syncwarp();
     if (half < HALVES) {
       u32 to = shared_address(s.ring[place.slot]) + half * KEY_HALF + box * BOX * LINE;
-      copy_box(to, map, half * 64, (block * KEYS + box * BOX) % PAGE, tile.head, which, page, full);
+      copy_tensor(to, map, half * 64, (block * KEYS + box * BOX) % PAGE, tile.head, which, page, full, usual_policy());
     }
     place.next();
   }

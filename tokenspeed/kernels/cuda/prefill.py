@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
-from importlib import import_module
 from math import gcd
 
 import torch
 
-from tokenspeed.contracts.errors import DeviceError
 from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer, processors
+from tokenspeed.kernels.cuda.tensor_maps import TensorMap, encoded
 from tokenspeed.kernels.triton.attention_tiles import pad
 from tokenspeed.kernels.triton.launch import device_index
 from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer
@@ -68,47 +66,21 @@ def kernel(found: Variant, device: int) -> Kernel:
     return Kernel(cubin, "prefill", THREADS, found.shared)
 
 
-class TensorMap(ctypes.Structure):
-    """A CUtensorMap, passed by value."""
-
-    _fields_ = (("words", ctypes.c_uint64 * 16),)
-
-
 @lru_cache(maxsize=1024)
 def tensor_map(address: int, shape: tuple[int, ...], strides: tuple[int, ...], box: int) -> TensorMap:
     """For pages of bf16 [pages, 2, page_size, kv_heads, head_dim] (strides in elements): copies of `box` entries of one
     head and 64 columns, their lines of 128 bytes swizzled. Coordinates go from the last axis to the first: column,
     entry, head, which, page; beyond the last page are zeros. Raises DeviceError."""
-    driver = import_module("cuda.bindings.driver")
     pages, two, page, kv_heads, dim = shape
-    found = _aligned()
-    status = _encoder()(
-        ctypes.byref(found),
-        int(driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16),
-        5,
-        ctypes.c_void_p(address),
-        (ctypes.c_uint64 * 5)(dim, page, kv_heads, two, pages),
-        (ctypes.c_uint64 * 4)(*(2 * strides[axis] for axis in (2, 3, 1, 0))),
-        (ctypes.c_uint32 * 5)(COLUMNS, box, 1, 1, 1),
-        (ctypes.c_uint32 * 5)(1, 1, 1, 1, 1),
-        int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
-        int(driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B),
-        int(driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B),
-        int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+    return encoded(
+        f"pages {list(shape)} with strides {list(strides)}",
+        address,
+        torch.bfloat16,
+        (dim, page, kv_heads, two, pages),
+        [2 * strides[axis] for axis in (2, 3, 1, 0)],
+        (COLUMNS, box, 1, 1, 1),
+        swizzled=True,
     )
-    if status:
-        raise DeviceError(f"no tensor map for pages {list(shape)} with strides {list(strides)}: error {status}")
-    return found
-
-
-def _aligned() -> TensorMap:
-    # The driver wants 64 bytes; objects of cuda-bindings and of ctypes begin anywhere.
-    buffer = bytearray(ctypes.sizeof(TensorMap) + 64)
-    return TensorMap.from_buffer(buffer, -ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % 64)
-
-
-def _encoder() -> Callable[..., int]:
-    return ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
 
 
 def takes_pages(q: torch.Tensor, kv: torch.Tensor) -> bool:

@@ -4,10 +4,6 @@
 
 constexpr int LINE = 128;
 
-struct alignas(64) TensorMap {
-  u64 words[16];
-};
-
 // Eight rows of a line swap their chunks of 16 bytes, so that a column of chunks touches all banks.
 __device__ inline int swizzled(int row, int chunk) { return row * LINE + (chunk % 8 ^ row % 8) * 16; }
 
@@ -67,10 +63,4 @@ __device__ inline void multiply(float (&d)[32], const u32* a, u64 b) {
       "setp.ne.b32 add, 1, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES32 "}, {%32,%33,%34,%35}, %36, add, 1, 1, 1; }"
       : FLOATS32(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ inline void copy_box(u32 to, const TensorMap& map, int column, int entry, int head, int which, int page, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6,%7}], [%2];" ::
-          "r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(entry), "r"(head), "r"(which), "r"(page) : "memory");
 }

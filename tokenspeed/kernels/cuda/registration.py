@@ -9,6 +9,7 @@ import torch
 from tokenspeed.kernels.cuda import prefill
 from tokenspeed.kernels.cuda.attend import MOST_TOKENS, attend, fits
 from tokenspeed.kernels.cuda.experts import stream_experts
+from tokenspeed.kernels.cuda.experts_packed import stream_packed
 from tokenspeed.kernels.cuda.program import compiler_found, divide_alike
 from tokenspeed.kernels.cuda.router import route_rows
 from tokenspeed.kernels.cuda.stream import MOST_ROWS, stream, stream_rows
@@ -32,6 +33,7 @@ from tokenspeed.kernels.triton.paged import Heads, PagedLayer, heads_of, paged_l
 from tokenspeed.kernels.triton.route import Noise
 from tokenspeed.kernels.triton.view import PagedView, Reach, RecordView
 from tokenspeed.ops.definitions import Attrs, Operands
+from tokenspeed.quantization.mxfp4_experts import Mxfp4Experts
 
 PRIORITY = 20
 MOST_EXPERT_TOKENS = 4
@@ -66,8 +68,16 @@ def stream_or_project(
 
 def stream_or_run(x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor, given: Experts) -> torch.Tensor:
     """By the streaming kernels where their tiles fit, else as `triton.experts.run_experts`."""
-    streamed = stream_experts(x, ids, shares, given)
+    streamed = streamed_experts(x, ids, shares, given)
     return run_experts(x, ids, shares, given) if streamed is None else streamed
+
+
+def streamed_experts(
+    x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor, given: Experts
+) -> torch.Tensor | None:
+    """By the streaming kernels, None where no variant takes them."""
+    by = stream_packed if isinstance(given.down, Mxfp4Experts) else stream_experts
+    return by(x, ids, shares, given)
 
 
 def route_by_either(

@@ -19,6 +19,7 @@
 #define __device__
 #define __global__
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __expf(v) std::exp(v)
 
 using u8 = unsigned char;
@@ -144,6 +145,9 @@ inline u32 halves(u16 pair) {
   }
   return r[0] | u32(r[1]) << 16;
 }
+inline u32 enlarged(u32 both) {
+  return pair(std::ldexp(of_bf16(both), 64), std::ldexp(of_bf16(both >> 16), 64));
+}
 inline u32 bytes_of(u32 first, u32 second, u32 which) {
   u64 both = first | u64(second) << 32;
   u32 r = 0;
@@ -210,6 +214,29 @@ inline u64 usual_policy() { return 0; }
 inline void copy_bulk(u32 to, const u8* from, int bytes, u32 barrier, u64) {
   if (reinterpret_cast<u64>(from) % 16 || bytes % 16) refuse("a bulk copy is out of line");
   std::memcpy(at_address(to, 16), from, bytes);
+  came(barrier, bytes);
+}
+// A tensor of five axes: its address, sizes, strides of all axes but the first in bytes, box, and bytes of an element.
+struct TensorMap {
+  u64 words[16];
+};
+inline void copy_tensor(u32 to, const TensorMap& map, int c0, int c1, int c2, int c3, int c4, u32 barrier, u64) {
+  const u64 *sizes = map.words + 1, *strides = map.words + 6, *box = map.words + 10, item = map.words[15];
+  int first[] = {c0, c1, c2, c3, c4};
+  u8* at = at_address(to, 128);
+  int bytes = 0;
+  for (u64 i = 0; i < box[0] * box[1] * box[2] * box[3] * box[4]; ++i, at += item, bytes += item) {
+    u64 rest = i, from = map.words[0];
+    bool inside = true;
+    for (int axis = 0; axis < 5; ++axis) {
+      u64 index = first[axis] + rest % box[axis];
+      rest /= box[axis];
+      inside &= index < sizes[axis];
+      from += index * (axis ? strides[axis - 1] : item);
+    }
+    if (inside) std::memcpy(at, reinterpret_cast<const u8*>(from), item);
+    else std::memset(at, 0, item);
+  }
   came(barrier, bytes);
 }
 template <int Bytes>

@@ -1,0 +1,231 @@
+// The chosen experts of some tokens by MXFP4 weights, in two kernels of one source: gate and up with their activation, then
+// down, whose results of each choice another kernel weighs and adds up.
+//
+// Every program lists the experts that are chosen in blocks: an expert and up to ROWS of its choices. A unit is 16 rows of W
+// for a block (of gate and up 8 each, which go together). Units of all blocks, one after the other, are dealt out evenly: a
+// program has some in a row, and its warps take them in turn, each through a ring of its own, which one thread fills by
+// tensor copies. A warp has all columns of its units, so nothing is added up between warps; they meet where a block begins, to
+// put its rows of x into shared memory.
+//
+// A word of 32 bits holds two neighbouring columns of each of a run's four blocks of 32 (quantization/mxfp4_experts.py). Codes
+// are taken for the bf16 numbers of their bits, 2^-126 of their value, which tensor cores multiply exactly; x is X_FACTOR
+// times as large. A block's sums are multiplied by its power of two.
+//
+// down asks for its experts before its wait: gate and up lets it start after its own wait, so that the router has ended.
+//
+// Compiled with -D: ROWS of x that fit (1, 2, 4 or 8), CHOSEN choices at most, CHOICES of a token, K columns, N outputs, WARPS, STEP
+// runs of 128 columns in a stage, STAGES, ACT (0: down, 1: silu, 2: gelu tanh, 3: clamped swiglu), BIAS, SHARED bytes.
+
+#include "row.cuh"
+
+constexpr bool DOWN = ACT == 0;
+constexpr int THREADS = 32 * WARPS;
+constexpr int TALL = 16;
+constexpr int OUTPUTS = DOWN ? TALL : TALL / 2;
+constexpr int UNITS = N / OUTPUTS;
+constexpr int RUNS = (K + 127) / 128;
+constexpr int SEGMENTS = (RUNS + STEP - 1) / STEP;
+constexpr int RUN = 64;  // bytes of a row
+constexpr int CODES = STEP * TALL * RUN, SCALES = STEP * TALL * 4;
+// Bytes of a row of x: neighbours lie half a line of banks apart.
+constexpr int X_PITCH = RUNS * 256 + 64;
+// Codes are 2^-126, exponents 2^90 of what they stand for.
+constexpr float BACK = 1.0f / 268435456;
+static_assert(N % OUTPUTS == 0 && K % 8 == 0 && STEP % 2 == 0 && CHOSEN <= THREADS, "sizes do not fit the tiles");
+
+struct Shared {
+  u8 codes[WARPS][STAGES][CODES];
+  u32 scales[WARPS][STAGES][SCALES / 4];
+  u8 x[ROWS * X_PITCH];
+  u64 full[WARPS][STAGES];
+  int ids[CHOSEN];
+  int first[CHOSEN];
+  int expert[CHOSEN];
+  short choice[CHOSEN][ROWS];
+  int blocks, unused;
+};
+static_assert(sizeof(Shared) == SHARED, "the launch must know the size");
+
+// The blocks, in the order of their first choices; ids are there.
+__device__ void list(Shared& s, const int* ids, int chosen) {
+  int c = threadIdx.x, own = c < CHOSEN && c < chosen ? ids[c] : -1, rank = 0;
+  if (c < CHOSEN) {
+    s.ids[c] = own;
+    for (int row = 0; row < ROWS; ++row) s.choice[c][row] = -1;
+  }
+  __syncthreads();
+  for (int other = 0; other < c && c < CHOSEN; ++other) rank += s.ids[other] == own;
+  if (c < CHOSEN) s.first[c] = own >= 0 && rank % ROWS == 0;
+  __syncthreads();
+  if (c < CHOSEN) {
+    int before = 0, block = 0;
+    for (int other = 0; other <= c; ++other) {
+      if (s.first[other] && s.ids[other] == own) block = before;
+      before += s.first[other];
+    }
+    if (own >= 0) s.choice[block][rank % ROWS] = c;
+    if (s.first[c]) s.expert[block] = own;
+    if (c == CHOSEN - 1) s.blocks = before;
+  }
+  __syncthreads();
+}
+
+// A warp's way through the program's units.
+struct Way {
+  int at, end, unit, stop;  // from `at` on units of one block end at `stop`
+
+  __device__ Way(int begin, int end) : at(begin), end(end) { open(); }
+  __device__ void open() {
+    stop = min(end, (at / UNITS + 1) * UNITS);
+    unit = at + threadIdx.x / 32;
+  }
+  __device__ bool within() const { return unit < stop; }
+  // The next block; false at the end.
+  __device__ bool advance() {
+    at = stop;
+    if (at >= end) return false;
+    open();
+    return true;
+  }
+};
+
+// What a warp asks for next.
+struct Stream {
+  const Shared* s;
+  const TensorMap* codes;
+  const TensorMap* scales;
+  Way way;
+  int segment;
+  bool more;
+  u64 policy;
+
+  __device__ void settle() {
+    while (more && !way.within()) more = way.advance();
+  }
+
+  __device__ void request(u8* to, u32* scales_to, u32 full) {
+    if (!more) return;
+    if (elected()) {
+      int expert = s->expert[way.unit / UNITS], group = way.unit % UNITS;
+      expect_bytes(full, CODES + SCALES);
+      copy_tensor(shared_address(to), *codes, 0, 0, 0, segment * STEP, expert * (N * (DOWN ? 1 : 2) / OUTPUTS) + group, full, policy);
+      copy_tensor(shared_address(scales_to), *scales, 0, 0, segment * STEP, group, expert, full, policy);
+    }
+    __syncwarp();
+    if (++segment == SEGMENTS) {
+      segment = 0;
+      way.unit += WARPS;
+      settle();
+    }
+  }
+};
+
+// The block's rows of x, X_FACTOR times as large, zeros for those that it has not.
+__device__ void load_block(Shared& s, int block, const u16* x, long long x_stride) {
+  constexpr int VECTORS = K / 8;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < ROWS * VECTORS; i += THREADS) {
+    int row = i / VECTORS, at = i % VECTORS, choice = s.choice[block][row];
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (choice >= 0) v = *reinterpret_cast<const uint4*>(x + (DOWN ? choice : choice / CHOICES) * x_stride + at * 8);
+    *reinterpret_cast<uint4*>(s.x + row * X_PITCH + at * 16) =
+        make_uint4(enlarged(v.x), enlarged(v.y), enlarged(v.z), enlarged(v.w));
+  }
+}
+
+__device__ inline float power(u32 exponents, int block) {
+  u32 bits = block == 0 ? exponents << 23 : block == 1 ? exponents << 15 : block == 2 ? exponents << 7 : exponents >> 1;
+  return __uint_as_float(bits & 0x7f800000u);
+}
+
+// Two codes of a block, in the places of bf16's bits.
+__device__ inline u32 code_pair(u32 word, int block) {
+  if (block < 3) return word << 3 * block & 0x81c081c0u;
+  return word << 1 & 0x80008000u | word >> 3 & 0x01800180u | word >> 7 & 0x00400040u;
+}
+
+// A run of 128 columns: of two rows of W, and as many rows of x as there are.
+__device__ inline void multiply_run(float (&sums)[4], uint4 low, uint4 high, u32 low_scale, u32 high_scale, u32 x, bool wanted,
+                                    u32 (&held)[4][4]) {
+  u32 first[] = {low.x, low.y, low.z, low.w}, second[] = {high.x, high.y, high.z, high.w};
+#pragma unroll
+  for (int block = 0; block < 4; ++block) {
+    float part[4] = {};
+    load_four(held[block], x + block * 64, wanted);
+    for (int i = 0; i < 4; i += 2)
+      multiply_tile<false>(part, code_pair(first[i], block), code_pair(second[i], block), code_pair(first[i + 1], block),
+                           code_pair(second[i + 1], block), held[block][i], held[block][i + 1]);
+    float low_power = power(low_scale, block), high_power = power(high_scale, block);
+    for (int i = 0; i < 2; ++i) {
+      sums[i] += part[i] * low_power;
+      sums[2 + i] += part[2 + i] * high_power;
+    }
+  }
+}
+
+__device__ inline float activated(float gate, float up, float alpha, float limit) {
+  if (ACT != 3) return gated<ACT == 3 ? 1 : ACT>(gate, up);
+  gate = fminf(rounded(gate), limit), up = fminf(fmaxf(rounded(up), -limit), limit);
+  return gate / (1 + __expf(-alpha * gate)) * (up + 1);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
+    const __grid_constant__ TensorMap codes, const __grid_constant__ TensorMap scales, const u16* x, const int* ids,
+    const float* bias, u16* y, float* parts, long long x_stride, int chosen, float alpha, float limit) {
+  Shared& s = *reinterpret_cast<Shared*>(launched_memory());
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, part = lane % 4;
+  if (lane == 0) {
+    for (int i = 0; i < STAGES; ++i) barrier_init(&s.full[warp][i], 1);
+    barriers_ready();
+  }
+  // Columns past the last one.
+  for (int i = threadIdx.x; i < ROWS * (RUNS * 16 - K / 8); i += THREADS)
+    *reinterpret_cast<uint4*>(s.x + i % ROWS * X_PITCH + (K / 8 + i / ROWS) * 16) = make_uint4(0, 0, 0, 0);
+  if (!DOWN) wait_for_previous();
+  let_next_start();
+  list(s, ids, chosen);
+  int units = s.blocks * UNITS, begin = (long long)units * blockIdx.x / gridDim.x, end = (long long)units * (blockIdx.x + 1) / gridDim.x;
+  Stream stream{&s, &codes, &scales, Way(begin, end), 0, begin < end, read_once_policy()};
+  stream.settle();
+#pragma unroll 1
+  for (int i = 0; i < STAGES; ++i) stream.request(s.codes[warp][i], s.scales[warp][i], shared_address(&s.full[warp][i]));
+  if (DOWN) wait_for_previous();
+  int at = 0, parity = 0;
+  u32 own_x = shared_address(s.x) + group % ROWS * X_PITCH + part * 16, held[4][4] = {};
+  Way way(begin, end);
+  for (bool more = begin < end; more; more = way.advance()) {
+    int block = way.at / UNITS, expert = s.expert[block];
+    __syncthreads();
+    load_block(s, block, x, x_stride);
+    __syncthreads();
+    for (; way.within(); way.unit += WARPS) {
+      float sums[4] = {};
+      int row = way.unit % UNITS * OUTPUTS + group;
+      const float* row_bias = bias + (long long)expert * (N * (DOWN ? 1 : 2)) + row;
+      float low_bias = BIAS ? rounded(row_bias[0]) : 0, high_bias = BIAS ? rounded(row_bias[DOWN ? 8 : N]) : 0;
+      for (int segment = 0; segment < SEGMENTS; ++segment) {
+        u32 full = shared_address(&s.full[warp][at]);
+        wait_barrier(full, parity);
+        const u8* words = s.codes[warp][at] + group * RUN + part * 16;
+        const u32* exponents = s.scales[warp][at] + group;
+#pragma unroll
+        for (int run = 0; run < STEP; ++run) {
+          if (RUNS % STEP && segment * STEP + run >= RUNS) break;
+          multiply_run(sums, *reinterpret_cast<const uint4*>(words + run * TALL * RUN),
+                       *reinterpret_cast<const uint4*>(words + run * TALL * RUN + 8 * RUN), exponents[run * TALL],
+                       exponents[run * TALL + 8], own_x + (segment * STEP + run) * 256, group < ROWS, held);
+        }
+        __syncwarp();
+        stream.request(s.codes[warp][at], s.scales[warp][at], full);
+        if (++at == STAGES) at = 0, parity ^= 1;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        int column = 2 * part + i, choice = column < ROWS ? s.choice[block][column % ROWS] : -1;
+        float low = sums[i] * BACK + low_bias, high = sums[2 + i] * BACK + high_bias;
+        if (choice >= 0 && DOWN) parts[(long long)choice * N + row] = low, parts[(long long)choice * N + row + 8] = high;
+        if (choice >= 0 && !DOWN) y[(long long)choice * N + row] = narrow(activated(low, high, alpha, limit));
+      }
+    }
+  }
+}

@@ -1,0 +1,196 @@
+"""The chosen experts of some tokens of bf16 by MXFP4 weights, streamed: `experts_packed.cu`."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
+
+import torch
+import triton
+
+from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer, processors
+from tokenspeed.kernels.cuda.stream import ACTS
+from tokenspeed.kernels.cuda.tensor_maps import TensorMap, encoded
+from tokenspeed.kernels.triton.expert_operands import Experts
+from tokenspeed.kernels.triton.expert_products import combine_kernel
+from tokenspeed.kernels.triton.launch import device_index, exact_options
+from tokenspeed.quantization.mxfp4_experts import Mxfp4Experts
+from tokenspeed.quantization.nibbles import RUN
+
+MOST_TOKENS = 32
+"""More choices of an expert than MOST_ROWS are not rare beyond, and its weights are then read again."""
+MOST_ROWS = 8
+TALL = 16
+"""Rows of W in a unit."""
+RUN_BYTES = 64
+"""Of a row of W."""
+ACTIVATIONS = ACTS | {"swiglu_clamped": 3}
+ALL_SHARED = 227 << 10
+"""Bytes of shared memory of all programs of a processor."""
+_COLUMNS = 1024
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a kernel is compiled for: names of the definitions of `experts_packed.cu`, in lower case."""
+
+    rows: int
+    chosen: int
+    choices: int
+    k: int
+    n: int
+    warps: int
+    programs: int
+    step: int
+    stages: int
+    act: int
+    bias: int
+
+    @property
+    def down(self) -> bool:
+        return self.act == 0
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def stage(self) -> int:
+        """Bytes of a warp's stage, with its barrier."""
+        return self.step * TALL * (RUN_BYTES + 4) + 8
+
+    @property
+    def shared(self) -> int:
+        """Bytes of the source's Shared."""
+        x = self.rows * (-(-self.k // RUN) * 2 * RUN + 64)
+        lists = self.chosen * (12 + 2 * self.rows) + 8
+        return -(-(self.warps * self.stages * self.stage + x + lists) // 8) * 8
+
+    def defines(self) -> dict[str, int]:
+        """For the compiler."""
+        return {name.upper(): value for name, value in asdict(self).items()} | {"SHARED": self.shared}
+
+
+@dataclass(frozen=True)
+class Way:
+    """warps of a program, programs of a processor, runs of 128 columns in a stage."""
+
+    warps: int
+    programs: int
+    step: int
+
+
+WAYS = (Way(8, 2, 4), Way(8, 2, 2), Way(8, 1, 4), Way(8, 1, 2))
+"""The better first."""
+LEAST_STAGES = 2
+
+
+def variant(
+    tokens: int, choices: int, columns: int, outputs: int, act: str, bias: bool, way: Way | None = None
+) -> Variant | None:
+    """The variant for weights of so many columns, None where they do not fit its tiles. act: "none" for down; outputs:
+    after the activation."""
+    unit = TALL if act == "none" else TALL // 2
+    if act not in ACTIVATIONS or tokens > MOST_TOKENS or columns % 8 or outputs % unit:
+        return None
+    rows = min(MOST_ROWS, 1 << (tokens - 1).bit_length())
+    chosen = choices << (tokens - 1).bit_length()
+    for each in (way,) if way else WAYS:
+        found = Variant(
+            rows, chosen, choices, columns, outputs, each.warps, each.programs, each.step, 0, ACTIVATIONS[act], int(bias)
+        )
+        stages = (ALL_SHARED // each.programs - 1024 - found.shared) // (each.warps * found.stage)
+        if stages >= LEAST_STAGES and chosen <= found.threads:
+            return replace(found, stages=stages)
+    return None
+
+
+@cache
+def kernel(found: Variant, device: int) -> Kernel:
+    """Compiled and loaded."""
+    cubin = compiled("experts_packed", found.defines(), architecture(device))
+    return Kernel(cubin, "experts_packed", found.threads, found.shared)
+
+
+def stream_packed(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    shares: torch.Tensor,
+    given: Experts,
+    first: Variant | None = None,
+    second: Variant | None = None,
+) -> torch.Tensor | None:
+    """`triton.experts.run_experts` of up to MOST_TOKENS tokens, None where no variant takes them: [T, hidden] bf16.
+    first, second: variants of gate and up, and of down."""
+    (tokens, hidden), k = x.shape, ids.shape[1]
+    gate_up, down = given.gate_up, given.down
+    if not isinstance(gate_up, Mxfp4Experts) or not isinstance(down, Mxfp4Experts) or x.dtype != torch.bfloat16:
+        return None
+    ff = down.cols
+    first = first or variant(tokens, k, hidden, ff, given.act, given.gate_up_bias is not None)
+    second = second or variant(tokens, k, ff, hidden, "none", given.down_bias is not None)
+    if first is None or second is None or x.stride(1) != 1 or (x.stride(0) * 2) % 16 or x.data_ptr() % 16:
+        return None
+    between = torch.empty(tokens * k, ff, dtype=torch.bfloat16, device=x.device)
+    parts = torch.empty(tokens * k, hidden, dtype=torch.float32, device=x.device)
+    _launch(first, x, ids, gate_up, given.gate_up_bias, between, parts, given)
+    _launch(second, between, ids, down, given.down_bias, between, parts, given)
+    y = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=x.device)
+    columns = min(_COLUMNS, triton.next_power_of_2(hidden))
+    combine_kernel[(tokens, triton.cdiv(hidden, columns))](
+        parts, ids, shares, y, hidden, CHOICES=k, BLOCK=columns, **exact_options(4, True)
+    )
+    return y
+
+
+def _launch(
+    found: Variant,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weight: Mxfp4Experts,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    parts: torch.Tensor,
+    given: Experts,
+) -> None:
+    device = device_index(x.device)
+    codes, scales = tensor_maps(weight.q.data_ptr(), weight.scale.data_ptr(), *weight.shape, found.down, found.step)
+    kernel(found, device).launch(
+        (found.programs * processors(device), 1, 1),
+        [
+            (codes, None),
+            (scales, None),
+            pointer(x),
+            pointer(ids),
+            pointer(bias),
+            pointer(y),
+            pointer(parts),
+            (x.stride(0), ctypes.c_longlong),
+            (ids.numel(), ctypes.c_int),
+            (given.alpha, ctypes.c_float),
+            (given.limit, ctypes.c_float),
+        ],
+    )
+
+
+@lru_cache(maxsize=4096)
+def tensor_maps(
+    codes: int, scales: int, experts: int, rows: int, cols: int, down: bool, step: int
+) -> tuple[TensorMap, TensorMap]:
+    """Of the words and of the exponents of Mxfp4Experts [experts, rows, cols] at these addresses: boxes of `step` runs
+    of a unit's rows, eight and the eight that belong to them. Coordinates of words: word, row, half, run, unit of all
+    experts; of exponents: row, half, run, unit of the expert, expert."""
+    runs, unit = -(-cols // RUN), TALL if down else TALL // 2
+    line, apart = runs * RUN_BYTES, TALL // 2 if down else rows // 2
+    what = f"experts [{experts}, {rows}, {cols}] of mxfp4"
+    return (
+        encoded(
+            what, codes, torch.int16, (RUN_BYTES // 2, 8, 2, runs, experts * rows // unit),
+            (line, apart * line, RUN_BYTES, unit * line), (RUN_BYTES // 2, 8, 2, step, 1),
+        ),
+        encoded(
+            what, scales, torch.int32, (8, 2, runs, rows // unit, experts),
+            (4 * apart, 4 * rows, 4 * unit, 4 * runs * rows), (8, 2, step, 1, 1),
+        ),
+    )  # fmt: skip
