@@ -36,6 +36,7 @@ static_assert(N % OUTPUTS == 0 && K % 8 == 0 && STEP % 2 == 0 && CHOSEN <= THREA
 struct Shared {
   u8 codes[WARPS][STAGES][CODES];
   u32 scales[WARPS][STAGES][SCALES / 4];
+  float4 powers[WARPS][SCALES / 4];
   u8 x[ROWS * X_PITCH];
   u64 full[WARPS][STAGES];
   int ids[CHOSEN];
@@ -133,9 +134,13 @@ __device__ void load_block(Shared& s, int block, const u16* x, long long x_strid
   }
 }
 
-__device__ inline float power(u32 exponents, int block) {
-  u32 bits = block == 0 ? exponents << 23 : block == 1 ? exponents << 15 : block == 2 ? exponents << 7 : exponents >> 1;
-  return __uint_as_float(bits & 0x7f800000u);
+// The powers of two of a stage's rows and blocks, from their exponents.
+__device__ inline void unpack_powers(float4* to, const u32* from) {
+  for (int i = threadIdx.x % 32; i < SCALES / 4; i += 32) {
+    u32 bits = from[i];
+    to[i] = make_float4(__uint_as_float(bits << 23 & 0x7f800000u), __uint_as_float(bits << 15 & 0x7f800000u),
+                        __uint_as_float(bits << 7 & 0x7f800000u), __uint_as_float(bits >> 1 & 0x7f800000u));
+  }
 }
 
 // Two codes of a block, in the places of bf16's bits.
@@ -144,21 +149,22 @@ __device__ inline u32 code_pair(u32 word, int block) {
   return word << 1 & 0x80008000u | word >> 3 & 0x01800180u | word >> 7 & 0x00400040u;
 }
 
-// A run of 128 columns: of two rows of W, and as many rows of x as there are.
-__device__ inline void multiply_run(float (&sums)[4], uint4 low, uint4 high, u32 low_scale, u32 high_scale, u32 x, bool wanted,
-                                    u32 (&held)[4][4]) {
+// A run of 128 columns: of two rows of W, by their blocks' powers of two, and as many rows of x as there are.
+__device__ inline void multiply_run(float (&sums)[4], uint4 low, uint4 high, float4 low_powers, float4 high_powers, const u8* x) {
   u32 first[] = {low.x, low.y, low.z, low.w}, second[] = {high.x, high.y, high.z, high.w};
+  float of_low[] = {low_powers.x, low_powers.y, low_powers.z, low_powers.w};
+  float of_high[] = {high_powers.x, high_powers.y, high_powers.z, high_powers.w};
 #pragma unroll
   for (int block = 0; block < 4; ++block) {
-    float part[4] = {};
-    load_four(held[block], x + block * 64, wanted);
-    for (int i = 0; i < 4; i += 2)
-      multiply_tile<false>(part, code_pair(first[i], block), code_pair(second[i], block), code_pair(first[i + 1], block),
-                           code_pair(second[i + 1], block), held[block][i], held[block][i + 1]);
-    float low_power = power(low_scale, block), high_power = power(high_scale, block);
+    float part[4];
+    uint4 columns = *reinterpret_cast<const uint4*>(x + block * 64);
+    begin_tile(part, code_pair(first[0], block), code_pair(second[0], block), code_pair(first[1], block),
+               code_pair(second[1], block), columns.x, columns.y);
+    multiply_tile<false>(part, code_pair(first[2], block), code_pair(second[2], block), code_pair(first[3], block),
+                         code_pair(second[3], block), columns.z, columns.w);
     for (int i = 0; i < 2; ++i) {
-      sums[i] += part[i] * low_power;
-      sums[2 + i] += part[2 + i] * high_power;
+      sums[i] += part[i] * of_low[block];
+      sums[2 + i] += part[2 + i] * of_high[block];
     }
   }
 }
@@ -191,7 +197,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
   for (int i = 0; i < STAGES; ++i) stream.request(s.codes[warp][i], s.scales[warp][i], shared_address(&s.full[warp][i]));
   if (DOWN) wait_for_previous();
   int at = 0, parity = 0;
-  u32 own_x = shared_address(s.x) + group % ROWS * X_PITCH + part * 16, held[4][4] = {};
+  // Where there are fewer rows of x than a product has, it takes some of them again, and nobody asks for these sums.
+  const u8* own_x = s.x + group % ROWS * X_PITCH + part * 16;
+  float4* powers = s.powers[warp];
   Way way(begin, end);
   for (bool more = begin < end; more; more = way.advance()) {
     int block = way.at / UNITS, expert = s.expert[block];
@@ -207,13 +215,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
         u32 full = shared_address(&s.full[warp][at]);
         wait_barrier(full, parity);
         const u8* words = s.codes[warp][at] + group * RUN + part * 16;
-        const u32* exponents = s.scales[warp][at] + group;
+        unpack_powers(powers, s.scales[warp][at]);
+        __syncwarp();
 #pragma unroll
         for (int run = 0; run < STEP; ++run) {
           if (RUNS % STEP && segment * STEP + run >= RUNS) break;
-          multiply_run(sums, *reinterpret_cast<const uint4*>(words + run * TALL * RUN),
-                       *reinterpret_cast<const uint4*>(words + run * TALL * RUN + 8 * RUN), exponents[run * TALL],
-                       exponents[run * TALL + 8], own_x + (segment * STEP + run) * 256, group < ROWS, held);
+          const u8* rows = words + run * TALL * RUN;
+          multiply_run(sums, *reinterpret_cast<const uint4*>(rows), *reinterpret_cast<const uint4*>(rows + 8 * RUN),
+                       powers[run * TALL + group], powers[run * TALL + 8 + group], own_x + (segment * STEP + run) * 256);
         }
         __syncwarp();
         stream.request(s.codes[warp][at], s.scales[warp][at], full);

@@ -65,7 +65,8 @@ class Variant:
         """Bytes of the source's Shared."""
         x = self.rows * (-(-self.k // RUN) * 2 * RUN + 64)
         lists = self.chosen * (12 + 2 * self.rows) + 8
-        return -(-(self.warps * self.stages * self.stage + x + lists) // 8) * 8
+        powers = self.warps * self.step * TALL * 16
+        return -(-(self.warps * self.stages * self.stage + powers + x + lists) // 16) * 16
 
     def defines(self) -> dict[str, int]:
         """For the compiler."""
@@ -81,8 +82,9 @@ class Way:
     step: int
 
 
-WAYS = (Way(8, 2, 4), Way(8, 2, 2), Way(8, 1, 4), Way(8, 1, 2))
-"""The better first."""
+WAYS = {1: (Way(4, 4, 4), Way(8, 2, 2)), 2: (Way(4, 4, 4), Way(8, 2, 2)), 4: (Way(12, 1, 4), Way(8, 1, 2)),
+        8: (Way(16, 1, 4), Way(8, 1, 2))}  # fmt: skip
+"""By rows, the better first."""
 LEAST_STAGES = 2
 
 
@@ -96,7 +98,7 @@ def variant(
         return None
     rows = min(MOST_ROWS, 1 << (tokens - 1).bit_length())
     chosen = choices << (tokens - 1).bit_length()
-    for each in (way,) if way else WAYS:
+    for each in (way,) if way else WAYS[rows]:
         found = Variant(
             rows, chosen, choices, columns, outputs, each.warps, each.programs, each.step, 0, ACTIVATIONS[act], int(bias)
         )

@@ -9,6 +9,7 @@ import torch
 from tokenspeed.kernels.cuda import prefill
 from tokenspeed.kernels.cuda.attend import MOST_TOKENS, attend, fits
 from tokenspeed.kernels.cuda.experts import stream_experts
+from tokenspeed.kernels.cuda.experts_packed import MOST_TOKENS as MOST_PACKED_TOKENS
 from tokenspeed.kernels.cuda.experts_packed import stream_packed
 from tokenspeed.kernels.cuda.program import compiler_found, divide_alike
 from tokenspeed.kernels.cuda.router import route_rows
@@ -33,6 +34,7 @@ from tokenspeed.kernels.triton.paged import Heads, PagedLayer, heads_of, paged_l
 from tokenspeed.kernels.triton.route import Noise
 from tokenspeed.kernels.triton.view import PagedView, Reach, RecordView
 from tokenspeed.ops.definitions import Attrs, Operands
+from tokenspeed.quantization import mxfp4
 from tokenspeed.quantization.mxfp4_experts import Mxfp4Experts
 
 PRIORITY = 20
@@ -141,8 +143,9 @@ def _takes(operands: Operands, situation: Situation) -> bool:
 
 
 def _takes_experts(operands: Operands, situation: Situation) -> bool:
-    few = situation.tokens <= MOST_EXPERT_TOKENS and not situation.batch_invariant
-    return few and takes_experts(operands, situation) and _on_device(situation)
+    packed = mxfp4.FORMAT in situation.formats.get(operands.weights[0], ())
+    few = situation.tokens <= (MOST_PACKED_TOKENS if packed else MOST_EXPERT_TOKENS)
+    return few and not situation.batch_invariant and takes_experts(operands, situation) and _on_device(situation)
 
 
 def _takes_router(operands: Operands, situation: Situation) -> bool:

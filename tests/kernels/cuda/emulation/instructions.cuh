@@ -273,6 +273,10 @@ void multiply_tile(float (&sums)[4], u32 w0, u32 w1, u32 w2, u32 w3, u32 x0, u32
   multiply(sums, w0, w1, w2, w3, x0, x1,
            [&](u32 a, u32 b) { return wide(a & 0xffff) * wide(b & 0xffff) + wide(a >> 16) * wide(b >> 16); });
 }
+inline void begin_tile(float (&sums)[4], u32 w0, u32 w1, u32 w2, u32 w3, u32 x0, u32 x1) {
+  for (float& sum : sums) sum = 0;
+  multiply_tile<false>(sums, w0, w1, w2, w3, x0, x1);
+}
 inline void multiply_bytes(int (&sums)[4], u32 w0, u32 w1, u32 w2, u32 w3, u32 x0, u32 x1) {
   multiply(sums, w0, w1, w2, w3, x0, x1, [](u32 a, u32 b) {
     int sum = 0;
