@@ -3,9 +3,9 @@
 //
 // Every program lists the experts that are chosen in blocks: an expert and up to ROWS of its choices. A unit is 16 rows of W
 // for a block (of gate and up 8 each, which go together). Units of all blocks, one after the other, are dealt out evenly: a
-// program has some in a row, and its warps take them in turn, each through a ring of its own, which one thread fills by
-// tensor copies. A warp has all columns of its units, so nothing is added up between warps; they meet where a block begins, to
-// put its rows of x into shared memory.
+// program has some in a row, which its teams of warps take in turn. The warps of a team share a unit's columns, each through a
+// ring of its own, which one thread fills by tensor copies, and one of them adds up their sums. All warps meet where a block
+// begins, to put its rows of x into shared memory.
 //
 // A word of 32 bits holds two neighbouring columns of each of a run's four blocks of 32 (quantization/mxfp4_experts.py). Codes
 // are taken for the bf16 numbers of their bits, 2^-126 of their value, which tensor cores multiply exactly; x is X_FACTOR
@@ -13,8 +13,8 @@
 //
 // down asks for its experts before its wait: gate and up lets it start after its own wait, so that the router has ended.
 //
-// Compiled with -D: ROWS of x that fit (1, 2, 4 or 8), CHOSEN choices at most, CHOICES of a token, K columns, N outputs, WARPS, STEP
-// runs of 128 columns in a stage, STAGES, ACT (0: down, 1: silu, 2: gelu tanh, 3: clamped swiglu), BIAS, SHARED bytes.
+// Compiled with -D: ROWS of x that fit (1, 2, 4 or 8), CHOSEN choices at most, CHOICES of a token, K columns, N outputs, WARPS, TEAM
+// of which share a unit, STEP runs of 128 columns in a stage, STAGES, ACT (0: down, 1: silu, 2: gelu tanh, 3: clamped swiglu), BIAS, SHARED bytes.
 
 #include "row.cuh"
 
@@ -27,16 +27,18 @@ constexpr int RUNS = (K + 127) / 128;
 constexpr int SEGMENTS = (RUNS + STEP - 1) / STEP;
 constexpr int RUN = 64;  // bytes of a row
 constexpr int CODES = STEP * TALL * RUN, SCALES = STEP * TALL * 4;
-// Bytes of a row of x: neighbours lie half a line of banks apart.
-constexpr int X_PITCH = RUNS * 256 + 64;
+// Of x's columns, with those past the last one, zeros; bytes of a row, neighbours half a line of banks apart.
+constexpr int COLUMNS = SEGMENTS * STEP * 128, X_PITCH = 2 * COLUMNS + 64;
+constexpr int TEAMS = WARPS / TEAM;
 // Codes are 2^-126, exponents 2^90 of what they stand for.
 constexpr float BACK = 1.0f / 268435456;
-static_assert(N % OUTPUTS == 0 && K % 8 == 0 && STEP % 2 == 0 && CHOSEN <= THREADS, "sizes do not fit the tiles");
+static_assert(N % OUTPUTS == 0 && K % 8 == 0 && STEP % 2 == 0 && CHOSEN <= THREADS && WARPS % TEAM == 0, "sizes do not fit the tiles");
 
 struct Shared {
   u8 codes[WARPS][STAGES][CODES];
   u32 scales[WARPS][STAGES][SCALES / 4];
   float4 powers[WARPS][SCALES / 4];
+  float4 sums[TEAMS][2][TEAM][32];
   u8 x[ROWS * X_PITCH];
   u64 full[WARPS][STAGES];
   int ids[CHOSEN];
@@ -71,14 +73,14 @@ __device__ void list(Shared& s, const int* ids, int chosen) {
   __syncthreads();
 }
 
-// A warp's way through the program's units.
+// A team's way through the program's units.
 struct Way {
   int at, end, unit, stop;  // from `at` on units of one block end at `stop`
 
   __device__ Way(int begin, int end) : at(begin), end(end) { open(); }
   __device__ void open() {
     stop = min(end, (at / UNITS + 1) * UNITS);
-    unit = at + threadIdx.x / 32;
+    unit = at + threadIdx.x / 32 / TEAM;
   }
   __device__ bool within() const { return unit < stop; }
   // The next block; false at the end.
@@ -96,7 +98,7 @@ struct Stream {
   const TensorMap* codes;
   const TensorMap* scales;
   Way way;
-  int segment;
+  int first, segment;
   bool more;
   u64 policy;
 
@@ -113,9 +115,10 @@ struct Stream {
       copy_tensor(shared_address(scales_to), *scales, 0, 0, segment * STEP, group, expert, full, policy);
     }
     __syncwarp();
-    if (++segment == SEGMENTS) {
-      segment = 0;
-      way.unit += WARPS;
+    segment += TEAM;
+    if (segment >= SEGMENTS) {
+      segment = first;
+      way.unit += TEAMS;
       settle();
     }
   }
@@ -180,23 +183,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
     const float* bias, u16* y, float* parts, long long x_stride, int chosen, float alpha, float limit) {
   Shared& s = *reinterpret_cast<Shared*>(launched_memory());
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, part = lane % 4;
+  int team = warp / TEAM, member = warp % TEAM;
   if (lane == 0) {
     for (int i = 0; i < STAGES; ++i) barrier_init(&s.full[warp][i], 1);
     barriers_ready();
   }
-  // Columns past the last one.
-  for (int i = threadIdx.x; i < ROWS * (RUNS * 16 - K / 8); i += THREADS)
+  for (int i = threadIdx.x; i < ROWS * (COLUMNS / 8 - K / 8); i += THREADS)
     *reinterpret_cast<uint4*>(s.x + i % ROWS * X_PITCH + (K / 8 + i / ROWS) * 16) = make_uint4(0, 0, 0, 0);
   if (!DOWN) wait_for_previous();
   let_next_start();
   list(s, ids, chosen);
   int units = s.blocks * UNITS, begin = (long long)units * blockIdx.x / gridDim.x, end = (long long)units * (blockIdx.x + 1) / gridDim.x;
-  Stream stream{&s, &codes, &scales, Way(begin, end), 0, begin < end, read_once_policy()};
+  Stream stream{&s, &codes, &scales, Way(begin, end), member, member, begin < end && member < SEGMENTS, read_once_policy()};
   stream.settle();
 #pragma unroll 1
   for (int i = 0; i < STAGES; ++i) stream.request(s.codes[warp][i], s.scales[warp][i], shared_address(&s.full[warp][i]));
   if (DOWN) wait_for_previous();
-  int at = 0, parity = 0;
+  int at = 0, parity = 0, flip = 0, turn = 0;
   // Where there are fewer rows of x than a product has, it takes some of them again, and nobody asks for these sums.
   const u8* own_x = s.x + group % ROWS * X_PITCH + part * 16;
   float4* powers = s.powers[warp];
@@ -206,12 +209,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
     __syncthreads();
     load_block(s, block, x, x_stride);
     __syncthreads();
-    for (; way.within(); way.unit += WARPS) {
+    for (; way.within(); way.unit += TEAMS) {
       float sums[4] = {};
       int row = way.unit % UNITS * OUTPUTS + group;
       const float* row_bias = bias + (long long)expert * (N * (DOWN ? 1 : 2)) + row;
       float low_bias = BIAS ? rounded(row_bias[0]) : 0, high_bias = BIAS ? rounded(row_bias[DOWN ? 8 : N]) : 0;
-      for (int segment = 0; segment < SEGMENTS; ++segment) {
+      for (int segment = member; segment < SEGMENTS; segment += TEAM) {
         u32 full = shared_address(&s.full[warp][at]);
         wait_barrier(full, parity);
         const u8* words = s.codes[warp][at] + group * RUN + part * 16;
@@ -219,7 +222,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
         __syncwarp();
 #pragma unroll
         for (int run = 0; run < STEP; ++run) {
-          if (RUNS % STEP && segment * STEP + run >= RUNS) break;
           const u8* rows = words + run * TALL * RUN;
           multiply_run(sums, *reinterpret_cast<const uint4*>(rows), *reinterpret_cast<const uint4*>(rows + 8 * RUN),
                        powers[run * TALL + group], powers[run * TALL + 8 + group], own_x + (segment * STEP + run) * 256);
@@ -227,6 +229,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
         __syncwarp();
         stream.request(s.codes[warp][at], s.scales[warp][at], full);
         if (++at == STAGES) at = 0, parity ^= 1;
+      }
+      if (TEAM > 1) {
+        s.sums[team][flip][member][lane] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+        sync_team<32 * TEAM>(team);
+        bool own = member == turn;
+        if (own)
+          for (int i = 0; i < 4; ++i) sums[i] = 0;
+        for (int other = 0; other < TEAM && own; ++other) {
+          float4 some = s.sums[team][flip][other][lane];
+          sums[0] += some.x, sums[1] += some.y, sums[2] += some.z, sums[3] += some.w;
+        }
+        flip ^= 1;
+        if (++turn == TEAM) turn = 0;
+        if (!own) continue;
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {

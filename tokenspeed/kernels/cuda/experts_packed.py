@@ -41,6 +41,7 @@ class Variant:
     k: int
     n: int
     warps: int
+    team: int
     programs: int
     step: int
     stages: int
@@ -63,10 +64,10 @@ class Variant:
     @property
     def shared(self) -> int:
         """Bytes of the source's Shared."""
-        x = self.rows * (-(-self.k // RUN) * 2 * RUN + 64)
+        x = self.rows * (-(-self.k // (RUN * self.step)) * self.step * 2 * RUN + 64)
         lists = self.chosen * (12 + 2 * self.rows) + 8
-        powers = self.warps * self.step * TALL * 16
-        return -(-(self.warps * self.stages * self.stage + powers + x + lists) // 16) * 16
+        powers, sums = self.warps * self.step * TALL * 16, 2 * self.warps * 512
+        return -(-(self.warps * self.stages * self.stage + powers + sums + x + lists) // 16) * 16
 
     def defines(self) -> dict[str, int]:
         """For the compiler."""
@@ -75,15 +76,16 @@ class Variant:
 
 @dataclass(frozen=True)
 class Way:
-    """warps of a program, programs of a processor, runs of 128 columns in a stage."""
+    """warps of a program, how many share a unit, programs of a processor, runs of 128 columns in a stage."""
 
     warps: int
+    team: int
     programs: int
     step: int
 
 
-WAYS = {1: (Way(4, 4, 4), Way(8, 2, 2)), 2: (Way(4, 4, 4), Way(8, 2, 2)), 4: (Way(12, 1, 4), Way(8, 1, 2)),
-        8: (Way(16, 1, 4), Way(8, 1, 2))}  # fmt: skip
+WAYS = {1: (Way(6, 6, 3, 4), Way(8, 2, 2, 2)), 2: (Way(6, 6, 3, 4), Way(8, 2, 2, 2)), 4: (Way(12, 3, 1, 4), Way(8, 2, 1, 2)),
+        8: (Way(12, 3, 1, 4), Way(8, 2, 1, 2))}  # fmt: skip
 """By rows, the better first."""
 LEAST_STAGES = 2
 
@@ -100,7 +102,7 @@ def variant(
     chosen = choices << (tokens - 1).bit_length()
     for each in (way,) if way else WAYS[rows]:
         found = Variant(
-            rows, chosen, choices, columns, outputs, each.warps, each.programs, each.step, 0, ACTIVATIONS[act], int(bias)
+            rows, chosen, choices, columns, outputs, each.warps, each.team, each.programs, each.step, 0, ACTIVATIONS[act], int(bias)
         )
         stages = (ALL_SHARED // each.programs - 1024 - found.shared) // (each.warps * found.stage)
         if stages >= LEAST_STAGES and chosen <= found.threads:

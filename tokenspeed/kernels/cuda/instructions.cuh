@@ -151,6 +151,11 @@ template <int Threads>
 __device__ void sync_first() {
   asm volatile("bar.sync 1, %0;" ::"n"(Threads) : "memory");
 }
+// A barrier of so many threads, one of the 15 that a program has beside that of all its threads.
+template <int Threads>
+__device__ void sync_team(int team) {
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(Threads) : "memory");
+}
 __device__ inline u64 read_once_policy() {
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

@@ -57,6 +57,7 @@ struct Program {
   u8* memory;
   std::unique_ptr<std::barrier<>> all, first;
   std::map<u32, Counted> barriers;
+  std::map<int, std::unique_ptr<std::barrier<>>> teams;
   std::vector<Warp> warps;
 };
 
@@ -209,6 +210,14 @@ template <int Threads>
 void sync_first() {
   own->first->arrive_and_wait();
 }
+template <int Threads>
+void sync_team(int team) {
+  std::unique_lock<std::mutex> held(guard);
+  auto& barrier = own->teams[team];
+  if (!barrier) barrier = std::make_unique<std::barrier<>>(Threads);
+  held.unlock();
+  barrier->arrive_and_wait();
+}
 inline u64 read_once_policy() { return 0; }
 inline u64 usual_policy() { return 0; }
 inline void copy_bulk(u32 to, const u8* from, int bytes, u32 barrier, u64) {
@@ -296,7 +305,7 @@ void launch(int grid, int threads, int first, int shared, int together, Kernel k
       Program& program = programs[rank];
       program.memory = memories[rank].data() + 128 - reinterpret_cast<u64>(memories[rank].data()) % 128;
       program.all = std::make_unique<std::barrier<>>(threads), program.first = std::make_unique<std::barrier<>>(first);
-      program.barriers.clear(), program.warps = std::vector<Warp>(threads / 32);
+      program.barriers.clear(), program.teams.clear(), program.warps = std::vector<Warp>(threads / 32);
       for (Warp& warp : program.warps) warp.together = std::make_unique<std::barrier<>>(32);
     }
     std::vector<std::thread> running;
