@@ -40,8 +40,7 @@ class Variant:
     choices: int
     k: int
     n: int
-    warps: int
-    team: int
+    teams: int
     programs: int
     step: int
     stages: int
@@ -53,21 +52,24 @@ class Variant:
         return self.act == 0
 
     @property
+    def warps(self) -> int:
+        return self.teams * -(-self.k // (RUN * self.step))
+
+    @property
     def threads(self) -> int:
         return 32 * self.warps
 
     @property
     def stage(self) -> int:
         """Bytes of a warp's stage, with its barrier."""
-        return self.step * TALL * (RUN_BYTES + 4) + 8
+        return self.step * TALL * RUN_BYTES + -(-self.step * TALL * 4 // 128) * 128 + 8
 
     @property
     def shared(self) -> int:
         """Bytes of the source's Shared."""
-        x = self.rows * (-(-self.k // (RUN * self.step)) * self.step * 2 * RUN + 64)
         lists = self.chosen * (12 + 2 * self.rows) + 8
         powers, sums = self.warps * self.step * TALL * 16, 2 * self.warps * 512
-        return -(-(self.warps * self.stages * self.stage + powers + sums + x + lists) // 16) * 16
+        return -(-(self.warps * self.stages * self.stage + powers + sums + lists) // 16) * 16
 
     def defines(self) -> dict[str, int]:
         """For the compiler."""
@@ -76,16 +78,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Way:
-    """warps of a program, how many share a unit, programs of a processor, runs of 128 columns in a stage."""
+    """teams of a program, programs of a processor, runs of 128 columns of a warp."""
 
-    warps: int
-    team: int
+    teams: int
     programs: int
     step: int
 
 
-WAYS = {1: (Way(6, 6, 3, 4), Way(8, 2, 2, 2)), 2: (Way(6, 6, 3, 4), Way(8, 2, 2, 2)), 4: (Way(12, 3, 1, 4), Way(8, 2, 1, 2)),
-        8: (Way(12, 3, 1, 4), Way(8, 2, 1, 2))}  # fmt: skip
+WAYS = {1: (Way(1, 2, 4),), 2: (Way(1, 2, 4),), 4: (Way(1, 2, 4),), 8: (Way(1, 2, 4),)}
 """By rows, the better first."""
 LEAST_STAGES = 2
 
@@ -102,9 +102,9 @@ def variant(
     chosen = choices << (tokens - 1).bit_length()
     for each in (way,) if way else WAYS[rows]:
         found = Variant(
-            rows, chosen, choices, columns, outputs, each.warps, each.team, each.programs, each.step, 0, ACTIVATIONS[act], int(bias)
+            rows, chosen, choices, columns, outputs, each.teams, each.programs, each.step, 0, ACTIVATIONS[act], int(bias)
         )
-        stages = (ALL_SHARED // each.programs - 1024 - found.shared) // (each.warps * found.stage)
+        stages = (ALL_SHARED // each.programs - 1024 - found.shared) // (found.warps * found.stage)
         if stages >= LEAST_STAGES and chosen <= found.threads:
             return replace(found, stages=stages)
     return None
