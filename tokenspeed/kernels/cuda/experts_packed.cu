@@ -3,9 +3,9 @@
 //
 // Every program lists the experts that are chosen in blocks: an expert and up to ROWS of its choices. A unit is 16 rows of W
 // for a block (of gate and up 8 each, which go together). Units of all blocks, one after the other, are dealt out evenly: a
-// program has some in a row, which its teams of warps take in turn. A warp of a team has the same STEP runs of 128 columns of
-// each unit, so that its columns of a block's rows of x stay in registers; they come to it through a ring of its own, which one
-// thread fills by tensor copies. One warp of a team after another adds up a unit's sums.
+// program has some in a row, which its teams of warps take in turn. The warps of a team share a unit's columns, each through a
+// ring of its own, which one thread fills by tensor copies, and one of them adds up their sums. All warps meet where a block
+// begins, to put its rows of x into shared memory.
 //
 // A word of 32 bits holds two neighbouring columns of each of a run's four blocks of 32 (quantization/mxfp4_experts.py). Codes
 // are taken for the bf16 numbers of their bits, 2^-126 of their value, which tensor cores multiply exactly; x is X_FACTOR
@@ -13,28 +13,33 @@
 //
 // down asks for its experts before its wait: gate and up lets it start after its own wait, so that the router has ended.
 //
-// Compiled with -D: ROWS of x that fit (1, 2, 4 or 8), CHOSEN choices at most, CHOICES of a token, K columns, N outputs, TEAMS, STEP,
-// STAGES, ACT (0: down, 1: silu, 2: gelu tanh, 3: clamped swiglu), BIAS, SHARED bytes.
+// Compiled with -D: ROWS of x that fit (1, 2, 4 or 8), CHOSEN choices at most, CHOICES of a token, K columns, N outputs, WARPS, TEAM
+// of which share a unit, STEP runs of 128 columns in a stage, STAGES, ACT (0: down, 1: silu, 2: gelu tanh, 3: clamped swiglu), BIAS, SHARED bytes.
 
 #include "row.cuh"
 
 constexpr bool DOWN = ACT == 0;
-constexpr int RUNS = (K + 127) / 128, TEAM = (RUNS + STEP - 1) / STEP;
-constexpr int WARPS = TEAM * TEAMS, THREADS = 32 * WARPS;
+constexpr int THREADS = 32 * WARPS;
 constexpr int TALL = 16;
 constexpr int OUTPUTS = DOWN ? TALL : TALL / 2;
 constexpr int UNITS = N / OUTPUTS;
+constexpr int RUNS = (K + 127) / 128;
+constexpr int SEGMENTS = (RUNS + STEP - 1) / STEP;
 constexpr int RUN = 64;  // bytes of a row
-constexpr int CODES = STEP * TALL * RUN, SCALES = STEP * TALL * 4, SCALES_ROOM = (SCALES + 127) / 128 * 128;
+constexpr int CODES = STEP * TALL * RUN, SCALES = STEP * TALL * 4;
+// Of x's columns, with those past the last one, zeros; bytes of a row, neighbours half a line of banks apart.
+constexpr int COLUMNS = SEGMENTS * STEP * 128, X_PITCH = 2 * COLUMNS + 64;
+constexpr int TEAMS = WARPS / TEAM;
 // Codes are 2^-126, exponents 2^90 of what they stand for.
 constexpr float BACK = 1.0f / 268435456;
-static_assert(N % OUTPUTS == 0 && K % 8 == 0 && CHOSEN <= THREADS && TEAMS < 16, "sizes do not fit the tiles");
+static_assert(N % OUTPUTS == 0 && K % 8 == 0 && STEP % 2 == 0 && CHOSEN <= THREADS && WARPS % TEAM == 0, "sizes do not fit the tiles");
 
 struct Shared {
   u8 codes[WARPS][STAGES][CODES];
-  u32 scales[WARPS][STAGES][SCALES_ROOM / 4];
+  u32 scales[WARPS][STAGES][SCALES / 4];
   float4 powers[WARPS][SCALES / 4];
   float4 sums[TEAMS][2][TEAM][32];
+  u8 x[ROWS * X_PITCH];
   u64 full[WARPS][STAGES];
   int ids[CHOSEN];
   int first[CHOSEN];
@@ -87,13 +92,13 @@ struct Way {
   }
 };
 
-// What a warp asks for next: its runs of the columns.
+// What a warp asks for next.
 struct Stream {
   const Shared* s;
   const TensorMap* codes;
   const TensorMap* scales;
   Way way;
-  int run;
+  int first, segment;
   bool more;
   u64 policy;
 
@@ -106,27 +111,29 @@ struct Stream {
     if (elected()) {
       int expert = s->expert[way.unit / UNITS], group = way.unit % UNITS;
       expect_bytes(full, CODES + SCALES);
-      copy_tensor(shared_address(to), *codes, 0, 0, 0, run, expert * (N * (DOWN ? 1 : 2) / OUTPUTS) + group, full, policy);
-      copy_tensor(shared_address(scales_to), *scales, 0, 0, run, group, expert, full, policy);
+      copy_tensor(shared_address(to), *codes, 0, 0, 0, segment * STEP, expert * (N * (DOWN ? 1 : 2) / OUTPUTS) + group, full, policy);
+      copy_tensor(shared_address(scales_to), *scales, 0, 0, segment * STEP, group, expert, full, policy);
     }
     __syncwarp();
-    way.unit += TEAMS;
-    settle();
+    segment += TEAM;
+    if (segment >= SEGMENTS) {
+      segment = first;
+      way.unit += TEAMS;
+      settle();
+    }
   }
 };
 
-// A warp's columns of one of a block's rows, X_FACTOR times as large: of each run what a thread multiplies of its four blocks;
-// zeros of a row that the block has not, and past the last column.
-__device__ void load_columns(uint4 (&to)[STEP][4], const u16* row, int first) {
-#pragma unroll
-  for (int i = 0; i < STEP * 4; ++i) {
-    int at = first + i / 4 * 128 + i % 4 * 32 + threadIdx.x % 4 * 8;
-    to[i / 4][i % 4] = row && at < K ? *reinterpret_cast<const uint4*>(row + at) : make_uint4(0, 0, 0, 0);
-  }
-#pragma unroll
-  for (int i = 0; i < STEP * 4; ++i) {
-    uint4& v = to[i / 4][i % 4];
-    v = make_uint4(enlarged(v.x), enlarged(v.y), enlarged(v.z), enlarged(v.w));
+// The block's rows of x, X_FACTOR times as large, zeros for those that it has not.
+__device__ void load_block(Shared& s, int block, const u16* x, long long x_stride) {
+  constexpr int VECTORS = K / 8;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < ROWS * VECTORS; i += THREADS) {
+    int row = i / VECTORS, at = i % VECTORS, choice = s.choice[block][row];
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (choice >= 0) v = *reinterpret_cast<const uint4*>(x + (DOWN ? choice : choice / CHOICES) * x_stride + at * 8);
+    *reinterpret_cast<uint4*>(s.x + row * X_PITCH + at * 16) =
+        make_uint4(enlarged(v.x), enlarged(v.y), enlarged(v.z), enlarged(v.w));
   }
 }
 
@@ -146,18 +153,18 @@ __device__ inline u32 code_pair(u32 word, int block) {
 }
 
 // A run of 128 columns: of two rows of W, by their blocks' powers of two, and as many rows of x as there are.
-__device__ inline void multiply_run(float (&sums)[4], uint4 low, uint4 high, float4 low_powers, float4 high_powers,
-                                    const uint4 (&x)[4]) {
+__device__ inline void multiply_run(float (&sums)[4], uint4 low, uint4 high, float4 low_powers, float4 high_powers, const u8* x) {
   u32 first[] = {low.x, low.y, low.z, low.w}, second[] = {high.x, high.y, high.z, high.w};
   float of_low[] = {low_powers.x, low_powers.y, low_powers.z, low_powers.w};
   float of_high[] = {high_powers.x, high_powers.y, high_powers.z, high_powers.w};
 #pragma unroll
   for (int block = 0; block < 4; ++block) {
     float part[4];
+    uint4 columns = *reinterpret_cast<const uint4*>(x + block * 64);
     begin_tile(part, code_pair(first[0], block), code_pair(second[0], block), code_pair(first[1], block),
-               code_pair(second[1], block), x[block].x, x[block].y);
+               code_pair(second[1], block), columns.x, columns.y);
     multiply_tile<false>(part, code_pair(first[2], block), code_pair(second[2], block), code_pair(first[3], block),
-                         code_pair(second[3], block), x[block].z, x[block].w);
+                         code_pair(second[3], block), columns.z, columns.w);
     for (int i = 0; i < 2; ++i) {
       sums[i] += part[i] * of_low[block];
       sums[2 + i] += part[2 + i] * of_high[block];
@@ -181,43 +188,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
     for (int i = 0; i < STAGES; ++i) barrier_init(&s.full[warp][i], 1);
     barriers_ready();
   }
+  for (int i = threadIdx.x; i < ROWS * (COLUMNS / 8 - K / 8); i += THREADS)
+    *reinterpret_cast<uint4*>(s.x + i % ROWS * X_PITCH + (K / 8 + i / ROWS) * 16) = make_uint4(0, 0, 0, 0);
   if (!DOWN) wait_for_previous();
   let_next_start();
   list(s, ids, chosen);
   int units = s.blocks * UNITS, begin = (long long)units * blockIdx.x / gridDim.x, end = (long long)units * (blockIdx.x + 1) / gridDim.x;
-  Stream stream{&s, &codes, &scales, Way(begin, end), member * STEP, begin < end, read_once_policy()};
+  Stream stream{&s, &codes, &scales, Way(begin, end), member, member, begin < end && member < SEGMENTS, read_once_policy()};
   stream.settle();
 #pragma unroll 1
   for (int i = 0; i < STAGES; ++i) stream.request(s.codes[warp][i], s.scales[warp][i], shared_address(&s.full[warp][i]));
   if (DOWN) wait_for_previous();
   int at = 0, parity = 0, flip = 0, turn = 0;
-  uint4 columns[STEP][4];
+  // Where there are fewer rows of x than a product has, it takes some of them again, and nobody asks for these sums.
+  const u8* own_x = s.x + group % ROWS * X_PITCH + part * 16;
   float4* powers = s.powers[warp];
   Way way(begin, end);
   for (bool more = begin < end; more; more = way.advance()) {
     int block = way.at / UNITS, expert = s.expert[block];
-    // Where there are fewer rows of x than a product has, it takes some of them again, and nobody asks for these sums.
-    int own = s.choice[block][group % ROWS];
-    load_columns(columns, own < 0 ? nullptr : x + (DOWN ? own : own / CHOICES) * x_stride, member * STEP * 128);
+    __syncthreads();
+    load_block(s, block, x, x_stride);
+    __syncthreads();
     for (; way.within(); way.unit += TEAMS) {
       float sums[4] = {};
       int row = way.unit % UNITS * OUTPUTS + group;
       const float* row_bias = bias + (long long)expert * (N * (DOWN ? 1 : 2)) + row;
       float low_bias = BIAS ? rounded(row_bias[0]) : 0, high_bias = BIAS ? rounded(row_bias[DOWN ? 8 : N]) : 0;
-      u32 full = shared_address(&s.full[warp][at]);
-      wait_barrier(full, parity);
-      const u8* words = s.codes[warp][at] + group * RUN + part * 16;
-      unpack_powers(powers, s.scales[warp][at]);
-      __syncwarp();
+      for (int segment = member; segment < SEGMENTS; segment += TEAM) {
+        u32 full = shared_address(&s.full[warp][at]);
+        wait_barrier(full, parity);
+        const u8* words = s.codes[warp][at] + group * RUN + part * 16;
+        unpack_powers(powers, s.scales[warp][at]);
+        __syncwarp();
 #pragma unroll
-      for (int run = 0; run < STEP; ++run) {
-        const u8* rows = words + run * TALL * RUN;
-        multiply_run(sums, *reinterpret_cast<const uint4*>(rows), *reinterpret_cast<const uint4*>(rows + 8 * RUN),
-                     powers[run * TALL + group], powers[run * TALL + 8 + group], columns[run]);
+        for (int run = 0; run < STEP; ++run) {
+          const u8* rows = words + run * TALL * RUN;
+          multiply_run(sums, *reinterpret_cast<const uint4*>(rows), *reinterpret_cast<const uint4*>(rows + 8 * RUN),
+                       powers[run * TALL + group], powers[run * TALL + 8 + group], own_x + (segment * STEP + run) * 256);
+        }
+        __syncwarp();
+        stream.request(s.codes[warp][at], s.scales[warp][at], full);
+        if (++at == STAGES) at = 0, parity ^= 1;
       }
-      __syncwarp();
-      stream.request(s.codes[warp][at], s.scales[warp][at], full);
-      if (++at == STAGES) at = 0, parity ^= 1;
       if (TEAM > 1) {
         s.sums[team][flip][member][lane] = make_float4(sums[0], sums[1], sums[2], sums[3]);
         sync_team<32 * TEAM>(team);

@@ -74,9 +74,7 @@ def stream_or_run(x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor, give
     return run_experts(x, ids, shares, given) if streamed is None else streamed
 
 
-def streamed_experts(
-    x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor, given: Experts
-) -> torch.Tensor | None:
+def streamed_experts(x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor, given: Experts) -> torch.Tensor | None:
     """By the streaming kernels, None where no variant takes them."""
     by = stream_packed if isinstance(given.down, Mxfp4Experts) else stream_experts
     return by(x, ids, shares, given)
