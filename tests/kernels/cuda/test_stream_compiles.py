@@ -10,16 +10,17 @@ import torch
 from tests.kernels.cuda.nvrtc import compile_
 from tokenspeed.contracts.errors import DeviceError
 from tokenspeed.kernels.cuda import program, registration
-from tokenspeed.kernels.cuda.stream import (
+from tokenspeed.kernels.cuda.stream import stream, stream_rows
+from tokenspeed.kernels.cuda.stream_tiles import (
     BITS,
     FORMATS,
+    LEAST_STAGES,
     MOST_ROWS,
     SHARED,
     STEP,
     UNIT,
     Variant,
-    stream,
-    stream_rows,
+    candidates,
     variant,
 )
 from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue, Rows
@@ -97,6 +98,30 @@ def test_rows_that_eight_warps_do_not_divide(columns: int, warps: int) -> None:
     assert found.warps == warps
     check(found, compile_(found.source, found.defines(), "sm_90a"))
     assert variant(columns, BF16, "none", None, bias=True, rows=2) is None
+
+
+@pytest.mark.parametrize(("prologue", "rows"), [("join", 1), ("bare", 2), ("bare", 8)])
+def test_other_splits_of_a_row(prologue: str, rows: int) -> None:
+    """2880 columns are 45 lines of 128 bytes: few warps have long segments, and those may be half a line more."""
+    found = list(candidates(2880, BF16, "none", PROLOGUES[prologue], True, rows))
+    splits = {(each.warps, each.segment) for each in found}
+    assert {(5, 384), (9, 128), (15, 128), (6, 320), (10, 192), (3, 640)} <= splits
+    assert all(2880 * 2 % (each.warps * each.segment) == 0 for each in found)
+    assert all(each.shared <= SHARED and each.stages >= LEAST_STAGES - 1 for each in found)
+    for each in found:
+        if (each.warps, each.segment) in {(5, 384), (6, 320)}:
+            check(each, compile_(each.source, each.defines(), "sm_90a"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", [BF16, E4M3])
+@pytest.mark.parametrize("columns", [2048, 2880, 4096, 14336])
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+def test_every_split_of_a_row(rows: int, columns: int, fmt: int) -> None:
+    """More warps leave a thread 64 registers: only to be timed."""
+    for found in candidates(columns, fmt, "silu", None, True, rows):
+        if found.warps <= 10:
+            check(found, compile_(found.source, found.defines(), "sm_90a"))
 
 
 def test_scales_of_files() -> None:

@@ -11,7 +11,8 @@ from tokenspeed.kernels.cuda.attend import MOST_TOKENS, attend, fits
 from tokenspeed.kernels.cuda.experts import stream_experts
 from tokenspeed.kernels.cuda.program import compiler_found, divide_alike
 from tokenspeed.kernels.cuda.router import route_rows
-from tokenspeed.kernels.cuda.stream import MOST_ROWS, stream, stream_rows
+from tokenspeed.kernels.cuda.stream import stream, stream_rows
+from tokenspeed.kernels.cuda.stream_tiles import MOST_ROWS
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.kernels.triton import dense, router
 from tokenspeed.kernels.triton.attention_registration import (
