@@ -91,13 +91,17 @@ def test_hopper(columns: int, prologue: str, act: str, fmt: int) -> None:
     check(found, compile_(found.source, found.defines(), "sm_90a"))
 
 
-@pytest.mark.parametrize(("columns", "warps"), [(2880, 9), (3840, 10), (5376, 7)])
-def test_rows_that_eight_warps_do_not_divide(columns: int, warps: int) -> None:
-    found = variant(columns, BF16, "none", PROLOGUES["join"], bias=True)
+@pytest.mark.parametrize(
+    ("columns", "rows", "warps", "segment"),
+    [(2880, 1, 5, 576), (3840, 1, 10, 256), (5376, 1, 7, 256), (2880, 2, 6, 320), (2880, 4, 6, 320), (2880, 8, 6, 320)],
+)
+def test_rows_that_eight_warps_do_not_divide(columns: int, rows: int, warps: int, segment: int) -> None:
+    found = variant(columns, BF16, "none", PROLOGUES["join" if rows == 1 else "bare"], bias=True, rows=rows)
     assert found is not None
-    assert found.warps == warps
+    assert (found.warps, found.segment) == (warps, segment)
+    assert found.stages >= LEAST_STAGES
     check(found, compile_(found.source, found.defines(), "sm_90a"))
-    assert variant(columns, BF16, "none", None, bias=True, rows=2) is None
+    assert variant(5376, BF16, "none", None, bias=True, rows=2) is None
 
 
 @pytest.mark.parametrize(("prologue", "rows"), [("join", 1), ("bare", 2), ("bare", 8)])
@@ -183,7 +187,7 @@ def test_two_programs_fit_a_processor(fmt: int) -> None:
     for each in fitting:
         assert each.shared <= SHARED
         assert each.k * BITS[fmt] // 8 % (each.segment * (1 if each.narrow else each.warps)) == 0
-        assert each.segment % (STEP * each.warps if each.narrow else 128) == 0
+        assert each.segment % (STEP * (each.warps if each.narrow else 1)) == 0
         assert each.stages >= 2
 
 

@@ -42,8 +42,13 @@ MOST_COLUMNS = {"bare": 16384, "norm": 12288, "branch": 8192}
 """Beyond, x does not fit the registers that two programs have: a warp takes an eighth of these at most."""
 SEGMENTS = (256, 128)
 """Bytes of a row of bf16 in a stage of a warp's ring (a layer of 8B: 98.5 us by 256, 102.6 by 512)."""
-ODD_WARPS = (9, 7, 10, 6, 5)
-"""For one long row that eight warps do not divide: 2880 columns of bf16 take nine."""
+ODD_WARPS, ODD_SEGMENTS = (9, 7, 10, 6, 5), (256, 576, 128)
+"""For one long row that eight warps do not divide: 2880 columns of bf16 take five and 576 bytes (us, of gpt-oss-20b's
+201,088 and 5,120 rows: 257.9 and 8.7; three and 384 bytes 255.8 and 10.2, fifteen and 384 264.3 and 8.3, nine and 128
+331.8 and 11.1; Triton 282.6 and 17.8)."""
+SEVERAL_ODD = (6, 320)
+"""The same for several rows, of the same weights at eight: 270.4 and 9.6; five and 576 bytes 268.4 and 10.6, nine and
+128 315.3 and 11.2; Triton 266.9 and 17.7."""
 NARROW_WARPS, NARROW_STEPS = (8, 7, 9, 10, 6, 5, 4), (4, 8, 2, 6, 5, 3, 7, 1)
 """Of a program with narrow weights, and of a warp in a stage, the better first (a layer of 8B in int4: 8 warps 41.3 us,
 16 41.6, 4 44.6; 4 and 8 steps 41.3, 2 steps 44.3)."""
@@ -221,8 +226,11 @@ def _splits(format: int, row_bytes: int, rows: int, cluster: int) -> Iterator[Sp
         warps = 16 if row_bytes <= SHORT_ROW else 8
         segments = SEGMENTS if rows == 1 else (SEVERAL_SEGMENT,)
         tried = [Split(warps, each, LEAST_STAGES - (each == segments[-1])) for each in segments]
-        if row_bytes > SHORT_ROW and (rows == 1 or cluster > 1):
-            tried += [Split(odd, each, LEAST_STAGES - (each == segments[-1])) for each in segments for odd in ODD_WARPS]
+        if row_bytes > SHORT_ROW:
+            odd_segments = ODD_SEGMENTS if rows == 1 else segments if cluster > 1 else ()
+            last = segments[-1]
+            tried += [Split(odd, each, LEAST_STAGES - (each == last)) for each in odd_segments for odd in ODD_WARPS]
+            tried += [Split(*SEVERAL_ODD, LEAST_STAGES)] if rows > 1 and cluster == 1 else []
         yield from (each for each in tried if row_bytes % (each.warps * each.segment) == 0)
     else:
         tried = [Split(warps, STEP * warps * steps, LEAST_STAGES) for warps in NARROW_WARPS for steps in NARROW_STEPS]
