@@ -14,7 +14,7 @@ import pytest
 
 from tokenspeed.kernels.cuda import stream as streams
 from tokenspeed.kernels.cuda.program import SOURCES
-from tokenspeed.kernels.cuda.stream import Variant
+from tokenspeed.kernels.cuda.stream_tiles import Variant
 
 HERE = Path(__file__).parent / "emulation"
 PROCESSORS = 2

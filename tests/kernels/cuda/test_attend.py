@@ -15,7 +15,7 @@ from tests.kernels.triton.test_attention_registration import attention_of, progr
 from tests.seeds import SEED
 from tokenspeed.kernels.cuda import registration
 from tokenspeed.kernels.cuda.attend import FAR, FAR_ROWS, MOST_TOKENS, SPLITS, Variant, attend, fits, reach_of, variant
-from tokenspeed.kernels.cuda.stream import SHARED
+from tokenspeed.kernels.cuda.stream_tiles import SHARED
 from tokenspeed.kernels.registry import Registry, Situation
 from tokenspeed.kernels.triton import attention_tiles
 from tokenspeed.kernels.triton.attention_registration import run_decode, run_prefill, run_rope_write

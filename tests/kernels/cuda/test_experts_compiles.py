@@ -11,7 +11,7 @@ from tests.kernels.cuda.nvrtc import compile_
 from tokenspeed.bench.gpu.expert_cases import ExpertCase
 from tokenspeed.kernels.cuda import registration
 from tokenspeed.kernels.cuda.experts import MOST_TOKENS, TAKEN, Variant, stream_experts, variant
-from tokenspeed.kernels.cuda.stream import BITS, SHARED
+from tokenspeed.kernels.cuda.stream_tiles import BITS, SHARED
 from tokenspeed.kernels.triton.expert_operands import Experts
 
 SHAPES = [(8, 2048, 768), (4, 2880, 2880), (8, 4096, 1536), (6, 2048, 1408), (2, 4096, 14336)]

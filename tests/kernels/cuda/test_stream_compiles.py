@@ -10,16 +10,17 @@ import torch
 from tests.kernels.cuda.nvrtc import compile_
 from tokenspeed.contracts.errors import DeviceError
 from tokenspeed.kernels.cuda import program, registration
-from tokenspeed.kernels.cuda.stream import (
+from tokenspeed.kernels.cuda.stream import stream, stream_rows
+from tokenspeed.kernels.cuda.stream_tiles import (
     BITS,
     FORMATS,
+    LEAST_STAGES,
     MOST_ROWS,
     SHARED,
     STEP,
     UNIT,
     Variant,
-    stream,
-    stream_rows,
+    candidates,
     variant,
 )
 from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue, Rows
@@ -90,13 +91,41 @@ def test_hopper(columns: int, prologue: str, act: str, fmt: int) -> None:
     check(found, compile_(found.source, found.defines(), "sm_90a"))
 
 
-@pytest.mark.parametrize(("columns", "warps"), [(2880, 9), (3840, 10), (5376, 7)])
-def test_rows_that_eight_warps_do_not_divide(columns: int, warps: int) -> None:
-    found = variant(columns, BF16, "none", PROLOGUES["join"], bias=True)
+@pytest.mark.parametrize(
+    ("columns", "rows", "warps", "segment"),
+    [(2880, 1, 5, 576), (3840, 1, 10, 256), (5376, 1, 7, 256), (2880, 2, 6, 320), (2880, 4, 6, 320), (2880, 8, 6, 320)],
+)
+def test_rows_that_eight_warps_do_not_divide(columns: int, rows: int, warps: int, segment: int) -> None:
+    found = variant(columns, BF16, "none", PROLOGUES["join" if rows == 1 else "bare"], bias=True, rows=rows)
     assert found is not None
-    assert found.warps == warps
+    assert (found.warps, found.segment) == (warps, segment)
+    assert found.stages >= LEAST_STAGES
     check(found, compile_(found.source, found.defines(), "sm_90a"))
-    assert variant(columns, BF16, "none", None, bias=True, rows=2) is None
+    assert variant(5376, BF16, "none", None, bias=True, rows=2) is None
+
+
+@pytest.mark.parametrize(("prologue", "rows"), [("join", 1), ("bare", 2), ("bare", 8)])
+def test_other_splits_of_a_row(prologue: str, rows: int) -> None:
+    """2880 columns are 45 lines of 128 bytes: few warps have long segments, and those may be half a line more."""
+    found = list(candidates(2880, BF16, "none", PROLOGUES[prologue], True, rows))
+    splits = {(each.warps, each.segment) for each in found}
+    assert {(5, 384), (9, 128), (15, 128), (6, 320), (10, 192), (3, 640)} <= splits
+    assert all(2880 * 2 % (each.warps * each.segment) == 0 for each in found)
+    assert all(each.shared <= SHARED and each.stages >= LEAST_STAGES - 1 for each in found)
+    for each in found:
+        if (each.warps, each.segment) in {(5, 384), (6, 320)}:
+            check(each, compile_(each.source, each.defines(), "sm_90a"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", [BF16, E4M3])
+@pytest.mark.parametrize("columns", [2048, 2880, 4096, 14336])
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+def test_every_split_of_a_row(rows: int, columns: int, fmt: int) -> None:
+    """More warps leave a thread 64 registers: only to be timed."""
+    for found in candidates(columns, fmt, "silu", None, True, rows):
+        if found.warps <= 10:
+            check(found, compile_(found.source, found.defines(), "sm_90a"))
 
 
 def test_scales_of_files() -> None:
@@ -158,7 +187,7 @@ def test_two_programs_fit_a_processor(fmt: int) -> None:
     for each in fitting:
         assert each.shared <= SHARED
         assert each.k * BITS[fmt] // 8 % (each.segment * (1 if each.narrow else each.warps)) == 0
-        assert each.segment % (STEP * each.warps if each.narrow else 128) == 0
+        assert each.segment % (STEP * (each.warps if each.narrow else 1)) == 0
         assert each.stages >= 2
 
 

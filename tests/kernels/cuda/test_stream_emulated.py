@@ -3,6 +3,7 @@ ragged units. On a GPU: `python -m tokenspeed.bench.gpu.chain` and `python -m to
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.seeds import SEED
 from tokenspeed.bench.gpu.chain import ready
 from tokenspeed.bench.gpu.packed import weight_of
 from tokenspeed.kernels.cuda.stream import stream, stream_rows
+from tokenspeed.kernels.cuda.stream_tiles import Variant, candidates
 from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue, Rows
 from tokenspeed.quantization.fp8 import Fp8Weight, quantize_fp8
 
@@ -71,13 +73,21 @@ def close(y: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
     assert error < bound
 
 
-def one_row(kind: str, stored: int, columns: int, act: str, prologue: str, patch: pytest.MonkeyPatch) -> None:
+def one_row(
+    kind: str,
+    stored: int,
+    columns: int,
+    act: str,
+    prologue: str,
+    patch: pytest.MonkeyPatch,
+    found: Variant | None = None,
+) -> None:
     torch.manual_seed(SEED + stored + columns)
     weight, entering = matrix(kind, stored, columns), prologue_of(prologue, columns)
     x, bias = (torch.randn(1, columns) + 0.3).bfloat16(), torch.randn(stored)
     with patch.context() as poison:
         poisoned(poison)
-        made = stream(x, weight, bias, act, entering)
+        made = stream(x, weight, bias, act, entering, found)
     assert made is not None
     entered, total = ready(x, entering)
     again = REQUANTISED_BOUND if kind == "fp8" and entering else BOUND
@@ -88,13 +98,15 @@ def one_row(kind: str, stored: int, columns: int, act: str, prologue: str, patch
         assert entering.branch_norm is not None or torch.equal(made[1], total)
 
 
-def several_rows(rows: int, stored: int, columns: int, act: str, patch: pytest.MonkeyPatch) -> None:
+def several_rows(
+    rows: int, stored: int, columns: int, act: str, patch: pytest.MonkeyPatch, found: Variant | None = None
+) -> None:
     torch.manual_seed(SEED + rows)
     weight = matrix("bf16", stored, columns)
     x, bias = torch.randn(rows, columns + 8).bfloat16()[:, :columns], torch.randn(stored)
     with patch.context() as poison:
         poisoned(poison)
-        y = stream_rows(Rows(x, None), weight, bias, act)
+        y = stream_rows(Rows(x, None), weight, bias, act, found)
     assert y is not None
     close(y, exact(x.float(), weight, bias, act), BOUND)
 
@@ -137,6 +149,23 @@ def test_several_rows(
 ) -> None:
     emulate(monkeypatch, folder)
     several_rows(rows, stored, columns, act, monkeypatch)
+
+
+@pytest.mark.parametrize(("rows", "warps", "segment"), [(1, 5, 192), (1, 3, 64 * 5), (3, 5, 192), (7, 3, 64 * 5)])
+def test_splits(rows: int, warps: int, segment: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a row into warps that are no power of two, and segments of an odd number of steps."""
+    emulate(monkeypatch, folder)
+    columns, act = warps * segment, "silu" if rows % 2 else "none"
+    prologue = "join" if rows == 1 else "bare"
+    for found in candidates(columns, 0, act, prologue_of(prologue, columns), True, rows):
+        if (found.warps, found.segment) == (warps, segment):
+            few = replace(found, stages=3)  # which a program's units go round more than once
+            if rows == 1:
+                one_row("bf16", 44, columns, act, prologue, monkeypatch, few)
+            else:
+                several_rows(rows, 44, columns, act, monkeypatch, few)
+            return
+    raise AssertionError("no such split")
 
 
 @pytest.mark.slow

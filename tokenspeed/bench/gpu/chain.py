@@ -13,7 +13,9 @@ from statistics import median
 
 import torch
 
-from tokenspeed.kernels.cuda.stream import MOST_ROWS, stream, stream_rows
+from tokenspeed.bench.gpu.expert_cases import poisoned
+from tokenspeed.kernels.cuda.stream import stream, stream_rows
+from tokenspeed.kernels.cuda.stream_tiles import MOST_ROWS
 from tokenspeed.kernels.triton.linear import prepared, project
 from tokenspeed.kernels.triton.operands import Matrix, Multiplied, Norm, Prologue, matrix_parts
 from tokenspeed.quantization.fp8 import Fp8Weight, quantize_fp8
@@ -92,7 +94,7 @@ def check(narrow: bool, entering: Sequence[int]) -> bool:
             for kind in ("bare", "norm", "join", "branch norm"):
                 for count in entering:
                     if _taken(columns, kind, count):
-                        good &= _same(matrix(rows, columns, narrow), act, kind, count)
+                        good &= same(matrix(rows, columns, narrow), act, kind, count, streamed)
     return good
 
 
@@ -100,16 +102,16 @@ def _taken(columns: int, kind: str, entering: int) -> bool:
     return entering > 1 or (columns % 1024 == 0 and (columns <= 8192 or kind == "bare"))
 
 
-def _same(weight: Multiplied, act: str, kind: str, entering: int) -> bool:
+def same(weight: Multiplied, act: str, kind: str, entering: int, projection: Projection, name: str = "") -> bool:
+    """Whether a projection's result is right for so many random rows with a prologue of some kind, which it prints."""
     rows, columns = weight.shape
     x, branch = torch.randn(2, entering, columns, device="cuda").bfloat16()
     norms = [Norm(torch.rand(columns, device="cuda") + 0.5, 1e-5) for _ in range(2)]
     prologue = None if kind == "bare" else Prologue(norms[0], None if kind == "norm" else branch,
                                                     norms[1] if kind == "branch norm" else None)  # fmt: skip
     bias = torch.randn(rows, device="cuda")
-    poison = torch.full((1 << 20,), float("nan"), device="cuda")
-    del poison
-    y, joined = streamed(x, weight, bias, act, prologue)
+    with poisoned():
+        y, joined = projection(x, weight, bias, act, prologue)
     entered, total = _entered(x, weight, prologue)
     values, scales = matrix_parts(weight)
     exact = values.double() * (1 if scales is None else scales.double()[:, None])
@@ -118,13 +120,14 @@ def _same(weight: Multiplied, act: str, kind: str, entering: int) -> bool:
         gate, up = product.bfloat16().double().chunk(2, dim=1)
         opened = torch.nn.functional.silu(gate) if act == "silu" else torch.nn.functional.gelu(gate, approximate="tanh")
         product = opened * up
-    worst = float(((y.double() - product).abs() / (1 + product.abs())).max())
+    worst = float(((y.double() - product).abs() / (1 + product.abs())).nan_to_num(9e9).max())
     # The last bit of a norm may move the row's largest value, and with it the rounding of all others to e4m3.
     bound = 0.06 if isinstance(weight, Fp8Weight) and prologue is not None and entering == 1 else 0.02
     # The same bit may move a sum with a branch that was normed.
     apart = 2**-7 if kind == "branch norm" else 0.0
     good = worst < bound and (joined is None or torch.allclose(joined, total, rtol=apart, atol=apart))
-    print(f"{'ok' if good else 'WRONG':6} {worst:.5f}  {entering} by [{rows}, {columns}] {act} {kind}", flush=True)
+    said = f"{entering} by [{rows}, {columns}] {act} {kind} {name}"
+    print(f"{'ok' if good else 'WRONG':6} {worst:.5f}  {said}", flush=True)
     return good
 
 

@@ -19,7 +19,8 @@ from tokenspeed.kernels.cuda.attend import attend
 from tokenspeed.kernels.cuda.experts import stream_experts
 from tokenspeed.kernels.cuda.prefill import prefill
 from tokenspeed.kernels.cuda.registration import hopper
-from tokenspeed.kernels.cuda.stream import LONG_ROW, stream, stream_rows
+from tokenspeed.kernels.cuda.stream import stream, stream_rows
+from tokenspeed.kernels.cuda.stream_tiles import LONG_ROW
 from tokenspeed.kernels.triton import norm as row_kernels
 from tokenspeed.kernels.triton.attention_tiles import decode_tile, item_tokens, pad, prefill_tile
 from tokenspeed.kernels.triton.decode_attention import decode_attention

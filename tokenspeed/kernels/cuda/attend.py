@@ -10,7 +10,7 @@ from functools import cache
 import torch
 
 from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer, processors
-from tokenspeed.kernels.cuda.stream import PROGRAMS_PER_SM
+from tokenspeed.kernels.cuda.stream_tiles import PROGRAMS_PER_SM
 from tokenspeed.kernels.triton.launch import device_index
 from tokenspeed.kernels.triton.paged import LOG2E, Heads, PagedLayer
 from tokenspeed.kernels.triton.rope_write import HeadNorm, device_frequencies

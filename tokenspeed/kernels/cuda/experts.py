@@ -10,7 +10,7 @@ from functools import cache
 import torch
 
 from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer, processors
-from tokenspeed.kernels.cuda.stream import ACTS, BITS, FORMATS, PROGRAMS_PER_SM, SHARED, UNIT
+from tokenspeed.kernels.cuda.stream_tiles import ACTS, BITS, FORMATS, PROGRAMS_PER_SM, SHARED, UNIT
 from tokenspeed.kernels.triton.expert_operands import ExpertMatrix, Experts
 from tokenspeed.kernels.triton.launch import device_index
 from tokenspeed.quantization.fp8 import Fp8Weight

@@ -13,7 +13,8 @@ from tokenspeed.kernels.cuda.experts_packed import MOST_TOKENS as MOST_PACKED_TO
 from tokenspeed.kernels.cuda.experts_packed import stream_packed
 from tokenspeed.kernels.cuda.program import compiler_found, divide_alike
 from tokenspeed.kernels.cuda.router import route_rows
-from tokenspeed.kernels.cuda.stream import MOST_ROWS, stream, stream_rows
+from tokenspeed.kernels.cuda.stream import stream, stream_rows
+from tokenspeed.kernels.cuda.stream_tiles import MOST_ROWS
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
 from tokenspeed.kernels.triton import dense, router
 from tokenspeed.kernels.triton.attention_registration import (

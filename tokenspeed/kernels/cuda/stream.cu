@@ -22,7 +22,7 @@ constexpr int SEGMENTS = SLICE / SEGMENT;
 constexpr int STEPS = SEGMENT / 64;
 constexpr int SUMS = ROWS * UNIT;
 constexpr int ADDING = (SUMS + 31) / 32 * 32;
-static_assert(SLICE % SEGMENT == 0 && SEGMENT % 128 == 0 && SLICE * WARPS * CLUSTER == 2 * K && K % 8 == 0,
+static_assert(SLICE % SEGMENT == 0 && SEGMENT % 64 == 0 && SLICE * WARPS * CLUSTER == 2 * K && K % 8 == 0,
               "columns do not fit the tiles");
 static_assert(CLUSTER == 1 || ROWS > 1, "rows are prepared where all of their columns are");
 

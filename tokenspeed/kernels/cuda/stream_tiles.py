@@ -1,0 +1,237 @@
+"""How `stream.cu` and `stream_narrow.cu` divide rows of W among warps and stages: what they are compiled for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from tokenspeed.kernels.triton.operands import Prologue
+from tokenspeed.quantization.fp8 import Fp8Weight
+from tokenspeed.quantization.int4 import Int4Weight
+from tokenspeed.quantization.int8 import Int8Weight
+from tokenspeed.quantization.mxfp4 import Mxfp4Weight
+
+FORMATS: dict[type, int] = {torch.Tensor: 0, Fp8Weight: 1, Int8Weight: 2, Int4Weight: 3, Mxfp4Weight: 4}
+"""By the type of a weight, as `row.cuh` counts them."""
+BITS = (16, 8, 8, 4, 4)
+_SCALES = (0, 0, 0, 2, 4)
+"""Bytes of the scales that lie in the ring, of a row and 64 bytes of it."""
+_PLANES = (0, 0, 2, 2, 0)
+"""Of bytes in which x is multiplied by a format's codes as integers."""
+ACTS = {"none": 0, "silu": 1, "gelu_tanh": 2}
+UNIT = 8
+STEP = 64
+"""Bytes of a row that a warp multiplies at a time."""
+PROGRAMS_PER_SM = 2
+SHARED = 113 << 10
+"""Bytes of a program, so that two fit the 228 KiB of an SM."""
+SHORT_ROW = 4096
+"""Bytes. Rows of bf16 up to here are split among 16 warps, longer ones among 8 (a layer of 1B: 32.8 against 34.3 us,
+of 8B: 103.4 and 102.0)."""
+MOST_ROWS = 8
+ROW_GAP = 32
+"""Elements between rows of x in shared memory."""
+SEVERAL_SEGMENT = 256
+"""Of several rows, which take their part of a program's memory: with 128 bytes the Triton kernel wins."""
+PLANE_GAP = 64
+"""Bytes between planes of x's bytes."""
+MOST_COLUMNS = {"bare": 16384, "norm": 12288, "branch": 8192}
+"""Beyond, x does not fit the registers that two programs have: a warp takes an eighth of these at most."""
+SEGMENTS = (256, 128)
+"""Bytes of a row of bf16 in a stage of a warp's ring (a layer of 8B: 98.5 us by 256, 102.6 by 512)."""
+ODD_WARPS, ODD_SEGMENTS = (9, 7, 10, 6, 5), (256, 576, 128)
+"""For one long row that eight warps do not divide: 2880 columns of bf16 take five and 576 bytes (us, of gpt-oss-20b's
+201,088 and 5,120 rows: 257.9 and 8.7; three and 384 bytes 255.8 and 10.2, fifteen and 384 264.3 and 8.3, nine and 128
+331.8 and 11.1; Triton 282.6 and 17.8)."""
+SEVERAL_ODD = (6, 320)
+"""The same for several rows, of the same weights at eight: 270.4 and 9.6; five and 576 bytes 268.4 and 10.6, nine and
+128 315.3 and 11.2; Triton 266.9 and 17.7."""
+NARROW_WARPS, NARROW_STEPS = (8, 7, 9, 10, 6, 5, 4), (4, 8, 2, 6, 5, 3, 7, 1)
+"""Of a program with narrow weights, and of a warp in a stage, the better first (a layer of 8B in int4: 8 warps 41.3 us,
+16 41.6, 4 44.6; 4 and 8 steps 41.3, 2 steps 44.3)."""
+LEAST_STAGES = 3
+LONG_ROW, LONG_ROWS = 8192, 28672
+"""Columns, and elements of all (padded) rows, from which on two programs share the columns of several rows. us a layer,
+by one (or Triton where x does not fit) and by two: 1B at 2 rows 33.6 and 34.8, at 4 35.4 and 34.7, at 8 39.2 and 36.4,
+8B at 2 rows 101.7 and 100.9, at 4 105.8 and 104.2. By four or eight a projection takes a fifth longer: too few of such
+clusters find room side by side."""
+SHORT_SHARED, SHORT_BYTES = 60 << 10, 100 << 10
+"""Of a program that multiplies some units of so few bytes of narrow weights: what it leaves free the next kernel's
+programs have (a layer of 8B with attention, us: int8 62.9 and 61.1, fp8 62.8 and 61.5 by 60 KiB for o and q, k, v)."""
+
+
+class Way(NamedTuple):
+    """programs: of a kernel per SM. shared: bytes of a program, of which two always fit: the next kernel's as well."""
+
+    programs: int
+    shared: int
+
+
+class Split(NamedTuple):
+    """Of a row of W. segment: as a Variant's. least: stages, else another one is taken."""
+
+    warps: int
+    segment: int
+    least: int
+
+
+_SMALLER = Way(PROGRAMS_PER_SM, 100 << 10)
+WAYS = (Way(PROGRAMS_PER_SM, SHARED), _SMALLER, _SMALLER, _SMALLER, _SMALLER)
+"""By format. A layer of 8B without attention, by one program, by two, and by two with 100 KiB: fp8 58.2, 60.2 and 59.5
+us, int8 56.9, 59.6 and 59.2, int4 43.5, 41.3 and 40.8, MXFP4 50.8, 50.0 and 49.1; bf16 by one 108.9, by two 99.9. In
+the whole step one program loses: fp8 2.588 ms, where rings for each warp of two programs took 2.473."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a kernel is compiled for: names of the definitions of its source, in lower case. segment: bytes of a row in
+    a stage, of a warp in `stream.cu`, of all warps that multiply in `stream_narrow.cu`."""
+
+    rows: int
+    k: int
+    format: int
+    warps: int
+    segment: int
+    stages: int
+    act: int
+    norm: int
+    branch: int
+    branch_norm: int
+    bias: int
+    half_scales: int = 0
+    cluster: int = 1
+
+    @property
+    def narrow(self) -> bool:
+        return BITS[self.format] < 16
+
+    @property
+    def source(self) -> str:
+        """The file, without its ending."""
+        return "stream_narrow" if self.narrow else "stream"
+
+    @property
+    def threads(self) -> int:
+        """Of a program: one warp more fills a ring that all share."""
+        return 32 * (self.warps + self.narrow)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of the source's Shared."""
+        x = 2 * self.rows * (self.k // self.cluster + (ROW_GAP if self.rows > 1 else 0))
+        floats = 3 * self.warps
+        if self.narrow:
+            planes = _PLANES[self.format]
+            x = planes * (self.k + PLANE_GAP) if planes else x
+            floats += (self.k * BITS[self.format] // 8 // STEP if planes else 2) + 1
+        else:
+            floats += UNIT * self.rows * (2 * self.warps + self.cluster) + 2
+        return x + -(-4 * floats // 8) * 8 + self.stages * self.stage
+
+    @property
+    def stage(self) -> int:
+        """Bytes of a stage, of a program: with its barriers, and what else there is of each."""
+        if not self.narrow:
+            return self.warps * (UNIT * self.segment + 64 + 8)
+        scales = self.segment // STEP * UNIT * _SCALES[self.format]
+        return UNIT * self.segment + 64 + scales + 16 + 4 * self.warps * UNIT
+
+    def holding(self, units: int) -> Variant:
+        """The same with no more stages than so many units of a program fill, or than a short program is better with."""
+        row_bytes, most = self.k * BITS[self.format] // 8, self.stages
+        if self.narrow and 1 < units <= SHORT_BYTES // (UNIT * row_bytes):
+            most = min(most, (SHORT_SHARED - replace(self, stages=0).shared) // self.stage)
+        segments = row_bytes // (self.segment * self.cluster * (1 if self.narrow else self.warps))
+        return replace(self, stages=min(max(most, LEAST_STAGES), self.stages, units * segments))
+
+    def defines(self) -> dict[str, int]:
+        """For the compiler."""
+        return {name.upper(): int(value) for name, value in asdict(self).items()} | {"SHARED": self.shared}
+
+
+def variant(
+    columns: int,
+    format: int,
+    act: str,
+    prologue: Prologue | None,
+    bias: bool,
+    rows: int = 1,
+    half_scales: bool = False,
+) -> Variant | None:
+    """The variant for rows of W of so many columns in a format of FORMATS, None where they do not fit its tiles. More
+    than one row of x comes without prologue, and to bf16. half_scales: of int4, whether scales are float16."""
+    if not _taken(columns, format, rows):
+        return None
+    bare = _bare(columns, format, act, prologue, bias, rows, half_scales)
+    shared = rows > 1 and columns >= LONG_ROW and bare.rows * columns >= LONG_ROWS
+    for cluster in (2, 1) if shared else (1,):
+        for split in _splits(format, columns * BITS[format] // 8 // cluster, rows, cluster):
+            found = _fitting(replace(bare, cluster=cluster), split)
+            if found is not None:
+                return found
+    return None
+
+
+def candidates(
+    columns: int, format: int, act: str, prologue: Prologue | None, bias: bool, rows: int = 1
+) -> Iterator[Variant]:
+    """Every variant that fits, whether or not `variant` would take it: to be timed."""
+    if not _taken(columns, format, rows):
+        return
+    bare = _bare(columns, format, act, prologue, bias, rows, False)
+    for cluster in (1, 2) if rows > 1 and columns >= LONG_ROW and not bare.narrow else (1,):
+        row_bytes = columns * BITS[format] // 8 // cluster
+        for warps in range(3, 17):
+            least = STEP * warps if bare.narrow else 2 * STEP
+            most = row_bytes if bare.narrow else row_bytes // warps
+            for segment in range(least, most + 1, least if bare.narrow else STEP):
+                whole = segment if bare.narrow else segment * warps
+                found = _fitting(replace(bare, cluster=cluster), Split(warps, segment, LEAST_STAGES - 1))
+                if row_bytes % whole == 0 and found is not None:
+                    yield found
+
+
+def _taken(columns: int, format: int, rows: int) -> bool:
+    return columns % 8 == 0 and rows <= MOST_ROWS and (rows == 1 or BITS[format] == 16)
+
+
+def _bare(
+    columns: int, format: int, act: str, prologue: Prologue | None, bias: bool, rows: int, half_scales: bool
+) -> Variant:
+    """How a row is divided is still open."""
+    branch = prologue is not None and prologue.branch is not None
+    branch_norm = prologue is not None and prologue.branch_norm is not None
+    padded, normed = 1 << (rows - 1).bit_length(), prologue is not None
+    return Variant(
+        padded, columns, format, 0, 0, 0, ACTS[act], normed, branch, branch_norm, bias, int(half_scales)
+    )  # fmt: skip
+
+
+def _fitting(bare: Variant, split: Split) -> Variant | None:
+    """With as many stages as fit, None where those are too few, or where x does not fit registers."""
+    found = replace(bare, warps=split.warps, segment=split.segment)
+    most = MOST_COLUMNS["branch" if bare.branch else "norm" if bare.norm else "bare"]
+    stages = (WAYS[bare.format].shared - found.shared) // found.stage
+    if stages < split.least or bare.k > min(split.warps, 8) * most // 8:
+        return None
+    return replace(found, stages=stages)
+
+
+def _splits(format: int, row_bytes: int, rows: int, cluster: int) -> Iterator[Split]:
+    """To try, the better first: those that divide a row."""
+    if BITS[format] == 16:
+        warps = 16 if row_bytes <= SHORT_ROW else 8
+        segments = SEGMENTS if rows == 1 else (SEVERAL_SEGMENT,)
+        tried = [Split(warps, each, LEAST_STAGES - (each == segments[-1])) for each in segments]
+        if row_bytes > SHORT_ROW:
+            odd_segments = ODD_SEGMENTS if rows == 1 else segments if cluster > 1 else ()
+            last = segments[-1]
+            tried += [Split(odd, each, LEAST_STAGES - (each == last)) for each in odd_segments for odd in ODD_WARPS]
+            tried += [Split(*SEVERAL_ODD, LEAST_STAGES)] if rows > 1 and cluster == 1 else []
+        yield from (each for each in tried if row_bytes % (each.warps * each.segment) == 0)
+    else:
+        tried = [Split(warps, STEP * warps * steps, LEAST_STAGES) for warps in NARROW_WARPS for steps in NARROW_STEPS]
+        yield from (each for each in tried if row_bytes % each.segment == 0)
