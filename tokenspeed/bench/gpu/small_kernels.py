@@ -17,6 +17,7 @@ from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.contracts.step import SamplingRow
 from tokenspeed.kernels.cuda.attend import attend
 from tokenspeed.kernels.cuda.experts import stream_experts
+from tokenspeed.kernels.cuda.experts_packed import stream_packed
 from tokenspeed.kernels.cuda.prefill import prefill
 from tokenspeed.kernels.cuda.registration import hopper
 from tokenspeed.kernels.cuda.stream import stream, stream_rows
@@ -162,14 +163,16 @@ def attends(device: str) -> Results:
 
 
 def streamed_experts(device: str) -> Results:
-    """The CUDA kernels of experts: one token, five that share experts, one of them padding, of bf16 and of e4m3."""
+    """The CUDA kernels of experts: one token, five that share experts, one of them padding, of bf16, e4m3 and MXFP4."""
     number, hidden, ff = 6, 512, 128
     gate_up, down = _values(device, number, 2 * ff, hidden), _values(device, number, hidden, ff)
     x, shares = _values(device, 5, hidden), torch.rand(5, 2, device=device)
     ids = torch.arange(10, dtype=torch.int32, device=device).view(5, 2) % number
     ids[4] = -1
     several = [Experts(gate_up, down, "silu"), Experts(quantize_fp8(gate_up), quantize_fp8(down), "gelu_tanh")]
-    return _taken([stream_experts(x[:n], ids[:n], shares[:n], each) for each in several for n in (1, 5)])
+    packed = Experts(quantize_experts(gate_up), quantize_experts(down), "swiglu_clamped", alpha=1.702, limit=7.0)
+    found = [stream_packed(x[:n], ids[:n], shares[:n], packed) for n in (1, 5)]
+    return _taken([*found, *(stream_experts(x[:n], ids[:n], shares[:n], each) for each in several for n in (1, 5))])
 
 
 def _taken(results: Sequence[T | None]) -> list[T]:
