@@ -10,7 +10,7 @@ import torch
 import triton
 
 from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer, processors
-from tokenspeed.kernels.cuda.stream import ACTS
+from tokenspeed.kernels.cuda.stream_tiles import ACTS
 from tokenspeed.kernels.cuda.tensor_maps import TensorMap, encoded
 from tokenspeed.kernels.triton.expert_operands import Experts
 from tokenspeed.kernels.triton.expert_products import combine_kernel
