@@ -15,9 +15,9 @@ from tests.seeds import SEED
 from tokenspeed.bench.gpu.chain import ready
 from tokenspeed.bench.gpu.packed import weight_of
 from tokenspeed.kernels.cuda.stream import stream, stream_rows
-from tokenspeed.kernels.cuda.stream_tiles import Variant, candidates
+from tokenspeed.kernels.cuda.stream_tiles import FORMATS, Variant, candidates
 from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue, Rows
-from tokenspeed.quantization.fp8 import Fp8Weight, quantize_fp8
+from tokenspeed.quantization.fp8 import Fp8Weight, quantize_fp8, quantize_rows
 
 BOUND, REQUANTISED_BOUND = 0.02, 0.06
 """Of |y - exact| / (1 + |exact|); the last bit of a norm may move all roundings to e4m3."""
@@ -47,7 +47,7 @@ def prologue_of(kind: str, columns: int) -> Prologue | None:
 def exact(entered: torch.Tensor, weight: Matrix, bias: torch.Tensor, act: str) -> torch.Tensor:
     """float64 of rows that are ready."""
     if isinstance(weight, Fp8Weight):
-        scale = entered.abs().max().clamp(min=1e-12) / 448.0
+        scale = entered.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448.0
         entered = (entered * (1 / scale)).to(torch.float8_e4m3fn).double() * scale.double()
         values = weight.q.double() * weight.scale.double()[:, None]
     else:
@@ -99,14 +99,22 @@ def one_row(
 
 
 def several_rows(
-    rows: int, stored: int, columns: int, act: str, patch: pytest.MonkeyPatch, found: Variant | None = None
+    rows: int,
+    stored: int,
+    columns: int,
+    act: str,
+    patch: pytest.MonkeyPatch,
+    found: Variant | None = None,
+    kind: str = "bf16",
 ) -> None:
     torch.manual_seed(SEED + rows)
-    weight = matrix("bf16", stored, columns)
-    x, bias = torch.randn(rows, columns + 8).bfloat16()[:, :columns], torch.randn(stored)
+    weight = matrix(kind, stored, columns)
+    x, bias = torch.randn(rows, columns + 16).bfloat16()[:, :columns], torch.randn(stored)
+    x *= torch.rand(rows, 1) + 0.5
+    given = Rows(x) if kind == "bf16" else Rows(*quantize_rows(x))
     with patch.context() as poison:
         poisoned(poison)
-        y = stream_rows(Rows(x, None), weight, bias, act, found)
+        y = stream_rows(given, weight, bias, act, found)
     assert y is not None
     close(y, exact(x.float(), weight, bias, act), BOUND)
 
@@ -166,6 +174,24 @@ def test_splits(rows: int, warps: int, segment: int, folder: Path, monkeypatch: 
                 several_rows(rows, 44, columns, act, monkeypatch, few)
             return
     raise AssertionError("no such split")
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "act", "wide"),
+    [(2, 1024, "none", 0), (3, 1024, "silu", 1), (5, 576, "gelu_tanh", 0), (7, 1024, "silu", 0), (8, 512, "none", 1)],
+)
+def test_several_rows_of_e4m3(
+    rows: int, columns: int, act: str, wide: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(monkeypatch, folder)
+    split_rows("fp8", rows, columns, act, wide, monkeypatch)
+
+
+def split_rows(kind: str, rows: int, columns: int, act: str, wide: int, patch: pytest.MonkeyPatch) -> None:
+    """By rings of few stages, which a program's units go round more than once."""
+    every = candidates(columns, FORMATS[Fp8Weight], act, None, True, rows)
+    found = next(each for each in every if each.wide == wide and columns // each.segment > 1)
+    several_rows(rows, 52, columns, act, patch, replace(found, stages=3), kind)
 
 
 @pytest.mark.slow

@@ -104,8 +104,9 @@ def ways(shape: Shape, rows: int) -> Iterator[tuple[str, Projection]]:
 
 
 def named(found: Variant) -> str:
-    """Warps x bytes of a segment x most stages, and programs of a cluster."""
-    return f"{found.warps}x{found.segment}x{found.stages}{f' by {found.cluster}' if found.cluster > 1 else ''}"
+    """Warps x bytes of a segment x most stages, programs of a cluster, how several rows of e4m3 are held."""
+    held = (" as float16" if found.wide else " as e4m3") if found.narrow and found.rows > 1 else ""
+    return f"{found.warps}x{found.segment}x{found.stages}{f' by {found.cluster}' if found.cluster > 1 else ''}{held}"
 
 
 def cases(shape: Shape, rows: int, weights: Sequence[Multiplied]) -> Iterator[Case]:

@@ -241,24 +241,23 @@ __device__ float prepare_row(u16* to, float* scales, float (*partial)[Threads / 
   return scale;
 }
 
-// Prepared rows, `stride` elements apart, into rows of `pitch`, turned as Row::store does. Up to eight pieces of a thread are
-// under way at a time: each waits for the second-level cache as long as all of them do.
-template <int Most, int Columns, int Threads>
-__device__ void load_rows(u16* to, int pitch, const u16* from, long long stride, int rows) {
-  constexpr int PIECES = Columns / 8, MINE = (Most * PIECES + Threads - 1) / Threads, AT_ONCE = MINE < 8 ? MINE : 8;
+// Prepared rows of so many bytes, `stride` bytes apart, of which put(row, piece, bits) takes 16 at a time. Up to eight pieces of
+// a thread are under way at a time: each waits for the second-level cache as long as all of them do.
+template <int Most, int Bytes, int Threads, class Put>
+__device__ void load_rows(const void* from, long long stride, int rows, Put put) {
+  constexpr int PIECES = Bytes / 16, MINE = (Most * PIECES + Threads - 1) / Threads, AT_ONCE = MINE < 8 ? MINE : 8;
 #pragma unroll
   for (int first = 0; first < MINE; first += AT_ONCE) {
-    uint4 pairs[AT_ONCE];
+    uint4 bits[AT_ONCE];
 #pragma unroll
     for (int j = 0; j < AT_ONCE; ++j) {
       int i = (first + j) * Threads + threadIdx.x, row = i / PIECES;
-      if (row < rows) pairs[j] = *reinterpret_cast<const uint4*>(from + row * stride + i % PIECES * 8);
+      if (row < rows) bits[j] = *reinterpret_cast<const uint4*>(static_cast<const u8*>(from) + row * stride + i % PIECES * 16);
     }
 #pragma unroll
     for (int j = 0; j < AT_ONCE; ++j) {
       int i = (first + j) * Threads + threadIdx.x, row = i / PIECES;
-      uint4 turned = make_uint4(pairs[j].x, pairs[j].z, pairs[j].y, pairs[j].w);
-      if (row < rows) *reinterpret_cast<uint4*>(to + row * pitch + i % PIECES * 8) = turned;
+      if (row < rows) put(row, i % PIECES, bits[j]);
     }
   }
   sync_first<Threads>();

@@ -88,7 +88,8 @@ the whole step one program loses: fp8 2.588 ms, where rings for each warp of two
 @dataclass(frozen=True)
 class Variant:
     """What a kernel is compiled for: names of the definitions of its source, in lower case. segment: bytes of a row in
-    a stage, of a warp in `stream.cu`, of all warps that multiply in `stream_narrow.cu`."""
+    a stage, of a warp in `stream.cu`, of all warps that multiply in `stream_narrow.cu`. wide: whether several rows of
+    e4m3 are held as float16."""
 
     rows: int
     k: int
@@ -103,6 +104,7 @@ class Variant:
     bias: int
     half_scales: int = 0
     cluster: int = 1
+    wide: int = 1
 
     @property
     def narrow(self) -> bool:
@@ -121,11 +123,11 @@ class Variant:
     @property
     def shared(self) -> int:
         """Bytes of the source's Shared."""
-        x = 2 * self.rows * (self.k // self.cluster + (ROW_GAP if self.rows > 1 else 0))
+        x = 2 * self.rows * (self.k // self.cluster + (ROW_GAP if self.rows > 1 and not self.narrow else 0))
         floats = 3 * self.warps
         if self.narrow:
             planes = _PLANES[self.format]
-            x = planes * (self.k + PLANE_GAP) if planes else x
+            x = planes * (self.k + PLANE_GAP) if planes else x if self.wide else self.rows * (self.k // 128 * 128 + 64)
             floats += (self.k * BITS[self.format] // 8 // STEP if planes else 2) + 1
         else:
             floats += UNIT * self.rows * (2 * self.warps + self.cluster) + 2
@@ -137,7 +139,7 @@ class Variant:
         if not self.narrow:
             return self.warps * (UNIT * self.segment + 64 + 8)
         scales = self.segment // STEP * UNIT * _SCALES[self.format]
-        return UNIT * self.segment + 64 + scales + 16 + 4 * self.warps * UNIT
+        return UNIT * self.segment + 64 + scales + 16 + 4 * self.warps * UNIT * self.rows
 
     def holding(self, units: int) -> Variant:
         """The same with no more stages than so many units of a program fill, or than a short program is better with."""
@@ -163,7 +165,7 @@ def variant(
 ) -> Variant | None:
     """The variant for rows of W of so many columns in a format of FORMATS, None where they do not fit its tiles. More
     than one row of x comes without prologue, and to bf16. half_scales: of int4, whether scales are float16."""
-    if not _taken(columns, format, rows):
+    if not _taken(columns, format, rows) or (rows > 1 and BITS[format] < 16):
         return None
     bare = _bare(columns, format, act, prologue, bias, rows, half_scales)
     shared = rows > 1 and columns >= LONG_ROW and bare.rows * columns >= LONG_ROWS
@@ -189,13 +191,15 @@ def candidates(
             most = row_bytes if bare.narrow else row_bytes // warps
             for segment in range(least, most + 1, least if bare.narrow else STEP):
                 whole = segment if bare.narrow else segment * warps
-                found = _fitting(replace(bare, cluster=cluster), Split(warps, segment, LEAST_STAGES - 1))
-                if row_bytes % whole == 0 and found is not None:
-                    yield found
+                for wide in (0, 1) if rows > 1 and bare.narrow else (1,):
+                    found = _fitting(replace(bare, cluster=cluster, wide=wide), Split(warps, segment, LEAST_STAGES - 1))
+                    if row_bytes % whole == 0 and found is not None:
+                        yield found
 
 
 def _taken(columns: int, format: int, rows: int) -> bool:
-    return columns % 8 == 0 and rows <= MOST_ROWS and (rows == 1 or BITS[format] == 16)
+    several = rows == 1 or format in (FORMATS[torch.Tensor], FORMATS[Fp8Weight])
+    return columns % 8 == 0 and rows <= MOST_ROWS and several
 
 
 def _bare(
