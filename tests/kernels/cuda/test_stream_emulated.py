@@ -111,7 +111,7 @@ def several_rows(
     weight = matrix(kind, stored, columns)
     x, bias = torch.randn(rows, columns + 16).bfloat16()[:, :columns], torch.randn(stored)
     x *= torch.rand(rows, 1) + 0.5
-    given = Rows(x) if kind == "bf16" else Rows(*quantize_rows(x))
+    given = Rows(x) if kind == "bf16" or (found and found.quantize) else Rows(*quantize_rows(x))
     with patch.context() as poison:
         poisoned(poison)
         y = stream_rows(given, weight, bias, act, found)
@@ -177,21 +177,23 @@ def test_splits(rows: int, warps: int, segment: int, folder: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "act", "wide"),
-    [(2, 1024, "none", 0), (3, 1024, "silu", 1), (5, 576, "gelu_tanh", 0), (7, 1024, "silu", 0), (8, 512, "none", 1)],
+    ("rows", "columns", "act", "wide", "quantize"),
+    [
+        (2, 1024, "none", 0, False),
+        (3, 1024, "silu", 1, True),
+        (5, 576, "gelu_tanh", 0, False),
+        (7, 1024, "silu", 0, True),
+        (8, 512, "none", 1, False),
+    ],
 )
 def test_several_rows_of_e4m3(
-    rows: int, columns: int, act: str, wide: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+    rows: int, columns: int, act: str, wide: int, quantize: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    emulate(monkeypatch, folder)
-    split_rows("fp8", rows, columns, act, wide, monkeypatch)
-
-
-def split_rows(kind: str, rows: int, columns: int, act: str, wide: int, patch: pytest.MonkeyPatch) -> None:
     """By rings of few stages, which a program's units go round more than once."""
-    every = candidates(columns, FORMATS[Fp8Weight], act, None, True, rows)
+    emulate(monkeypatch, folder)
+    every = candidates(columns, FORMATS[Fp8Weight], act, None, True, rows, quantize)
     found = next(each for each in every if each.wide == wide and columns // each.segment > 1)
-    several_rows(rows, 52, columns, act, patch, replace(found, stages=3), kind)
+    several_rows(rows, 52, columns, act, monkeypatch, replace(found, stages=3), "fp8")
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from tokenspeed.kernels.cuda.registration import stream_or_project
 from tokenspeed.kernels.cuda.stream import for_outputs, stream, stream_rows
 from tokenspeed.kernels.cuda.stream_tiles import FORMATS, MOST_ROWS, Variant, candidates
 from tokenspeed.kernels.triton.linear import prepared, project
-from tokenspeed.kernels.triton.operands import Matrix, Multiplied, Norm, Prologue
+from tokenspeed.kernels.triton.operands import Matrix, Multiplied, Norm, Prologue, Rows
 from tokenspeed.quantization.fp8 import Fp8Weight
 
 CHECKED_OUTPUTS = 5003
@@ -60,7 +60,10 @@ class Shape(NamedTuple):
         if rows == 1 and self.prologue != "bare":
             prologue = Prologue(norm, torch.ones(1) if self.prologue == "join" else None)
         format = FORMATS[Fp8Weight if self.fp8 else torch.Tensor]
-        return list(candidates(self.k, format, self.act, prologue, self.bias, rows))
+        found = list(candidates(self.k, format, self.act, prologue, self.bias, rows))
+        if self.fp8 and rows > 1 and self.prologue == "bare":
+            found += candidates(self.k, format, self.act, None, self.bias, rows, quantize=True)
+        return found
 
 
 SHAPES = [
@@ -87,7 +90,7 @@ def by(found: Variant) -> Projection:
             assert made is not None
             return made
         assert isinstance(weight, torch.Tensor | Fp8Weight)
-        given, joined = prepared(x, weight, prologue)
+        given, joined = (Rows(x), None) if found.quantize else prepared(x, weight, prologue)
         y = stream_rows(given, weight, bias, act, found)
         assert y is not None
         return y, joined
@@ -106,6 +109,7 @@ def ways(shape: Shape, rows: int) -> Iterator[tuple[str, Projection]]:
 def named(found: Variant) -> str:
     """Warps x bytes of a segment x most stages, programs of a cluster, how several rows of e4m3 are held."""
     held = (" as float16" if found.wide else " as e4m3") if found.narrow and found.rows > 1 else ""
+    held += " quantised inside" if found.quantize else ""
     return f"{found.warps}x{found.segment}x{found.stages}{f' by {found.cluster}' if found.cluster > 1 else ''}{held}"
 
 

@@ -41,9 +41,10 @@ def stream(
 def stream_rows(
     x: Rows, weight: Matrix, bias: torch.Tensor | None = None, act: str = "none", found: Variant | None = None
 ) -> torch.Tensor | None:
-    """`triton.linear.skinny` of up to eight prepared rows, of bf16, or of e4m3 with a scale each by such weights; None
-    where no variant takes them. found: as in `stream`."""
-    if (x.scale is not None) != isinstance(weight, Fp8Weight) or (x.scale is not None and len(x.values) == 1):
+    """`triton.linear.skinny` of up to eight prepared rows, of bf16, or of e4m3 with a scale each by such weights, also
+    of bf16 by a variant that quantises; None where no variant takes them. found: as in `stream`."""
+    quantised = isinstance(weight, Fp8Weight) and not (found and found.quantize)
+    if (x.scale is not None) != quantised or (quantised and len(x.values) == 1):
         return None
     made = _stream(x.values, weight, bias, act, None, found, x.scale)
     return None if made is None else made[0]

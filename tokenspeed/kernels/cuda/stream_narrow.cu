@@ -10,7 +10,7 @@
 // Codes of four bits have scales of groups of columns, which come into the ring with them; what multiplies is in
 // narrow_products.cuh.
 //
-// Compiled with -D: ROWS of x that fit (1, 2, 4 or 8; more than one come as e4m3 with a scale each), K columns, FORMAT (row.cuh's),
+// Compiled with -D: ROWS of x that fit (1, 2, 4 or 8; more than one come as e4m3 with a scale each, or as bf16 to QUANTIZE), K columns, FORMAT (row.cuh's),
 // WARPS that multiply, SEGMENT bytes of a row in a stage of the ring, STAGES, ACT (0: none, 1: silu, 2: gelu tanh), SHARED bytes,
 // and 0/1: NORM, BRANCH, BRANCH_NORM, BIAS, HALF_SCALES (int4's scales are float16, else bf16), WIDE (several rows of x are
 // float16 in shared memory).
@@ -42,7 +42,7 @@ struct Shared {
   float x_scales[INTEGER ? ROW_BYTES / 64 : 2];
   float sums[STAGES][WARPS][SUMS];
   float partial[3][WARPS];
-  float x_scale;
+  float x_scale[ROWS];
 };
 
 static_assert(sizeof(Shared) == SHARED, "the launch must know the size");
@@ -138,12 +138,16 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + 32, 2) stream(
   int at = 0, parity = 0;
   if (warp < WARPS) {
     if constexpr (ROWS > 1) {
-      load_rows<ROWS, K, MULTIPLYING>(x, x_stride, rows, [&](int row, int piece, uint4 codes) { put(s.x, row, piece, codes); });
+      auto store = [&](int row, int piece, uint4 codes) { put(s.x, row, piece, codes); };
+      if constexpr (QUANTIZE)
+        quantize_rows<ROWS, K, WARPS>(s.x_scale, s.partial[0], x, x_stride, rows, store);
+      else
+        load_rows<ROWS, K, MULTIPLYING>(x, x_stride, rows, store);
     } else {
       float x_scale = prepare_row<FORMAT, NORM, BRANCH, BRANCH_NORM>(
           reinterpret_cast<u16*>(s.x), s.x_scales, s.partial, x, branch, norm, branch_norm, norm_weight, branch_weight, joined,
           eps, branch_eps);
-      if (FORMAT == E4M3 && threadIdx.x == 0) s.x_scale = x_scale;  // before its warp's first arrival
+      if (FORMAT == E4M3 && threadIdx.x == 0) s.x_scale[0] = x_scale;  // before its warp's first arrival
     }
     using P = Products<FORMAT, HALF_SCALES, ROWS, WIDE>;
     P products;
@@ -180,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + 32, 2) stream(
   float x_scales[EACH];
   for (int i = 0; i < EACH; ++i) {
     int token = (lane + i * 32) % SUMS / UNIT;
-    x_scales[i] = ROWS > 1 && token < rows ? token_scale[token] : 1;
+    x_scales[i] = ROWS > 1 && !QUANTIZE && token < rows ? token_scale[token] : 1;
   }
   for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
     int row = weight_row(unit, local, n), column = unit * OUTPUTS + local;
@@ -197,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + 32, 2) stream(
           float total = 0;
           for (int w = lane / SUMS; w < WARPS; w += SHARING) total += s.sums[at][w][sum];
           for (int o = SUMS; o < 32; o *= 2) total += __shfl_xor_sync(~0u, total, o);
-          if (FORMAT == E4M3) total *= ROWS > 1 ? x_scales[i] : s.x_scale;
+          if (FORMAT == E4M3) total *= ROWS > 1 && !QUANTIZE ? x_scales[i] : s.x_scale[token];
           if (FORMAT == E4M3 || FORMAT == INT8) total *= row_scale;
           if (FORMAT == MXFP4) total *= E2M1_FACTOR;
           if (BIAS) total += row_bias;

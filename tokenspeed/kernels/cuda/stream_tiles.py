@@ -40,6 +40,8 @@ PLANE_GAP = 64
 """Bytes between planes of x's bytes."""
 MOST_COLUMNS = {"bare": 16384, "norm": 12288, "branch": 8192}
 """Beyond, x does not fit the registers that two programs have: a warp takes an eighth of these at most."""
+MOST_QUANTIZED = 32768
+"""Elements of rows of bf16, that a program has in registers while it finds their scales, for the same reason."""
 SEGMENTS = (256, 128)
 """Bytes of a row of bf16 in a stage of a warp's ring (a layer of 8B: 98.5 us by 256, 102.6 by 512)."""
 ODD_WARPS, ODD_SEGMENTS = (9, 7, 10, 6, 5), (256, 576, 128)
@@ -89,7 +91,7 @@ the whole step one program loses: fp8 2.588 ms, where rings for each warp of two
 class Variant:
     """What a kernel is compiled for: names of the definitions of its source, in lower case. segment: bytes of a row in
     a stage, of a warp in `stream.cu`, of all warps that multiply in `stream_narrow.cu`. wide: whether several rows of
-    e4m3 are held as float16."""
+    e4m3 are held as float16. quantize: whether they come as bf16."""
 
     rows: int
     k: int
@@ -105,6 +107,7 @@ class Variant:
     half_scales: int = 0
     cluster: int = 1
     wide: int = 1
+    quantize: int = 0
 
     @property
     def narrow(self) -> bool:
@@ -128,7 +131,7 @@ class Variant:
         if self.narrow:
             planes = _PLANES[self.format]
             x = planes * (self.k + PLANE_GAP) if planes else x if self.wide else self.rows * (self.k // 128 * 128 + 64)
-            floats += (self.k * BITS[self.format] // 8 // STEP if planes else 2) + 1
+            floats += (self.k * BITS[self.format] // 8 // STEP if planes else 2) + self.rows
         else:
             floats += UNIT * self.rows * (2 * self.warps + self.cluster) + 2
         return x + -(-4 * floats // 8) * 8 + self.stages * self.stage
@@ -178,12 +181,12 @@ def variant(
 
 
 def candidates(
-    columns: int, format: int, act: str, prologue: Prologue | None, bias: bool, rows: int = 1
+    columns: int, format: int, act: str, prologue: Prologue | None, bias: bool, rows: int = 1, quantize: bool = False
 ) -> Iterator[Variant]:
     """Every variant that fits, whether or not `variant` would take it: to be timed."""
     if not _taken(columns, format, rows):
         return
-    bare = _bare(columns, format, act, prologue, bias, rows, False)
+    bare = replace(_bare(columns, format, act, prologue, bias, rows, False), quantize=quantize)
     for cluster in (1, 2) if rows > 1 and columns >= LONG_ROW and not bare.narrow else (1,):
         row_bytes = columns * BITS[format] // 8 // cluster
         for warps in range(3, 17):
@@ -220,6 +223,8 @@ def _fitting(bare: Variant, split: Split) -> Variant | None:
     most = MOST_COLUMNS["branch" if bare.branch else "norm" if bare.norm else "bare"]
     stages = (WAYS[bare.format].shared - found.shared) // found.stage
     if stages < split.least or bare.k > min(split.warps, 8) * most // 8:
+        return None
+    if bare.quantize and (split.warps % bare.rows or bare.rows * bare.k > MOST_QUANTIZED * min(split.warps, 8) // 8):
         return None
     return replace(found, stages=stages)
 
