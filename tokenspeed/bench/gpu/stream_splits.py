@@ -107,9 +107,9 @@ def ways(shape: Shape, rows: int) -> Iterator[tuple[str, Projection]]:
 
 
 def named(found: Variant) -> str:
-    """Warps x bytes of a segment x most stages, programs of a cluster, how several rows of e4m3 are held."""
+    """Warps x bytes of a segment x most stages, programs of a cluster, how rows of e4m3 are held."""
     held = (" as float16" if found.wide else " as e4m3") if found.narrow and found.rows > 1 else ""
-    held += " quantised inside" if found.quantize else ""
+    held += (" quantised inside" if found.quantize else "") + (" alone" if found.programs == 1 else "")
     return f"{found.warps}x{found.segment}x{found.stages}{f' by {found.cluster}' if found.cluster > 1 else ''}{held}"
 
 

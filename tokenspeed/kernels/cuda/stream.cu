@@ -9,8 +9,8 @@
 // Where several rows of x leave rings little room, the programs of a cluster share the columns, and send each other their sums.
 //
 // Compiled with -D: ROWS of x that fit (1, 2, 4 or 8; more than one come prepared), K columns, CLUSTER programs that share them,
-// WARPS, SEGMENT bytes of a row in a stage of a ring, STAGES, ACT (0: none, 1: silu, 2: gelu tanh), SHARED bytes, and 0/1: NORM,
-// BRANCH, BRANCH_NORM, BIAS.
+// WARPS, SEGMENT bytes of a row in a stage of a ring, STAGES, ACT (0: none, 1: silu, 2: gelu tanh), SHARED bytes, PROGRAMS on an
+// SM, and 0/1: NORM, BRANCH, BRANCH_NORM, BIAS.
 
 #include "units.cuh"
 
@@ -92,7 +92,7 @@ struct Turn {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
+extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) stream(
     const u16* x, const float* x_scale, const u16* branch, const u8* weight, const u8* scale, const float* bias, const float* norm_weight,
     const float* branch_weight, u16* y, u16* joined, long long x_stride, long long w_stride, int rows, int n, float eps,
     float branch_eps) {

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer, processors
-from tokenspeed.kernels.cuda.stream_tiles import FORMATS, UNIT, WAYS, Variant, variant
+from tokenspeed.kernels.cuda.stream_tiles import FORMATS, UNIT, Variant, variant
 from tokenspeed.kernels.triton.launch import device_index
 from tokenspeed.kernels.triton.operands import Matrix, Prologue, Rows
 from tokenspeed.quantization.fp8 import Fp8Weight
@@ -99,7 +99,7 @@ def _stream(
 def for_outputs(found: Variant, n: int, processors: int) -> tuple[Variant, int]:
     """The variant as it is launched for n outputs, and how many programs, or clusters, are launched."""
     units = -(-n // (UNIT // 2 if found.act else UNIT))
-    together = min(units, WAYS[found.format].programs * processors // found.cluster)
+    together = min(units, found.programs * processors // found.cluster)
     return found.holding(-(-units // together)), together
 
 

@@ -12,7 +12,7 @@
 //
 // Compiled with -D: ROWS of x that fit (1, 2, 4 or 8; more than one come as e4m3 with a scale each, or as bf16 to QUANTIZE), K columns, FORMAT (row.cuh's),
 // WARPS that multiply, SEGMENT bytes of a row in a stage of the ring, STAGES, ACT (0: none, 1: silu, 2: gelu tanh), SHARED bytes,
-// and 0/1: NORM, BRANCH, BRANCH_NORM, BIAS, HALF_SCALES (int4's scales are float16, else bf16), WIDE (several rows of x are
+// PROGRAMS on an SM, and 0/1: NORM, BRANCH, BRANCH_NORM, BIAS, HALF_SCALES (int4's scales are float16, else bf16), WIDE (several rows of x are
 // float16 in shared memory).
 
 #include "narrow_products.cuh"
@@ -102,7 +102,7 @@ struct Stream {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(MULTIPLYING + 32, 2) stream(
+extern "C" __global__ void __launch_bounds__(MULTIPLYING + 32, PROGRAMS) stream(
     const u16* x, const float* token_scale, const u16* branch, const u8* weight, const u8* scale, const float* bias, const float* norm_weight,
     const float* branch_weight, u16* y, u16* joined, long long x_stride, long long w_stride, int rows, int n, float eps,
     float branch_eps) {

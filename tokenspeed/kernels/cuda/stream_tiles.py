@@ -28,6 +28,8 @@ STEP = 64
 PROGRAMS_PER_SM = 2
 SHARED = 113 << 10
 """Bytes of a program, so that two fit the 228 KiB of an SM."""
+ALONE = 227 << 10
+"""Bytes of a program that has an SM for itself."""
 SHORT_ROW = 4096
 """Bytes. Rows of bf16 up to here are split among 16 warps, longer ones among 8 (a layer of 1B: 32.8 against 34.3 us,
 of 8B: 103.4 and 102.0)."""
@@ -65,13 +67,6 @@ SHORT_SHARED, SHORT_BYTES = 60 << 10, 100 << 10
 programs have (a layer of 8B with attention, us: int8 62.9 and 61.1, fp8 62.8 and 61.5 by 60 KiB for o and q, k, v)."""
 
 
-class Way(NamedTuple):
-    """programs: of a kernel per SM. shared: bytes of a program, of which two always fit: the next kernel's as well."""
-
-    programs: int
-    shared: int
-
-
 class Split(NamedTuple):
     """Of a row of W. segment: as a Variant's. least: stages, else another one is taken."""
 
@@ -80,18 +75,19 @@ class Split(NamedTuple):
     least: int
 
 
-_SMALLER = Way(PROGRAMS_PER_SM, 100 << 10)
-WAYS = (Way(PROGRAMS_PER_SM, SHARED), _SMALLER, _SMALLER, _SMALLER, _SMALLER)
-"""By format. A layer of 8B without attention, by one program, by two, and by two with 100 KiB: fp8 58.2, 60.2 and 59.5
-us, int8 56.9, 59.6 and 59.2, int4 43.5, 41.3 and 40.8, MXFP4 50.8, 50.0 and 49.1; bf16 by one 108.9, by two 99.9. In
-the whole step one program loses: fp8 2.588 ms, where rings for each warp of two programs took 2.473."""
+_SMALLER = 100 << 10
+MOST_SHARED = (SHARED, _SMALLER, _SMALLER, _SMALLER, _SMALLER)
+"""Bytes of a program, by format: two always fit, the next kernel's as well. A layer of 8B without attention, by one
+program, by two, and by two with 100 KiB: fp8 58.2, 60.2 and 59.5 us, int8 56.9, 59.6 and 59.2, int4 43.5, 41.3 and
+40.8, MXFP4 50.8, 50.0 and 49.1; bf16 by one 108.9, by two 99.9. In the whole step one program loses: fp8 2.588 ms,
+where rings for each warp of two programs took 2.473."""
 
 
 @dataclass(frozen=True)
 class Variant:
     """What a kernel is compiled for: names of the definitions of its source, in lower case. segment: bytes of a row in
     a stage, of a warp in `stream.cu`, of all warps that multiply in `stream_narrow.cu`. wide: whether several rows of
-    e4m3 are held as float16. quantize: whether they come as bf16."""
+    e4m3 are held as float16. quantize: whether they come as bf16. programs: on an SM."""
 
     rows: int
     k: int
@@ -108,6 +104,7 @@ class Variant:
     cluster: int = 1
     wide: int = 1
     quantize: int = 0
+    programs: int = PROGRAMS_PER_SM
 
     @property
     def narrow(self) -> bool:
@@ -187,17 +184,19 @@ def candidates(
     if not _taken(columns, format, rows):
         return
     bare = replace(_bare(columns, format, act, prologue, bias, rows, False), quantize=quantize)
-    for cluster in (1, 2) if rows > 1 and columns >= LONG_ROW and not bare.narrow else (1,):
-        row_bytes = columns * BITS[format] // 8 // cluster
+    long = rows > 1 and columns >= LONG_ROW
+    shared = [replace(bare, cluster=2)] if long and not bare.narrow else []
+    alone = [replace(bare, programs=1)] if long and bare.narrow else []
+    held = [replace(bare, wide=0)] if rows > 1 and bare.narrow else []
+    for each in (bare, *shared, *held, *alone, *(replace(other, wide=0) for other in alone)):
+        row_bytes = columns * BITS[format] // 8 // each.cluster
         for warps in range(3, 17):
             least = STEP * warps if bare.narrow else 2 * STEP
             most = row_bytes if bare.narrow else row_bytes // warps
             for segment in range(least, most + 1, least if bare.narrow else STEP):
-                whole = segment if bare.narrow else segment * warps
-                for wide in (0, 1) if rows > 1 and bare.narrow else (1,):
-                    found = _fitting(replace(bare, cluster=cluster, wide=wide), Split(warps, segment, LEAST_STAGES - 1))
-                    if row_bytes % whole == 0 and found is not None:
-                        yield found
+                found = _fitting(each, Split(warps, segment, LEAST_STAGES - 1))
+                if row_bytes % (segment if bare.narrow else segment * warps) == 0 and found is not None:
+                    yield found
 
 
 def _taken(columns: int, format: int, rows: int) -> bool:
@@ -221,7 +220,7 @@ def _fitting(bare: Variant, split: Split) -> Variant | None:
     """With as many stages as fit, None where those are too few, or where x does not fit registers."""
     found = replace(bare, warps=split.warps, segment=split.segment)
     most = MOST_COLUMNS["branch" if bare.branch else "norm" if bare.norm else "bare"]
-    stages = (WAYS[bare.format].shared - found.shared) // found.stage
+    stages = ((MOST_SHARED[bare.format] if bare.programs > 1 else ALONE) - found.shared) // found.stage
     if stages < split.least or bare.k > min(split.warps, 8) * most // 8:
         return None
     if bare.quantize and (split.warps % bare.rows or bare.rows * bare.k > MOST_QUANTIZED * min(split.warps, 8) // 8):
