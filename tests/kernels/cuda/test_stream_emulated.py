@@ -179,7 +179,6 @@ def test_splits(rows: int, warps: int, segment: int, folder: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("rows", "columns", "act", "wide", "quantize"),
     [
-        (2, 1024, "none", 0, False),
         (3, 1024, "silu", 1, True),
         (5, 576, "gelu_tanh", 0, False),
         (7, 1024, "silu", 0, True),
@@ -196,6 +195,22 @@ def test_several_rows_of_e4m3(
     several_rows(rows, 52, columns, act, monkeypatch, replace(found, stages=3), "fp8")
 
 
+def test_rows_quantised_inside_are_as_those_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit: values midway between two of e4m3 go the same way."""
+    emulate(monkeypatch, folder)
+    torch.manual_seed(SEED)
+    x, weight = torch.randn(3, 512).bfloat16(), matrix("fp8", 30, 512)
+    x[0, 0], x[0, 1:] = 5, 15 / 64 * 2.0 ** (torch.arange(511) % 4)  # 21, 42 ... times the scale
+    y = []
+    for given, quantize in ((Rows(x), True), (Rows(*quantize_rows(x)), False)):
+        found = next(candidates(512, FORMATS[Fp8Weight], "none", None, False, 3, quantize))
+        y.append(stream_rows(given, weight, found=found))
+    assert y[0] is not None
+    assert y[1] is not None
+    assert y[0].abs().max() > 0.1
+    assert torch.equal(y[0], y[1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("act", ["none", "silu"])
 @pytest.mark.parametrize("columns", [2048, 4096, 8192])
@@ -203,6 +218,19 @@ def test_several_rows_of_e4m3(
 def test_every_number_of_rows(rows: int, columns: int, act: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emulate(monkeypatch, folder)
     several_rows(rows, 76, columns, act, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wide", [0, 1])
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("rows", range(2, 9))
+def test_every_way_of_rows_of_e4m3(
+    rows: int, quantize: bool, wide: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(monkeypatch, folder)
+    for found in candidates(1536, FORMATS[Fp8Weight], "silu", None, True, rows, quantize):
+        if found.wide == wide and found.warps in (4, 6, 8):
+            several_rows(rows, 44, 1536, "silu", monkeypatch, found, "fp8")
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

@@ -134,7 +134,8 @@ def check(shapes: Sequence[Shape], counts: Sequence[int]) -> bool:
             for found in shape.variants(count):
                 for entering in {count, max(count - 1, count // 2 + 1)}:
                     projection = by(replace(found, bias=True))
-                    good &= same(weight, shape.act, shape.prologue, entering, projection, named(found))
+                    inside = bool(found.quantize)
+                    good &= same(weight, shape.act, shape.prologue, entering, projection, named(found), inside)
     return good
 
 

@@ -164,7 +164,8 @@ def variant(
     half_scales: bool = False,
 ) -> Variant | None:
     """The variant for rows of W of so many columns in a format of FORMATS, None where they do not fit its tiles. More
-    than one row of x comes without prologue, and to bf16. half_scales: of int4, whether scales are float16."""
+    than one row of x comes without prologue, and to bf16: by e4m3 `candidates` lists variants, which no step takes
+    before they are timed (`bench.gpu.stream_splits`). half_scales: of int4, whether scales are float16."""
     if not _taken(columns, format, rows) or (rows > 1 and BITS[format] < 16):
         return None
     bare = _bare(columns, format, act, prologue, bias, rows, half_scales)
