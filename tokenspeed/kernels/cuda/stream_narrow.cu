@@ -197,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + 32, PROGRAMS) stream(
       if (segment == SEGMENTS - 1) {
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
-          int sum = (lane + i * 32) % SUMS, token = sum / UNIT;
+          int sum = (lane + i * 32) % SUMS, token = ROWS > 1 ? sum / UNIT : 0;
           float total = 0;
           for (int w = lane / SUMS; w < WARPS; w += SHARING) total += s.sums[at][w][sum];
           for (int o = SUMS; o < 32; o *= 2) total += __shfl_xor_sync(~0u, total, o);
@@ -206,7 +206,8 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + 32, PROGRAMS) stream(
           if (FORMAT == MXFP4) total *= E2M1_FACTOR;
           if (BIAS) total += row_bias;
           if (ACT) total = gated<ACT>(total, __shfl_down_sync(~0u, total, UNIT / 2));
-          if (lane < SUMS && local < OUTPUTS && column < n && token < rows) y[(long long)token * n + column] = narrow(total);
+          bool mine = lane < SUMS && local < OUTPUTS && column < n && (ROWS == 1 || token < rows);
+          if (mine) y[(long long)token * n + column] = narrow(total);
         }
         __syncwarp();
       }
