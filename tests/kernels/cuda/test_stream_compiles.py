@@ -156,6 +156,33 @@ def test_several_rows(rows: int, columns: int, cluster: int) -> None:
     assert variant(columns, BF16, "silu", None, bias=True, rows=MOST_ROWS + 1) is None
 
 
+@pytest.mark.parametrize("wide", [0, 1])
+@pytest.mark.parametrize("rows", [2, 4, 8])
+def test_several_rows_of_e4m3(rows: int, wide: int) -> None:
+    """Codes of W are widened once for all rows; those of x for each unit, unless shared memory has float16."""
+    found = next(each for each in candidates(2048, E4M3, "silu", None, True, rows) if each.wide == wide)
+    assert (found.warps, found.segment) == (4, 256)
+    compiled = compile_(found.source, found.defines(), "sm_90a")
+    check(found, compiled)
+    ptx = compiled[1][compiled[1].index("mbarrier.try_wait") :]
+    products = ptx.count(HALF)
+    widened = ptx.count("cvt.rn.f16x2.e4m3x2")
+    assert products > 0
+    assert widened == products * (4 if rows < 8 else 2) + (0 if wide else 2 * products)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2, 8192), (4, 4096), (8, 2048)])
+def test_several_rows_quantised(rows: int, columns: int) -> None:
+    found = [each for each in candidates(columns, E4M3, "none", None, True, rows, True) if each.segment == 2048]
+    assert {each.warps for each in found} <= {4, 8, 16}
+    assert {each.wide for each in found} == {0, 1}
+    eight = next(each for each in found if each.warps == 8)
+    compiled = compile_(eight.source, eight.defines(), "sm_90a")
+    check(eight, compiled)
+    assert compiled[1].index("griddepcontrol.wait") < compiled[1].index("cvt.rn.satfinite.e4m3x2")
+    assert not list(candidates(14336, E4M3, "none", None, True, 4, True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize("act", ["none", "silu", "gelu_tanh"])

@@ -15,9 +15,9 @@ from tests.seeds import SEED
 from tokenspeed.bench.gpu.chain import ready
 from tokenspeed.bench.gpu.packed import weight_of
 from tokenspeed.kernels.cuda.stream import stream, stream_rows
-from tokenspeed.kernels.cuda.stream_tiles import Variant, candidates
+from tokenspeed.kernels.cuda.stream_tiles import FORMATS, Variant, candidates
 from tokenspeed.kernels.triton.operands import Matrix, Norm, Prologue, Rows
-from tokenspeed.quantization.fp8 import Fp8Weight, quantize_fp8
+from tokenspeed.quantization.fp8 import Fp8Weight, quantize_fp8, quantize_rows
 
 BOUND, REQUANTISED_BOUND = 0.02, 0.06
 """Of |y - exact| / (1 + |exact|); the last bit of a norm may move all roundings to e4m3."""
@@ -47,7 +47,7 @@ def prologue_of(kind: str, columns: int) -> Prologue | None:
 def exact(entered: torch.Tensor, weight: Matrix, bias: torch.Tensor, act: str) -> torch.Tensor:
     """float64 of rows that are ready."""
     if isinstance(weight, Fp8Weight):
-        scale = entered.abs().max().clamp(min=1e-12) / 448.0
+        scale = entered.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448.0
         entered = (entered * (1 / scale)).to(torch.float8_e4m3fn).double() * scale.double()
         values = weight.q.double() * weight.scale.double()[:, None]
     else:
@@ -99,14 +99,22 @@ def one_row(
 
 
 def several_rows(
-    rows: int, stored: int, columns: int, act: str, patch: pytest.MonkeyPatch, found: Variant | None = None
+    rows: int,
+    stored: int,
+    columns: int,
+    act: str,
+    patch: pytest.MonkeyPatch,
+    found: Variant | None = None,
+    kind: str = "bf16",
 ) -> None:
     torch.manual_seed(SEED + rows)
-    weight = matrix("bf16", stored, columns)
-    x, bias = torch.randn(rows, columns + 8).bfloat16()[:, :columns], torch.randn(stored)
+    weight = matrix(kind, stored, columns)
+    x, bias = torch.randn(rows, columns + 16).bfloat16()[:, :columns], torch.randn(stored)
+    x *= torch.rand(rows, 1) + 0.5
+    given = Rows(x) if kind == "bf16" or (found and found.quantize) else Rows(*quantize_rows(x))
     with patch.context() as poison:
         poisoned(poison)
-        y = stream_rows(Rows(x, None), weight, bias, act, found)
+        y = stream_rows(given, weight, bias, act, found)
     assert y is not None
     close(y, exact(x.float(), weight, bias, act), BOUND)
 
@@ -168,6 +176,41 @@ def test_splits(rows: int, warps: int, segment: int, folder: Path, monkeypatch: 
     raise AssertionError("no such split")
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "act", "wide", "quantize"),
+    [
+        (3, 1024, "silu", 1, True),
+        (5, 576, "gelu_tanh", 0, False),
+        (7, 1024, "silu", 0, True),
+        (8, 512, "none", 1, False),
+    ],
+)
+def test_several_rows_of_e4m3(
+    rows: int, columns: int, act: str, wide: int, quantize: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By rings of few stages, which a program's units go round more than once."""
+    emulate(monkeypatch, folder)
+    every = candidates(columns, FORMATS[Fp8Weight], act, None, True, rows, quantize)
+    found = next(each for each in every if each.wide == wide and columns // each.segment > 1)
+    several_rows(rows, 52, columns, act, monkeypatch, replace(found, stages=3), "fp8")
+
+
+def test_rows_quantised_inside_are_as_those_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit: values midway between two of e4m3 go the same way."""
+    emulate(monkeypatch, folder)
+    torch.manual_seed(SEED)
+    x, weight = torch.randn(3, 512).bfloat16(), matrix("fp8", 30, 512)
+    x[0, 0], x[0, 1:] = 5, 15 / 64 * 2.0 ** (torch.arange(511) % 4)  # 21, 42 ... times the scale
+    y = []
+    for given, quantize in ((Rows(x), True), (Rows(*quantize_rows(x)), False)):
+        found = next(candidates(512, FORMATS[Fp8Weight], "none", None, False, 3, quantize))
+        y.append(stream_rows(given, weight, found=found))
+    assert y[0] is not None
+    assert y[1] is not None
+    assert y[0].abs().max() > 0.1
+    assert torch.equal(y[0], y[1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("act", ["none", "silu"])
 @pytest.mark.parametrize("columns", [2048, 4096, 8192])
@@ -175,6 +218,19 @@ def test_splits(rows: int, warps: int, segment: int, folder: Path, monkeypatch: 
 def test_every_number_of_rows(rows: int, columns: int, act: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emulate(monkeypatch, folder)
     several_rows(rows, 76, columns, act, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wide", [0, 1])
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("rows", range(2, 9))
+def test_every_way_of_rows_of_e4m3(
+    rows: int, quantize: bool, wide: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(monkeypatch, folder)
+    for found in candidates(1536, FORMATS[Fp8Weight], "silu", None, True, rows, quantize):
+        if found.wide == wide and found.warps in (4, 6, 8):
+            several_rows(rows, 44, 1536, "silu", monkeypatch, found, "fp8")
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

@@ -28,7 +28,7 @@ from tokenspeed.kernels.cuda.registration import stream_or_project
 from tokenspeed.kernels.cuda.stream import for_outputs, stream, stream_rows
 from tokenspeed.kernels.cuda.stream_tiles import FORMATS, MOST_ROWS, Variant, candidates
 from tokenspeed.kernels.triton.linear import prepared, project
-from tokenspeed.kernels.triton.operands import Matrix, Multiplied, Norm, Prologue
+from tokenspeed.kernels.triton.operands import Matrix, Multiplied, Norm, Prologue, Rows
 from tokenspeed.quantization.fp8 import Fp8Weight
 
 CHECKED_OUTPUTS = 5003
@@ -60,7 +60,10 @@ class Shape(NamedTuple):
         if rows == 1 and self.prologue != "bare":
             prologue = Prologue(norm, torch.ones(1) if self.prologue == "join" else None)
         format = FORMATS[Fp8Weight if self.fp8 else torch.Tensor]
-        return list(candidates(self.k, format, self.act, prologue, self.bias, rows))
+        found = list(candidates(self.k, format, self.act, prologue, self.bias, rows))
+        if self.fp8 and rows > 1 and self.prologue == "bare":
+            found += candidates(self.k, format, self.act, None, self.bias, rows, quantize=True)
+        return found
 
 
 SHAPES = [
@@ -87,7 +90,7 @@ def by(found: Variant) -> Projection:
             assert made is not None
             return made
         assert isinstance(weight, torch.Tensor | Fp8Weight)
-        given, joined = prepared(x, weight, prologue)
+        given, joined = (Rows(x), None) if found.quantize else prepared(x, weight, prologue)
         y = stream_rows(given, weight, bias, act, found)
         assert y is not None
         return y, joined
@@ -104,8 +107,10 @@ def ways(shape: Shape, rows: int) -> Iterator[tuple[str, Projection]]:
 
 
 def named(found: Variant) -> str:
-    """Warps x bytes of a segment x most stages, and programs of a cluster."""
-    return f"{found.warps}x{found.segment}x{found.stages}{f' by {found.cluster}' if found.cluster > 1 else ''}"
+    """Warps x bytes of a segment x most stages, programs of a cluster, how rows of e4m3 are held."""
+    held = (" as float16" if found.wide else " as e4m3") if found.narrow and found.rows > 1 else ""
+    held += (" quantised inside" if found.quantize else "") + (" alone" if found.programs == 1 else "")
+    return f"{found.warps}x{found.segment}x{found.stages}{f' by {found.cluster}' if found.cluster > 1 else ''}{held}"
 
 
 def cases(shape: Shape, rows: int, weights: Sequence[Multiplied]) -> Iterator[Case]:
@@ -129,7 +134,8 @@ def check(shapes: Sequence[Shape], counts: Sequence[int]) -> bool:
             for found in shape.variants(count):
                 for entering in {count, max(count - 1, count // 2 + 1)}:
                     projection = by(replace(found, bias=True))
-                    good &= same(weight, shape.act, shape.prologue, entering, projection, named(found))
+                    inside = bool(found.quantize)
+                    good &= same(weight, shape.act, shape.prologue, entering, projection, named(found), inside)
     return good
 
 
@@ -163,8 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     shapes = [shape for shape in SHAPES if shape.model in options.model and shape.name in options.only]
     compile_all(shapes, options.rows, options.check, options.jobs)
-    if options.check and not check(shapes, options.rows):
-        return 1
+    good = not options.check or check(shapes, options.rows)
     for shape in () if options.no_times else shapes:
         copies = max(2, -(-ROTATED_BYTES // (shape.n * shape.k * (1 if shape.fp8 else 2))))
         weights = [matrix(shape.n, shape.k, shape.fp8) for _ in range(copies)]
@@ -172,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             timed = [(microseconds(case), case) for case in cases(shape, rows, weights)]
             for us, case in [*timed[:2], *sorted(timed[2:], key=lambda each: each[0])]:
                 print(f"{us:9.2f} us, floor {case.bytes / CEILING_GBS / 1e3:7.2f}  {case.name}", flush=True)
-    return 0
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

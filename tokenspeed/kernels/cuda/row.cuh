@@ -24,6 +24,10 @@ __device__ inline float rounded(float v) { return widen(narrow(v)); }
 __device__ inline float dot(u32 a, u32 b) {
   return widen(a & 0xffff) * widen(b & 0xffff) + __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u);
 }
+// Two columns of bf16 as e4m3.
+__device__ inline u16 e4m3_of(u32 pair, float inverse) {
+  return e4m3_pair(widen(pair & 0xffff) * inverse, __uint_as_float(pair & 0xffff0000u) * inverse);
+}
 // Of four integers of which 128 was added to each: the upper bytes, and the lower ones as signed.
 __device__ inline void split(const u32* words, u32& lower, u32& upper) {
   u32 first = bytes_of(words[0], words[1], 0x5140), second = bytes_of(words[2], words[3], 0x5140);
@@ -241,27 +245,66 @@ __device__ float prepare_row(u16* to, float* scales, float (*partial)[Threads / 
   return scale;
 }
 
-// Prepared rows, `stride` elements apart, into rows of `pitch`, turned as Row::store does. Up to eight pieces of a thread are
-// under way at a time: each waits for the second-level cache as long as all of them do.
-template <int Most, int Columns, int Threads>
-__device__ void load_rows(u16* to, int pitch, const u16* from, long long stride, int rows) {
-  constexpr int PIECES = Columns / 8, MINE = (Most * PIECES + Threads - 1) / Threads, AT_ONCE = MINE < 8 ? MINE : 8;
+// Prepared rows of so many bytes, `stride` bytes apart, of which put(row, piece, bits) takes 16 at a time. Up to eight pieces of
+// a thread are under way at a time: each waits for the second-level cache as long as all of them do.
+template <int Most, int Bytes, int Threads, class Put>
+__device__ void load_rows(const void* from, long long stride, int rows, Put put) {
+  constexpr int PIECES = Bytes / 16, MINE = (Most * PIECES + Threads - 1) / Threads, AT_ONCE = MINE < 8 ? MINE : 8;
 #pragma unroll
   for (int first = 0; first < MINE; first += AT_ONCE) {
-    uint4 pairs[AT_ONCE];
+    uint4 bits[AT_ONCE];
 #pragma unroll
     for (int j = 0; j < AT_ONCE; ++j) {
       int i = (first + j) * Threads + threadIdx.x, row = i / PIECES;
-      if (row < rows) pairs[j] = *reinterpret_cast<const uint4*>(from + row * stride + i % PIECES * 8);
+      if (row < rows) bits[j] = *reinterpret_cast<const uint4*>(static_cast<const u8*>(from) + row * stride + i % PIECES * 16);
     }
 #pragma unroll
     for (int j = 0; j < AT_ONCE; ++j) {
       int i = (first + j) * Threads + threadIdx.x, row = i / PIECES;
-      uint4 turned = make_uint4(pairs[j].x, pairs[j].z, pairs[j].y, pairs[j].w);
-      if (row < rows) *reinterpret_cast<uint4*>(to + row * pitch + i % PIECES * 8) = turned;
+      if (row < rows) put(row, i % PIECES, bits[j]);
     }
   }
   sync_first<Threads>();
+}
+
+// Rows of bf16 as e4m3 with a scale each, every row by as many warps: put as above.
+template <int Most, int Columns, int Warps, class Put>
+__device__ void quantize_rows(float* scales, float* partial, const u16* from, long long stride, int rows, Put put) {
+  constexpr int SHARE = Warps / Most, OWN = 32 * SHARE, PIECES = Columns / 16, MINE = (PIECES + OWN - 1) / OWN;
+  static_assert(Warps % Most == 0, "rows are shared out among whole warps");
+  int row = threadIdx.x / OWN, own = threadIdx.x % OWN;
+  uint4 bits[MINE][2] = {};
+#pragma unroll
+  for (int i = 0; i < MINE; ++i) {
+    const uint4* at = reinterpret_cast<const uint4*>(from + row * stride) + 2 * (i * OWN + own);
+    if (row < rows && i * OWN + own < PIECES) bits[i][0] = at[0], bits[i][1] = at[1];
+  }
+  float most = 0;
+  for (int i = 0; i < MINE; ++i)
+    for (uint4 four : bits[i]) {
+      u32 words[] = {four.x, four.y, four.z, four.w};
+      for (u32 word : words)
+        most = fmaxf(most, fmaxf(fabsf(widen(word & 0xffff)), fabsf(__uint_as_float(word & 0xffff0000u))));
+    }
+  for (int o = 16; o; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
+  if (SHARE > 1) {
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = most;
+    sync_first<32 * Warps>();
+    for (int w = 0; w < SHARE; ++w) most = fmaxf(most, partial[row * SHARE + w]);
+  }
+  float scale = fmaxf(most, 1e-12f) / 448.0f, inverse = 1.0f / scale;
+  if (own == 0) scales[row] = scale;
+#pragma unroll
+  for (int i = 0; i < MINE; ++i) {
+    u32 codes[4];
+    for (int j = 0; j < 4; ++j) {
+      uint4 four = bits[i][j / 2];
+      u32 first = j % 2 ? four.z : four.x, second = j % 2 ? four.w : four.y;
+      codes[j] = e4m3_of(first, inverse) | u32(e4m3_of(second, inverse)) << 16;
+    }
+    if (row < rows && i * OWN + own < PIECES) put(row, i * OWN + own, make_uint4(codes[0], codes[1], codes[2], codes[3]));
+  }
+  sync_first<32 * Warps>();
 }
 
 template <int Act>

@@ -9,8 +9,8 @@
 // Where several rows of x leave rings little room, the programs of a cluster share the columns, and send each other their sums.
 //
 // Compiled with -D: ROWS of x that fit (1, 2, 4 or 8; more than one come prepared), K columns, CLUSTER programs that share them,
-// WARPS, SEGMENT bytes of a row in a stage of a ring, STAGES, ACT (0: none, 1: silu, 2: gelu tanh), SHARED bytes, and 0/1: NORM,
-// BRANCH, BRANCH_NORM, BIAS.
+// WARPS, SEGMENT bytes of a row in a stage of a ring, STAGES, ACT (0: none, 1: silu, 2: gelu tanh), SHARED bytes, PROGRAMS on an
+// SM, and 0/1: NORM, BRANCH, BRANCH_NORM, BIAS.
 
 #include "units.cuh"
 
@@ -92,8 +92,8 @@ struct Turn {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
-    const u16* x, const u16* branch, const u8* weight, const u8* scale, const float* bias, const float* norm_weight,
+extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) stream(
+    const u16* x, const float* x_scale, const u16* branch, const u8* weight, const u8* scale, const float* bias, const float* norm_weight,
     const float* branch_weight, u16* y, u16* joined, long long x_stride, long long w_stride, int rows, int n, float eps,
     float branch_eps) {
   Shared& s = *reinterpret_cast<Shared*>(launched_memory());
@@ -118,7 +118,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) stream(
 
   wait_for_previous();
   if (ROWS > 1)
-    load_rows<ROWS, OWN, THREADS>(s.x, PITCH, x, x_stride, rows);
+    load_rows<ROWS, ROW_BYTES, THREADS>(x, 2 * x_stride, rows, [&](int row, int piece, uint4 pairs) {
+      // Turned as Row::store does.
+      *reinterpret_cast<uint4*>(s.x + row * PITCH + piece * 8) = make_uint4(pairs.x, pairs.z, pairs.y, pairs.w);
+    });
   else
     prepare_row<BF16, NORM, BRANCH, BRANCH_NORM>(s.x, nullptr, s.partial, x, branch, norm, branch_norm, norm_weight,
                                                  branch_weight, joined, eps, branch_eps);

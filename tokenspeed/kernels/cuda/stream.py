@@ -1,5 +1,5 @@
-"""y = f(x) W^T for one row of bf16 by weights of any type, x W^T for up to eight by bf16, streamed at the read ceiling:
-bf16 by `stream.cu`, narrower weights by `stream_narrow.cu`."""
+"""y = f(x) W^T for one row of bf16 by weights of any type, x W^T for up to eight by bf16 or e4m3, streamed at the read
+ceiling: bf16 by `stream.cu`, narrower weights by `stream_narrow.cu`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer, processors
-from tokenspeed.kernels.cuda.stream_tiles import FORMATS, UNIT, WAYS, Variant, variant
+from tokenspeed.kernels.cuda.stream_tiles import FORMATS, UNIT, Variant, variant
 from tokenspeed.kernels.triton.launch import device_index
 from tokenspeed.kernels.triton.operands import Matrix, Prologue, Rows
 from tokenspeed.quantization.fp8 import Fp8Weight
@@ -41,9 +41,12 @@ def stream(
 def stream_rows(
     x: Rows, weight: Matrix, bias: torch.Tensor | None = None, act: str = "none", found: Variant | None = None
 ) -> torch.Tensor | None:
-    """`triton.linear.skinny` of up to eight prepared rows of bf16; None where no variant takes them. found: as in
-    `stream`."""
-    made = _stream(x.values, weight, bias, act, None, found)
+    """`triton.linear.skinny` of up to eight prepared rows, of bf16, or of e4m3 with a scale each by such weights, also
+    of bf16 by a variant that quantises; None where no variant takes them. found: as in `stream`."""
+    quantised = isinstance(weight, Fp8Weight) and not (found and found.quantize)
+    if (x.scale is not None) != quantised or (quantised and len(x.values) == 1):
+        return None
+    made = _stream(x.values, weight, bias, act, None, found, x.scale)
     return None if made is None else made[0]
 
 
@@ -54,6 +57,7 @@ def _stream(
     act: str,
     prologue: Prologue | None,
     found: Variant | None,
+    x_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     matrix, scale = (weight, None) if isinstance(weight, torch.Tensor) else (weight.q, weight.scale)
     half = isinstance(weight, Int4Weight) and weight.scale.dtype == torch.float16
@@ -72,6 +76,7 @@ def _stream(
         (together * found.cluster, 1, 1),
         [
             pointer(x),
+            pointer(x_scale),
             pointer(branch),
             pointer(matrix),
             pointer(scale),
@@ -94,7 +99,7 @@ def _stream(
 def for_outputs(found: Variant, n: int, processors: int) -> tuple[Variant, int]:
     """The variant as it is launched for n outputs, and how many programs, or clusters, are launched."""
     units = -(-n // (UNIT // 2 if found.act else UNIT))
-    together = min(units, WAYS[found.format].programs * processors // found.cluster)
+    together = min(units, found.programs * processors // found.cluster)
     return found.holding(-(-units // together)), together
 
 

@@ -1,4 +1,5 @@
-// y = f(x) W^T for one row x and W of e4m3 or of codes: weights stream from memory through a ring in shared memory.
+// y = f(x) W^T for one row x and W of e4m3 or of codes, or x W^T for up to eight of e4m3 that are ready to multiply: weights
+// stream from memory through a ring in shared memory.
 //
 // A program owns units of 8 rows of W and takes every G-th of them. Its last warp fills the ring by bulk copies as soon as the
 // program starts: before the kernel in front has ended (programmatic dependent launch), as weights are constant. The others
@@ -9,9 +10,10 @@
 // Codes of four bits have scales of groups of columns, which come into the ring with them; what multiplies is in
 // narrow_products.cuh.
 //
-// Compiled with -D: K columns, FORMAT (row.cuh's), WARPS that multiply, SEGMENT bytes of a row in a stage of the ring, STAGES,
-// ACT (0: none, 1: silu, 2: gelu tanh), SHARED bytes, and 0/1: NORM, BRANCH, BRANCH_NORM, BIAS,
-// HALF_SCALES (int4's scales are float16, else bf16).
+// Compiled with -D: ROWS of x that fit (1, 2, 4 or 8; more than one come as e4m3 with a scale each, or as bf16 to QUANTIZE), K columns, FORMAT (row.cuh's),
+// WARPS that multiply, SEGMENT bytes of a row in a stage of the ring, STAGES, ACT (0: none, 1: silu, 2: gelu tanh), SHARED bytes,
+// PROGRAMS on an SM, and 0/1: NORM, BRANCH, BRANCH_NORM, BIAS, HALF_SCALES (int4's scales are float16, else bf16), WIDE (several rows of x are
+// float16 in shared memory).
 
 #include "narrow_products.cuh"
 #include "units.cuh"
@@ -26,7 +28,11 @@ constexpr int SCALE = FORMAT == INT4 ? 2 : FORMAT == MXFP4 ? 4 : 0;
 constexpr int SCALES_AT = rows_bytes(SEGMENT);
 constexpr int STAGE = SCALES_AT + SEGMENT / 64 * UNIT * SCALE;
 constexpr bool INTEGER = FORMAT == INT8 || FORMAT == INT4;
-constexpr int X_BYTES = INTEGER ? 2 * plane_bytes(K) : 2 * K;
+// Between rows of x, or planes of bytes: neighbours of one byte an element lie half a line of banks apart.
+constexpr int APART = INTEGER ? plane_bytes(K) : WIDE ? 2 * K : K / 128 * 128 + 64;
+constexpr int X_BYTES = (INTEGER ? 2 : ROWS) * APART;
+constexpr int SUMS = ROWS * UNIT;
+static_assert(ROWS == 1 ? WIDE : FORMAT == E4M3 && K % 64 == 0, "several rows are of e4m3, one is not");
 
 struct Shared {
   u8 ring[STAGES][STAGE];
@@ -34,12 +40,27 @@ struct Shared {
   u64 full[STAGES];
   u64 done[STAGES];
   float x_scales[INTEGER ? ROW_BYTES / 64 : 2];
-  float sums[STAGES][WARPS][UNIT];
+  float sums[STAGES][WARPS][SUMS];
   float partial[3][WARPS];
-  float x_scale;
+  float x_scale[ROWS];
 };
 
 static_assert(sizeof(Shared) == SHARED, "the launch must know the size");
+
+// Of the filling warp: lanes that add up one sum, and sums of a lane.
+constexpr int SHARING = SUMS < 32 ? 32 / SUMS : 1;
+constexpr int EACH = SUMS < 32 ? 1 : SUMS / 32;
+
+// 16 columns of one of several rows of x.
+__device__ void put(u8* x, int row, int piece, uint4 codes) {
+  uint4* to = reinterpret_cast<uint4*>(x + row * APART + piece * 16 * (1 + WIDE));
+  if (WIDE) {
+    to[0] = make_uint4(halves(codes.x), halves(codes.x >> 16), halves(codes.y), halves(codes.y >> 16));
+    to[1] = make_uint4(halves(codes.z), halves(codes.z >> 16), halves(codes.w), halves(codes.w >> 16));
+  } else {
+    *to = codes;
+  }
+}
 
 // The way through the columns of the program's units: what the filling warp asks for next.
 struct Stream {
@@ -81,8 +102,8 @@ struct Stream {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(MULTIPLYING + 32, 2) stream(
-    const u16* x, const u16* branch, const u8* weight, const u8* scale, const float* bias, const float* norm_weight,
+extern "C" __global__ void __launch_bounds__(MULTIPLYING + 32, PROGRAMS) stream(
+    const u16* x, const float* token_scale, const u16* branch, const u8* weight, const u8* scale, const float* bias, const float* norm_weight,
     const float* branch_weight, u16* y, u16* joined, long long x_stride, long long w_stride, int rows, int n, float eps,
     float branch_eps) {
   Shared& s = *reinterpret_cast<Shared*>(launched_memory());
@@ -116,15 +137,23 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + 32, 2) stream(
   wait_for_previous();
   int at = 0, parity = 0;
   if (warp < WARPS) {
-    float x_scale = prepare_row<FORMAT, NORM, BRANCH, BRANCH_NORM>(
-        reinterpret_cast<u16*>(s.x), s.x_scales, s.partial, x, branch, norm, branch_norm, norm_weight, branch_weight, joined, eps,
-        branch_eps);
-    if (FORMAT == E4M3 && threadIdx.x == 0) s.x_scale = x_scale;  // before its warp's first arrival
-    using P = Products<FORMAT, HALF_SCALES>;
+    if constexpr (ROWS > 1) {
+      auto store = [&](int row, int piece, uint4 codes) { put(s.x, row, piece, codes); };
+      if constexpr (QUANTIZE)
+        quantize_rows<ROWS, K, WARPS>(s.x_scale, s.partial[0], x, x_stride, rows, store);
+      else
+        load_rows<ROWS, K, MULTIPLYING>(x, x_stride, rows, store);
+    } else {
+      float x_scale = prepare_row<FORMAT, NORM, BRANCH, BRANCH_NORM>(
+          reinterpret_cast<u16*>(s.x), s.x_scales, s.partial, x, branch, norm, branch_norm, norm_weight, branch_weight, joined,
+          eps, branch_eps);
+      if (FORMAT == E4M3 && threadIdx.x == 0) s.x_scale[0] = x_scale;  // before its warp's first arrival
+    }
+    using P = Products<FORMAT, HALF_SCALES, ROWS, WIDE>;
     P products;
     int group = lane / 4, part = lane % 4;
-    bool wanted = group < P::USED;
-    u32 own_x = shared_address(s.x) + P::x_at(group, part, plane_bytes(K)) + warp * STEPS * P::X_STEP;
+    bool wanted = P::USED == 8 || group < P::USED;
+    u32 own_x = shared_address(s.x) + P::x_at(group, part, APART) + warp * STEPS * P::X_STEP;
     u32 held[STEPS][4] = {};
     for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
       products.clear();
@@ -136,13 +165,13 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + 32, 2) stream(
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
           uint4 w = *reinterpret_cast<const uint4*>(weights + step * 64);
-          products.add(held[step], columns + step * P::X_STEP, wanted, w,
+          products.add(held[step], columns + step * P::X_STEP, APART, wanted, w,
                        INTEGER ? s.x_scales[segment * (SEGMENT / 64) + warp * STEPS + step] : 1,
                        stage + SCALES_AT + ((warp * STEPS + step) * UNIT + group) * SCALE);
         }
         if (segment == SEGMENTS - 1) products.store(s.sums[at][warp], group, part);
         __syncwarp();
-        if (part == 0) arrive(shared_address(&s.done[at]));  // each that writes sums
+        if (part == 0) arrive(shared_address(&s.done[at]));
         if (++at == STAGES) {
           at = 0;
           parity ^= 1;
@@ -152,6 +181,11 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + 32, 2) stream(
     return;
   }
   int local = lane % UNIT;
+  float x_scales[EACH];
+  for (int i = 0; i < EACH; ++i) {
+    int token = (lane + i * 32) % SUMS / UNIT;
+    x_scales[i] = ROWS > 1 && !QUANTIZE && token < rows ? token_scale[token] : 1;
+  }
   for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
     int row = weight_row(unit, local, n), column = unit * OUTPUTS + local;
     float row_scale = FORMAT == E4M3 || FORMAT == INT8 ? reinterpret_cast<const float*>(scale)[row] : 1;
@@ -161,15 +195,20 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + 32, 2) stream(
       wait_barrier(shared_address(&s.done[at]), parity);
       bool more = stream.request(s.ring[at], full);
       if (segment == SEGMENTS - 1) {
-        float total = 0;
-        for (int w = lane / UNIT; w < WARPS; w += 32 / UNIT) total += s.sums[at][w][local];
-        for (int o = UNIT; o < 32; o *= 2) total += __shfl_xor_sync(~0u, total, o);
-        if (FORMAT == E4M3) total *= s.x_scale;
-        if (FORMAT == E4M3 || FORMAT == INT8) total *= row_scale;
-        if (FORMAT == MXFP4) total *= E2M1_FACTOR;
-        if (BIAS) total += row_bias;
-        if (ACT) total = gated<ACT>(total, __shfl_down_sync(~0u, total, UNIT / 2));
-        if (lane < OUTPUTS && column < n) y[column] = narrow(total);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+          int sum = (lane + i * 32) % SUMS, token = ROWS > 1 ? sum / UNIT : 0;
+          float total = 0;
+          for (int w = lane / SUMS; w < WARPS; w += SHARING) total += s.sums[at][w][sum];
+          for (int o = SUMS; o < 32; o *= 2) total += __shfl_xor_sync(~0u, total, o);
+          if (FORMAT == E4M3) total *= ROWS > 1 && !QUANTIZE ? x_scales[i] : s.x_scale[token];
+          if (FORMAT == E4M3 || FORMAT == INT8) total *= row_scale;
+          if (FORMAT == MXFP4) total *= E2M1_FACTOR;
+          if (BIAS) total += row_bias;
+          if (ACT) total = gated<ACT>(total, __shfl_down_sync(~0u, total, UNIT / 2));
+          bool mine = lane < SUMS && local < OUTPUTS && column < n && (ROWS == 1 || token < rows);
+          if (mine) y[(long long)token * n + column] = narrow(total);
+        }
         __syncwarp();
       }
       // Only now can the stage fill, and be multiplied: sums of the stage are read.

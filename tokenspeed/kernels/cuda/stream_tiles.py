@@ -28,6 +28,8 @@ STEP = 64
 PROGRAMS_PER_SM = 2
 SHARED = 113 << 10
 """Bytes of a program, so that two fit the 228 KiB of an SM."""
+ALONE = 227 << 10
+"""Bytes of a program that has an SM for itself."""
 SHORT_ROW = 4096
 """Bytes. Rows of bf16 up to here are split among 16 warps, longer ones among 8 (a layer of 1B: 32.8 against 34.3 us,
 of 8B: 103.4 and 102.0)."""
@@ -40,6 +42,8 @@ PLANE_GAP = 64
 """Bytes between planes of x's bytes."""
 MOST_COLUMNS = {"bare": 16384, "norm": 12288, "branch": 8192}
 """Beyond, x does not fit the registers that two programs have: a warp takes an eighth of these at most."""
+MOST_QUANTIZED = 32768
+"""Elements of rows of bf16, that a program has in registers while it finds their scales, for the same reason."""
 SEGMENTS = (256, 128)
 """Bytes of a row of bf16 in a stage of a warp's ring (a layer of 8B: 98.5 us by 256, 102.6 by 512)."""
 ODD_WARPS, ODD_SEGMENTS = (9, 7, 10, 6, 5), (256, 576, 128)
@@ -63,13 +67,6 @@ SHORT_SHARED, SHORT_BYTES = 60 << 10, 100 << 10
 programs have (a layer of 8B with attention, us: int8 62.9 and 61.1, fp8 62.8 and 61.5 by 60 KiB for o and q, k, v)."""
 
 
-class Way(NamedTuple):
-    """programs: of a kernel per SM. shared: bytes of a program, of which two always fit: the next kernel's as well."""
-
-    programs: int
-    shared: int
-
-
 class Split(NamedTuple):
     """Of a row of W. segment: as a Variant's. least: stages, else another one is taken."""
 
@@ -78,17 +75,19 @@ class Split(NamedTuple):
     least: int
 
 
-_SMALLER = Way(PROGRAMS_PER_SM, 100 << 10)
-WAYS = (Way(PROGRAMS_PER_SM, SHARED), _SMALLER, _SMALLER, _SMALLER, _SMALLER)
-"""By format. A layer of 8B without attention, by one program, by two, and by two with 100 KiB: fp8 58.2, 60.2 and 59.5
-us, int8 56.9, 59.6 and 59.2, int4 43.5, 41.3 and 40.8, MXFP4 50.8, 50.0 and 49.1; bf16 by one 108.9, by two 99.9. In
-the whole step one program loses: fp8 2.588 ms, where rings for each warp of two programs took 2.473."""
+_SMALLER = 100 << 10
+MOST_SHARED = (SHARED, _SMALLER, _SMALLER, _SMALLER, _SMALLER)
+"""Bytes of a program, by format: two always fit, the next kernel's as well. A layer of 8B without attention, by one
+program, by two, and by two with 100 KiB: fp8 58.2, 60.2 and 59.5 us, int8 56.9, 59.6 and 59.2, int4 43.5, 41.3 and
+40.8, MXFP4 50.8, 50.0 and 49.1; bf16 by one 108.9, by two 99.9. In the whole step one program loses: fp8 2.588 ms,
+where rings for each warp of two programs took 2.473."""
 
 
 @dataclass(frozen=True)
 class Variant:
     """What a kernel is compiled for: names of the definitions of its source, in lower case. segment: bytes of a row in
-    a stage, of a warp in `stream.cu`, of all warps that multiply in `stream_narrow.cu`."""
+    a stage, of a warp in `stream.cu`, of all warps that multiply in `stream_narrow.cu`. wide: whether several rows of
+    e4m3 are held as float16. quantize: whether they come as bf16. programs: on an SM."""
 
     rows: int
     k: int
@@ -103,6 +102,9 @@ class Variant:
     bias: int
     half_scales: int = 0
     cluster: int = 1
+    wide: int = 1
+    quantize: int = 0
+    programs: int = PROGRAMS_PER_SM
 
     @property
     def narrow(self) -> bool:
@@ -121,12 +123,12 @@ class Variant:
     @property
     def shared(self) -> int:
         """Bytes of the source's Shared."""
-        x = 2 * self.rows * (self.k // self.cluster + (ROW_GAP if self.rows > 1 else 0))
+        x = 2 * self.rows * (self.k // self.cluster + (ROW_GAP if self.rows > 1 and not self.narrow else 0))
         floats = 3 * self.warps
         if self.narrow:
             planes = _PLANES[self.format]
-            x = planes * (self.k + PLANE_GAP) if planes else x
-            floats += (self.k * BITS[self.format] // 8 // STEP if planes else 2) + 1
+            x = planes * (self.k + PLANE_GAP) if planes else x if self.wide else self.rows * (self.k // 128 * 128 + 64)
+            floats += (self.k * BITS[self.format] // 8 // STEP if planes else 2) + self.rows
         else:
             floats += UNIT * self.rows * (2 * self.warps + self.cluster) + 2
         return x + -(-4 * floats // 8) * 8 + self.stages * self.stage
@@ -137,7 +139,7 @@ class Variant:
         if not self.narrow:
             return self.warps * (UNIT * self.segment + 64 + 8)
         scales = self.segment // STEP * UNIT * _SCALES[self.format]
-        return UNIT * self.segment + 64 + scales + 16 + 4 * self.warps * UNIT
+        return UNIT * self.segment + 64 + scales + 16 + 4 * self.warps * UNIT * self.rows
 
     def holding(self, units: int) -> Variant:
         """The same with no more stages than so many units of a program fill, or than a short program is better with."""
@@ -162,8 +164,9 @@ def variant(
     half_scales: bool = False,
 ) -> Variant | None:
     """The variant for rows of W of so many columns in a format of FORMATS, None where they do not fit its tiles. More
-    than one row of x comes without prologue, and to bf16. half_scales: of int4, whether scales are float16."""
-    if not _taken(columns, format, rows):
+    than one row of x comes without prologue, and to bf16: by e4m3 `candidates` lists variants, which no step takes
+    before they are timed (`bench.gpu.stream_splits`). half_scales: of int4, whether scales are float16."""
+    if not _taken(columns, format, rows) or (rows > 1 and BITS[format] < 16):
         return None
     bare = _bare(columns, format, act, prologue, bias, rows, half_scales)
     shared = rows > 1 and columns >= LONG_ROW and bare.rows * columns >= LONG_ROWS
@@ -176,26 +179,30 @@ def variant(
 
 
 def candidates(
-    columns: int, format: int, act: str, prologue: Prologue | None, bias: bool, rows: int = 1
+    columns: int, format: int, act: str, prologue: Prologue | None, bias: bool, rows: int = 1, quantize: bool = False
 ) -> Iterator[Variant]:
     """Every variant that fits, whether or not `variant` would take it: to be timed."""
     if not _taken(columns, format, rows):
         return
-    bare = _bare(columns, format, act, prologue, bias, rows, False)
-    for cluster in (1, 2) if rows > 1 and columns >= LONG_ROW and not bare.narrow else (1,):
-        row_bytes = columns * BITS[format] // 8 // cluster
+    bare = replace(_bare(columns, format, act, prologue, bias, rows, False), quantize=quantize)
+    long = rows > 1 and columns >= LONG_ROW
+    shared = [replace(bare, cluster=2)] if long and not bare.narrow else []
+    alone = [replace(bare, programs=1)] if long and bare.narrow else []
+    held = [replace(bare, wide=0)] if rows > 1 and bare.narrow else []
+    for each in (bare, *shared, *held, *alone, *(replace(other, wide=0) for other in alone)):
+        row_bytes = columns * BITS[format] // 8 // each.cluster
         for warps in range(3, 17):
             least = STEP * warps if bare.narrow else 2 * STEP
             most = row_bytes if bare.narrow else row_bytes // warps
             for segment in range(least, most + 1, least if bare.narrow else STEP):
-                whole = segment if bare.narrow else segment * warps
-                found = _fitting(replace(bare, cluster=cluster), Split(warps, segment, LEAST_STAGES - 1))
-                if row_bytes % whole == 0 and found is not None:
+                found = _fitting(each, Split(warps, segment, LEAST_STAGES - 1))
+                if row_bytes % (segment if bare.narrow else segment * warps) == 0 and found is not None:
                     yield found
 
 
 def _taken(columns: int, format: int, rows: int) -> bool:
-    return columns % 8 == 0 and rows <= MOST_ROWS and (rows == 1 or BITS[format] == 16)
+    several = rows == 1 or format in (FORMATS[torch.Tensor], FORMATS[Fp8Weight])
+    return columns % 8 == 0 and rows <= MOST_ROWS and several
 
 
 def _bare(
@@ -214,8 +221,10 @@ def _fitting(bare: Variant, split: Split) -> Variant | None:
     """With as many stages as fit, None where those are too few, or where x does not fit registers."""
     found = replace(bare, warps=split.warps, segment=split.segment)
     most = MOST_COLUMNS["branch" if bare.branch else "norm" if bare.norm else "bare"]
-    stages = (WAYS[bare.format].shared - found.shared) // found.stage
+    stages = ((MOST_SHARED[bare.format] if bare.programs > 1 else ALONE) - found.shared) // found.stage
     if stages < split.least or bare.k > min(split.warps, 8) * most // 8:
+        return None
+    if bare.quantize and (split.warps % bare.rows or bare.rows * bare.k > MOST_QUANTIZED * min(split.warps, 8) // 8):
         return None
     return replace(found, stages=stages)
 
