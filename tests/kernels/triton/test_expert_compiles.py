@@ -50,6 +50,11 @@ def test_one_of_each_for_hopper(tmp_path: Path) -> None:
         assert any(kernel["prefetch.global.L2"] > 0 for kernel in kernels if kernel["name"] == name)
 
 
+WITHOUT_PRODUCTS = {("sm_100", "3.6.0"): {"packed_experts_kernel"}}
+"""Where the compiler leaves a trap in the place of some tile of a kernel (here of 128 choices: its operands are more than
+tensor memory holds, which Triton 3.9.0 divides)."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"])
@@ -59,4 +64,6 @@ def test_every_path_for_every_target(target: str, version: str, tmp_path: Path) 
     assert {kernel["name"] for kernel in kernels} >= NAMES - {"rows_kernel"}
     if target.startswith("sm"):
         products = [kernel for kernel in kernels if kernel["name"] in PRODUCTS and kernel["x"] != "*fp32"]
-        assert all(k["wgmma.mma_async"] + k["mma.sync"] + k["tcgen05.mma"] > 0 for k in products)
+        units = ("wgmma.mma_async", "mma.sync", "tcgen05.mma")
+        without = {each["name"] for each in products if not any(each[unit] for unit in units)}
+        assert without == WITHOUT_PRODUCTS.get((target, version), set())
