@@ -51,8 +51,8 @@ def test_one_of_each_for_hopper(tmp_path: Path) -> None:
 
 
 WITHOUT_PRODUCTS = {("sm_100", "3.6.0"): {"packed_experts_kernel"}}
-"""Where the compiler leaves a trap in the place of some tile of a kernel (here of 128 choices: its operands are more than
-tensor memory holds, which Triton 3.9.0 divides)."""
+"""Where the compiler leaves a trap in the place of some tile of a kernel (here of 128 choices, whose operands are more
+than tensor memory holds; Triton 3.9.0 copes)."""
 
 
 @pytest.mark.slow
