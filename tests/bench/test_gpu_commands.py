@@ -99,6 +99,7 @@ def test_intervals_are_those_that_end_while_the_prompt_is_fed(monkeypatch: pytes
     assert arrivals.count("c") == 0
 
 
+@pytest.mark.slow
 def test_startup(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folders: list[str] = []
     plain = startup.environment

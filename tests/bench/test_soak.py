@@ -226,6 +226,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_byte_tokenizer(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_few_seconds(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing goes wrong and nothing is left; figures of a busy machine are not looked at."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))

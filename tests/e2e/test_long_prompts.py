@@ -148,7 +148,7 @@ def test_one_token_at_a_time_without_the_cache(demo_path: Path, prompts: Prompts
     assert outputs[0].num_cached_tokens == 0
 
 
-@pytest.mark.parametrize("chunk, page, caching", [(512, 4, True), (512, 16, False)])
+@pytest.mark.parametrize("chunk, page, caching", [(512, 4, True), pytest.param(512, 16, False, marks=pytest.mark.slow)])
 def test_alone(demo_path: Path, prompts: Prompts, chunk: int, page: int, caching: bool) -> None:
     check_alone(make_llm(demo_path, chunk, page, caching), prompts, caching, page)
 

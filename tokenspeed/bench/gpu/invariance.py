@@ -2,7 +2,8 @@
 
 Twenty requests, greedy and sampled, run alone, each with an empty prefix cache. Then: among up to 63 others; with other
 chunk budgets; after a prefix hit; and without asking for log-probabilities, by captured steps. Token ids and
-log-probabilities must be equal to the last bit. Prints one JSON object; status 1 on any difference.
+log-probabilities must be equal to the last bit. Prints one JSON object, and each budget's part of it to
+standard error as it comes; status 1 on any difference.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def _checked(options: argparse.Namespace) -> dict[str, Any]:
         if not expected:
             asked = make_requests(20, llm.core.vocab_size, 700, 32, rng)
             expected = run_alone(llm, asked)
-        found[f"chunks of {budget}"] = check(llm, asked, expected, MOST_ROWS, rng)
+        found[f"chunks of {budget}"] = ways = check(llm, asked, expected, MOST_ROWS, rng)
+        print(f"chunks of {budget}: {json.dumps(msgspec.to_builtins(ways))}", file=sys.stderr, flush=True)
         llm.close()
         del llm
         torch.cuda.empty_cache()
