@@ -277,8 +277,9 @@ TestTraffic = Traffic.TestCase
 def test_thousands_of_requests(seed):
     """Long traffic in small pools: many preemptions, every request ends as it would alone."""
     rng = random.Random(seed)
-    preemptions = 0
-    for _ in range(8):
+    engines = preemptions = 0
+    while engines < 8 or (not preemptions and engines < 80):
+        engines += 1
         engine = Engine(rng, rng.choice(GROUPS), caching=rng.random() < 0.7, slack=0.3)
         while engine.count < 40:
             if rng.random() < 0.3:
