@@ -15,6 +15,7 @@ from tokenspeed.kernels.cuda.stream_tiles import (
     BITS,
     FORMATS,
     LEAST_STAGES,
+    MOST_QUANTIZED,
     MOST_ROWS,
     SHARED,
     STEP,
@@ -151,7 +152,6 @@ def test_several_rows(rows: int, columns: int, cluster: int) -> None:
     assert (found.rows, found.segment, found.cluster) == (1 << (rows - 1).bit_length(), 256, cluster)
     assert found.shared <= SHARED
     check(found, compile_(found.source, found.defines(), "sm_90a"))
-    assert variant(columns, E4M3, "silu", None, bias=True, rows=rows) is None
     assert variant(columns, INT4, "silu", None, bias=True, rows=rows) is None
     assert variant(columns, BF16, "silu", None, bias=True, rows=MOST_ROWS + 1) is None
 
@@ -169,6 +169,22 @@ def test_several_rows_of_e4m3(rows: int, wide: int) -> None:
     widened = ptx.count("cvt.rn.f16x2.e4m3x2")
     assert products > 0
     assert widened == products * (4 if rows < 8 else 2) + (0 if wide else 2 * products)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(2, 2048), (3, 4096), (8, 2048), (8, 4096), (5, 14336)])
+def test_variants_of_several_rows_of_e4m3(rows: int, columns: int, quantize: bool) -> None:
+    found = variant(columns, E4M3, "none", None, True, rows, quantize=quantize)
+    if quantize and rows * columns > MOST_QUANTIZED:
+        assert found is None
+        return
+    if columns > 8192:
+        assert found is None
+        return
+    assert found is not None
+    assert (found.rows, found.quantize, found.programs) == (1 << (rows - 1).bit_length(), quantize, 2)
+    check(found, compile_(found.source, found.defines(), "sm_90a"))
+    assert variant(columns, E4M3, "none", None, True, MOST_ROWS + 1, quantize=quantize) is None
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(2, 8192), (4, 4096), (8, 2048)])
@@ -272,6 +288,22 @@ def test_several_rows_are_asked_of_it_first(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(joined, x + x)
     assert asked[0].values.float().pow(2).mean(-1).sub(1).abs().max() < 0.02
     assert stream_rows(asked[0], weight) is None
+    # Rows that nothing is done to before are quantised by the kernel, so they come as they are.
+    y, joined = registration.stream_or_project(x, weight, None, "silu", None)
+    assert asked[1] == Rows(x)
+    assert joined is None
+    assert (y == 7).all()
+
+
+def test_rows_that_do_not_go_with_a_weight_are_left_to_the_twin() -> None:
+    x, plain = torch.ones(2, 2048, dtype=torch.bfloat16), torch.ones(8, 2048, dtype=torch.bfloat16)
+    codes, scale = torch.ones(2, 2048).to(torch.float8_e4m3fn), torch.ones(2)
+    weight = Fp8Weight(torch.ones(8, 2048).to(torch.float8_e4m3fn), torch.ones(8))
+    assert stream_rows(Rows(codes, scale), plain) is None
+    assert stream_rows(Rows(codes[:1], scale[:1]), weight) is None
+    assert stream_rows(Rows(x[:1]), weight) is None
+    blocks = Fp8Weight(torch.ones(128, 2048).to(torch.float8_e4m3fn), torch.ones(1, 16))
+    assert stream_rows(Rows(codes, scale), blocks) is None
 
 
 def test_a_cubin_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -215,9 +215,12 @@ def test_rows_quantised_inside_are_as_those_before(folder: Path, monkeypatch: py
 @pytest.mark.parametrize("act", ["none", "silu"])
 @pytest.mark.parametrize("columns", [2048, 4096, 8192])
 @pytest.mark.parametrize("rows", range(2, 9))
-def test_every_number_of_rows(rows: int, columns: int, act: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_every_number_of_rows(
+    kind: str, rows: int, columns: int, act: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     emulate(monkeypatch, folder)
-    several_rows(rows, 76, columns, act, monkeypatch)
+    several_rows(rows, 76, columns, act, monkeypatch, kind=kind)
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ from statistics import median
 import torch
 
 from tokenspeed.bench.gpu.expert_cases import poisoned
-from tokenspeed.kernels.cuda.stream import stream, stream_rows
+from tokenspeed.kernels.cuda.registration import stream_or_project
+from tokenspeed.kernels.cuda.stream import stream
 from tokenspeed.kernels.cuda.stream_tiles import MOST_ROWS
 from tokenspeed.kernels.triton.linear import prepared, project
 from tokenspeed.kernels.triton.operands import Matrix, Multiplied, Norm, Prologue, matrix_parts
@@ -32,7 +33,7 @@ def streamed(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The streaming kernel, which must take one row; more where they fit beside it."""
     if x.shape[0] > 1:
-        return project(x, weight, bias, act, prologue, stream_rows)
+        return stream_or_project(x, weight, bias, act, prologue)
     found = stream(x, weight, bias, act, prologue)
     assert found is not None, f"no variant for {tuple(weight.shape)}"
     return found

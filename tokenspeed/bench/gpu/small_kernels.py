@@ -39,7 +39,7 @@ from tokenspeed.kernels.triton.route import route
 from tokenspeed.kernels.triton.sample import sample
 from tokenspeed.kernels.triton.sampling_state import is_edited
 from tokenspeed.ops.rope import Rope
-from tokenspeed.quantization.fp8 import quantize_fp8
+from tokenspeed.quantization.fp8 import quantize_fp8, quantize_rows
 from tokenspeed.quantization.groups import GPU_MODES
 from tokenspeed.quantization.mxfp4_experts import quantize_experts
 from tokenspeed.quantization.narrow import NarrowWeight, PackedWeight, narrow
@@ -138,13 +138,15 @@ def prefills(device: str) -> Results:
 
 
 def streams(device: str) -> Results:
-    """The CUDA projections: one row, plain, by narrow weights and with all around; three, also by two programs."""
+    """The CUDA projections: one row, plain, by narrow weights and with all around; three, also by two programs, and in
+    e4m3, quantised before or inside."""
     x, w = _values(device, 3, STREAMED), _values(device, OUT, STREAMED)
     prologue = Prologue(Norm(torch.ones(STREAMED, device=device), 1e-5), x[1:2])
     weights = [w, *(_narrow(w, mode) for mode in GPU_MODES)]
     found = [*(stream(x[:1], each) for each in weights), stream(x[:1], w, None, "silu", prologue)]
     long, wide = _values(device, 3, LONG_ROW), _values(device, OUT, LONG_ROW)
     several = [stream_rows(Rows(x), w), stream_rows(Rows(long), wide)]
+    several += [stream_rows(rows, quantize_fp8(w)) for rows in (Rows(x), Rows(*quantize_rows(x)))]
     return [*(each[0] for each in _taken(found)), *_taken(several)]
 
 

@@ -30,7 +30,7 @@ from tokenspeed.kernels.triton.expert_operands import Experts
 from tokenspeed.kernels.triton.expert_registration import ROUTERS, run_chosen, run_router, takes_experts, takes_router
 from tokenspeed.kernels.triton.experts import run_experts
 from tokenspeed.kernels.triton.linear import project
-from tokenspeed.kernels.triton.operands import Matrix, Prologue
+from tokenspeed.kernels.triton.operands import Matrix, Prologue, Rows
 from tokenspeed.kernels.triton.paged import Heads, PagedLayer, heads_of, paged_layer
 from tokenspeed.kernels.triton.route import Noise
 from tokenspeed.kernels.triton.view import PagedView, Reach, RecordView
@@ -65,7 +65,11 @@ def stream_or_project(
     x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, act: str, prologue: Prologue | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """By the streaming kernel where its tiles fit, else as `triton.linear.project`."""
-    streamed = stream(x, weight, bias, act, prologue) if x.shape[0] == 1 else None
+    if x.shape[0] == 1:
+        streamed = stream(x, weight, bias, act, prologue)
+    else:
+        y = stream_rows(Rows(x), weight, bias, act) if prologue is None else None
+        streamed = None if y is None else (y, None)
     return streamed or project(x, weight, bias, act, prologue, stream_rows)
 
 

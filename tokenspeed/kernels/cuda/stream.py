@@ -41,10 +41,9 @@ def stream(
 def stream_rows(
     x: Rows, weight: Matrix, bias: torch.Tensor | None = None, act: str = "none", found: Variant | None = None
 ) -> torch.Tensor | None:
-    """`triton.linear.skinny` of up to eight prepared rows, of bf16, or of e4m3 with a scale each by such weights, also
-    of bf16 by a variant that quantises; None where no variant takes them. found: as in `stream`."""
-    quantised = isinstance(weight, Fp8Weight) and not (found and found.quantize)
-    if (x.scale is not None) != quantised or (quantised and len(x.values) == 1):
+    """`triton.linear.skinny` of up to eight prepared rows, of bf16, or of e4m3 with a scale each by such weights, for
+    which rows of bf16 are quantised here; None where no variant takes them. found: as in `stream`."""
+    if len(x.values) == 1 if isinstance(weight, Fp8Weight) else x.scale is not None:
         return None
     made = _stream(x.values, weight, bias, act, None, found, x.scale)
     return None if made is None else made[0]
@@ -62,7 +61,9 @@ def _stream(
     matrix, scale = (weight, None) if isinstance(weight, torch.Tensor) else (weight.q, weight.scale)
     half = isinstance(weight, Int4Weight) and weight.scale.dtype == torch.float16
     if found is None:
-        found = variant(x.shape[1], FORMATS.get(type(weight), 0), act, prologue, bias is not None, x.shape[0], half)
+        format, rows = FORMATS.get(type(weight), 0), x.shape[0]
+        quantize = isinstance(weight, Fp8Weight) and rows > 1 and x_scale is None
+        found = variant(x.shape[1], format, act, prologue, bias is not None, rows, half, quantize)
     branch = prologue.branch if prologue else None
     branch_norm = prologue.branch_norm if prologue else None
     if found is None or not _streams(weight, act) or not aligned(x, branch, matrix):

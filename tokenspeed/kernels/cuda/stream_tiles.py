@@ -162,13 +162,14 @@ def variant(
     bias: bool,
     rows: int = 1,
     half_scales: bool = False,
+    quantize: bool = False,
 ) -> Variant | None:
     """The variant for rows of W of so many columns in a format of FORMATS, None where they do not fit its tiles. More
-    than one row of x comes without prologue, and to bf16: by e4m3 `candidates` lists variants, which no step takes
-    before they are timed (`bench.gpu.stream_splits`). half_scales: of int4, whether scales are float16."""
-    if not _taken(columns, format, rows) or (rows > 1 and BITS[format] < 16):
+    than one row of x comes without prologue, and to bf16 or e4m3. half_scales: of int4, whether scales are float16.
+    quantize: whether several rows are bf16 by e4m3."""
+    if not _taken(columns, format, rows):
         return None
-    bare = _bare(columns, format, act, prologue, bias, rows, half_scales)
+    bare = _bare(columns, format, act, prologue, bias, rows, half_scales, quantize)
     shared = rows > 1 and columns >= LONG_ROW and bare.rows * columns >= LONG_ROWS
     for cluster in (2, 1) if shared else (1,):
         for split in _splits(format, columns * BITS[format] // 8 // cluster, rows, cluster):
@@ -184,12 +185,12 @@ def candidates(
     """Every variant that fits, whether or not `variant` would take it: to be timed."""
     if not _taken(columns, format, rows):
         return
-    bare = replace(_bare(columns, format, act, prologue, bias, rows, False), quantize=quantize)
+    bare = _bare(columns, format, act, prologue, bias, rows, False, quantize)
     long = rows > 1 and columns >= LONG_ROW
     shared = [replace(bare, cluster=2)] if long and not bare.narrow else []
     alone = [replace(bare, programs=1)] if long and bare.narrow else []
-    held = [replace(bare, wide=0)] if rows > 1 and bare.narrow else []
-    for each in (bare, *shared, *held, *alone, *(replace(other, wide=0) for other in alone)):
+    held = [replace(each, wide=1) for each in (bare, *alone)] if rows > 1 and bare.narrow else []
+    for each in (bare, *shared, *alone, *held):
         row_bytes = columns * BITS[format] // 8 // each.cluster
         for warps in range(3, 17):
             least = STEP * warps if bare.narrow else 2 * STEP
@@ -206,14 +207,22 @@ def _taken(columns: int, format: int, rows: int) -> bool:
 
 
 def _bare(
-    columns: int, format: int, act: str, prologue: Prologue | None, bias: bool, rows: int, half_scales: bool
+    columns: int,
+    format: int,
+    act: str,
+    prologue: Prologue | None,
+    bias: bool,
+    rows: int,
+    half_scales: bool,
+    quantize: bool,
 ) -> Variant:
     """How a row is divided is still open."""
     branch = prologue is not None and prologue.branch is not None
     branch_norm = prologue is not None and prologue.branch_norm is not None
     padded, normed = 1 << (rows - 1).bit_length(), prologue is not None
     return Variant(
-        padded, columns, format, 0, 0, 0, ACTS[act], normed, branch, branch_norm, bias, int(half_scales)
+        padded, columns, format, 0, 0, 0, ACTS[act], normed, branch, branch_norm, bias, int(half_scales),
+        wide=int(rows == 1 or BITS[format] == 16), quantize=int(quantize),
     )  # fmt: skip
 
 
