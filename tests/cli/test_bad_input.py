@@ -154,7 +154,12 @@ def test_a_model_without_a_tokenizer(cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, words, status",
     [
-        (["generate", "--kv-cache-memory-bytes", "5000", "x"], [b"--kv-cache-memory-bytes"], 1),
+        pytest.param(
+            ["generate", "--kv-cache-memory-bytes", "5000", "x"],
+            [b"--kv-cache-memory-bytes"],
+            1,
+            marks=pytest.mark.slow,
+        ),
         (["generate", "--bogus", "x"], [b"--bogus"], 2),
         (["plan", "--gpu", "Z80"], [b"Z80", b"H200"], 1),
     ],

@@ -115,7 +115,7 @@ def test_dummy_weights_of_a_directory(cli: Cli, demo_path: Path) -> None:
     assert len(json.loads(ran.out)["token_ids"]) == 6
 
 
-@pytest.mark.parametrize("extra", [(), ("--json",)])
+@pytest.mark.parametrize("extra", [("--json",), pytest.param((), marks=pytest.mark.slow)])
 def test_a_reader_that_leaves(child: Start, extra: tuple[str, ...]) -> None:
     process = child(*SHORT, *extra, PROMPT)
     assert process.stdout is not None

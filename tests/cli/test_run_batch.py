@@ -95,7 +95,8 @@ def test_pipes() -> None:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+    "number",
+    [signal.SIGKILL, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGTERM))],
 )
 def test_an_interrupted_run_is_gone_on_with(folder: Path, number: signal.Signals) -> None:
     """Two lines of a hundred seconds are under way by then."""

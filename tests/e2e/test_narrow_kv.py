@@ -23,7 +23,7 @@ def tokens(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
-@pytest.mark.parametrize("kv", BOUNDS)
+@pytest.mark.parametrize("kv", ["fp8", pytest.param("int8", marks=pytest.mark.slow)])
 def test_how_far_logprobs_move(demo_path: Path, kv: str) -> None:
     llm = LLM(str(demo_path), kv_cache_dtype=kv, max_model_len=256)
     assert llm.core.backend.name == "cpu"

@@ -83,7 +83,7 @@ def test_the_walk_stays_near(demo_path: Path, kv: str, bound: float) -> None:
     assert [token for token, _, entries in positions if entries[token].rank != 1] == []
 
 
-@pytest.mark.parametrize("precise", [False, True])
+@pytest.mark.parametrize("precise", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path, tokens", [("decode", 1), ("prefill", 512)])
 def test_the_promised_accuracy(demo_path: Path, path: str, tokens: int, precise: bool) -> None:
     """Teacher-forced: with one token per step every position goes the way of decoding."""
@@ -116,13 +116,14 @@ def test_the_walk_decodes_as_it_prefills(demo_path: Path) -> None:
             assert once[token].logprob == again[token].logprob
 
 
+@pytest.mark.slow
 def test_float32_with_a_bfloat16_kv_cache_stays_nearer(demo_path: Path) -> None:
     llm = LLM(str(demo_path), dtype="float32", kv_cache_dtype="bfloat16", max_model_len=256)
     errors = differences(scored_positions(forced(llm)))
     assert FLOAT32_BOUND / 5 < sum(errors) / len(errors) <= BF16_KV_MEAN_BOUND
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("temperature", [0.8, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_screened_head_gives_the_full_heads_tokens(temperature: float) -> None:
     found = []
     for head in ("full", "screened"):

@@ -69,6 +69,7 @@ def test_256_streams_at_once_are_complete_and_in_order() -> None:
     run(main())
 
 
+@pytest.mark.slow
 def test_256_streams_of_a_real_scheduler_and_half_of_them_leave() -> None:
     async def stay(engine: AsyncEngine, number: int) -> None:
         prompt = [number] * (1 + number % 50)

@@ -40,7 +40,7 @@ class Build:
 
 
 PLAIN = Build("plain", "-O1")
-RELEASE = Build("release", "-O3")
+RELEASE = Build("release", "", ("-DCMAKE_BUILD_TYPE=Release",))
 MEMORY = Build("memory", "-O1 -g1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all")
 THREADS = Build("threads", "-O1 -g1 -fsanitize=thread")
 NEON = Build("neon", "-O1", (*ARM, "-DCMAKE_EXE_LINKER_FLAGS=-static"))

@@ -45,7 +45,7 @@ def test_activations(act: str, biased: bool, run: Any) -> None:
     check(replace(SMALL, act=act, biased=biased), 2, run)
 
 
-@pytest.mark.parametrize("splits", [(2, 3), (4, 1)])
+@pytest.mark.parametrize("splits", [(2, 3), pytest.param((4, 1), marks=pytest.mark.slow)])
 def test_columns_in_parts(splits: tuple[int, int]) -> None:
     """Of which the last may be short, or empty."""
     case = replace(SMALL, hidden=416, ff=224, act="swiglu_clamped", biased=True)
