@@ -304,6 +304,8 @@ def test_rows_that_do_not_go_with_a_weight_are_left_to_the_twin() -> None:
     assert stream_rows(Rows(x[:1]), weight) is None
     blocks = Fp8Weight(torch.ones(128, 2048).to(torch.float8_e4m3fn), torch.ones(1, 16))
     assert stream_rows(Rows(codes, scale), blocks) is None
+    large = Fp8Weight(torch.empty(8192, 2048, dtype=torch.float8_e4m3fn), torch.ones(8192))
+    assert stream_rows(Rows(torch.ones(5, 2048, dtype=torch.bfloat16)), large) is None
 
 
 def test_a_cubin_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, pointer, processors
-from tokenspeed.kernels.cuda.stream_tiles import FORMATS, UNIT, Variant, variant
+from tokenspeed.kernels.cuda.stream_tiles import FORMATS, MOST_OF_EIGHT, UNIT, Variant, variant
 from tokenspeed.kernels.triton.launch import device_index
 from tokenspeed.kernels.triton.operands import Matrix, Prologue, Rows
 from tokenspeed.quantization.fp8 import Fp8Weight
@@ -62,6 +62,8 @@ def _stream(
     half = isinstance(weight, Int4Weight) and weight.scale.dtype == torch.float16
     if found is None:
         format, rows = FORMATS.get(type(weight), 0), x.shape[0]
+        if isinstance(weight, Fp8Weight) and rows > 4 and matrix.numel() >= MOST_OF_EIGHT:
+            return None
         quantize = isinstance(weight, Fp8Weight) and rows > 1 and x_scale is None
         found = variant(x.shape[1], format, act, prologue, bias is not None, rows, half, quantize)
     branch = prologue.branch if prologue else None

@@ -44,6 +44,10 @@ MOST_COLUMNS = {"bare": 16384, "norm": 12288, "branch": 8192}
 """Beyond, x does not fit the registers that two programs have: a warp takes an eighth of these at most."""
 MOST_QUANTIZED = 32768
 """Elements of rows of bf16, that a program has in registers while it finds their scales, for the same reason."""
+MOST_OF_EIGHT = 1 << 24
+"""Elements of e4m3 weights below which more than four rows stream. A layer's projections of 8B, whose every weight is
+larger, take 69.4 us by Triton and 70.5 streamed at 8 rows (68.9 and 68.2 at 4, 68.3 and 62.6 at 2); qkv and o of
+Qwen3-30B-A3B 18.7 and 12.0 at 8 rows, 18.1 and 10.0 at 4, 18.1 and 10.8 at 2 (`bench.gpu.chain`, `stream_splits`)."""
 SEGMENTS = (256, 128)
 """Bytes of a row of bf16 in a stage of a warp's ring (a layer of 8B: 98.5 us by 256, 102.6 by 512)."""
 ODD_WARPS, ODD_SEGMENTS = (9, 7, 10, 6, 5), (256, 576, 128)
