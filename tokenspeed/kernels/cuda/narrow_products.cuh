@@ -92,7 +92,8 @@ struct Products {
     for (int i = 0; i < 4; ++i) wide[i] = Wide ? held[i] : halves(held[i / 2] >> i % 2 * 16);
   }
 
-  // Into `to`, of the warp's columns: sums of a unit, of one row of x after the other.
+  // Into `to`, of the warp's columns: sums of a unit, of one row of x after the other. By the threads that arrive at the
+  // stage's barrier afterwards.
   __device__ void store(float* to, int g, int t) const {
     for (int i = 0; i < PRODUCTS; ++i) {
       float sum = (sums[2 * i][0] + sums[2 * i + 1][0]) + (sums[2 * i][3] + sums[2 * i + 1][3]);
@@ -100,7 +101,10 @@ struct Products {
         sum = sums[0][0] * (t == 0 ? 256.0f : 1.0f);
         sum += __shfl_down_sync(~0u, sum, 1);
       }
-      if (t < Rows) to[(i * 4 + t) * 8 + g] = sum;
+      for (int row = 0; row < 4 && row < Rows; ++row) {
+        float of_row = row == 0 ? sum : __shfl_down_sync(~0u, sum, row);
+        if (t == 0) to[(i * 4 + row) * 8 + g] = of_row;
+      }
     }
   }
 };
