@@ -29,7 +29,7 @@ class EmulatedKernel:
         self.library = folder / "_".join([source, *(str(value) for value in defines.values())]) / "kernel.so"
         if not self.library.exists():
             self.library.parent.mkdir()
-            for path in (SOURCES / f"{source}.cu", *SOURCES.glob("*.cuh"), HERE / "instructions.cuh", HERE / run):
+            for path in (SOURCES / f"{source}.cu", *SOURCES.glob("*.cuh"), *HERE.glob("*.cuh"), HERE / run):
                 shutil.copy(path, self.library.parent)
             given = [f"-D{key}={value}" for key, value in defines.items()]
             command = [

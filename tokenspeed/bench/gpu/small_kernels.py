@@ -18,6 +18,7 @@ from tokenspeed.contracts.step import SamplingRow
 from tokenspeed.kernels.cuda.attend import attend
 from tokenspeed.kernels.cuda.experts import stream_experts
 from tokenspeed.kernels.cuda.experts_packed import stream_packed
+from tokenspeed.kernels.cuda.experts_tall import multiply_experts
 from tokenspeed.kernels.cuda.prefill import prefill
 from tokenspeed.kernels.cuda.registration import hopper
 from tokenspeed.kernels.cuda.stream import stream, stream_rows
@@ -174,7 +175,10 @@ def streamed_experts(device: str) -> Results:
     several = [Experts(gate_up, down, "silu"), Experts(quantize_fp8(gate_up), quantize_fp8(down), "gelu_tanh")]
     packed = Experts(quantize_experts(gate_up), quantize_experts(down), "swiglu_clamped", alpha=1.702, limit=7.0)
     found = [stream_packed(x[:n], ids[:n], shares[:n], packed) for n in (1, 5)]
-    return _taken([*found, *(stream_experts(x[:n], ids[:n], shares[:n], each) for each in several for n in (1, 5))])
+    runs = (stream_experts, multiply_experts) if hopper() else (stream_experts,)
+    return _taken(
+        [*found, *(run(x[:n], ids[:n], shares[:n], each) for run in runs for each in several for n in (1, 5))]
+    )
 
 
 def _taken(results: Sequence[T | None]) -> list[T]:

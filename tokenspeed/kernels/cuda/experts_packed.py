@@ -152,7 +152,13 @@ def stream_packed(
     parts = torch.empty(tokens * k, hidden, dtype=torch.float32, device=x.device)
     _launch(first, x, ids, gate_up, given.gate_up_bias, between, parts, given)
     _launch(second, between, ids, down, given.down_bias, between, parts, given)
-    y = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=x.device)
+    return combine(parts, ids, shares)
+
+
+def combine(parts: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """[T, hidden] bf16 of parts [T * k, hidden] float32 by shares [T, k]; zeros for tokens without experts."""
+    (tokens, k), hidden = ids.shape, parts.shape[1]
+    y = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=parts.device)
     columns = min(_COLUMNS, triton.next_power_of_2(hidden))
     combine_kernel[(tokens, triton.cdiv(hidden, columns))](
         parts, ids, shares, y, hidden, CHOICES=k, BLOCK=columns, **exact_options(4, True)

@@ -166,7 +166,7 @@ struct Attention {
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < CHUNKS / 2; ++i) *reinterpret_cast<uint4*>(s.rows[group] + Part(i).shared()) = queries[i];
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    products_see();
     sync();
   }
 
@@ -240,7 +240,7 @@ struct Attention {
       int row = end + i / CHUNKS, chunk = i % CHUNKS;
       *reinterpret_cast<uint4*>(values + chunk / 8 * KEY_HALF + row * LINE + chunk % 8 * 16) = make_uint4(0, 0, 0, 0);
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    products_see();
     sync();
   }
 

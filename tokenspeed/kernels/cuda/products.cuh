@@ -13,6 +13,8 @@ __device__ inline u64 matrix(u32 address, int leading) {
   return (u64(address) & 0x3ffff) >> 4 | u64(leading >> 4) << 16 | u64(1024 >> 4) << 32 | 1ull << 62;
 }
 
+// What this thread wrote into shared memory is seen by products that are asked for after the next barrier.
+__device__ inline void products_see() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ inline void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until at most so many groups of products are under way.
@@ -21,15 +23,15 @@ __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Left) : "memory");
 }
 // What products write, or read, is not touched before this.
-template <int N>
-__device__ inline void hold(float (&d)[N]) {
+template <int Count>
+__device__ inline void hold(float (&d)[Count]) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < Count; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
-template <int N>
-__device__ inline void hold(u32 (&d)[N]) {
+template <int Count>
+__device__ inline void hold(u32 (&d)[Count]) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(d[i])::"memory");
+  for (int i = 0; i < Count; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
 #define FLOATS8(d, i) \
@@ -63,4 +65,26 @@ __device__ inline void multiply(float (&d)[32], const u32* a, u64 b) {
       "setp.ne.b32 add, 1, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES32 "}, {%32,%33,%34,%35}, %36, add, 1, 1, 1; }"
       : FLOATS32(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// d = [d +] 64 rows of a times 8 or 16 rows of b, 32 bytes of each: columns of bf16, or of e4m3.
+#define FEW(rows, kind, flags, names, a, b, add, ...) \
+  asm volatile("{ .reg .pred add;\n" \
+               "setp.ne.b32 add, %" add ", 0;\n" \
+               "wgmma.mma_async.sync.aligned.m64n" rows kind " {" names "}, %" a ", %" b ", add, 1, 1" flags "; }" \
+               : __VA_ARGS__ : "l"(from), "l"(by), "r"(adds))
+#define FLOATS4(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+template <bool Narrow>
+__device__ void multiply_few(float (&d)[4], u64 from, u64 by, int adds) {
+  if (Narrow)
+    FEW("8", "k32.f32.e4m3.e4m3", "", "%0,%1,%2,%3", "4", "5", "6", FLOATS4(d));
+  else
+    FEW("8", "k16.f32.bf16.bf16", ", 0, 0", "%0,%1,%2,%3", "4", "5", "6", FLOATS4(d));
+}
+template <bool Narrow>
+__device__ void multiply_few(float (&d)[8], u64 from, u64 by, int adds) {
+  if (Narrow)
+    FEW("16", "k32.f32.e4m3.e4m3", "", "%0,%1,%2,%3,%4,%5,%6,%7", "8", "9", "10", FLOATS8(d, 0));
+  else
+    FEW("16", "k16.f32.bf16.bf16", ", 0, 0", "%0,%1,%2,%3,%4,%5,%6,%7", "8", "9", "10", FLOATS8(d, 0));
 }

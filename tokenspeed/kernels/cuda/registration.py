@@ -11,6 +11,8 @@ from tokenspeed.kernels.cuda.attend import MOST_TOKENS, attend, fits
 from tokenspeed.kernels.cuda.experts import stream_experts
 from tokenspeed.kernels.cuda.experts_packed import MOST_TOKENS as MOST_PACKED_TOKENS
 from tokenspeed.kernels.cuda.experts_packed import stream_packed
+from tokenspeed.kernels.cuda.experts_tall import BF16_TOKENS, multiply_experts
+from tokenspeed.kernels.cuda.experts_tall import MOST_TOKENS as MOST_TALL_TOKENS
 from tokenspeed.kernels.cuda.program import compiler_found, divide_alike
 from tokenspeed.kernels.cuda.router import route_rows
 from tokenspeed.kernels.cuda.stream import stream, stream_rows
@@ -35,7 +37,8 @@ from tokenspeed.kernels.triton.paged import Heads, PagedLayer, heads_of, paged_l
 from tokenspeed.kernels.triton.route import Noise
 from tokenspeed.kernels.triton.view import PagedView, Reach, RecordView
 from tokenspeed.ops.definitions import Attrs, Operands
-from tokenspeed.quantization import mxfp4
+from tokenspeed.quantization import fp8, mxfp4
+from tokenspeed.quantization.fp8 import Fp8Weight
 from tokenspeed.quantization.mxfp4_experts import Mxfp4Experts
 
 PRIORITY = 20
@@ -81,8 +84,11 @@ def stream_or_run(x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor, give
 
 def streamed_experts(x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor, given: Experts) -> torch.Tensor | None:
     """By the streaming kernels, None where no variant takes them."""
-    by = stream_packed if isinstance(given.down, Mxfp4Experts) else stream_experts
-    return by(x, ids, shares, given)
+    if isinstance(given.down, Mxfp4Experts):
+        return stream_packed(x, ids, shares, given)
+    tall = hopper() and (isinstance(given.down, Fp8Weight) or len(x) in BF16_TOKENS)
+    found = multiply_experts(x, ids, shares, given) if tall else None
+    return stream_experts(x, ids, shares, given) if found is None else found
 
 
 def route_by_either(
@@ -146,8 +152,9 @@ def _takes(operands: Operands, situation: Situation) -> bool:
 
 
 def _takes_experts(operands: Operands, situation: Situation) -> bool:
-    packed = mxfp4.FORMAT in situation.formats.get(operands.weights[0], ())
-    few = situation.tokens <= (MOST_PACKED_TOKENS if packed else MOST_EXPERT_TOKENS)
+    formats = situation.formats.get(operands.weights[0], ())
+    most = MOST_PACKED_TOKENS if mxfp4.FORMAT in formats else MOST_EXPERT_TOKENS
+    few = situation.tokens <= (MOST_TALL_TOKENS if fp8.FORMAT in formats and hopper() else most)
     return few and not situation.batch_invariant and takes_experts(operands, situation) and _on_device(situation)
 
 

@@ -12,6 +12,7 @@ from tokenspeed.contracts.errors import DeviceError
 
 TYPES = {
     torch.bfloat16: "CU_TENSOR_MAP_DATA_TYPE_BFLOAT16",
+    torch.float8_e4m3fn: "CU_TENSOR_MAP_DATA_TYPE_UINT8",
     torch.int16: "CU_TENSOR_MAP_DATA_TYPE_UINT16",
     torch.int32: "CU_TENSOR_MAP_DATA_TYPE_INT32",
 }

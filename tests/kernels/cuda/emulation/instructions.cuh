@@ -101,6 +101,16 @@ inline float __shfl_sync(u32, float v, int from) {
 }
 inline float __shfl_xor_sync(u32 who, float v, int other) { return __shfl_sync(who, v, lane_of ^ other); }
 inline float __shfl_down_sync(u32 who, float v, int by) { return __shfl_sync(who, v, lane_of + by); }
+inline int __shfl_up_sync(u32 who, int v, int by) { return __shfl_sync(who, float(v), max(lane_of - by, 0)); }
+inline int __popc(u32 v) { return __builtin_popcount(v); }
+inline u32 __match_any_sync(u32, int v) {
+  warp_of->held[lane_of][6] = v;
+  __syncwarp();
+  u32 alike = 0;
+  for (int i = 0; i < 32; ++i) alike |= u32(warp_of->held[i][6] == u32(v)) << i;
+  __syncwarp();
+  return alike;
+}
 
 inline u32 most_of_warp(u32 v) {
   warp_of->held[lane_of][6] = v;
@@ -230,11 +240,12 @@ struct TensorMap {
   u64 words[16];
 };
 inline void copy_tensor(u32 to, const TensorMap& map, int c0, int c1, int c2, int c3, int c4, u32 barrier, u64) {
-  const u64 *sizes = map.words + 1, *strides = map.words + 6, *box = map.words + 10, item = map.words[15];
+  const u64 *sizes = map.words + 1, *strides = map.words + 6, *box = map.words + 10, item = map.words[15] % 256;
+  u64 swizzled = map.words[15] / 256;
   int first[] = {c0, c1, c2, c3, c4};
-  u8* at = at_address(to, 128);
+  u8* begin = at_address(to, swizzled ? 1024 : 128);
   int bytes = 0;
-  for (u64 i = 0; i < box[0] * box[1] * box[2] * box[3] * box[4]; ++i, at += item, bytes += item) {
+  for (u64 i = 0; i < box[0] * box[1] * box[2] * box[3] * box[4]; ++i, bytes += item) {
     u64 rest = i, from = map.words[0];
     bool inside = true;
     for (int axis = 0; axis < 5; ++axis) {
@@ -243,6 +254,7 @@ inline void copy_tensor(u32 to, const TensorMap& map, int c0, int c1, int c2, in
       inside &= index < sizes[axis];
       from += index * (axis ? strides[axis - 1] : item);
     }
+    u8* at = begin + (swizzled ? bytes ^ (bytes >> 7 & 7) << 4 : bytes);
     if (inside) std::memcpy(at, reinterpret_cast<const u8*>(from), item);
     else std::memset(at, 0, item);
   }
