@@ -15,6 +15,7 @@ from tokenspeed.kernels.cpu.registration import FORMATS
 Case = tuple[str, Mapping[str, Any]]
 """A name whose first word is the kind, and arrays by name; a number is written as one float64."""
 EPS = 2.0**-24
+LEAST_EXP = 2e-38  # e^-87, the least that the kernels' exp gives, is less
 STEP = 1 / 127 / 512 * 1.05
 """Half a step of the activations' 16-bit codes, of the largest in 32."""
 PLAIN = ("F32", "F16", "BF16")
@@ -128,7 +129,8 @@ def norm_case(x: np.ndarray, weight: np.ndarray) -> Case:
 def act_case(gate: np.ndarray, up: np.ndarray, silu: bool) -> Case:
     expected = act(gate.astype(float), silu) * up
     # An error in the exponent's argument, gate or its cube, is one in the result times its size.
-    allowed = 6 * EPS * (2 + np.abs(gate) ** (1 if silu else 3)) * np.abs(expected) + 1e-35
+    relative = 6 * EPS * (2 + np.abs(gate) ** (1 if silu else 3))
+    allowed = relative * np.abs(expected) + LEAST_EXP * (1 + np.abs(gate * up))
     name = f"act_mul {len(gate)} {'silu' if silu else 'gelu'}{', NaN' if np.isnan(gate).any() else ''}"
     return name, {"x": gate, "up": up, "silu": silu, "expected": expected, "allowed": allowed}
 

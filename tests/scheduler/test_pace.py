@@ -35,6 +35,13 @@ def test_the_fit_finds_the_model_and_forgets_an_old_one(seed):
     assert pace.max_tokens() == pytest.approx(400, rel=0.05)
 
 
+def test_a_target_that_no_step_meets_allows_none():
+    pace = StepPace(0.020)
+    for num_tokens in (32, 64):
+        pace.observe(num_tokens, 0.030 + 1e-5 * num_tokens)
+    assert pace.max_tokens() == 0
+
+
 def test_noise_never_makes_the_model_absurd():
     rng, pace = random.Random(SEED), StepPace(0.020)
     for _ in range(500):

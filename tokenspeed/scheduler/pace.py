@@ -31,12 +31,12 @@ class StepPace:
         self._largest = max(self._largest, num_tokens)
 
     def max_tokens(self) -> int:
-        """Most tokens of a step within the target, prefill and decode."""
+        """Most tokens of a step within the target, prefill and decode; 0 where no step is within it."""
         if not self._largest:
             return FIRST_TOKENS
         fixed, per_token = self.model()
         reach = REACH * self._largest
-        return min(reach, int((self._target - fixed) / per_token)) if per_token > 0 else reach
+        return min(reach, max(0, int((self._target - fixed) / per_token))) if per_token > 0 else reach
 
     def model(self) -> tuple[float, float]:
         """(a, b) in seconds and seconds per token."""
