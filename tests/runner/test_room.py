@@ -10,6 +10,8 @@ import pytest
 from tests.seeds import SEED
 from tokenspeed.config.engine import EngineConfig
 from tokenspeed.contracts.errors import ConfigError, MemoryLimitError
+from tokenspeed.models.registry import define_from_hf, shipped_configs
+from tokenspeed.runner import model
 from tokenspeed.runner.gpu.largest_step import StepLimits, later_bytes
 from tokenspeed.runner.room import MARGIN_BYTES, CardUse, share_of_card, share_of_free
 
@@ -25,6 +27,19 @@ def test_a_share_of_free_memory() -> None:
     assert share_of_free(1000, config(kv_cache_memory_bytes=1000)).cache_bytes == 1000
     with pytest.raises(MemoryLimitError, match="--kv-cache-memory-bytes 1001 is more than the 1000 that are free"):
         share_of_free(1000, config(kv_cache_memory_bytes=1001))
+
+
+def test_a_model_that_cannot_be_made_is_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were made")
+
+    monkeypatch.setattr(model, "dummy_weights", made)
+    definition = define_from_hf(shipped_configs()["qwen3-30b-a3b"], None)
+    monkeypatch.setattr(model, "free_memory", lambda device: 60 * GB)
+    with pytest.raises(MemoryLimitError, match=r"weights take 61\d{9} bytes, and 60000000000 are free on cpu"):
+        model.load_model(definition, None, config(device="cpu"))
+    with pytest.raises(ConfigError, match="--quantization fp8 runs on GPUs only"):
+        model.load_model(definition, None, config(device="cpu", quantization="fp8"))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import torch
 from tests.seeds import SEED
 from tokenspeed.contracts.errors import FormatError, UnsupportedError
 from tokenspeed.formats.blocks import BLOCKS
-from tokenspeed.weights.dummy import dummy_weights
+from tokenspeed.weights.dummy import dummy_bytes, dummy_weights
 from tokenspeed.weights.spec import WeightSpec, WeightTable
 
 TABLE = WeightTable()
@@ -38,6 +38,10 @@ def test_same_seed_same_weights(seed):
     for name in TABLE.specs:
         assert torch.equal(first[name].segments[0].data, again[name].segments[0].data)
         assert not torch.equal(first[name].segments[0].data, other[name].segments[0].data)
+
+
+def test_their_bytes_are_known_before():
+    assert dummy_bytes(TABLE) == sum(weight.nbytes for weight in dummy_weights(TABLE).values())
 
 
 def test_format_per_weight_and_refusals():

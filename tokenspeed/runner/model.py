@@ -9,18 +9,19 @@ from dataclasses import dataclass, field
 import torch
 
 from tokenspeed.config.engine import EngineConfig
-from tokenspeed.contracts.errors import ConfigError, UnsupportedError
+from tokenspeed.contracts.errors import ConfigError, MemoryLimitError, UnsupportedError
 from tokenspeed.formats.checkpoint import Checkpoint
 from tokenspeed.formats.quantized.layout import Quantization
 from tokenspeed.formats.quantized.mxfp4 import METHOD as MXFP4
 from tokenspeed.models.registry import Definition
+from tokenspeed.observability.memory import free_memory
 from tokenspeed.ops.definitions import KvScale
 from tokenspeed.ops.kv import KV_TORCH
 from tokenspeed.program.fuse import fuse
 from tokenspeed.program.kv_scale import with_kv_scales
 from tokenspeed.program.program import Program
 from tokenspeed.quantization.groups import MODES, refuse_quantized, refuse_stored
-from tokenspeed.weights.dummy import dummy_weights
+from tokenspeed.weights.dummy import dummy_bytes, dummy_weights
 from tokenspeed.weights.kv_scales import has_kv_scales, kv_scales
 from tokenspeed.weights.loader import load_weights
 from tokenspeed.weights.packed import Weight
@@ -95,16 +96,18 @@ def compute_dtype(name: str, device: torch.device, flag: str = "--dtype") -> tor
 
 
 def load_model(definition: Definition, checkpoint: Checkpoint | None, config: EngineConfig) -> LoadedModel:
-    """Map the weights, or make them up; quantise them where the config says so."""
+    """Map the weights, or make them up; quantise them where the config says so. Raises MemoryLimitError for random
+    weights that do not fit."""
     device = compute_device(config)
+    if config.quantization == "fp8" and device.type != "cuda":
+        raise ConfigError("--quantization fp8 runs on GPUs only: use int8 or int4 here")
     if definition.weights.quantization is not None:
         _check_stored(definition.weights.quantization, checkpoint, config)
     if checkpoint is None:
+        _refuse_too_large(dummy_bytes(definition.weights), device)
         packed = dummy_weights(definition.weights, seed=config.seed or 0, device=str(device))
     else:
         packed = load_weights(checkpoint, definition.weights)
-    if config.quantization == "fp8" and device.type != "cuda":
-        raise ConfigError("--quantization fp8 runs on GPUs only: use int8 or int4 here")
     if config.quantization in MODES and device.type == "cpu":
         packed = quantize_weights(packed, config.quantization)
     wanted = "float32" if config.precise and config.dtype == "auto" else config.dtype
@@ -129,6 +132,12 @@ def _kv_scales(definition: Definition, checkpoint: Checkpoint | None, config: En
             config.kv_cache_dtype,
         )
     return found
+
+
+def _refuse_too_large(nbytes: int, device: torch.device) -> None:
+    free = free_memory(device)
+    if nbytes > free:
+        raise MemoryLimitError(f"the model's random weights take {nbytes} bytes, and {free} are free on {device}")
 
 
 def _check_stored(stored: Quantization, checkpoint: Checkpoint | None, config: EngineConfig) -> None:

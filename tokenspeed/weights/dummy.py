@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -54,6 +55,13 @@ def dummy_weights(
             chosen = fmt if isinstance(fmt, str) else (fmt or {}).get(name, spec.dummy_format)
             weights[name] = _random_matrix(spec, chosen, generator)
     return weights
+
+
+def dummy_bytes(table: WeightTable) -> int:
+    """Bytes of `dummy_weights` in their own formats."""
+    vectors = sum(4 * math.prod(spec.shape) for spec in table.specs.values() if spec.kind == "vector")
+    matrices = (spec for spec in table.specs.values() if spec.kind != "vector")
+    return vectors + sum(spec.rows * row_bytes(spec.dummy_format, spec.cols) for spec in matrices)
 
 
 def _random_matrix(spec: WeightSpec, fmt: str, generator: torch.Generator) -> Weight:
