@@ -166,9 +166,10 @@ def test_alone_in_small_chunks(demo_path: Path, prompts: Prompts, page: int) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize("page", [4, 16])
-@pytest.mark.parametrize("chunk", [7, 512])
+@pytest.mark.parametrize(
+    ("chunk", "page", "caching"),
+    [(7, 4, True), (7, 16, False), (512, 4, True), (512, 4, False), (512, 16, True), (512, 16, False)],
+)
 def test_batch_of_16(demo_path: Path, prompts: Prompts, chunk: int, page: int, caching: bool) -> None:
     llm, batch = make_llm(demo_path, chunk, page, caching), mixed_batch(prompts)
     assert len(batch) == 16
@@ -182,11 +183,3 @@ def test_batch_of_16(demo_path: Path, prompts: Prompts, chunk: int, page: int, c
     assert [out.num_cached_tokens for out in again] == [
         (len(ids) - 1) // page * page if caching else 0 for ids in batch[:3]
     ]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page, caching", [(4, True), (16, False)])
-def test_one_token_at_a_time_in_the_other_combinations(
-    demo_path: Path, prompts: Prompts, page: int, caching: bool
-) -> None:
-    check_alone(make_llm(demo_path, 1, page, caching), prompts, caching, page)

@@ -37,8 +37,9 @@ def check(found: Variant, architecture: str = "sm_90a") -> None:
     )
     # Down has its weights on their way before it waits; gate and up lets it start only once the router has ended.
     assert start < copy < wait if found.down else wait < start < copy
-    # Of a stage two products for each block, unrolled; codes are never converted.
-    assert ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.bf16") == 8 * found.step
+    # Of a run two products for each block, unrolled; codes are never converted.
+    runs = found.step if architecture == "sm_90a" else 2
+    assert ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.bf16") == 8 * runs
     assert "cvt.rn.f16" not in ptx
 
 
@@ -95,7 +96,12 @@ def test_where_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     attrs = {"act": "silu", "alpha": 0.0, "limit": 0.0}
     shapes = ((32, 512, 256), (32, 256, 256))
     operands = Operands(((1, 256), (1, 4), (1, 4)), ((1, 256),), ("gate_up", "down"), shapes, attrs)
-    for stored, most in (((mxfp4.FORMAT,), MOST_TOKENS), ((fp8.FORMAT,), registration.MOST_EXPERT_TOKENS)):
+    for stored, hopper, most in (
+        ((mxfp4.FORMAT,), False, MOST_TOKENS),
+        ((fp8.FORMAT,), False, registration.MOST_EXPERT_TOKENS),
+        ((fp8.FORMAT,), True, registration.MOST_TALL_TOKENS),
+    ):
+        monkeypatch.setattr(registration, "hopper", lambda hopper=hopper: hopper)
         formats = {"gate_up": stored, "down": stored}
         for tokens in (1, most, most + 1):
             found = registry.choose("experts", operands, Situation("cuda", "bfloat16", tokens, formats))

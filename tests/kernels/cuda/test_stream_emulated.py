@@ -138,8 +138,9 @@ def test_one_row(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("act", ["none", "silu"])
-@pytest.mark.parametrize("prologue", ["bare", "norm", "join", "branch norm"])
+@pytest.mark.parametrize(
+    ("prologue", "act"), [("bare", "none"), ("norm", "silu"), ("join", "silu"), ("branch norm", "none")]
+)
 @pytest.mark.parametrize("kind", ["bf16", "fp8", "int8", "int4", "int4 half", "mxfp4"])
 @pytest.mark.parametrize("columns", [1024, 5120])
 def test_every_kind_of_one_row(
@@ -212,9 +213,8 @@ def test_rows_quantised_inside_are_as_those_before(folder: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("act", ["none", "silu"])
-@pytest.mark.parametrize("columns", [2048, 4096, 8192])
-@pytest.mark.parametrize("rows", range(2, 9))
+@pytest.mark.parametrize(("columns", "act"), [(2048, "none"), (4096, "silu"), (8192, "silu")])
+@pytest.mark.parametrize("rows", [2, 3, 5, 8])
 @pytest.mark.parametrize("kind", ["bf16", "fp8"])
 def test_every_number_of_rows(
     kind: str, rows: int, columns: int, act: str, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -226,7 +226,7 @@ def test_every_number_of_rows(
 @pytest.mark.slow
 @pytest.mark.parametrize("wide", [0, 1])
 @pytest.mark.parametrize("quantize", [False, True])
-@pytest.mark.parametrize("rows", range(2, 9))
+@pytest.mark.parametrize("rows", [2, 3, 6, 8])
 def test_every_way_of_rows_of_e4m3(
     rows: int, quantize: bool, wide: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,12 +100,15 @@ QWEN, MIXTRAL, GPT_OSS, MINIMAX = (128, 8, 2048, 768), (8, 2, 4096, 14336), (32,
 
 
 def few(target: str) -> None:
-    """The kernels of a decode step."""
+    """One configuration of each kernel, of a decode step's some more."""
     for seed in (None, 1, 3):  # the compiler is given a seed of 1 as a constant
         fused_router(1, 2048, 128, BF16, ATTRS, seed)
+    route(meta(3, 128), None, ATTRS, meta(3, dtype=torch.int32))
     layer(1, QWEN)
-    layer(8, QWEN, "channel")
-    for rows in (1, 8):
+    layer(300, QWEN)
+    if target not in NO_FP8:
+        layer(8, QWEN, "channel")
+    for rows in (1, 8, 1000):
         layer(rows, GPT_OSS, "mxfp4", "swiglu_clamped", True)
 
 

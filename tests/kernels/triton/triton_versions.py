@@ -14,6 +14,12 @@ VERSIONS = (INSTALLED, "3.6.0")
 """The second is the oldest that the package takes."""
 
 
+def paths_of(target: str, version: str) -> str:
+    """What is compiled: "product", every path of every kernel, by the installed version, and for Hopper by any; "few",
+    every kernel, elsewhere."""
+    return "product" if version == INSTALLED or target == "sm_90" else "few"
+
+
 def child_environment(version: str = INSTALLED) -> dict[str, str]:
     """Of a child whose kernels are not interpreted."""
     path = [str(ROOT)] if version == INSTALLED else [str(_installed(version)), str(ROOT)]

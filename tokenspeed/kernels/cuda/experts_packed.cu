@@ -30,6 +30,11 @@ constexpr int CODES = STEP * TALL * RUN, SCALES = STEP * TALL * 4;
 // Of x's columns, with those past the last one, zeros; bytes of a row, neighbours half a line of banks apart.
 constexpr int COLUMNS = SEGMENTS * STEP * 128, X_PITCH = 2 * COLUMNS + 64;
 constexpr int TEAMS = WARPS / TEAM;
+#if __CUDA_ARCH__ < 1000
+constexpr int RUNS_AT_ONCE = STEP;
+#else
+constexpr int RUNS_AT_ONCE = 2;  // more spill registers there
+#endif
 // Codes are 2^-126, exponents 2^90 of what they stand for.
 constexpr float BACK = 1.0f / 268435456;
 static_assert(N % OUTPUTS == 0 && K % 8 == 0 && STEP % 2 == 0 && CHOSEN <= THREADS && WARPS % TEAM == 0, "sizes do not fit the tiles");
@@ -220,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
         const u8* words = s.codes[warp][at] + group * RUN + part * 16;
         unpack_powers(powers, s.scales[warp][at]);
         __syncwarp();
-#pragma unroll
+#pragma unroll RUNS_AT_ONCE
         for (int run = 0; run < STEP; ++run) {
           const u8* rows = words + run * TALL * RUN;
           multiply_run(sums, *reinterpret_cast<const uint4*>(rows), *reinterpret_cast<const uint4*>(rows + 8 * RUN),

@@ -116,21 +116,22 @@ __device__ inline void put(u8* x, int row, int piece, uint4 bits, float inverse)
 // The block's rows of x; those that it has not stay as they are, and nobody asks for their sums.
 __device__ void load_block(Shared& s, int block, const u16* x, long long x_stride) {
   constexpr int PIECES = K / 8, OWN = (PIECES + 31) / 32;
+  constexpr int ROWS_AT_ONCE = OWN <= 8 ? 2 : 1;  // what registers hold: both wait for the second-level cache
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const short* choices = s.choice + block * ROWS;
   sync_first<128>();
 #pragma unroll 1
-  for (int first = warp; first < ROWS && choices[first] >= 0; first += 8) {
-    uint4 bits[2][OWN];  // of two rows at a time: both wait for the second-level cache
+  for (int first = warp; first < ROWS && choices[first] >= 0; first += 4 * ROWS_AT_ONCE) {
+    uint4 bits[ROWS_AT_ONCE][OWN];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < ROWS_AT_ONCE; ++r) {
       int choice = max(int(choices[first + 4 * r]), 0);
       const uint4* from = reinterpret_cast<const uint4*>(x + (DOWN ? choice : choice / CHOICES) * x_stride);
 #pragma unroll
       for (int i = 0; i < OWN; ++i) bits[r][i] = i * 32 + lane < PIECES ? from[i * 32 + lane] : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < ROWS_AT_ONCE; ++r) {
       float most = 0, inverse = 1;
       if (NARROW) {
 #pragma unroll
