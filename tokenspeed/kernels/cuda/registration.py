@@ -44,7 +44,8 @@ from tokenspeed.quantization.mxfp4_experts import Mxfp4Experts
 PRIORITY = 20
 MOST_EXPERT_TOKENS = 4
 """Qwen3-30B-A3B's experts of 1 / 2 / 4 / 8 tokens: bf16 22.5 / 42.1 / 73.9 / 127.5 us, by Triton 27.2 / 47.5 / 81.2 /
-118.6; fp8 18.2 / 34.8 / 59.1 / 121, by Triton 24.3 / 39.6 / 69.6 / 74.6."""
+118.6; fp8 18.2 / 34.8 / 59.1 / 121, by Triton 24.3 / 39.6 / 69.6 / 74.6. On Hopper `experts_tall` has all e4m3 up to
+MOST_TALL_TOKENS."""
 
 
 def register(registry: Registry) -> None:
