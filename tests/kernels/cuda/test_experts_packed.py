@@ -11,7 +11,7 @@ import torch
 from tests.kernels.cuda.nvrtc import compile_
 from tests.seeds import SEED
 from tokenspeed.bench.gpu.expert_cases import ExpertCase
-from tokenspeed.kernels.cuda import registration
+from tokenspeed.kernels.cuda import experts_tall, registration
 from tokenspeed.kernels.cuda.experts_packed import ALL_SHARED, MOST_TOKENS, Variant, stream_packed, variant
 from tokenspeed.kernels.registry import Registry, Situation
 from tokenspeed.kernels.triton import expert_registration
@@ -99,7 +99,7 @@ def test_where_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     for stored, hopper, most in (
         ((mxfp4.FORMAT,), False, MOST_TOKENS),
         ((fp8.FORMAT,), False, registration.MOST_EXPERT_TOKENS),
-        ((fp8.FORMAT,), True, registration.MOST_TALL_TOKENS),
+        ((fp8.FORMAT,), True, experts_tall.MOST_TOKENS),
     ):
         monkeypatch.setattr(registration, "hopper", lambda hopper=hopper: hopper)
         formats = {"gate_up": stored, "down": stored}
