@@ -211,11 +211,14 @@ def test_every_variant_of_several_rows(rows: int, columns: int, act: str, archit
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize(
+    ("columns", "architecture"),
+    [(each, "sm_90a") for each in (1024, 2048, 3072, 4096, 5120, 8192, 14336, 16384)]
+    + [(each, "sm_100a") for each in (2048, 5120, 14336)],
+)
 @pytest.mark.parametrize("fmt", FORMATS.values())
 @pytest.mark.parametrize("act", ["none", "silu", "gelu_tanh"])
 @pytest.mark.parametrize("prologue", PROLOGUES)
-@pytest.mark.parametrize("columns", [1024, 2048, 3072, 4096, 5120, 8192, 14336, 16384])
 def test_every_variant(columns: int, prologue: str, act: str, fmt: int, architecture: str) -> None:
     found = variant(columns, fmt, act, PROLOGUES[prologue], bias=True)
     if found is not None:

@@ -152,7 +152,7 @@ def main() -> None:
     for module in (linear, norm, invariant_linear, packed_linear):
         module.dependent_launch = lambda device: ahead  # type: ignore[attr-defined]
     with recorded(target) as kernels:
-        (few if which == "few" else product)(target)
+        {"few": few, "each": few, "product": product}[which](target)
     print(json.dumps(kernels))
 
 

@@ -15,9 +15,10 @@ VERSIONS = (INSTALLED, "3.6.0")
 
 
 def paths_of(target: str, version: str) -> str:
-    """What is compiled: "product", every path of every kernel, by the installed version, and for Hopper by any; "few",
-    every kernel, elsewhere."""
-    return "product" if version == INSTALLED or target == "sm_90" else "few"
+    """What is compiled: "product", every path of every kernel, by any version for Hopper, and by the installed one for
+    the newest of the others; "each", every kernel once or more, elsewhere."""
+    newest = version == INSTALLED and target in ("sm_100", "gfx950")
+    return "product" if newest or target == "sm_90" else "each"
 
 
 def child_environment(version: str = INSTALLED) -> dict[str, str]:
