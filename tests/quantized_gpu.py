@@ -4,13 +4,15 @@ stands for:
     python -m tests.quantized_gpu [NAME ...]
 
 Prints of each which weights stay narrow and the largest error of the log-probabilities that the engine gives its own
-tokens, for prompts of one, some, and many tokens. Status 1 where one is too large. Without a GPU the reference runs.
+tokens, for prompts of one, some, and many tokens. Status 1 where one is too large, and larger than transformers' own in
+bf16: random experts multiply rounding (0.2 to 0.3 at 300 tokens). Without a GPU the reference runs.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,15 +44,23 @@ def made(name: str, folder: Path) -> Quantized:
     return make_quantized(case, METHODS[name.removeprefix("moe-")], folder, SEED)
 
 
-def error(llm: LLM, quantized: Quantized, length: int) -> float:
-    """The largest one of what is said of the tokens and their next best, teacher-forced."""
+def errors(llm: LLM, quantized: Quantized, length: int) -> tuple[float, float]:
+    """The largest one of what is said of the tokens and their next best, teacher-forced; that of the oracle in bf16."""
     prompt = [token % VOCAB for token in random_prompt(length, SEED + length)]
     asked = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=3, ignore_eos=True)
     found = llm.generate(prompt_token_ids=prompt, sampling_params=asked, use_tqdm=False)[0].outputs[0]
-    wanted = oracle_logits(quantized.oracle, [*prompt, *found.token_ids[:-1]]).log_softmax(-1)[-TOKENS:]
+    fed = [*prompt, *found.token_ids[:-1]]
+    wanted, rounded = (
+        oracle_logits(each, fed).float().log_softmax(-1)[-TOKENS:]
+        for each in (quantized.oracle, deepcopy(quantized.oracle).bfloat16())
+    )
     assert found.logprobs is not None
-    rows = zip(wanted, found.logprobs, strict=True)
-    return max(abs(entry.logprob - float(row[token])) for row, entries in rows for token, entry in entries.items())
+    said = [(i, token, entry.logprob) for i, entries in enumerate(found.logprobs) for token, entry in entries.items()]
+    own, others = (
+        max(abs(value - float(wanted[i, token])) for i, token, value in given)
+        for given in (said, [(i, token, float(rounded[i, token])) for i, token, _ in said])
+    )
+    return own, others
 
 
 def main() -> int:
@@ -62,10 +72,11 @@ def main() -> int:
             llm = LLM(folder, max_model_len=512, max_num_seqs=4)
             weights = getattr(llm.core.backend, "weights", {})
             narrow = sum(isinstance(weight, NarrowWeight) for weight in weights.values())
-            errors = [error(llm, quantized, length) for length in LENGTHS]
-            fits = max(errors) < (FP8_BOUND if "fp8" in name else BOUND)
+            found = [errors(llm, quantized, length) for length in LENGTHS]
+            bound = FP8_BOUND if "fp8" in name else BOUND
+            fits = all(own < max(bound, others) for own, others in found)
             good &= fits
-            shown = " ".join(f"{each:.4f}" for each in errors)
+            shown = " ".join(f"{own:.4f} ({others:.4f})" for own, others in found)
             print(
                 f"{'' if fits else 'WRONG '}{name}: {llm.core.backend.name}, {narrow} narrow, off by {shown}",
                 flush=True,

@@ -43,8 +43,8 @@ def per_record(llm: LLM, batch: int, context: int, tokens: int) -> tuple[list[Pl
 
     labels = launch_order(llm, batch, context, profiler=profiled, name=numbered)
     found = _table(llm, labels, batch, context, tokens, False)
-    if not found.labelled:
-        raise UnsupportedError("the graph's kernels are not those of the step as it was walked")
+    if found.unlike:
+        raise UnsupportedError(f"the graph's kernels are not those of the step as it was walked: {found.unlike}")
     return walked, found
 
 

@@ -7,6 +7,7 @@ idle is the time before its start in which nothing ran. All advances and idles t
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -55,12 +56,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Waterfall:
-    """Lines in order of their first launch; `span` microseconds over `steps` steps. labelled: whether ops are known."""
+    """Lines in order of their first launch; `span` microseconds over `steps` steps. unlike: what a step has launched
+    more or less often than was walked, where ops are not known for that."""
 
     lines: list[Line]
     steps: int
     span: float
-    labelled: bool
+    unlike: str = ""
 
     def text(self) -> str:
         """As a table of microseconds per step, the largest first."""
@@ -72,8 +74,8 @@ class Waterfall:
             f"{'':7} {'':9} {advance / self.steps:9.1f} {idle / self.steps:8.1f} {'':7}  "
             f"span {self.span / self.steps:.1f} us per step"
         )
-        if not self.labelled:
-            rows.append("the graph's kernels are not those of the step as it was walked: ops are not told apart")
+        if self.unlike:
+            rows.append(f"the graph's kernels are not those of the step as it was walked ({self.unlike}): no ops")
         return "\n".join(rows)
 
     def samples(self) -> dict[str, list[float]]:
@@ -106,18 +108,29 @@ def middle_steps(launches: Sequence[Launch], steps: int = STEPS) -> tuple[Launch
 
 
 def waterfall(before: Launch, steps: Sequence[Sequence[Launch]], labels: Sequence[Label] = ()) -> Waterfall:
-    """The table of some steps that follow each other; `labels` are those of one step, copies left out."""
-    names = [label.kernel for label in labels]
-    labelled = bool(names) and all([each.name for each in step if not is_copy(each)] == names for step in steps)
+    """The table of some steps that follow each other; `labels` are those of one step, copies left out: the first
+    launch of a kernel in a step has the first label with its name, and so on, as the profiler's clock is too coarse to
+    tell which of two kernels began first."""
+    unlike = next(filter(None, (difference(step, labels) for step in steps)), "") if labels else ""
     lines: dict[tuple[str, str], Line] = {}
     end = before.end
     for step in steps:
-        left = iter(labels)
+        ops: dict[str, deque[str]] = defaultdict(deque)
+        for label in labels:
+            ops[label.kernel].append(label.op)
         for launch in step:
-            op = "copy" if is_copy(launch) else next(left).op if labelled else ""
+            known = labels and not unlike
+            op = "copy" if is_copy(launch) else ops[launch.name].popleft() if known else ""
             lines.setdefault((op, launch.name), Line(op, launch.name)).add(launch, end)
             end = max(end, launch.end)
-    return Waterfall(list(lines.values()), len(steps), end - before.end, labelled)
+    return Waterfall(list(lines.values()), len(steps), end - before.end, unlike)
+
+
+def difference(step: Sequence[Launch], labels: Sequence[Label]) -> str:
+    """The first kernel that a step launches more or less often than the labels say; "" for none."""
+    found, walked = Counter(each.name for each in step if not is_copy(each)), Counter(each.kernel for each in labels)
+    names = (name for name in [*walked, *found] if found[name] != walked[name])
+    return next((f"{name[:70]}: {found[name]} for {walked[name]}" for name in names), "")
 
 
 def is_copy(launch: Launch) -> bool:
