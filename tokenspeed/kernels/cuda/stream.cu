@@ -118,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) stream(
 
   wait_for_previous();
   if (ROWS > 1)
-    load_rows<ROWS, ROW_BYTES, THREADS>(x, 2 * x_stride, rows, [&](int row, int piece, uint4 pairs) {
+    load_rows<ROWS, ROW_BYTES, THREADS>(x, x_stride, rows, [&](int row, int piece, uint4 pairs) {
       // Turned as Row::store does.
       *reinterpret_cast<uint4*>(s.x + row * PITCH + piece * 8) = make_uint4(pairs.x, pairs.z, pairs.y, pairs.w);
     });

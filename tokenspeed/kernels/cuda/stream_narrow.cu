@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + 32, PROGRAMS) stream(
       if constexpr (QUANTIZE)
         quantize_rows<ROWS, K, WARPS>(s.x_scale, s.partial[0], x, x_stride, rows, store);
       else
-        load_rows<ROWS, K, MULTIPLYING>(x, x_stride, rows, store);
+        load_rows<ROWS, K, MULTIPLYING>(reinterpret_cast<const u8*>(x), x_stride, rows, store);
     } else {
       float x_scale = prepare_row<FORMAT, NORM, BRANCH, BRANCH_NORM>(
           reinterpret_cast<u16*>(s.x), s.x_scales, s.partial, x, branch, norm, branch_norm, norm_weight, branch_weight, joined,
