@@ -180,7 +180,8 @@ def nvfp4(modelopt: bool) -> Callable[..., Drawn]:
 
     def draw(rows: int, cols: int, rng: np.random.Generator) -> Drawn:
         codes = rng.integers(0, 16, (rows, cols))
-        blocks = torch.from_numpy(np.exp(rng.normal(4, 0.5, (rows, cols // 16)))).to(torch.float8_e4m3fn)
+        scales = np.exp(rng.normal(4, 0.5, (rows, cols // 16))).clip(max=448)  # e4m3's largest
+        blocks = torch.from_numpy(scales).to(torch.float8_e4m3fn)
         whole = torch.tensor(float(1 / (60 * 3 * cols**0.5)), dtype=torch.float32)
         factor = float(whole) if modelopt else 1 / float(1 / whole)
         nibbles = torch.from_numpy((codes[:, 0::2] | codes[:, 1::2] << 4).astype(np.uint8))

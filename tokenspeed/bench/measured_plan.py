@@ -24,6 +24,8 @@ from tokenspeed.sol.floor import Floor, ceilings_for, record_floor, total
 
 STEPS = 64
 """Decode steps that figures are means of; those of a GPU are some in their middle."""
+PREFILL_TOKENS = 16384
+"""Of a GPU's step: so many that all sequences decode long before the first ends."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def measured_plan(
         kv_cache_dtype=kv_cache_dtype,
         enable_prefix_caching=False,
         max_num_seqs=batch,
+        max_num_batched_tokens=PREFILL_TOKENS if device == "cuda" else None,
         max_model_len=context + STEPS + 2,
     )
     try:

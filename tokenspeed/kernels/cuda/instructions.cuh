@@ -130,6 +130,17 @@ __device__ inline void wait_barrier(u32 barrier, u32 parity) {
 // A barrier of all programs of a cluster, in two halves: what was written before the first is seen after the second.
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Of a cluster of two: at this program's barrier, and at the other's that lies where it does.
+__device__ inline void arrive_at_both(u32 barrier) {
+  asm volatile(
+      "{ .reg .b32 there, rank;\n"
+      "mov.u32 rank, %%cluster_ctarank;\n"
+      "mapa.shared::cluster.u32 there, %0, rank;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "xor.b32 rank, rank, 1;\n"
+      "mapa.shared::cluster.u32 there, %0, rank;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(barrier) : "memory");
+}
 // Into the shared memory of a program of the cluster, where it lies as `here` does.
 __device__ inline void store_remote(const void* here, int rank, float v) {
   asm volatile(
@@ -156,6 +167,22 @@ template <int Threads>
 __device__ void sync_team(int team) {
   asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(Threads) : "memory");
 }
+// Until so many programs have met, their first so many threads each: what they wrote into memory before is then seen by
+// `read_fresh`. met: two counters, zero before and after. All must run at once.
+template <int Threads>
+__device__ void meet(u32* met, u32 programs) {
+  __threadfence();
+  sync_first<Threads>();
+  if (threadIdx.x == 0) {
+    atomicAdd(met, 1);
+    u32 come = 0;
+    while (come < programs) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(come) : "l"(met) : "memory");
+    if (atomicAdd(met + 1, 1) == programs - 1) met[0] = met[1] = 0;
+  }
+  sync_first<Threads>();
+}
+// From memory or the second-level cache, not from what this processor read before.
+__device__ inline float4 read_fresh(const float4* from) { return __ldcg(from); }
 __device__ inline u64 read_once_policy() {
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -185,7 +212,14 @@ __device__ inline void copy_tensor(u32 to, const TensorMap& map, int c0, int c1,
       "[%0], [%1, {%3,%4,%5,%6,%7}], [%2], %8;" ::"r"(to),
       "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(policy) : "memory");
 }
-// The same of 4 or 8 bytes by a thread; the barrier then counts an arrival of each thread once all that it asked for is there.
+// The same into both programs of a cluster, each of whose barriers counts it.
+__device__ inline void copy_to_both(u32 to, const TensorMap& map, int c0, int c1, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+      "[%0], [%1, {%3,%4,%5,%5,%5}], [%2], %6, %7;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(0), "h"((u16)3), "l"(policy) : "memory");
+}
+// Has 4 or 8 bytes copied; the barrier then counts an arrival of each thread once all that it asked for is there.
 template <int Bytes>
 __device__ void copy_few(u32 to, const u8* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(Bytes) : "memory");

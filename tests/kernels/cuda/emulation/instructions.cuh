@@ -62,7 +62,7 @@ struct Program {
 };
 
 constexpr int RANK_SHIFT = 20;  // of a program in a shared address
-inline Program programs[16];
+inline Program programs[32];
 inline std::unique_ptr<std::barrier<>> cluster;
 inline std::mutex guard;
 inline std::condition_variable changed;
@@ -184,6 +184,7 @@ inline void load_two(u32 (&words)[4], u32 from, bool wanted) {
   if (wanted) std::memcpy(words, at_address(from, 8), 8);
 }
 
+inline u32 in_program(u32 address, int rank) { return address % (1 << RANK_SHIFT) | rank << RANK_SHIFT; }
 inline Counted& counted(u32 barrier) { return programs[barrier >> RANK_SHIFT].barriers[barrier]; }
 inline void settle(Counted& b) {
   if (b.missing || b.bytes) return;
@@ -228,6 +229,19 @@ void sync_team(int team) {
   held.unlock();
   barrier->arrive_and_wait();
 }
+// Of programs that run at once, which the grid must be launched as: those that share a counter.
+template <int Threads>
+void meet(u32* met, u32 programs) {
+  sync_first<Threads>();
+  if (threadIdx.x == 0) {
+    std::unique_lock<std::mutex> held(guard);
+    ++met[0], changed.notify_all();
+    changed.wait(held, [&] { return met[0] >= programs; });
+    if (++met[1] == programs) met[0] = met[1] = 0;
+  }
+  sync_first<Threads>();
+}
+inline float4 read_fresh(const float4* from) { return *from; }
 inline u64 read_once_policy() { return 0; }
 inline u64 usual_policy() { return 0; }
 inline void copy_bulk(u32 to, const u8* from, int bytes, u32 barrier, u64) {
@@ -260,12 +274,16 @@ inline void copy_tensor(u32 to, const TensorMap& map, int c0, int c1, int c2, in
   }
   came(barrier, bytes);
 }
+// Programs of a cluster of two are neighbours.
+inline void arrive_at_both(u32 barrier) { arrive(barrier), arrive(in_program(barrier, rank_of ^ 1)); }
+inline void copy_to_both(u32 to, const TensorMap& map, int c0, int c1, u32 barrier, u64 policy) {
+  for (int rank : {rank_of, rank_of ^ 1}) copy_tensor(in_program(to, rank), map, c0, c1, 0, 0, 0, in_program(barrier, rank), policy);
+}
 template <int Bytes>
 void copy_few(u32 to, const u8* from) {
   if (reinterpret_cast<u64>(from) % Bytes) refuse("a copy is out of line");
   std::memcpy(at_address(to, Bytes), from, Bytes);
 }
-inline u32 in_program(u32 address, int rank) { return address % (1 << RANK_SHIFT) | rank << RANK_SHIFT; }
 inline void store_remote(const void* here, int rank, float v) {
   std::memcpy(at_address(in_program(shared_address(here), rank), 4), &v, 4);
 }
