@@ -8,8 +8,9 @@ BENCH_ARGS ?=
 BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard tokenspeed/kernels/cpu/src/*)
-# Two workers share the machine, one thread each: more threads than cores slow every test down.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15
+# Two workers share the machine, one thread each: more threads than cores slow every test down. One that has nothing left
+# takes tests from the other.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15
 CROSS_PACKAGES := g++-aarch64-linux-gnu qemu-user
 
 .PHONY: demo docs test test-full curl cross-tools bench-cpu lint format clean

@@ -55,7 +55,7 @@ RULES = (
     Rule(TOKENSPEED + "verify .*cuda.*", "not", GPU),
     Rule(TOKENSPEED + "verify .*", "run"),
     Rule(TOKENSPEED + r"plan MODEL --measured", "run"),
-    Rule(TOKENSPEED + r"plan .*--quantization fp8 .*--measured", "not", GPU),
+    Rule(TOKENSPEED + r"plan (?:llama-3\.1-8b|.*--quantization fp8) .*--measured.*", "not", GPU),
     Rule(TOKENSPEED + r"(?:sol|doctor|generate|plan|--help)\b.*", "run"),
     Rule(r"cat > in\.jsonl .*", "elsewhere", "tests/cli/test_run_batch.py"),
     Rule(TOKENSPEED + r"run-batch .*", "elsewhere", "tests/cli/test_run_batch.py"),

@@ -16,9 +16,8 @@ VERSIONS = (INSTALLED, "3.6.0")
 
 def paths_of(target: str, version: str) -> str:
     """What is compiled: "product", every path of every kernel, by any version for Hopper, and by the installed one for
-    the newest of the others; "each", every kernel once or more, elsewhere."""
-    newest = version == INSTALLED and target in ("sm_100", "gfx950")
-    return "product" if newest or target == "sm_90" else "each"
+    Blackwell; "each", every kernel once or more, elsewhere."""
+    return "product" if target == "sm_90" or (target, version) == ("sm_100", INSTALLED) else "each"
 
 
 def child_environment(version: str = INSTALLED) -> dict[str, str]:

@@ -167,22 +167,6 @@ template <int Threads>
 __device__ void sync_team(int team) {
   asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(Threads) : "memory");
 }
-// Until so many programs have met, their first so many threads each: what they wrote into memory before is then seen by
-// `read_fresh`. met: two counters, zero before and after. All must run at once.
-template <int Threads>
-__device__ void meet(u32* met, u32 programs) {
-  __threadfence();
-  sync_first<Threads>();
-  if (threadIdx.x == 0) {
-    atomicAdd(met, 1);
-    u32 come = 0;
-    while (come < programs) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(come) : "l"(met) : "memory");
-    if (atomicAdd(met + 1, 1) == programs - 1) met[0] = met[1] = 0;
-  }
-  sync_first<Threads>();
-}
-// From memory or the second-level cache, not from what this processor read before.
-__device__ inline float4 read_fresh(const float4* from) { return __ldcg(from); }
 __device__ inline u64 read_once_policy() {
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -212,7 +196,7 @@ __device__ inline void copy_tensor(u32 to, const TensorMap& map, int c0, int c1,
       "[%0], [%1, {%3,%4,%5,%6,%7}], [%2], %8;" ::"r"(to),
       "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(policy) : "memory");
 }
-// The same into both programs of a cluster, each of whose barriers counts it.
+// The same of a matrix into both programs of a cluster, each of whose barriers counts it.
 __device__ inline void copy_to_both(u32 to, const TensorMap& map, int c0, int c1, u32 barrier, u64 policy) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "

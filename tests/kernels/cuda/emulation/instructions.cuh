@@ -62,7 +62,7 @@ struct Program {
 };
 
 constexpr int RANK_SHIFT = 20;  // of a program in a shared address
-inline Program programs[32];
+inline Program programs[16];
 inline std::unique_ptr<std::barrier<>> cluster;
 inline std::mutex guard;
 inline std::condition_variable changed;
@@ -229,19 +229,6 @@ void sync_team(int team) {
   held.unlock();
   barrier->arrive_and_wait();
 }
-// Of programs that run at once, which the grid must be launched as: those that share a counter.
-template <int Threads>
-void meet(u32* met, u32 programs) {
-  sync_first<Threads>();
-  if (threadIdx.x == 0) {
-    std::unique_lock<std::mutex> held(guard);
-    ++met[0], changed.notify_all();
-    changed.wait(held, [&] { return met[0] >= programs; });
-    if (++met[1] == programs) met[0] = met[1] = 0;
-  }
-  sync_first<Threads>();
-}
-inline float4 read_fresh(const float4* from) { return *from; }
 inline u64 read_once_policy() { return 0; }
 inline u64 usual_policy() { return 0; }
 inline void copy_bulk(u32 to, const u8* from, int bytes, u32 barrier, u64) {
