@@ -4,6 +4,7 @@ tokenspeed.bench.gpu.chain --rows 128`."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,20 @@ from tokenspeed.quantization.fp8 import quantize_fp8
 PROCESSORS = 4
 
 
+def added(
+    parts: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    act: str,
+) -> None:
+    """In the place of the Triton kernel."""
+    assert act == "none"
+    factors = 1 if x_scale is None or scale is None else x_scale[:, None] * scale
+    y.copy_(parts.sum(0) * factors + (0 if bias is None else bias))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For compiled kernels."""
@@ -32,17 +47,14 @@ def emulated(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     def kernel(found: Variant, device: int) -> EmulatedKernel:
         return EmulatedKernel(folder, "dense_tall", found.defines(), "run_dense_tall.cpp")
 
-    def meeting_place(device: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.full((1 << 20,), torch.nan), torch.zeros(64, dtype=torch.int32)
-
     on_host(monkeypatch, dense_tall, kernel)
     monkeypatch.setattr(dense_tall, "processors", lambda device: PROCESSORS)
     monkeypatch.setattr(dense_tall, "encoded", described)
-    monkeypatch.setattr(dense_tall, "meeting_place", meeting_place)
+    monkeypatch.setattr(dense_tall, "add_parts", added)
     tensor_map.cache_clear()
 
 
-def right(tokens: int, n: int, k: int, narrow: bool, act: str, found: Variant | None) -> None:
+def right(tokens: int, n: int, k: int, narrow: bool, act: str, found: Variant) -> None:
     g = torch.Generator().manual_seed(SEED + tokens)
     height = n if act == "none" else 2 * n
     w = (torch.randn(height, k, generator=g) * k**-0.5).bfloat16()
@@ -66,15 +78,17 @@ def right(tokens: int, n: int, k: int, narrow: bool, act: str, found: Variant | 
 
 
 @pytest.mark.parametrize(
-    ("tokens", "n", "k", "narrow", "act", "blocks", "splits", "pair"),
+    ("tokens", "n", "k", "narrow", "act", "ways"),
     [
-        (13, 70, 384, False, "none", 1, 2, 1),
-        (17, 134, 640, True, "silu", 2, 3, 1),
-        (33, 258, 320, False, "none", 2, 1, 1),
-        (21, 600, 1024, True, "none", 1, 2, 2),
+        (13, 70, 384, False, "none", {"splits": 2}),
+        (17, 134, 640, True, "silu", {"blocks": 2}),
+        (33, 258, 320, False, "none", {"blocks": 2}),
+        (21, 600, 1024, True, "none", {"pair": 2, "splits": 2}),
+        (9, 330, 512, False, "none", {"shared_rows": True}),
+        (30, 70, 1024, True, "gelu_tanh", {"shared_rows": True, "blocks": 2, "pair": 2}),
     ],
 )
-def test_rows(
-    tokens: int, n: int, k: int, narrow: bool, act: str, blocks: int, splits: int, pair: int
-) -> None:
-    right(tokens, n, k, narrow, act, variant(tokens, n, k, narrow, act, PROCESSORS, blocks, 1, splits, pair))
+def test_rows(tokens: int, n: int, k: int, narrow: bool, act: str, ways: dict[str, Any]) -> None:
+    found = variant(tokens, n if act == "none" else 2 * n, k, narrow, act, **ways)
+    assert found is not None
+    right(tokens, n, k, narrow, act, found)

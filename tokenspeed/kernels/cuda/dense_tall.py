@@ -12,6 +12,7 @@ from tokenspeed.kernels.cuda.program import Kernel, architecture, compiled, poin
 from tokenspeed.kernels.cuda.stream_tiles import ACTS
 from tokenspeed.kernels.cuda.tensor_maps import TensorMap, encoded
 from tokenspeed.kernels.triton.launch import device_index
+from tokenspeed.kernels.triton.linear import add_parts
 from tokenspeed.kernels.triton.operands import Multiplied, Rows, matrix_parts, scale_block_of
 
 TALL = 64
@@ -19,10 +20,9 @@ TALL = 64
 LINE = 128
 """Bytes of a row in a copy."""
 GROUPS = 2
+THREADS = GROUPS * 128 + 32
 ALL_SHARED = 227 << 10
 LEAST_STAGES = 3
-LEAST_LINES = 2
-MOST_SPLITS = 16
 
 
 @dataclass(frozen=True)
@@ -33,35 +33,29 @@ class Variant:
     k: int
     n: int
     format: int
-    groups: int
+    shared_rows: int
     blocks: int
     splits: int
     pair: int
     stages: int
-    programs: int
     act: int
 
     @property
-    def threads(self) -> int:
-        return self.groups * 128 + 32
-
-    @property
-    def outputs(self) -> int:
-        """Of a tile."""
-        return self.groups * TALL * (1 if self.act else self.blocks)
-
-    @property
     def tiles(self) -> int:
-        return -(-self.n // self.outputs)
+        heights = 1 if self.shared_rows else GROUPS
+        return -(-self.n // (heights * TALL * (1 if self.act else self.blocks)))
 
     @property
     def stage(self) -> int:
-        """Bytes."""
-        return (self.groups * self.blocks * TALL + self.tokens) * LINE + 16
+        """Bytes of a stage, with its barriers."""
+        lines = GROUPS if self.shared_rows else 1
+        return (GROUPS * self.blocks * TALL + lines * self.tokens) * LINE + 16
 
     @property
     def shared(self) -> int:
-        return self.stages * self.stage + 4 * self.tokens
+        """Bytes of the source's Shared."""
+        other = 4 * self.blocks * self.tokens // 2 * 128 if self.shared_rows else 8
+        return self.stages * self.stage + other + 4 * self.tokens
 
     def defines(self) -> dict[str, int]:
         """For the compiler."""
@@ -70,74 +64,78 @@ class Variant:
 
 def variant(
     tokens: int,
-    n: int,
+    rows: int,
     k: int,
     narrow: bool,
     act: str,
-    room: int,
-    blocks: int = 2,
-    programs: int = 1,
-    splits: int | None = None,
+    *,
+    shared_rows: bool = False,
+    blocks: int = 1,
+    splits: int = 1,
     pair: int = 1,
 ) -> Variant | None:
-    """n: outputs, after the activation. room: processors."""
-    lines, rest = divmod(k * (1 if narrow else 2), LINE)
-    if rest or n % 2 or act not in ACTS or (act != "none" and blocks != 2):
+    """The variant for weights of so many rows, None where they do not fit its tiles. What several programs leave is
+    activated when it is added up."""
+    gated = act != "none" and splits == 1
+    segments, rest = divmod(k * (1 if narrow else 2), LINE * (GROUPS if shared_rows else 1))
+    n = rows // 2 if gated else rows
+    if rest or segments < splits or n % 2 or act not in ACTS or (gated and blocks != 2):
         return None
     padded = max(16, 1 << (tokens - 1).bit_length())
-    found = Variant(padded, k, n, int(narrow), GROUPS, blocks, 1, pair, 0, programs, ACTS[act])
-    stages = min(16, (ALL_SHARED // programs - 1024 - 4 * padded) // found.stage)
-    tiles = -(-found.tiles // pair) * pair
-    splits = splits or max(1, min(room * programs // tiles, lines // LEAST_LINES, MOST_SPLITS, padded // 8))
-    if stages < LEAST_STAGES:
-        return None
-    return replace(found, stages=stages, splits=splits)
+    found = Variant(
+        padded, k, n, int(narrow), int(shared_rows), blocks, splits, pair, 0, ACTS[act] if gated else ACTS["none"]
+    )
+    return replace(found, stages=stages) if (stages := (ALL_SHARED - found.shared) // found.stage) >= LEAST_STAGES else None
 
 
 @cache
 def kernel(found: Variant, device: int) -> Kernel:
     """Compiled and loaded."""
     cubin = compiled("dense_tall", found.defines(), architecture(device))
-    return Kernel(cubin, "dense_tall", found.threads, found.shared, found.pair)
-
-
-@cache
-def meeting_place(device: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where programs that share a tile leave sums, and their counters, zero between kernels."""
-    where = torch.device("cuda", device)
-    return torch.empty(160 * 2 * 128 * 256, device=where), torch.zeros(4096, dtype=torch.int32, device=where)
+    return Kernel(cubin, "dense_tall", THREADS, found.shared, found.pair)
 
 
 def multiply_rows(
-    x: Rows, weight: Multiplied, bias: torch.Tensor | None, act: str, found: Variant | None = None
+    x: Rows, weight: Multiplied, bias: torch.Tensor | None, act: str, found: Variant
 ) -> torch.Tensor | None:
-    """`triton.linear.skinny` of bf16, None where no variant takes it."""
+    """`triton.linear.skinny` of bf16."""
     rows, cols = x.values.shape
     matrix, scale = matrix_parts(weight)
-    n = matrix.shape[0] if act == "none" else matrix.shape[0] // 2
     device = device_index(matrix.device)
-    found = found or variant(rows, n, cols, matrix.element_size() == 1, act, processors(device))
-    if found is None or scale_block_of(weight):
+    if scale_block_of(weight):
         return None
+    n = matrix.shape[0] if act == "none" else matrix.shape[0] // 2
     y = torch.empty(rows, n, dtype=torch.bfloat16, device=matrix.device)
-    parts, met = meeting_place(device)
+    parts = None
+    if found.splits > 1:
+        parts = torch.empty(found.splits, rows, matrix.shape[0], dtype=torch.float32, device=matrix.device)
     sharing = found.splits * found.pair
-    grid = min(-(-found.tiles // found.pair), found.programs * processors(device) // sharing) * sharing
+    grid = min(-(-found.tiles // found.pair), processors(device) // sharing) * sharing
     kernel(found, device).launch(
         (grid, 1, 1),
         [
             (tensor_map(matrix.data_ptr(), matrix.dtype, tuple(matrix.shape), matrix.stride(0), TALL), None),
-            (tensor_map(x.values.data_ptr(), x.values.dtype, (rows, cols), x.values.stride(0), found.tokens // found.pair), None),
+            (
+                tensor_map(
+                    x.values.data_ptr(),
+                    x.values.dtype,
+                    (rows, cols),
+                    x.values.stride(0),
+                    found.tokens // found.pair,
+                ),
+                None,
+            ),
             pointer(y),
+            pointer(parts),
             pointer(scale),
             pointer(x.scale),
             pointer(bias),
-            pointer(parts),
-            pointer(met),
             (y.stride(0), ctypes.c_longlong),
             (rows, ctypes.c_int),
         ],
     )
+    if parts is not None:
+        add_parts(parts, x.scale, scale, bias, y, act)
     return y
 
 

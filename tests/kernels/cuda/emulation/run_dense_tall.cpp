@@ -1,8 +1,8 @@
-// The kernel of many rows by warpgroup products as a function of a library. Programs that share a tile run at once.
+// The kernel of many rows by warpgroup products as a function of a library.
 
 #include "dense_tall.cu"
 
-extern "C" void run(int grid, TensorMap weights, TensorMap x, u16* y, const float* w_scale, const float* x_scale, const float* bias,
-                    float4* parts, u32* met, long long y_stride, int tokens) {
-  launch(grid, THREADS, WORKERS, SHARED, SPLITS * PAIR, [&] { dense_tall(weights, x, y, w_scale, x_scale, bias, parts, met, y_stride, tokens); });
+extern "C" void run(int grid, TensorMap weights, TensorMap x, u16* y, float* parts, const float* w_scale, const float* x_scale,
+                    const float* bias, long long y_stride, int tokens) {
+  launch(grid, THREADS, WORKERS, SHARED, PAIR, [&] { dense_tall(weights, x, y, parts, w_scale, x_scale, bias, y_stride, tokens); });
 }
