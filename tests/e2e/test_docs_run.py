@@ -92,7 +92,7 @@ def run(copy: Path, demo_path: Path) -> Callable[[str], str]:
 def _filled(text: str, demo_path: Path) -> str:
     for name in PLACEHOLDERS:
         text = re.sub(rf"(?<![\w/-]){re.escape(name)}\b", str(demo_path), text)
-    return re.sub(r"\bFILE\b", "docs/serving.md", text)
+    return re.sub(r"\bFILE\b", "docs/troubleshooting.md", text)
 
 
 @pytest.fixture(scope="module")

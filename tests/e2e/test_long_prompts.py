@@ -168,7 +168,7 @@ def test_alone_in_small_chunks(demo_path: Path, prompts: Prompts, page: int) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunk", "page", "caching"),
-    [(7, 4, True), (7, 16, False), (512, 4, True), (512, 4, False), (512, 16, True), (512, 16, False)],
+    [(21, 4, True), (21, 16, False), (512, 4, True), (512, 4, False), (512, 16, True), (512, 16, False)],
 )
 def test_batch_of_16(demo_path: Path, prompts: Prompts, chunk: int, page: int, caching: bool) -> None:
     llm, batch = make_llm(demo_path, chunk, page, caching), mixed_batch(prompts)

@@ -85,9 +85,9 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def some(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A fifth of all, for programs that are slow."""
+    """A tenth of all, for programs that are slow."""
     pick = np.random.default_rng(SEED + 1)
-    cases = (case for case in all_cases(np.random.default_rng(SEED)) if pick.random() < 0.2)
+    cases = (case for case in all_cases(np.random.default_rng(SEED)) if pick.random() < 0.1)
     return str(write_cases(tmp_path_factory.mktemp("native") / "some.cases", cases))
 
 

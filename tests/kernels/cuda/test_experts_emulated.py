@@ -60,7 +60,7 @@ def test_a_token_of_padding_alone_gets_zeros(folder: Path, monkeypatch: pytest.M
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["plain", "channel"])
-@pytest.mark.parametrize(("tokens", "act"), [(2, "silu"), (3, "gelu_tanh"), (5, "gelu_tanh"), (8, "silu")])
+@pytest.mark.parametrize(("tokens", "act"), [(2, "silu"), (3, "gelu_tanh"), (4, "silu")])
 def test_every_number_of_tokens(tokens: int, fmt: str, act: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emulate(monkeypatch, folder, 4)
     right(ExpertCase(11, 4, 512, 384, act, fmt=fmt), tokens, tokens // 4)

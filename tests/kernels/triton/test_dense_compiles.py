@@ -49,7 +49,7 @@ def test_one_of_each_for_hopper(tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"])
 def test_every_kernel_for_every_target(target: str, version: str, tmp_path: Path) -> None:
-    kernels = compiled(target, paths_of(target, version), tmp_path, version)
+    kernels = compiled(target, paths_of(target), tmp_path, version)
     assert {kernel["name"] for kernel in kernels} == NAMES
     waits = sum(kernel["griddepcontrol.wait"] for kernel in kernels)
     assert waits == (len(kernels) if target in ("sm_90", "sm_100") else 0)

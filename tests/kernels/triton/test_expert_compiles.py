@@ -59,7 +59,7 @@ than tensor memory holds; Triton 3.9.0 copes)."""
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"])
 def test_every_kernel_for_every_target(target: str, version: str, tmp_path: Path) -> None:
-    kernels = compiled(target, paths_of(target, version), tmp_path, version)
+    kernels = compiled(target, paths_of(target), tmp_path, version)
     assert {kernel["name"] for kernel in kernels} >= NAMES
     if target.startswith("sm"):
         products = [kernel for kernel in kernels if kernel["name"] in PRODUCTS and kernel["x"] != "*fp32"]

@@ -14,10 +14,10 @@ VERSIONS = (INSTALLED, "3.6.0")
 """The second is the oldest that the package takes."""
 
 
-def paths_of(target: str, version: str) -> str:
-    """What is compiled: "product", every path of every kernel, by any version for Hopper, and by the installed one for
-    Blackwell; "each", every kernel once or more, elsewhere."""
-    return "product" if target == "sm_90" or (target, version) == ("sm_100", INSTALLED) else "each"
+def paths_of(target: str) -> str:
+    """What is compiled: "product", every path of every kernel, for Hopper; "each", every kernel once or more,
+    elsewhere."""
+    return "product" if target == "sm_90" else "each"
 
 
 def child_environment(version: str = INSTALLED) -> dict[str, str]:
