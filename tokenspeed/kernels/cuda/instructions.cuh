@@ -130,17 +130,6 @@ __device__ inline void wait_barrier(u32 barrier, u32 parity) {
 // A barrier of all programs of a cluster, in two halves: what was written before the first is seen after the second.
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-// Of a cluster of two: at this program's barrier, and at the other's that lies where it does.
-__device__ inline void arrive_at_both(u32 barrier) {
-  asm volatile(
-      "{ .reg .b32 there, rank;\n"
-      "mov.u32 rank, %%cluster_ctarank;\n"
-      "mapa.shared::cluster.u32 there, %0, rank;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
-      "xor.b32 rank, rank, 1;\n"
-      "mapa.shared::cluster.u32 there, %0, rank;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(barrier) : "memory");
-}
 // Into the shared memory of a program of the cluster, where it lies as `here` does.
 __device__ inline void store_remote(const void* here, int rank, float v) {
   asm volatile(
@@ -156,6 +145,15 @@ __device__ inline void send_float(u32 to, int rank, float v, u32 barrier) {
       "mapa.shared::cluster.u32 counted, %3, %1;\n"
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %2, [counted]; }" ::"r"(to), "r"(rank), "f"(v),
       "r"(barrier) : "memory");
+}
+// Four floats at once.
+__device__ inline void send_four(u32 to, int rank, float4 v, u32 barrier) {
+  asm volatile(
+      "{ .reg .b32 there, counted;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mapa.shared::cluster.u32 counted, %6, %1;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%2, %3, %4, %5}, [counted]; }" ::"r"(to), "r"(rank),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier) : "memory");
 }
 // A barrier of the first so many threads of a program.
 template <int Threads>
@@ -196,14 +194,7 @@ __device__ inline void copy_tensor(u32 to, const TensorMap& map, int c0, int c1,
       "[%0], [%1, {%3,%4,%5,%6,%7}], [%2], %8;" ::"r"(to),
       "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(policy) : "memory");
 }
-// The same of a matrix into both programs of a cluster, each of whose barriers counts it.
-__device__ inline void copy_to_both(u32 to, const TensorMap& map, int c0, int c1, u32 barrier, u64 policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-      "[%0], [%1, {%3,%4,%5,%5,%5}], [%2], %6, %7;" ::"r"(to),
-      "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(0), "h"((u16)3), "l"(policy) : "memory");
-}
-// Has 4 or 8 bytes copied; the barrier then counts an arrival of each thread once all that it asked for is there.
+// The same of 4 or 8 bytes by a thread; the barrier then counts an arrival of each thread once all that it asked for is there.
 template <int Bytes>
 __device__ void copy_few(u32 to, const u8* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(Bytes) : "memory");

@@ -68,7 +68,7 @@ __device__ inline void multiply(float (&d)[32], const u32* a, u64 b) {
       : FLOATS32(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-// d = [d +] 64 rows of a times 8 to 128 rows of b, 32 bytes of each: columns of bf16, or of e4m3.
+// d = [d +] 64 rows of a times 8 to 64 rows of b, 32 bytes of each: columns of bf16, or of e4m3.
 #define FEW(rows, kind, flags, names, a, b, add, ...) \
   asm volatile("{ .reg .pred add;\n" \
                "setp.ne.b32 add, %" add ", 0;\n" \
@@ -102,11 +102,4 @@ __device__ void multiply_few(float (&d)[32], u64 from, u64 by, int adds) {
     FEW("64", "k32.f32.e4m3.e4m3", "", NAMES32, "32", "33", "34", FLOATS32(d, 0));
   else
     FEW("64", "k16.f32.bf16.bf16", ", 0, 0", NAMES32, "32", "33", "34", FLOATS32(d, 0));
-}
-template <bool Narrow>
-__device__ void multiply_few(float (&d)[64], u64 from, u64 by, int adds) {
-  if (Narrow)
-    FEW("128", "k32.f32.e4m3.e4m3", "", NAMES64, "64", "65", "66", FLOATS32(d, 0), FLOATS32(d, 32));
-  else
-    FEW("128", "k16.f32.bf16.bf16", ", 0, 0", NAMES64, "64", "65", "66", FLOATS32(d, 0), FLOATS32(d, 32));
 }

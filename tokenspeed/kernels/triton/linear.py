@@ -177,26 +177,13 @@ def skinny(
         **options(tile.warps, pdl),
     )
     if parts is not None:
-        add_parts(parts, x.scale, None if scale_block_of(weight) else scale, bias, y, act, pdl)
+        row_scale = None if scale_block_of(weight) else scale
+        launch = options(4, pdl)
+        grid = (triton.cdiv(n, _ADD_COLUMNS), rows)
+        add_parts_kernel[grid](
+            parts, x.scale, row_scale, bias, y, rows, n, SPLIT_K=tile.split_k, BLOCK=_ADD_COLUMNS, ACT=act, **launch
+        )
     return y
-
-
-def add_parts(
-    parts: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    act: str,
-    pdl: bool | None = None,
-) -> None:
-    """y [T, N] from float32 parts [splits, T, N or 2N] of its sums: added in order, scaled, biased, activated."""
-    launch = options(4, dependent_launch(y.device) if pdl is None else pdl)
-    rows, n = y.shape
-    grid = (triton.cdiv(n, _ADD_COLUMNS), rows)
-    add_parts_kernel[grid](
-        parts, x_scale, scale, bias, y, rows, n, SPLIT_K=len(parts), BLOCK=_ADD_COLUMNS, ACT=act, **launch
-    )
 
 
 def prepared(x: torch.Tensor, weight: Multiplied, prologue: Prologue | None) -> tuple[Rows, torch.Tensor | None]:

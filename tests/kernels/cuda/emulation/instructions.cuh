@@ -184,7 +184,6 @@ inline void load_two(u32 (&words)[4], u32 from, bool wanted) {
   if (wanted) std::memcpy(words, at_address(from, 8), 8);
 }
 
-inline u32 in_program(u32 address, int rank) { return address % (1 << RANK_SHIFT) | rank << RANK_SHIFT; }
 inline Counted& counted(u32 barrier) { return programs[barrier >> RANK_SHIFT].barriers[barrier]; }
 inline void settle(Counted& b) {
   if (b.missing || b.bytes) return;
@@ -261,22 +260,22 @@ inline void copy_tensor(u32 to, const TensorMap& map, int c0, int c1, int c2, in
   }
   came(barrier, bytes);
 }
-// Programs of a cluster of two are neighbours.
-inline void arrive_at_both(u32 barrier) { arrive(barrier), arrive(in_program(barrier, rank_of ^ 1)); }
-inline void copy_to_both(u32 to, const TensorMap& map, int c0, int c1, u32 barrier, u64 policy) {
-  for (int rank : {rank_of, rank_of ^ 1}) copy_tensor(in_program(to, rank), map, c0, c1, 0, 0, 0, in_program(barrier, rank), policy);
-}
 template <int Bytes>
 void copy_few(u32 to, const u8* from) {
   if (reinterpret_cast<u64>(from) % Bytes) refuse("a copy is out of line");
   std::memcpy(at_address(to, Bytes), from, Bytes);
 }
+inline u32 in_program(u32 address, int rank) { return address % (1 << RANK_SHIFT) | rank << RANK_SHIFT; }
 inline void store_remote(const void* here, int rank, float v) {
   std::memcpy(at_address(in_program(shared_address(here), rank), 4), &v, 4);
 }
 inline void send_float(u32 to, int rank, float v, u32 barrier) {
   std::memcpy(at_address(in_program(to, rank), 4), &v, 4);
   came(in_program(barrier, rank), 4);
+}
+inline void send_four(u32 to, int rank, float4 v, u32 barrier) {
+  std::memcpy(at_address(in_program(to, rank), 16), &v, 16);
+  came(in_program(barrier, rank), 16);
 }
 
 // Sums of a thread: of words `w` of the rows and `x` of the columns that belong to it, each word by `dot`.

@@ -2,7 +2,7 @@
 
 #include "dense_tall.cu"
 
-extern "C" void run(int grid, TensorMap weights, TensorMap x, u16* y, float* parts, const float* w_scale, const float* x_scale,
+extern "C" void run(int grid, TensorMap weights, TensorMap x, u16* y, const float* w_scale, const float* x_scale,
                     const float* bias, long long y_stride, int tokens) {
-  launch(grid, THREADS, WORKERS, SHARED, PAIR, [&] { dense_tall(weights, x, y, parts, w_scale, x_scale, bias, y_stride, tokens); });
+  launch(grid, THREADS, WORKERS, SHARED, SPLITS, [&] { dense_tall(weights, x, y, w_scale, x_scale, bias, y_stride, tokens); });
 }
