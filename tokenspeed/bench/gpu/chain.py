@@ -1,6 +1,6 @@
-"""A layer's projections as a decode step chains them: `python -m tokenspeed.bench.gpu.chain --model 8b --rows 1 8`.
+"""A layer's projections as a decode step chains them: `python -m tokenspeed.bench.gpu.chain --model 8b --rows 1 8 32`.
 
-Compares the streaming kernels with float64 first, over outputs poisoned before, then times layers of distinct weights
+Compares the CUDA kernels with float64 first, over outputs poisoned before, then times layers of distinct weights
 in one graph: without attention, norms and joins included. Ends with status 1 where a result is wrong.
 """
 
@@ -14,7 +14,8 @@ from statistics import median
 import torch
 
 from tokenspeed.bench.gpu.expert_cases import poisoned
-from tokenspeed.kernels.cuda.registration import stream_or_project
+from tokenspeed.kernels.cuda.dense_tall import MOST_TOKENS
+from tokenspeed.kernels.cuda.registration import stream_or_project, tall_or_project
 from tokenspeed.kernels.cuda.stream import stream
 from tokenspeed.kernels.cuda.stream_tiles import MOST_ROWS
 from tokenspeed.kernels.triton.linear import prepared, project
@@ -31,7 +32,9 @@ Layer = dict[str, Matrix]
 def streamed(
     x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, act: str, prologue: Prologue | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The streaming kernel, which must take one row; more where they fit beside it."""
+    """The streaming kernel, which must take one row; more where they fit beside it, many by warpgroup products."""
+    if x.shape[0] > MOST_ROWS:
+        return tall_or_project(x, weight, bias, act, prologue)
     if x.shape[0] > 1:
         return stream_or_project(x, weight, bias, act, prologue)
     found = stream(x, weight, bias, act, prologue)
@@ -178,7 +181,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="8b")
     parser.add_argument("--format", choices=("bf16", "fp8"), default="bf16")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1], help=f"of x, up to {MOST_ROWS}")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1], help=f"of x, up to {MOST_TOKENS}")
     parser.add_argument("--no-check", action="store_true", help="only time")
     options = parser.parse_args()
     narrow = options.format == "fp8"
@@ -186,7 +189,7 @@ def main() -> int:
         return 1
     made = layers(options.model, narrow)
     moved = sum(w.nbytes for w in made[0].values())
-    compared = (("triton", project), ("streamed", streamed)) * 2
+    compared = (("triton", project), ("cuda", streamed)) * 2
     for rows in options.rows:
         for name, projection in compared:
             us = microseconds(made, projection, rows)

@@ -20,7 +20,7 @@ from tokenspeed.bench.gpu.paged_steps import paged_step
 from tokenspeed.kernels.cuda.attend import attend
 from tokenspeed.kernels.cuda.experts import stream_experts
 from tokenspeed.kernels.cuda.prefill import prefill
-from tokenspeed.kernels.cuda.registration import stream_or_project
+from tokenspeed.kernels.cuda.registration import stream_or_project, tall_or_project
 from tokenspeed.kernels.triton.attention_tiles import decode_tile, item_tokens
 from tokenspeed.kernels.triton.decode_attention import decode_attention
 from tokenspeed.kernels.triton.launch import dependent_launch
@@ -187,6 +187,8 @@ def cuda_cases(device: str) -> list[Case]:
         projection("stream, one row, int4", device, 1, 4096, mode="int4", product=stream_or_project),
         projection("norm and stream, three rows", device, 3, 4096, product=stream_or_project),
         projection("norm and stream by two programs, eight rows", device, 8, 8192, product=stream_or_project),
+        projection("norm and tall products, 20 rows", device, 20, 4096, product=tall_or_project),
+        projection("norm and tall products, 40 rows, fp8", device, 40, 4096, mode="fp8", product=tall_or_project),
         decoding("attend", device, 4, one_kernel=True),
         decoding("attend, far", device, 4, one_kernel=True, far=True),
         experts("experts, one token", device, 1, "plain", stream_experts),

@@ -146,6 +146,15 @@ __device__ inline void send_float(u32 to, int rank, float v, u32 barrier) {
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %2, [counted]; }" ::"r"(to), "r"(rank), "f"(v),
       "r"(barrier) : "memory");
 }
+// Four floats at once.
+__device__ inline void send_four(u32 to, int rank, float4 v, u32 barrier) {
+  asm volatile(
+      "{ .reg .b32 there, counted;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mapa.shared::cluster.u32 counted, %6, %1;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%2, %3, %4, %5}, [counted]; }" ::"r"(to), "r"(rank),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier) : "memory");
+}
 // A barrier of the first so many threads of a program.
 template <int Threads>
 __device__ void sync_first() {

@@ -37,6 +37,7 @@ __device__ inline void hold(u32 (&d)[Count]) {
 #define FLOATS8(d, i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define FLOATS32(d, i) FLOATS8(d, i), FLOATS8(d, i + 8), FLOATS8(d, i + 16), FLOATS8(d, i + 24)
+#define NAMES16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define NAMES32 \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define NAMES64 \
@@ -67,7 +68,7 @@ __device__ inline void multiply(float (&d)[32], const u32* a, u64 b) {
       : FLOATS32(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-// d = [d +] 64 rows of a times 8 or 16 rows of b, 32 bytes of each: columns of bf16, or of e4m3.
+// d = [d +] 64 rows of a times 8 to 64 rows of b, 32 bytes of each: columns of bf16, or of e4m3.
 #define FEW(rows, kind, flags, names, a, b, add, ...) \
   asm volatile("{ .reg .pred add;\n" \
                "setp.ne.b32 add, %" add ", 0;\n" \
@@ -87,4 +88,18 @@ __device__ void multiply_few(float (&d)[8], u64 from, u64 by, int adds) {
     FEW("16", "k32.f32.e4m3.e4m3", "", "%0,%1,%2,%3,%4,%5,%6,%7", "8", "9", "10", FLOATS8(d, 0));
   else
     FEW("16", "k16.f32.bf16.bf16", ", 0, 0", "%0,%1,%2,%3,%4,%5,%6,%7", "8", "9", "10", FLOATS8(d, 0));
+}
+template <bool Narrow>
+__device__ void multiply_few(float (&d)[16], u64 from, u64 by, int adds) {
+  if (Narrow)
+    FEW("32", "k32.f32.e4m3.e4m3", "", NAMES16, "16", "17", "18", FLOATS8(d, 0), FLOATS8(d, 8));
+  else
+    FEW("32", "k16.f32.bf16.bf16", ", 0, 0", NAMES16, "16", "17", "18", FLOATS8(d, 0), FLOATS8(d, 8));
+}
+template <bool Narrow>
+__device__ void multiply_few(float (&d)[32], u64 from, u64 by, int adds) {
+  if (Narrow)
+    FEW("64", "k32.f32.e4m3.e4m3", "", NAMES32, "32", "33", "34", FLOATS32(d, 0));
+  else
+    FEW("64", "k16.f32.bf16.bf16", ", 0, 0", NAMES32, "32", "33", "34", FLOATS32(d, 0));
 }

@@ -8,6 +8,9 @@ import torch
 
 from tokenspeed.kernels.cuda import prefill
 from tokenspeed.kernels.cuda.attend import MOST_TOKENS, attend, fits
+from tokenspeed.kernels.cuda.dense_tall import FEWEST_TOKENS as FEWEST_TALL_ROWS
+from tokenspeed.kernels.cuda.dense_tall import MOST_TOKENS as MOST_TALL_ROWS
+from tokenspeed.kernels.cuda.dense_tall import tall_rows
 from tokenspeed.kernels.cuda.experts import stream_experts
 from tokenspeed.kernels.cuda.experts_packed import MOST_TOKENS as MOST_PACKED_TOKENS
 from tokenspeed.kernels.cuda.experts_packed import stream_packed
@@ -52,9 +55,10 @@ def register(registry: Registry) -> None:
     """Add the projections of few rows of bf16, routers, and the attention of decoding tokens and of prompts."""
     if usable():
         divide_alike()
-    run = partial(dense.run_projection, project=stream_or_project)
+    run, run_tall = (partial(dense.run_projection, project=each) for each in (stream_or_project, tall_or_project))
     for op in ("linear", *dense.FUSED):
         registry.add(Implementation(f"cuda.{op}", op, "cuda", run, _takes, PRIORITY))
+        registry.add(Implementation(f"cuda.tall_{op}", op, "cuda", run_tall, _takes_tall, PRIORITY))
     for op in ROUTERS:
         run_rows = partial(run_router, rows=route_by_either)
         registry.add(Implementation(f"cuda.{op}", op, "cuda", run_rows, _takes_router, PRIORITY))
@@ -75,6 +79,13 @@ def stream_or_project(
         y = stream_rows(Rows(x), weight, bias, act) if prologue is None else None
         streamed = None if y is None else (y, None)
     return streamed or project(x, weight, bias, act, prologue, stream_rows)
+
+
+def tall_or_project(
+    x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, act: str, prologue: Prologue | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """By warpgroup products where their tiles fit, else as `triton.linear.project`."""
+    return project(x, weight, bias, act, prologue, tall_rows)
 
 
 def stream_or_run(x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor, given: Experts) -> torch.Tensor:
@@ -150,6 +161,10 @@ def _takes_prefill(operands: Operands, situation: Situation) -> bool:
 
 def _takes(operands: Operands, situation: Situation) -> bool:
     return situation.tokens <= MOST_ROWS and _on_device(situation)
+
+
+def _takes_tall(operands: Operands, situation: Situation) -> bool:
+    return FEWEST_TALL_ROWS <= situation.tokens <= MOST_TALL_ROWS and _on_device(situation) and hopper()
 
 
 def _takes_experts(operands: Operands, situation: Situation) -> bool:

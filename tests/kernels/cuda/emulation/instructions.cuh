@@ -273,6 +273,10 @@ inline void send_float(u32 to, int rank, float v, u32 barrier) {
   std::memcpy(at_address(in_program(to, rank), 4), &v, 4);
   came(in_program(barrier, rank), 4);
 }
+inline void send_four(u32 to, int rank, float4 v, u32 barrier) {
+  std::memcpy(at_address(in_program(to, rank), 16), &v, 16);
+  came(in_program(barrier, rank), 16);
+}
 
 // Sums of a thread: of words `w` of the rows and `x` of the columns that belong to it, each word by `dot`.
 template <class Sum, class Dot>
