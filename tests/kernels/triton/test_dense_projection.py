@@ -8,9 +8,11 @@ import torch
 from tests.kernels.triton.dense_reference import prepared, projected, random_prologue
 from tests.seeds import SEED
 from tokenspeed.contracts.errors import UnsupportedError
+from tokenspeed.kernels.triton import linear
 from tokenspeed.kernels.triton.linear import gemv, project, skinny
+from tokenspeed.kernels.triton.norm import norm_rows, quantized_twin
 from tokenspeed.kernels.triton.operands import Rows
-from tokenspeed.kernels.triton.tiles import GemvTile, SkinnyTile
+from tokenspeed.kernels.triton.tiles import FP8_SMALL_ROWS, GemvTile, SkinnyTile
 from tokenspeed.quantization.fp8 import quantize_fp8, quantize_rows
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -168,6 +170,23 @@ def test_rows_of_a_split_product_do_not_depend_on_each_other() -> None:
     together = skinny(Rows(x), w, FP16, tile=tile)
     alone = torch.cat([skinny(Rows(x[i : i + 1]), w, FP16, tile=tile) for i in range(9)])
     assert (together == alone).all()
+
+
+def test_what_an_activation_has_quantised_is_not_quantised_again() -> None:
+    """Of many rows, by the library: the next product takes what stands beside the rows themselves."""
+    g = generator(8)
+    x = inputs(FP8_SMALL_ROWS + 2, 64, BF16, g)
+    gate_up, down = (quantize_fp8(matrix(rows, cols, BF16, g)) for rows, cols in ((96, 64), (32, 48)))
+    y, _ = project(x, gate_up, act="silu")
+    given, _ = linear.prepared(y, down, None)
+    assert given is quantized_twin(y)
+    fresh, _ = norm_rows(y.clone(), None, quantize=True)
+    assert torch.equal(given.values.float(), fresh.values.float())
+    assert given.scale is not None
+    assert fresh.scale is not None
+    assert torch.equal(given.scale, fresh.scale)
+    given, _ = linear.prepared(y[:, :16], down, None)
+    assert given.values.shape == (len(x), 16)
 
 
 def test_a_weight_that_cannot_be_read_by_rows_is_refused() -> None:

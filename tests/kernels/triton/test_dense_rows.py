@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.triton.dense_reference import activated, prepared, random_norm, random_prologue
 from tests.seeds import SEED
-from tokenspeed.kernels.triton.norm import act_mul, add_rows, embed_rows, norm_heads, norm_rows
+from tokenspeed.kernels.triton.norm import act_mul, add_rows, embed_rows, norm_heads, norm_rows, quantized_twin
 from tokenspeed.ops import reference
 from tokenspeed.quantization.fp8 import quantize_rows
 
@@ -56,7 +56,7 @@ def test_activation(dtype: torch.dtype, act: str) -> None:
     x = (4 * torch.randn(2, 2 * 1100, generator=generator(2))).to(dtype)
     x[0, :3] = torch.tensor([-80.0, 80.0, 0.0])
     expected = activated(x.double(), act, dtype).to(dtype)
-    got = act_mul(x, act).values
+    got = act_mul(x, act)
     check(got, expected, steps=2 if dtype != torch.float32 else 16)
     (torch_own,) = reference.act_mul(None, [x], [], {"act": act})  # type: ignore[arg-type]
     check(got, torch_own, steps=4 if dtype != torch.float32 else 64)
@@ -102,11 +102,14 @@ def test_quantised_norm_and_activation(kind: str) -> None:
     prologue = random_prologue(kind, 3, 200, torch.float16, g)
     assert prologue is not None
     parts = (x, prologue.norm, prologue.branch, prologue.branch_norm)
+    opened = act_mul(x, "silu", quantize=True)
+    assert torch.equal(opened, act_mul(x, "silu"))
     for plain, packed in (
-        (norm_rows(*parts)[0], norm_rows(*parts, quantize=True)[0]),
-        (act_mul(x, "silu"), act_mul(x, "silu", quantize=True)),
+        (norm_rows(*parts)[0].values, norm_rows(*parts, quantize=True)[0]),
+        (opened, quantized_twin(opened)),
     ):
-        q, scale = quantize_rows(plain.values)
+        q, scale = quantize_rows(plain)
+        assert packed is not None
         assert packed.scale is not None
         torch.testing.assert_close(packed.scale, scale, rtol=1e-6, atol=0)
         assert (packed.values.float() == q.float()).all()

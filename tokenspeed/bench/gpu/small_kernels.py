@@ -103,7 +103,7 @@ def norms(device: str) -> Results:
     quantized = row_kernels.norm_rows(x, norm, quantize=True)[0]
     ids = torch.tensor([2, 0, 1], dtype=torch.int32, device=device)
     some = [rows.values, quantized.values.float(), row_kernels.norm_heads(x, head), row_kernels.add_rows(x, branch)]
-    some += [row_kernels.act_mul(x, "silu").values, row_kernels.embed_rows(ids, branch, 1.5)]
+    some += [row_kernels.act_mul(x, "silu"), row_kernels.embed_rows(ids, branch, 1.5)]
     return some if joined is None else [*some, joined]
 
 

@@ -132,7 +132,7 @@ def run_add(view: object, record: Node, inputs: Sequence[torch.Tensor], weights:
 
 def run_act_mul(view: object, record: Node, inputs: Sequence[torch.Tensor], weights: Sequence[Matrix]) -> Outputs:
     """act(left half) * right half."""
-    return (row_kernels.act_mul(inputs[0], record.attrs["act"]).values,)
+    return (row_kernels.act_mul(inputs[0], record.attrs["act"]),)
 
 
 def run_embed(view: object, record: Node, inputs: Sequence[torch.Tensor], weights: Sequence[Matrix]) -> Outputs:

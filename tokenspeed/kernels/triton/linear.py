@@ -190,7 +190,8 @@ def prepared(x: torch.Tensor, weight: Multiplied, prologue: Prologue | None) -> 
     """x as the product takes it: joined, normed, quantised for an fp8 weight where a kernel multiplies fp8."""
     quantize = isinstance(weight, Fp8Weight) and (x.shape[0] <= FP8_SMALL_ROWS or not weight.scale_block)
     if prologue is None and quantize:
-        return row_kernels.norm_rows(x, None, quantize=True)
+        twin = row_kernels.quantized_twin(x)
+        return row_kernels.norm_rows(x, None, quantize=True) if twin is None else (twin, None)
     return _normed(x, prologue, quantize)
 
 
@@ -207,7 +208,8 @@ def _library(x: Rows, weight: Multiplied, dtype: torch.dtype, bias: torch.Tensor
         y = y if rounded is None else y + rounded
     else:
         y = F.linear(x.values, weight, rounded)
-    return y if act == "none" else row_kernels.act_mul(y, act).values
+    quantize = isinstance(weight, Fp8Weight) and not weight.scale_block
+    return y if act == "none" else row_kernels.act_mul(y, act, quantize)
 
 
 def _scaled_product(x: Rows, weight: Fp8Weight, dtype: torch.dtype) -> torch.Tensor:
