@@ -12,6 +12,7 @@ from tokenspeed.contracts.errors import DeviceError
 from tokenspeed.kernels.cuda import program, registration
 from tokenspeed.kernels.cuda.stream import stream, stream_rows
 from tokenspeed.kernels.cuda.stream_tiles import (
+    ALONE,
     BITS,
     FORMATS,
     LEAST_STAGES,
@@ -143,14 +144,19 @@ def test_scales_of_files() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "cluster"),
-    [(2, 14336, 2), (3, 2048, 1), (8, 4096, 1), (2, 8192, 1), (8, 8192, 2), (3, 10240, 2)],
-)
-def test_several_rows(rows: int, columns: int, cluster: int) -> None:
-    found = variant(columns, BF16, "silu", None, bias=True, rows=rows)
+    ("rows", "columns", "act", "cluster", "programs"),
+    [
+        (2, 14336, "silu", 2, 2), (3, 2048, "none", 1, 2), (8, 4096, "silu", 1, 1), (8, 4096, "none", 2, 2),
+        (7, 5120, "none", 2, 2), (2, 8192, "none", 1, 2), (8, 8192, "silu", 2, 2), (3, 10240, "silu", 2, 2),
+        (8, 14336, "none", 2, 1),
+    ],
+)  # fmt: skip
+def test_several_rows(rows: int, columns: int, act: str, cluster: int, programs: int) -> None:
+    found = variant(columns, BF16, act, None, bias=True, rows=rows)
     assert found is not None
-    assert (found.rows, found.segment, found.cluster) == (1 << (rows - 1).bit_length(), 256, cluster)
-    assert found.shared <= SHARED
+    assert (found.rows, found.segment) == (1 << (rows - 1).bit_length(), 256)
+    assert (found.cluster, found.programs) == (cluster, programs)
+    assert found.shared <= (ALONE if programs == 1 else SHARED)
     check(found, compile_(found.source, found.defines(), "sm_90a"))
     assert variant(columns, INT4, "silu", None, bias=True, rows=rows) is None
     assert variant(columns, BF16, "silu", None, bias=True, rows=MOST_ROWS + 1) is None

@@ -65,7 +65,12 @@ LONG_ROW, LONG_ROWS = 8192, 28672
 """Columns, and elements of all (padded) rows, from which on two programs share the columns of several rows. us a layer,
 by one (or Triton where x does not fit) and by two: 1B at 2 rows 33.6 and 34.8, at 4 35.4 and 34.7, at 8 39.2 and 36.4,
 8B at 2 rows 101.7 and 100.9, at 4 105.8 and 104.2. By four or eight a projection takes a fifth longer: too few of such
-clusters find room side by side."""
+clusters find room side by side. Shorter rows with as many elements (eight of 4,096) are shared, too, but for gate and
+up; those, and what two programs have no room for (eight of 14,336), have a processor for themselves. A layer of 8B at 8
+rows: 108.2 us before, 105.2 so; its head 262 and 235 (with 8 warps and 512 bytes 288); a layer of Qwen3-14B 240.7 by
+Triton, 202.2 so."""
+ALONE_WARPS, SHARED_WARPS = (16, 14, 12, 10, 8, 7), (16, 14, 10)
+"""Of a program of several rows of bf16 that has a processor for itself, or shares short rows."""
 SHORT_SHARED, SHORT_BYTES = 60 << 10, 100 << 10
 """Of a program that multiplies some units of so few bytes of narrow weights: what it leaves free the next kernel's
 programs have (a layer of 8B with attention, us: int8 62.9 and 61.1, fp8 62.8 and 61.5 by 60 KiB for o and q, k, v)."""
@@ -174,10 +179,10 @@ def variant(
     if not _taken(columns, format, rows):
         return None
     bare = _bare(columns, format, act, prologue, bias, rows, half_scales, quantize)
-    shared = rows > 1 and columns >= LONG_ROW and bare.rows * columns >= LONG_ROWS
-    for cluster in (2, 1) if shared else (1,):
-        for split in _splits(format, columns * BITS[format] // 8 // cluster, rows, cluster):
-            found = _fitting(replace(bare, cluster=cluster), split)
+    for cluster, programs in _ways(bare):
+        way = replace(bare, cluster=cluster, programs=programs)
+        for split in _splits(way):
+            found = _fitting(way, split)
             if found is not None:
                 return found
     return None
@@ -192,7 +197,7 @@ def candidates(
     bare = _bare(columns, format, act, prologue, bias, rows, False, quantize)
     long = rows > 1 and columns >= LONG_ROW
     shared = [replace(bare, cluster=2)] if long and not bare.narrow else []
-    alone = [replace(bare, programs=1)] if long and bare.narrow else []
+    alone = [replace(each, programs=1) for each in (bare, *shared)] if long else []
     held = [replace(each, wide=1) for each in (bare, *alone)] if rows > 1 and bare.narrow else []
     for each in (bare, *shared, *alone, *held):
         row_bytes = columns * BITS[format] // 8 // each.cluster
@@ -242,18 +247,36 @@ def _fitting(bare: Variant, split: Split) -> Variant | None:
     return replace(found, stages=stages)
 
 
-def _splits(format: int, row_bytes: int, rows: int, cluster: int) -> Iterator[Split]:
+def _ways(bare: Variant) -> tuple[tuple[int, int], ...]:
+    """Programs of a cluster, and on a processor, to try, the better first."""
+    if bare.narrow or bare.rows == 1 or bare.rows * bare.k < LONG_ROWS:
+        return ((1, PROGRAMS_PER_SM),)
+    if bare.k >= LONG_ROW:
+        return ((2, PROGRAMS_PER_SM), (2, 1), (1, PROGRAMS_PER_SM))
+    return ((1, 1) if bare.act else (2, PROGRAMS_PER_SM), (1, PROGRAMS_PER_SM))
+
+
+def _splits(way: Variant) -> Iterator[Split]:
     """To try, the better first: those that divide a row."""
-    if BITS[format] == 16:
-        warps = 16 if row_bytes <= SHORT_ROW else 8
-        segments = SEGMENTS if rows == 1 else (SEVERAL_SEGMENT,)
-        tried = [Split(warps, each, LEAST_STAGES - (each == segments[-1])) for each in segments]
-        if row_bytes > SHORT_ROW:
-            odd_segments = ODD_SEGMENTS if rows == 1 else segments if cluster > 1 else ()
-            last = segments[-1]
-            tried += [Split(odd, each, LEAST_STAGES - (each == last)) for each in odd_segments for odd in ODD_WARPS]
-            tried += [Split(*SEVERAL_ODD, LEAST_STAGES)] if rows > 1 and cluster == 1 else []
-        yield from (each for each in tried if row_bytes % (each.warps * each.segment) == 0)
-    else:
+    row_bytes = way.k * BITS[way.format] // 8 // way.cluster
+    if way.narrow:
         tried = [Split(warps, STEP * warps * steps, LEAST_STAGES) for warps in NARROW_WARPS for steps in NARROW_STEPS]
         yield from (each for each in tried if row_bytes % each.segment == 0)
+    else:
+        yield from (each for each in _wide_splits(way, row_bytes) if row_bytes % (each.warps * each.segment) == 0)
+
+
+def _wide_splits(way: Variant, row_bytes: int) -> list[Split]:
+    if way.programs == 1:
+        return [Split(warps, SEVERAL_SEGMENT, LEAST_STAGES) for warps in ALONE_WARPS]
+    if way.cluster > 1 and way.k < LONG_ROW:
+        return [Split(warps, SEVERAL_SEGMENT, LEAST_STAGES - 1) for warps in SHARED_WARPS]
+    warps = 16 if row_bytes <= SHORT_ROW else 8
+    segments = SEGMENTS if way.rows == 1 else (SEVERAL_SEGMENT,)
+    tried = [Split(warps, each, LEAST_STAGES - (each == segments[-1])) for each in segments]
+    if row_bytes > SHORT_ROW:
+        odd_segments = ODD_SEGMENTS if way.rows == 1 else segments if way.cluster > 1 else ()
+        last = segments[-1]
+        tried += [Split(odd, each, LEAST_STAGES - (each == last)) for each in odd_segments for odd in ODD_WARPS]
+        tried += [Split(*SEVERAL_ODD, LEAST_STAGES)] if way.rows > 1 and way.cluster == 1 else []
+    return tried
