@@ -77,12 +77,15 @@ class ForecastAdmission:
         self._forecast[:2] += self._cache.num_held
 
     def admits(self, newcomer: Sequence, num_shared: int, running: Collection[Sequence], step_id: int) -> bool:
-        """An empty engine takes anyone: that a sequence fits alone was checked when it came."""
+        """An empty engine takes anyone, without a forecast: that a sequence fits alone was checked when it came."""
+        if not (running or self._cache.num_held):
+            self._stale = True
+            return True
         self.refresh(running, step_id)
         shared = np.array([float(num_shared)])
         most, mean, variance = self._forecast + self._demand([newcomer], shared, shared)
         peak = np.minimum(most, mean + self._risk * np.sqrt(variance)).max()
-        admitted = bool(peak <= self._cache.num_pages) or not (running or self._cache.num_held)
+        admitted = bool(peak <= self._cache.num_pages)
         self._stale = self._stale or admitted
         return admitted
 
