@@ -39,8 +39,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     [
         (17, 70, 384, False, 4, True),
         (32, 258, 640, True, 3, False),
-        (33, 130, 1024, True, 1, True),
-        (64, 6, 576, False, 2, False),
+        pytest.param(33, 130, 1024, True, 1, True, marks=pytest.mark.slow),
+        pytest.param(64, 6, 576, False, 2, False, marks=pytest.mark.slow),
     ],
 )
 def test_rows(tokens: int, n: int, k: int, narrow: bool, splits: int, biased: bool) -> None:

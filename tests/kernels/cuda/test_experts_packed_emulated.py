@@ -73,7 +73,9 @@ def right(case: ExpertCase, tokens: int, padding: int) -> None:
     assert worst_error(y, exact(*asked, given)) < case.tolerance
 
 
-@pytest.mark.parametrize(("tokens", "act", "biased"), [(1, "swiglu_clamped", True), (7, "silu", False)])
+@pytest.mark.parametrize(
+    ("tokens", "act", "biased"), [pytest.param(1, "swiglu_clamped", True, marks=pytest.mark.slow), (7, "silu", False)]
+)
 def test_tokens(tokens: int, act: str, biased: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emulate(monkeypatch, folder, Way(3, 3, 1, 2))
     right(replace(SMALL, act=act, biased=biased), tokens, tokens // 3)

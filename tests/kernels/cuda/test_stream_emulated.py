@@ -151,7 +151,8 @@ def test_every_kind_of_one_row(
 
 
 @pytest.mark.parametrize(
-    ("rows", "stored", "columns", "act"), [(3, 36, 2048, "silu"), (8, 30, 4096, "none"), (4, 52, 8192, "silu")]
+    ("rows", "stored", "columns", "act"),
+    [(3, 36, 2048, "silu"), (8, 30, 4096, "none"), pytest.param(4, 52, 8192, "silu", marks=pytest.mark.slow)],
 )
 def test_several_rows(
     rows: int, stored: int, columns: int, act: str, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -160,7 +161,15 @@ def test_several_rows(
     several_rows(rows, stored, columns, act, monkeypatch)
 
 
-@pytest.mark.parametrize(("rows", "warps", "segment"), [(1, 5, 192), (1, 3, 64 * 5), (3, 5, 192), (7, 3, 64 * 5)])
+@pytest.mark.parametrize(
+    ("rows", "warps", "segment"),
+    [
+        (1, 5, 192),
+        pytest.param(1, 3, 64 * 5, marks=pytest.mark.slow),
+        pytest.param(3, 5, 192, marks=pytest.mark.slow),
+        (7, 3, 64 * 5),
+    ],
+)
 def test_splits(rows: int, warps: int, segment: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a row into warps that are no power of two, and segments of an odd number of steps."""
     emulate(monkeypatch, folder)
@@ -180,10 +189,10 @@ def test_splits(rows: int, warps: int, segment: int, folder: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("rows", "columns", "act", "wide", "quantize"),
     [
-        (3, 1024, "silu", 1, True),
+        pytest.param(3, 1024, "silu", 1, True, marks=pytest.mark.slow),
         (5, 576, "gelu_tanh", 0, False),
         (7, 1024, "silu", 0, True),
-        (8, 512, "none", 1, False),
+        pytest.param(8, 512, "none", 1, False, marks=pytest.mark.slow),
     ],
 )
 def test_several_rows_of_e4m3(
@@ -236,7 +245,7 @@ def test_every_way_of_rows_of_e4m3(
             several_rows(rows, 44, 1536, "silu", monkeypatch, found, "fp8")
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_what_is_no_number_stays_none(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emulate(monkeypatch, folder)
     for value in (torch.nan, torch.inf):
