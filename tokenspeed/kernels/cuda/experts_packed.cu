@@ -218,7 +218,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
       float sums[4] = {};
       int row = way.unit % UNITS * OUTPUTS + group;
       const float* row_bias = bias + (long long)expert * (N * (DOWN ? 1 : 2)) + row;
-      float low_bias = BIAS ? rounded(row_bias[0]) : 0, high_bias = BIAS ? rounded(row_bias[DOWN ? 8 : N]) : 0;
+      // Rounded where they are needed: nothing waits for them here.
+      float low_bias = BIAS ? row_bias[0] : 0, high_bias = BIAS ? row_bias[DOWN ? 8 : N] : 0;
       for (int segment = member; segment < SEGMENTS; segment += TEAM) {
         u32 full = shared_address(&s.full[warp][at]);
         wait_barrier(full, parity);
@@ -252,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         int column = 2 * part + i, choice = column < ROWS ? s.choice[block][column % ROWS] : -1;
-        float low = sums[i] * BACK + low_bias, high = sums[2 + i] * BACK + high_bias;
+        float low = sums[i] * BACK + rounded(low_bias), high = sums[2 + i] * BACK + rounded(high_bias);
         if (choice >= 0 && DOWN) parts[(long long)choice * N + row] = low, parts[(long long)choice * N + row + 8] = high;
         if (choice >= 0 && !DOWN) y[(long long)choice * N + row] = narrow(activated(low, high, alpha, limit));
       }

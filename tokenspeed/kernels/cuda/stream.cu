@@ -114,6 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) stream(
   constexpr bool early = reads_early<BRANCH, BRANCH_NORM, OWN, THREADS>();
   if (NORM && early) norm.load(norm_weight);
   if (BRANCH_NORM && early) branch_norm.load(branch_weight);
+  float next_bias = BIAS ? bias[weight_row(first, lane % UNIT, n)] : 0;  // of a unit while the one before is multiplied
   if (CLUSTER > 1) cluster_wait();
 
   wait_for_previous();
@@ -128,15 +129,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) stream(
   int group = lane / 4, part = lane % 4, at = 0, parity = 0, flip = 0;
   auto finish = [&](float total, int unit, float row_bias) {
     int t = threadIdx.x / UNIT, local = lane % UNIT, column = unit * OUTPUTS + local;
-    if (BIAS) total += row_bias;
+    if (BIAS) total += rounded(row_bias);
     if (ACT) total = gated<ACT>(total, __shfl_down_sync(~0u, total, UNIT / 2));
     if (t < rows && column < n && local < OUTPUTS) y[(long long)t * n + column] = narrow(total);
   };
   Turn turn;
   for (int unit = first; unit < units; unit += apart, flip ^= 1) {
     float sums[4][4] = {};  // several, as one product waits for the one before it into the same
-    int row = weight_row(unit, lane % UNIT, n);
-    float row_bias = BIAS ? rounded(bias[row]) : 0;
+    float row_bias = next_bias;
+    if (BIAS) next_bias = bias[weight_row(unit + apart, lane % UNIT, n)];
     for (int segment = 0; segment < SEGMENTS; ++segment) {
       u32 full = shared_address(&s.full[warp][at]);
       wait_barrier(full, parity);

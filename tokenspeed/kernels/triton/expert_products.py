@@ -62,6 +62,8 @@ def grouped_kernel(x, x_scale, weight, scale, bias, y, order, blocks, x_stride, 
     w_rows, _ = weight_rows(tl.program_id(0), n, BLOCK_N, ACT)
     matrix_rows = tl.maximum(expert, 0) * stored + w_rows
     w_at = weight + matrix_rows * K
+    own_scale = tl.load(scale + matrix_rows) if x_scale is not None and SCALE_BLOCK == 0 else None
+    own_bias = tl.load(bias + matrix_rows) if bias is not None else None
     if PDL and EARLY:
         if PREFETCH > 0:
             prefetch_rows(w_at, 0, weight.dtype.element_ty.primitive_bitwidth // 8, PREFETCH)
@@ -72,6 +74,7 @@ def grouped_kernel(x, x_scale, weight, scale, bias, y, order, blocks, x_stride, 
     used = tl.arange(0, ROWS) < tl.load(block + 2)
     choice = tl.load(order + tl.load(block + 1) + tl.arange(0, ROWS), mask=used, other=0).to(tl.int64)
     row = choice // CHOICES
+    own_x_scale = tl.load(x_scale + row, mask=used, other=0.0) if x_scale is not None else None
     scale_at = matrix_rows
     if SCALE_BLOCK > 0:
         blocks_of_k: tl.constexpr = (K + SCALE_BLOCK - 1) // SCALE_BLOCK
@@ -79,12 +82,12 @@ def grouped_kernel(x, x_scale, weight, scale, bias, y, order, blocks, x_stride, 
         scale_at = scale + (expert * blocks_of_n + w_rows // SCALE_BLOCK) * blocks_of_k
     acc = _sums(w_at, x + row * x_stride, scale_at, used, K, ROWS, BLOCK_N, BLOCK_K, STAGES, SCALE_BLOCK, POLICY)
     if x_scale is not None:
-        acc *= tl.load(x_scale + row, mask=used, other=0.0)[None, :]
+        acc *= own_x_scale[None, :]
         if SCALE_BLOCK == 0:
-            acc *= tl.load(scale + matrix_rows)[:, None]
+            acc *= own_scale[:, None]
     dtype: tl.constexpr = y.dtype.element_ty
     if bias is not None:
-        acc += tl.load(bias + matrix_rows).to(dtype).to(tl.float32)[:, None]
+        acc += own_bias.to(dtype).to(tl.float32)[:, None]
     if ACT == "none":
         column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         out = acc

@@ -95,6 +95,8 @@ def product_kernel(x, x_scale, weight, scale, bias, y, parts, x_stride, w_stride
     w_at = weight + w_rows.to(tl.int64) * w_stride
     SPAN: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
     split = tl.program_id(1)
+    own_scale = tl.load(scale + w_rows) if scale is not None and SCALE_BLOCK == 0 and not APART else None
+    own_bias = tl.load(bias + w_rows) if bias is not None and not APART else None
     if PDL:
         if PREFETCH > 0:
             prefetch_rows(w_at, split * SPAN, weight.dtype.element_ty.primitive_bitwidth // 8, PREFETCH)
@@ -104,6 +106,7 @@ def product_kernel(x, x_scale, weight, scale, bias, y, parts, x_stride, w_stride
     first = row_block.to(tl.int64) * ROWS
     t = first + tl.arange(0, ROWS)
     x_at = x + t * x_stride
+    own_x_scale = tl.load(x_scale + tl.minimum(t, rows - 1)) if x_scale is not None and not APART else None
     if APART:
         acc = _part(w_at, x_at, scale, w_rows, t, rows, split, K, ROWS, BLOCK_N, BLOCK_K, SPAN, STAGES, SCALE_BLOCK)
         stored = n if ACT == "none" else 2 * n
@@ -114,11 +117,8 @@ def product_kernel(x, x_scale, weight, scale, bias, y, parts, x_stride, w_stride
         for part in range(1, SPLIT_K):
             acc += _part(w_at, x_at, scale, w_rows, t, rows, part, K, ROWS, BLOCK_N, BLOCK_K, SPAN, STAGES,
                          SCALE_BLOCK)  # fmt: skip
-        row_scale = scale if SCALE_BLOCK == 0 else None
-        if x_scale is not None:
-            x_scale += first
-        store_columns(y + first * n, acc, x_scale, row_scale, bias, w_rows, pid, rows - first, n, BLOCK_N, ROWS,
-                      ACT, y.dtype.element_ty)  # fmt: skip
+        store_columns(y + first * n, acc, own_x_scale, own_scale, own_bias, pid, rows - first, n, BLOCK_N, ROWS, ACT,
+                      y.dtype.element_ty)  # fmt: skip
 
 
 def product(

@@ -122,6 +122,8 @@ def packed_kernel(
     RUNS: tl.constexpr = (K + 127) // 128
     SPAN: tl.constexpr = (RUNS + SPLIT_K - 1) // SPLIT_K
     first = split * SPAN
+    own_scale = tl.load(scale + w_rows) if KIND == "int8" and SPLIT_K == 1 else None
+    own_bias = tl.load(bias + w_rows) if bias is not None and SPLIT_K == 1 else None
     if PDL:
         if PREFETCH > 0:
             item: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
@@ -149,8 +151,7 @@ def packed_kernel(
         at = parts + (split * rows + t[None, :]) * stored + w_rows[:, None]
         tl.store(at, acc, mask=(t[None, :] < rows) & (columns[:, None] < n))
     else:
-        row_scale = scale if KIND == "int8" else None
-        store_columns(y, acc, None, row_scale, bias, w_rows, pid, rows, n, BLOCK_N, ROWS, ACT, y.dtype.element_ty)
+        store_columns(y, acc, None, own_scale, own_bias, pid, rows, n, BLOCK_N, ROWS, ACT, y.dtype.element_ty)
 
 
 @triton.jit

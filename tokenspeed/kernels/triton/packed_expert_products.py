@@ -66,6 +66,7 @@ def packed_experts_kernel(x, weight, scale, bias, y, order, blocks, x_stride, n,
     there = tl.maximum(expert, 0)
     matrix_rows = there * stored + w_rows
     w_at = weight + matrix_rows * (RUNS * 32)
+    own_bias = tl.load(bias + matrix_rows) if bias is not None else None
     if PDL and EARLY:
         if PREFETCH > 0:
             prefetch_rows(w_at, 0, 2, PREFETCH // 2)
@@ -81,7 +82,7 @@ def packed_experts_kernel(x, weight, scale, bias, y, order, blocks, x_stride, n,
                        x.dtype.element_ty)  # fmt: skip
     dtype: tl.constexpr = y.dtype.element_ty
     if bias is not None:
-        acc += tl.load(bias + matrix_rows).to(x.dtype.element_ty).to(tl.float32)[:, None]
+        acc += own_bias.to(x.dtype.element_ty).to(tl.float32)[:, None]
     if ACT == "none":
         column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         out = acc
@@ -115,6 +116,7 @@ def packed_choice_kernel(x, weight, scale, bias, parts, y, ids, shares, counters
     SPAN: tl.constexpr = (RUNS + SPLITS - 1) // SPLITS
     matrix_rows = there * stored + w_rows
     w_at = weight + matrix_rows * (RUNS * 32)
+    own_bias = tl.load(bias + matrix_rows) if bias is not None else None
     if PDL and EARLY:
         if PREFETCH > 0:
             prefetch_rows(w_at, split * SPAN * 32, 2, PREFETCH // 2)
@@ -127,7 +129,7 @@ def packed_choice_kernel(x, weight, scale, bias, parts, y, ids, shares, counters
         acc = _packed_sums(w_at, scale_at, stored, x_at, used, split * SPAN, tl.minimum(split * SPAN + SPAN, RUNS), K,
                            ROWS, BLOCK_N, STAGES, POLICY, FAST, x.dtype.element_ty)  # fmt: skip
         if bias is not None:
-            own = tl.load(bias + matrix_rows).to(x.dtype.element_ty).to(tl.float32)
+            own = own_bias.to(x.dtype.element_ty).to(tl.float32)
             acc += tl.where(split == 0, own, 0.0)[:, None]
         to = parts + (at.to(tl.int64) * SPLITS + split) * stored + (number * 0)[None, :] + w_rows[:, None]
         tl.store(to, acc, mask=used[None, :] & (column < n)[:, None])

@@ -22,7 +22,6 @@ def store_columns(
     x_scale: tl.tensor,
     scale: tl.tensor,
     bias: tl.tensor,
-    w_rows: tl.tensor,
     pid: tl.tensor,
     rows: tl.tensor,
     n: tl.tensor,
@@ -31,14 +30,16 @@ def store_columns(
     ACT: tl.constexpr,
     dtype: tl.constexpr,
 ) -> None:
-    """Scale acc [BLOCK_N, ROWS], add the bias, and write it to y [rows, n], gate and up rows joined where they are."""
+    """Scale acc [BLOCK_N, ROWS] by what its rows and columns have, add the bias, and write it to y [rows, n], gate and
+    up rows joined where they are. What rows of W have is read before the products: memory is far, and nothing else
+    would be asked of it here."""
     t = tl.arange(0, ROWS)[None, :]
     if x_scale is not None:
-        acc *= tl.load(x_scale + tl.minimum(t, rows - 1))
+        acc *= x_scale[None, :]
     if scale is not None:
-        acc *= tl.load(scale + w_rows)[:, None]
+        acc *= scale[:, None]
     if bias is not None:
-        acc += tl.load(bias + w_rows).to(dtype).to(tl.float32)[:, None]
+        acc += bias.to(dtype).to(tl.float32)[:, None]
     if ACT == "none":
         column = pid * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
         out = acc
@@ -102,6 +103,9 @@ def skinny_kernel(
     w_at = weight + w_rows.to(tl.int64) * w_stride
     SPAN: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
     first = split * SPAN
+    # Constants, as weights are.
+    own_scale = tl.load(scale + w_rows) if scale is not None and SCALE_BLOCK == 0 and SPLIT_K == 1 else None
+    own_bias = tl.load(bias + w_rows) if bias is not None and SPLIT_K == 1 else None
     if PDL:
         if PREFETCH > 0:
             prefetch_rows(w_at, first, weight.dtype.element_ty.primitive_bitwidth // 8, PREFETCH)
@@ -110,6 +114,7 @@ def skinny_kernel(
 
     t = tl.arange(0, ROWS)
     x_at = x + t * x_stride
+    own_x_scale = tl.load(x_scale + tl.minimum(t, rows - 1)) if x_scale is not None and SPLIT_K == 1 else None
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for start in tl.range(first, tl.minimum(first + SPAN, K), BLOCK_K, num_stages=STAGES):
@@ -124,8 +129,7 @@ def skinny_kernel(
         flat = (split * rows + t[None, :]) * (n if ACT == "none" else 2 * n) + w_rows[:, None]
         tl.store(parts + flat, acc, mask=(t[None, :] < rows) & (columns[:, None] < n))
     else:
-        row_scale = scale if SCALE_BLOCK == 0 else None
-        store_columns(y, acc, x_scale, row_scale, bias, w_rows, pid, rows, n, BLOCK_N, ROWS, ACT, y.dtype.element_ty)
+        store_columns(y, acc, own_x_scale, own_scale, own_bias, pid, rows, n, BLOCK_N, ROWS, ACT, y.dtype.element_ty)
 
 
 @triton.jit
