@@ -14,7 +14,17 @@ from tests.kernels.triton.paged_step import PagedCase, check
 from tests.kernels.triton.test_attention_registration import attention_of, program
 from tests.seeds import SEED
 from tokenspeed.kernels.cuda import registration
-from tokenspeed.kernels.cuda.attend import FAR, FAR_ROWS, MOST_TOKENS, SPLITS, Variant, attend, fits, reach_of, variant
+from tokenspeed.kernels.cuda.attend import (
+    FAR,
+    FAR_ROWS,
+    MANY_ITEMS,
+    MOST_TOKENS,
+    Variant,
+    attend,
+    fits,
+    reach_of,
+    variant,
+)
 from tokenspeed.kernels.cuda.stream_tiles import SHARED
 from tokenspeed.kernels.registry import Registry, Situation
 from tokenspeed.kernels.triton import attention_tiles
@@ -55,18 +65,19 @@ def test_hopper_compiles_it(heads: Heads, splits: int, normed: bool, sinks: bool
 @pytest.mark.parametrize(("normed", "sinks"), [(False, False), (True, True)])
 @pytest.mark.parametrize("group", [1, 5, 8])
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("splits", [0, 1, 4])
+@pytest.mark.parametrize(("splits", "items"), [(0, 1), (1, 200), (1, MANY_ITEMS + 1), (4, 50)])
 def test_every_variant_compiles(
-    splits: int, dim: int, group: int, sinks: bool, normed: bool, architecture: str
+    splits: int, items: int, dim: int, group: int, sinks: bool, normed: bool, architecture: str
 ) -> None:
-    compiles(variant(splits, Heads(4 * group, 4, dim, 0.1, 0), Rope(1e4, dim // 2), 64, normed, sinks), architecture)
+    heads, rope = Heads(4 * group, 4, dim, 0.1, 0), Rope(1e4, dim // 2)
+    compiles(variant(splits, heads, rope, 64, normed, sinks, items), architecture)
 
 
 @pytest.mark.parametrize("group", [1, 4, 8])
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("splits", [*SPLITS.values(), 0])
-def test_it_leaves_room_for_a_program_of_the_next_projection(splits: int, dim: int, group: int) -> None:
-    found = variant(splits, Heads(8 * group, 8, dim, 0.1, 0), Rope(1e4, dim), 16, False, False)
+@pytest.mark.parametrize(("splits", "items"), [(8, 16), (4, 64), (2, 128), (1, 129), (1, MANY_ITEMS + 1), (0, 8)])
+def test_it_leaves_room_for_a_program_of_the_next_projection(splits: int, items: int, dim: int, group: int) -> None:
+    found = variant(splits, Heads(8 * group, 8, dim, 0.1, 0), Rope(1e4, dim), 16, False, False, items)
     assert found.stages >= 2
     assert found.shared <= SHARED
     assert not found.splits or found.group * found.dim % found.splits == 0

@@ -21,13 +21,19 @@ WARPS, KEYS = 4, 16
 """Of a program, twice as many where eight share keys of heads of 64 (1B, one sequence: 4.3 for 4.7 us; heads of 128
 take 5.7 for 4.6); of a warp's tile."""
 SPLITS = {16: 8, 32: 4, 128: 2, 1 << 30: 1}
-"""Programs that share the keys of one item (a token and key head), by the most items. 8B, 1100 tokens of context, 1 / 2
-/ 4 / 8 / 16 / 32 / 64 / 128 sequences: 5.5 / 8.2 / 9.5 / 13.4 / 20.7 / 39.4 / 76.3 / 144 us with rotation and write,
-where the three Triton kernels take 10.3 / 13.9 / 15.0 / 19.2 / 29.0 / 46.3 / 83.8 / 153. With 16, at one sequence,
-every processor has a program, and the projections behind it take longer."""
+NARROW_SPLITS = {16: 8, 64: 4, 128: 2, 1 << 30: 1}
+"""Programs that share the keys of one item (a token and key head), by the most items; of heads of 64 (1B, 8
+sequences: 9.9 for 10.9 us). 8B, 1100 tokens of context, 1 / 2 / 4 / 8 / 16 / 32 / 64 / 128 sequences: 5.5 / 8.2 / 9.5 /
+13.4 / 20.7 / 39.4 / 76.3 / 144 us with rotation and write, where the three Triton kernels take 10.3 / 13.9 / 15.0 /
+19.2 / 29.0 / 46.3 / 83.8 / 153. With 16, at one sequence, every processor has a program, and the projections behind it
+take longer."""
 MOST_TOKENS = 256
-RING, NARROW_RING = 96 << 10, 64 << 10
-"""Bytes of keys and values that a program may have under way; one of more than two to an item, of heads of 64."""
+RING, NARROW_RING, LITTLE_RING = 96 << 10, 64 << 10, 32 << 10
+MANY_ITEMS = 512
+"""Bytes of keys and values that a program may have under way; of heads of 64, unless two share an item; the same of
+more items than these, of which more programs then find room at once. us of 32 and 128 sequences by 96 / 64 / 32 KiB:
+1B 25.9 / 24.7 / 24.3 and 80.9 / 78.2 / 77.2, gpt-oss-20b 24.5 / 24.0 / 25.3 and 83.8 / 80.4 / 78.1, its windowed
+layers 8.0 / 8.3 / 9.2 and 29.9 / 25.7 / 20.6; heads of 128 lose by less than 64."""
 HEAD_DIMS, MOST_GROUP, FEWEST_KEY_HEADS = (64, 128), 8, 4
 """What the kernel takes; with fewer key heads its programs are too few for the memory."""
 FAR = 4096
@@ -68,12 +74,13 @@ class Variant:
         return {name.upper(): value for name, value in asdict(self).items()} | {"SHARED": self.shared}
 
 
-def variant(splits: int, heads: Heads, rope: Rope, page: int, normed: bool, sinks: bool) -> Variant:
+def variant(splits: int, heads: Heads, rope: Rope, page: int, normed: bool, sinks: bool, items: int = 1) -> Variant:
     """The variant of clusters of so many programs, 0 for programs without, for such heads and pages."""
     dim = heads.head_dim
-    narrow = dim == 64 and splits > 2
+    narrow = dim == 64 and splits not in (0, 2)
+    ring = RING if not narrow else NARROW_RING if items <= MANY_ITEMS else LITTLE_RING
     warps = 2 * WARPS if narrow and splits == 8 else WARPS
-    stages = (NARROW_RING if narrow else RING) // (warps * 2 * KEYS * 2 * dim)
+    stages = ring // (warps * 2 * KEYS * 2 * dim)
     return Variant(dim, heads.group, rope.dim // 2, page, splits, warps, stages, int(normed), int(sinks))
 
 
@@ -127,8 +134,9 @@ def attend(
         return None
     out = torch.empty((tokens, heads.heads * heads.head_dim), dtype=q.dtype, device=q.device)
     device, items = device_index(q.device), tokens * heads.kv_heads
-    splits = 0 if far else next(splits for most, splits in SPLITS.items() if items <= most)
-    found = variant(splits, heads, rope, page, norms is not None, sinks is not None)
+    by_items = NARROW_SPLITS if heads.head_dim == 64 else SPLITS
+    splits = 0 if far else next(splits for most, splits in by_items.items() if items <= most)
+    found = variant(splits, heads, rope, page, norms is not None, sinks is not None, items)
     programs, parts = splits, None
     if far:
         # Even, so that what the kernel reads four at a time begins at 16 bytes.

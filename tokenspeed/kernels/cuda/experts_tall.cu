@@ -38,6 +38,12 @@ static_assert(sizeof(Shared) <= SHARED, "the launch must know the size");
 
 // The blocks, in the order of experts, of their choices in order, as every program must find the same; their number.
 __device__ int list(Shared& s, const int* ids, int chosen) {
+  if (CHOSEN == CHOICES) {  // of one token, whose choices differ: a block each
+    for (int i = threadIdx.x; i < BLOCKS * ROWS; i += THREADS) s.choice[i] = i % ROWS ? -1 : i / ROWS;
+    int own = threadIdx.x < chosen ? ids[threadIdx.x] : -1;
+    if (threadIdx.x < chosen) s.expert[threadIdx.x] = max(own, 0);
+    return __syncthreads_or(own >= 0) ? chosen : 0;
+  }
   for (int e = threadIdx.x; e < PADDED; e += THREADS) s.count[e] = 0;
   for (int i = threadIdx.x; i < BLOCKS * ROWS; i += THREADS) s.choice[i] = -1;
   for (int c = threadIdx.x; c < SLOTS; c += THREADS) s.own[c] = c < chosen ? ids[c] : -1;

@@ -81,12 +81,12 @@ def grouped_kernel(x, x_scale, weight, scale, bias, y, order, blocks, x_stride, 
         blocks_of_n = (stored + SCALE_BLOCK - 1) // SCALE_BLOCK
         scale_at = scale + (expert * blocks_of_n + w_rows // SCALE_BLOCK) * blocks_of_k
     acc = _sums(w_at, x + row * x_stride, scale_at, used, K, ROWS, BLOCK_N, BLOCK_K, STAGES, SCALE_BLOCK, POLICY)
-    if x_scale is not None:
+    if own_x_scale is not None:
         acc *= own_x_scale[None, :]
-        if SCALE_BLOCK == 0:
-            acc *= own_scale[:, None]
+    if own_scale is not None:
+        acc *= own_scale[:, None]
     dtype: tl.constexpr = y.dtype.element_ty
-    if bias is not None:
+    if own_bias is not None:
         acc += own_bias.to(dtype).to(tl.float32)[:, None]
     if ACT == "none":
         column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -101,14 +101,15 @@ def grouped_kernel(x, x_scale, weight, scale, bias, y, order, blocks, x_stride, 
 @triton.jit
 def combine_kernel(parts, ids, shares, y, n, CHOICES: tl.constexpr, BLOCK: tl.constexpr,
                    PDL: tl.constexpr) -> None:  # fmt: skip
-    """y [tokens, n]: the sum of share * part over a token's choices, in order; zeros for a token without experts."""
+    """y [tokens, n]: the sum of share * part over a token's choices, in order; zeros for a token without experts. ids
+    were there before the kernel in front began."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # Nobody has written parts of a token without experts.
+    inside = column < tl.where(tl.load(ids + token * CHOICES) >= 0, n, 0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    # Nobody has written parts of a token without experts.
-    inside = column < tl.where(tl.load(ids + token * CHOICES) >= 0, n, 0)
     total = tl.zeros([BLOCK], tl.float32)
     for j in tl.static_range(CHOICES):
         choice = token * CHOICES + j

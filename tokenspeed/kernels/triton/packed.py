@@ -116,9 +116,8 @@ def packed_kernel(
 ) -> None:
     """y [rows, n] of x [rows, K]; W is [n, K], or [2n, K] with ACT, as `run_tile` has it. With SPLIT_K > 1 float32 sums
     go to `parts` [SPLIT_K, rows, rows of W] instead, without int8's scales, bias and activation."""
-    pid, split = tl.program_id(0), tl.program_id(1)
+    pid, split, stored = tl.program_id(0), tl.program_id(1), n if ACT == "none" else 2 * n
     w_rows, columns = weight_rows(pid, n, BLOCK_N, ACT)
-    stored = n if ACT == "none" else 2 * n
     RUNS: tl.constexpr = (K + 127) // 128
     SPAN: tl.constexpr = (RUNS + SPLIT_K - 1) // SPLIT_K
     first = split * SPAN
@@ -148,8 +147,8 @@ def packed_kernel(
         else:
             acc = tl.dot(w, a, acc, input_precision="ieee")
     if SPLIT_K > 1:
-        at = parts + (split * rows + t[None, :]) * stored + w_rows[:, None]
-        tl.store(at, acc, mask=(t[None, :] < rows) & (columns[:, None] < n))
+        flat = (split * rows + t[None, :]) * stored + w_rows[:, None]
+        tl.store(parts + flat, acc, mask=(t[None, :] < rows) & (columns[:, None] < n))
     else:
         store_columns(y, acc, None, own_scale, own_bias, pid, rows, n, BLOCK_N, ROWS, ACT, y.dtype.element_ty)
 

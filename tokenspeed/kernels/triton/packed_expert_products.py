@@ -81,7 +81,7 @@ def packed_experts_kernel(x, weight, scale, bias, y, order, blocks, x_stride, n,
     acc = _packed_sums(w_at, scale_at, stored, x_at, used, 0, RUNS, K, ROWS, BLOCK_N, STAGES, POLICY, FAST,
                        x.dtype.element_ty)  # fmt: skip
     dtype: tl.constexpr = y.dtype.element_ty
-    if bias is not None:
+    if own_bias is not None:
         acc += own_bias.to(x.dtype.element_ty).to(tl.float32)[:, None]
     if ACT == "none":
         column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -128,7 +128,7 @@ def packed_choice_kernel(x, weight, scale, bias, parts, y, ids, shares, counters
         scale_at = scale + there * RUNS * stored + w_rows
         acc = _packed_sums(w_at, scale_at, stored, x_at, used, split * SPAN, tl.minimum(split * SPAN + SPAN, RUNS), K,
                            ROWS, BLOCK_N, STAGES, POLICY, FAST, x.dtype.element_ty)  # fmt: skip
-        if bias is not None:
+        if own_bias is not None:
             own = own_bias.to(x.dtype.element_ty).to(tl.float32)
             acc += tl.where(split == 0, own, 0.0)[:, None]
         to = parts + (at.to(tl.int64) * SPLITS + split) * stored + (number * 0)[None, :] + w_rows[:, None]

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <condition_variable>
@@ -59,6 +60,7 @@ struct Program {
   std::map<u32, Counted> barriers;
   std::map<int, std::unique_ptr<std::barrier<>>> teams;
   std::vector<Warp> warps;
+  std::atomic<int> any;
 };
 
 constexpr int RANK_SHIFT = 20;  // of a program in a shared address
@@ -92,6 +94,13 @@ inline float __uint_as_float(u32 v) {
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 inline void __syncwarp() { warp_of->together->arrive_and_wait(); }
 inline void __syncthreads() { own->all->arrive_and_wait(); }
+inline int __syncthreads_or(int v) {
+  if (threadIdx.x == 0) own->any = 0;
+  __syncthreads();
+  if (v) own->any = 1;
+  __syncthreads();
+  return own->any;
+}
 inline float __shfl_sync(u32, float v, int from) {
   warp_of->held[lane_of][7] = __float_as_uint(v);
   __syncwarp();
