@@ -86,8 +86,8 @@ class Way:
 
 _MANY = (Way(12, 2, 1, 4), Way(8, 2, 1, 2))
 WAYS = {1: (Way(5, 1, 3, 4), Way(8, 2, 1, 2)), 2: (Way(8, 2, 2, 4), Way(8, 2, 1, 2)), 4: _MANY, 8: _MANY}
-"""By rows, the better first. gpt-oss-20b's experts of 1 / 2 / 4 / 8 / 32 tokens: 26.0 / 42.2 / 65.2 / 91.7 / 136 us, by
-Triton 34.0 / 49.0 / 102.6 / 128.9 / 178; by teams of one warp from 2 tokens on 44.1 / 69.6 / 95.1 / 142."""
+"""By rows, the better first. gpt-oss-20b's experts of 1 / 2 / 4 / 8 / 32 tokens: 25.3 / 41.2 / 61.5 / 88.3 / 134 us, by
+Triton 34.0 / 49.0 / 102.6 / 128.9 / 178; by teams of one warp from 2 tokens on 3 to 6 us more."""
 LEAST_STAGES = 2
 
 
