@@ -68,7 +68,7 @@ def test_same_bits(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert not caplog.records
 
 
-@pytest.mark.parametrize("name, fmt", [("mixtral", "K"), ("gpt_oss", "Q8_0")])
+@pytest.mark.parametrize("name, fmt", [pytest.param("mixtral", "K", marks=pytest.mark.slow), ("gpt_oss", "Q8_0")])
 def test_same_bits_of_experts(name: str, fmt: str, tmp_path: Path) -> None:
     case = CASES[name].with_k_widths() if fmt == "K" else CASES[name]
     model = make_gguf(case, fmt, tmp_path / "model.gguf").path
