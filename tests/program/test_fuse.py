@@ -152,6 +152,7 @@ def test_a_router_takes_its_norm_whose_row_the_experts_still_see() -> None:
     plain = g.program(logits=g.linear(g.experts(normed, chosen, "up", "down", act="silu"), "head"))
     fused = fuse(plain)
     assert ops(fused) == ["embed", "linear", "join_norm_route", "experts", "linear"]
+    assert fused.records[2].attrs["k"] == 2
     assert len(fused.records[2].outputs) == 3  # the row, ids and weights; nobody reads the sum
     assert_same_function(plain, fused)
 

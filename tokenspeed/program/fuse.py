@@ -95,14 +95,16 @@ def linear_act(window: Window, record: Record) -> Record | None:
 
 
 def norm_route(window: Window, record: Record) -> Record | None:
-    """Norm, or join and norm, the router behind it, and the choice. The normed row stays visible: experts take it."""
+    """Norm, or join and norm, the router behind it, and the choice, with its attributes. The normed row stays visible:
+    experts take it."""
     if record.op != "route":
         return None
     linear = window.only(record.inputs[0], "linear")
     norm = linear and window.producer(linear.inputs[0], "norm", "join_norm", "branch_join_norm")
     if linear is None or norm is None or (norm.op == "norm" and norm.attrs["per_head"]):
         return None
-    return window.group(f"{norm.op}_route", norm, linear, record)
+    group = window.group(f"{norm.op}_route", norm, linear, record)
+    return group and replace(group, attrs=record.attrs)
 
 
 def rope_write(window: Window, record: Record) -> Record | None:

@@ -42,10 +42,11 @@ def check(
         found = route(x, prologue, weight, bias, correction, case.attrs, slots)
     assert found is not None
     rows, joined = prepared(x, prologue)
-    torch.testing.assert_close(found.normed, rows, rtol=1e-5 if dtype == FP32 else 1e-2, atol=1e-5)
+    rtol, atol = (1e-5, 1e-5) if dtype == FP32 else (1e-2, 0.02)  # a branch is rounded before the sum
+    torch.testing.assert_close(found.normed, rows, rtol=rtol, atol=atol)
     assert (found.joined is None) == (joined is None)
     if joined is not None:
-        torch.testing.assert_close(found.joined, joined, rtol=1e-5 if dtype == FP32 else 1e-2, atol=1e-5)
+        torch.testing.assert_close(found.joined, joined, rtol=rtol, atol=atol)
     scores = rows.double() @ weight.double().T + (0 if bias is None else bias.to(dtype).double())
     logits = scores.to(dtype).float().numpy()
     ids, shares, margins = naive_route(case, logits, None if correction is None else correction.numpy())
@@ -66,6 +67,11 @@ def test_routers(case: Router) -> None:
 @pytest.mark.parametrize("kind, dtype", [("norm", torch.bfloat16), ("branch", FP32)])
 def test_what_comes_before(kind: str, dtype: torch.dtype) -> None:
     check(ROUTERS[0], kind, dtype)
+
+
+@pytest.mark.parametrize("kind", ["norm", "branch"])
+def test_more_tokens_by_kernels_apart(kind: str) -> None:
+    check(ROUTERS[0], kind, FP32, tokens=17, biased=True)
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ from tokenspeed.kernels.cuda.experts import stream_experts
 from tokenspeed.kernels.cuda.experts_packed import stream_packed
 from tokenspeed.kernels.cuda.experts_tall import MOST_TOKENS, multiply_experts
 from tokenspeed.kernels.cuda.registration import hopper, route_by_either, stream_or_run, usable
+from tokenspeed.kernels.cuda.router import MOST_TOKENS as MOST_ROUTED_TOKENS
 from tokenspeed.kernels.triton.expert_operands import ACTS, Experts
 from tokenspeed.kernels.triton.expert_registration import SAME_ROWS, product_tile_of
 from tokenspeed.kernels.triton.expert_tiles import by_choice
@@ -41,7 +42,6 @@ from tokenspeed.kernels.triton.norm import norm_rows
 from tokenspeed.kernels.triton.operands import Norm, Prologue
 from tokenspeed.kernels.triton.packed_experts import packed_by_choice, packed_in_blocks
 from tokenspeed.kernels.triton.route import Noise, route
-from tokenspeed.kernels.triton.router import FEW_TOKENS
 from tokenspeed.ops.reference import REFERENCE
 
 TOKENS = (1, 2, 3, 8, 17, 64, 300)
@@ -77,7 +77,7 @@ def check(device: str = "cuda", tokens: Sequence[int] = TOKENS, formats: Sequenc
     """Everything against float64; says what is wrong. formats: of weights."""
     g = torch.Generator(device).manual_seed(torch.seed() % (1 << 40))
     results = [_right_route(g, *router, count) for router in ROUTERS for count in tokens]
-    few = [count for count in tokens if count <= FEW_TOKENS]
+    few = [count for count in tokens if count <= MOST_ROUTED_TOKENS]
     results += [_right_router(g, count, QWEN.hidden, dtype) for count in few for dtype in ROUTED]
     for act in ACTS:
         for fmt in (each for name in formats for each in CHECKED[name]):
@@ -261,7 +261,7 @@ def _block(case: ExpertCase, given: Turns) -> Launch:
         chosen = route(scores, None, attrs, slots, Noise(at[i % SETS], i))
         return run_experts(rows.values, *chosen, given.layers[i % LAYERS])
 
-    return together if len(x) <= FEW_TOKENS else apart
+    return together if len(x) <= MOST_ROUTED_TOKENS else apart
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,11 +16,13 @@ from tokenspeed.bench.gpu.sample import around as step_around
 from tokenspeed.contracts.errors import ConfigError
 from tokenspeed.contracts.step import SamplingRow
 from tokenspeed.kernels.cuda.attend import attend
+from tokenspeed.kernels.cuda.dense_tall import tall_rows
 from tokenspeed.kernels.cuda.experts import stream_experts
 from tokenspeed.kernels.cuda.experts_packed import stream_packed
 from tokenspeed.kernels.cuda.experts_tall import multiply_experts
 from tokenspeed.kernels.cuda.prefill import prefill
 from tokenspeed.kernels.cuda.registration import hopper
+from tokenspeed.kernels.cuda.router import route_rows as cuda_route_rows
 from tokenspeed.kernels.cuda.stream import stream, stream_rows
 from tokenspeed.kernels.cuda.stream_tiles import LONG_ROW
 from tokenspeed.kernels.triton import norm as row_kernels
@@ -37,6 +39,7 @@ from tokenspeed.kernels.triton.paged import Heads
 from tokenspeed.kernels.triton.prefill_attention import prefill_attention
 from tokenspeed.kernels.triton.rope_write import rope_write
 from tokenspeed.kernels.triton.route import route
+from tokenspeed.kernels.triton.router import Routed, route_rows
 from tokenspeed.kernels.triton.sample import sample
 from tokenspeed.kernels.triton.sampling_state import is_edited
 from tokenspeed.ops.rope import Rope
@@ -140,7 +143,7 @@ def prefills(device: str) -> Results:
 
 def streams(device: str) -> Results:
     """The CUDA projections: one row, plain, by narrow weights and with all around; three, also by two programs, and in
-    e4m3, quantised before or inside."""
+    e4m3, quantised before or inside; twenty by warpgroup products."""
     x, w = _values(device, 3, STREAMED), _values(device, OUT, STREAMED)
     prologue = Prologue(Norm(torch.ones(STREAMED, device=device), 1e-5), x[1:2])
     weights = [w, *(_narrow(w, mode) for mode in GPU_MODES)]
@@ -148,6 +151,8 @@ def streams(device: str) -> Results:
     long, wide = _values(device, 3, LONG_ROW), _values(device, OUT, LONG_ROW)
     several = [stream_rows(Rows(x), w), stream_rows(Rows(long), wide)]
     several += [stream_rows(rows, quantize_fp8(w)) for rows in (Rows(x), Rows(*quantize_rows(x)))]
+    tall = _values(device, 20, STREAMED)
+    several += [tall_rows(Rows(tall), w), tall_rows(Rows(*quantize_rows(tall)), quantize_fp8(w))] if hopper() else []
     return [*(each[0] for each in _taken(found)), *_taken(several)]
 
 
@@ -186,6 +191,21 @@ def _taken(results: Sequence[T | None]) -> list[T]:
     if len(found) < len(results):
         raise AssertionError("a CUDA kernel does not take what it is given here")
     return found
+
+
+def routers(device: str) -> Results:
+    """Norm, router and choice in one kernel; by CUDA also of several tokens per cluster."""
+    weight = _values(device, 128, WIDTH)
+    both = [(route_rows, 5), (cuda_route_rows, 1), (cuda_route_rows, 21)]
+    return [_routed_rows(device, rows, n, weight) for rows, n in both[: 3 if device == "cuda" and hopper() else 1]]
+
+
+def _routed_rows(device: str, rows: Callable[..., Routed | None], tokens: int, weight: torch.Tensor) -> torch.Tensor:
+    attrs = {"k": 8, "score": "softmax", "renormalize": True, "groups": 1, "kept_groups": 1, "scale": 1.0}
+    x, slots = _values(device, tokens, WIDTH), torch.arange(tokens, dtype=torch.int32, device=device)
+    prologue = Prologue(Norm(torch.ones(WIDTH, device=device), 1e-5), x.flip(0))
+    (found,) = _taken([rows(x, prologue, weight, None, None, attrs, slots)])
+    return found.shares
 
 
 def samples(device: str) -> Results:
@@ -244,6 +264,7 @@ GROUPS: dict[str, Callable[[str], Results]] = {
     "rope_write": writes,
     "decode_attention": decodes,
     "prefill_attention": prefills,
+    "router": routers,
     "experts": routed,
     "packed_experts": packed_routed,
     "sample": samples,

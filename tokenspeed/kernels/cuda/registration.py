@@ -17,7 +17,9 @@ from tokenspeed.kernels.cuda.experts_packed import stream_packed
 from tokenspeed.kernels.cuda.experts_tall import BF16_TOKENS, multiply_experts
 from tokenspeed.kernels.cuda.experts_tall import MOST_TOKENS as MOST_TALL_TOKENS
 from tokenspeed.kernels.cuda.program import compiler_found, divide_alike
-from tokenspeed.kernels.cuda.router import route_rows
+from tokenspeed.kernels.cuda.router import MOST_TOKENS as MOST_ROUTED_TOKENS
+from tokenspeed.kernels.cuda.router import fits as fits_router
+from tokenspeed.kernels.cuda.router import route_rows, tokens_of
 from tokenspeed.kernels.cuda.stream import stream, stream_rows
 from tokenspeed.kernels.cuda.stream_tiles import MOST_ROWS
 from tokenspeed.kernels.registry import Implementation, Registry, Situation
@@ -175,7 +177,14 @@ def _takes_experts(operands: Operands, situation: Situation) -> bool:
 
 
 def _takes_router(operands: Operands, situation: Situation) -> bool:
-    return takes_router(operands, situation) and _on_device(situation)
+    """Beyond `router.FEW_TOKENS`, only by the CUDA kernel."""
+    taken = _on_device(situation) and takes_router(operands, situation, MOST_ROUTED_TOKENS)
+    return taken and (situation.tokens <= router.FEW_TOKENS or _fits_router(operands, situation.tokens))
+
+
+def _fits_router(operands: Operands, tokens: int) -> bool:
+    experts, hidden = next(shape for shape in operands.weight_shapes if len(shape) > 1)
+    return fits_router(hidden, experts, operands.attrs, tokens_of(tokens, experts))
 
 
 def _on_device(situation: Situation) -> bool:

@@ -35,13 +35,14 @@ __device__ inline void split(const u32* words, u32& lower, u32& upper) {
   upper = bytes_of(first, second, 0x7632);
 }
 
-// Eight columns from (i Threads + thread) 8 on, for each i, of a row of so many; zeros beyond its end.
-template <int Columns, int Threads>
+// Eight columns from (i Threads + thread) 8 on, for each i, of a row of so many; zeros beyond its end. Rows: which so many
+// threads each have at once.
+template <int Columns, int Threads, int Rows = 1>
 struct Row {
   static constexpr int VECTORS = (Columns / 8 + Threads - 1) / Threads;
   float v[VECTORS][8];
 
-  __device__ static int at(int i) { return (i * Threads + threadIdx.x) * 8; }
+  __device__ static int at(int i) { return (i * Threads + (Rows > 1 ? threadIdx.x % Threads : threadIdx.x)) * 8; }
 
   __device__ void load(const u16* from) {
     for (int i = 0; i < VECTORS; ++i) {

@@ -133,12 +133,12 @@ def _experts(weight: Matrix | Mxfp4Experts) -> ExpertMatrix:
     return weight
 
 
-def takes_router(operands: Operands, situation: Situation) -> bool:
-    """Whether a router with its norm is one kernel: of a few tokens and plain weights."""
+def takes_router(operands: Operands, situation: Situation, most: int | None = None) -> bool:
+    """Whether a router with its norm is one kernel: of so many tokens (None: FEW_TOKENS) and plain weights."""
     stored = zip(operands.weights, operands.weight_shapes, strict=True)
     name, (experts, hidden) = next((name, shape) for name, shape in stored if len(shape) > 1)
     plain = FP8_FORMAT not in situation.formats.get(name, ())
-    few = situation.tokens <= FEW_TOKENS and not situation.batch_invariant
+    few = situation.tokens <= (most or FEW_TOKENS) and not situation.batch_invariant
     return few and plain and hidden <= MOST_COLUMNS and _fits(experts, situation)
 
 

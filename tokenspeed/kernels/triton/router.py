@@ -16,8 +16,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenspeed.kernels.triton.launch import dependent_launch, options
+from tokenspeed.kernels.triton.linear import project
+from tokenspeed.kernels.triton.norm import norm_rows
 from tokenspeed.kernels.triton.operands import Prologue
-from tokenspeed.kernels.triton.route import Noise, choose, scores_of_noise, shape_of
+from tokenspeed.kernels.triton.route import Noise, choose, route, scores_of_noise, shape_of
 from tokenspeed.kernels.triton.rows import rstd
 from tokenspeed.ops.definitions import Attrs
 
@@ -110,12 +112,17 @@ def route_rows(
     slots: torch.Tensor,
     noise: Noise | None = None,
 ) -> Routed:
-    """`route.route` of the scores weight y (+ bias) of y, which is x [T, hidden] after the prologue; of a few tokens.
+    """`route.route` of the scores weight y (+ bias) of y, which is x [T, hidden] after the prologue; of FEW_TOKENS at
+    most in one kernel.
 
     weight: [experts, hidden] in the dtype of x, rows contiguous; bias, correction: float32 [experts].
     """
     (tokens, hidden), experts, k = x.shape, weight.shape[0], attrs["k"]
     branch, branch_norm = prologue.branch, prologue.branch_norm
+    if tokens > FEW_TOKENS:
+        rows, joined = norm_rows(x, prologue.norm, branch, branch_norm)
+        logits, _ = project(rows.values, weight, bias)
+        return Routed(*route(logits, correction, attrs, slots, noise), rows.values, joined)
     ids = torch.empty(tokens, k, dtype=torch.int32, device=x.device)
     shares = torch.empty(tokens, k, dtype=torch.float32, device=x.device)
     normed = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
