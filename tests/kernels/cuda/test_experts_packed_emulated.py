@@ -18,6 +18,7 @@ from tokenspeed.bench.gpu.expert_cases import ExpertCase, exact, poisoned, worst
 from tokenspeed.kernels.cuda import experts_packed
 from tokenspeed.kernels.cuda.experts_packed import Variant, Way, stream_packed, tensor_maps
 from tokenspeed.kernels.cuda.tensor_maps import TensorMap
+from tokenspeed.kernels.triton import expert_sums
 
 SMALL = ExpertCase(5, 3, 416, 160, fmt="mxfp4")
 
@@ -60,7 +61,7 @@ def emulate(patch: pytest.MonkeyPatch, folder: Path, way: Way) -> None:
     patch.setattr(experts_packed, "processors", lambda device: PROCESSORS)
     patch.setattr(experts_packed, "WAYS", dict.fromkeys((1, 2, 4, 8), (way,)))
     patch.setattr(experts_packed, "encoded", described)
-    patch.setattr(experts_packed, "combine_kernel", Combining())
+    patch.setattr(expert_sums, "combine_kernel", Combining())
     tensor_maps.cache_clear()
 
 

@@ -15,9 +15,10 @@ from tests.kernels.cuda.emulated import PROCESSORS, EmulatedKernel, on_host
 from tests.kernels.cuda.test_experts_packed_emulated import Combining
 from tests.seeds import SEED
 from tokenspeed.bench.gpu.expert_cases import ExpertCase, exact, poisoned, worst_error
-from tokenspeed.kernels.cuda import experts_packed, experts_tall
+from tokenspeed.kernels.cuda import experts_tall
 from tokenspeed.kernels.cuda.experts_tall import Variant, multiply_experts, tensor_map
 from tokenspeed.kernels.cuda.tensor_maps import TensorMap
+from tokenspeed.kernels.triton import expert_sums
 
 SMALL = ExpertCase(5, 3, 384, 128)
 
@@ -50,7 +51,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     on_host(monkeypatch, experts_tall, kernel)
     monkeypatch.setattr(experts_tall, "processors", lambda device: PROCESSORS)
     monkeypatch.setattr(experts_tall, "encoded", described)
-    monkeypatch.setattr(experts_packed, "combine_kernel", Combining())
+    monkeypatch.setattr(expert_sums, "combine_kernel", Combining())
     tensor_map.cache_clear()
 
 

@@ -1,7 +1,7 @@
 """The chosen experts of many tokens on tensor cores: for each block of an expert's choices a tile of its weights.
 
 W is the tall operand; the choices of a block are the columns of the product, gathered from the tokens' rows and put
-back by their numbers. A token's choices are added up by a second kernel in the order of choosing.
+back by their numbers. A token's choices are added up by another kernel (`expert_sums`).
 """
 
 from __future__ import annotations
@@ -96,22 +96,3 @@ def grouped_kernel(x, x_scale, weight, scale, bias, y, order, blocks, x_stride, 
         gate, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_N // 2, 2, ROWS]), [0, 2, 1]))
         out = expert_gate(gate, up, alpha, limit, ACT, dtype)
     tl.store(y + choice[None, :] * n + column[:, None], out.to(dtype), mask=used[None, :] & (column < n)[:, None])
-
-
-@triton.jit
-def combine_kernel(parts, ids, shares, y, n, CHOICES: tl.constexpr, BLOCK: tl.constexpr,
-                   PDL: tl.constexpr) -> None:  # fmt: skip
-    """y [tokens, n]: the sum of share * part over a token's choices, in order; zeros for a token without experts. ids
-    were there before the kernel in front began."""
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    # Nobody has written parts of a token without experts.
-    inside = column < tl.where(tl.load(ids + token * CHOICES) >= 0, n, 0)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    total = tl.zeros([BLOCK], tl.float32)
-    for j in tl.static_range(CHOICES):
-        choice = token * CHOICES + j
-        total += tl.load(shares + choice) * tl.load(parts + choice * n + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + token * n + column, tl.where(inside, total, 0.0).to(y.dtype.element_ty), mask=column < n)

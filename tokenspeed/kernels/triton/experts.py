@@ -15,7 +15,8 @@ from tokenspeed.kernels.triton import norm as row_kernels
 from tokenspeed.kernels.triton.expert_gemv import down_kernel, gate_up_kernel
 from tokenspeed.kernels.triton.expert_lists import ExpertLists, expert_lists
 from tokenspeed.kernels.triton.expert_operands import ACTS, ExpertMatrix, Experts
-from tokenspeed.kernels.triton.expert_products import combine_kernel, grouped_kernel
+from tokenspeed.kernels.triton.expert_products import grouped_kernel
+from tokenspeed.kernels.triton.expert_sums import combine
 from tokenspeed.kernels.triton.expert_tiles import ProductTile, by_choice, down_tile, gate_up_tile, product_tile
 from tokenspeed.kernels.triton.launch import dependent_launch, exact_options, options
 from tokenspeed.kernels.triton.operands import Multiplied, Rows, matrix_parts, scale_block_of
@@ -28,7 +29,6 @@ MOST_TOKENS = 4096
 """Tokens that are worked on together: what lies between gate and down has a row for each choice."""
 AHEAD_TOKENS = 256
 """Kernels are launched ahead up to so many tokens."""
-_COLUMNS = 1024
 
 
 def run_experts(
@@ -95,12 +95,7 @@ def experts_in_blocks(
     _products(rows, gate_up, given.gate_up_bias, between, lists, tile, k, ahead, given)
     parts = torch.empty(tokens * k, hidden, dtype=x.dtype, device=x.device)
     _products(_quantized(Rows(between), down), down, given.down_bias, parts, lists, tile, 1, ahead, None)
-    y = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
-    columns = min(_COLUMNS, triton.next_power_of_2(hidden))
-    combine_kernel[(tokens, triton.cdiv(hidden, columns))](
-        parts, ids, shares, y, hidden, CHOICES=k, BLOCK=columns, **exact_options(4, ahead)
-    )
-    return y
+    return combine(parts, ids, shares, x.dtype, ahead)
 
 
 def _products(

@@ -9,7 +9,7 @@ import triton
 
 from tokenspeed.kernels.triton.expert_lists import ExpertLists, expert_lists
 from tokenspeed.kernels.triton.expert_operands import Experts
-from tokenspeed.kernels.triton.expert_products import combine_kernel
+from tokenspeed.kernels.triton.expert_sums import combine
 from tokenspeed.kernels.triton.expert_tiles import (
     FEW_TOKENS,
     ProductTile,
@@ -23,7 +23,6 @@ from tokenspeed.quantization.mxfp4_experts import Mxfp4Experts
 
 AHEAD_TOKENS = 256
 """Kernels are launched ahead up to so many tokens."""
-_COLUMNS = 1024
 
 
 def packed_by_choice(
@@ -87,12 +86,7 @@ def packed_in_blocks(
     _products(x, gate_up, given.gate_up_bias, between, lists, tile, k, ahead, given)
     parts = torch.empty(tokens * k, hidden, dtype=x.dtype, device=x.device)
     _products(between, down, given.down_bias, parts, lists, tile, 1, ahead, None)
-    y = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
-    columns = min(_COLUMNS, triton.next_power_of_2(hidden))
-    combine_kernel[(tokens, triton.cdiv(hidden, columns))](
-        parts, ids, shares, y, hidden, CHOICES=k, BLOCK=columns, **exact_options(4, ahead)
-    )
-    return y
+    return combine(parts, ids, shares, x.dtype, ahead)
 
 
 def packed_parts(given: Experts) -> tuple[Mxfp4Experts, Mxfp4Experts]:
