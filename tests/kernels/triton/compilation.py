@@ -80,6 +80,7 @@ def _compile(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target:
     loads = re.findall(r"ld\.global[.\w:]*", assembly.split("griddepcontrol.wait")[0])
     first = sum("evict_first" in load for load in loads)
     before = {"evict_first loads before wait": first, "other loads before wait": len(loads) - first}
+    before["starts the next before wait"] = "griddepcontrol.launch" in assembly.split("griddepcontrol.wait")[0]
     return {
         "name": kernel.__name__,
         "x": signature[kernel.arg_names[0]],

@@ -19,6 +19,7 @@ from tokenspeed.kernels.triton import norm, packed_experts
 from tokenspeed.kernels.triton import route as router
 from tokenspeed.kernels.triton import router as fused
 from tokenspeed.kernels.triton.expert_operands import Experts
+from tokenspeed.kernels.triton.expert_sums import combine
 from tokenspeed.kernels.triton.expert_tiles import packed_tile_of, tile_of
 from tokenspeed.kernels.triton.experts import run_experts
 from tokenspeed.kernels.triton.operands import Norm, Prologue
@@ -108,6 +109,8 @@ def few(target: str) -> None:
         layer(8, QWEN, "channel")
     for rows in (1, 8):
         layer(rows, GPT_OSS, "mxfp4", "swiglu_clamped", True)
+    ids, shares = meta(8, 4, dtype=torch.int32), meta(8, 4, dtype=FP32)
+    combine(meta(32, 2880, dtype=FP32), ids, shares, BF16, True, early=True)
 
 
 def each(target: str) -> None:

@@ -45,6 +45,8 @@ def test_one_of_each_for_hopper(tmp_path: Path) -> None:
         if kernel["name"] == "router_kernel":
             assert kernel["other loads before wait"] > 0, kernel
         assert kernel["griddepcontrol.wait"] == kernel["griddepcontrol.launch_dependents"] == 1, kernel
+    sums = [kernel for kernel in kernels if kernel["name"] == "combine_kernel" and kernel["x"] == "*fp32"]
+    assert [kernel["starts the next before wait"] for kernel in sums] == [True]
     # So does a block of down.
     for name in ("grouped_kernel", "packed_experts_kernel", "packed_choice_kernel"):
         assert any(kernel["prefetch.global.L2"] > 0 for kernel in kernels if kernel["name"] == name)
