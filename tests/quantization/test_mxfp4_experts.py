@@ -49,15 +49,18 @@ def test_words_come_back(rows: int, cols: int) -> None:
 
 
 def test_where_each_bit_lies() -> None:
-    """The first three codes lie as in a bfloat16, 0, 3 and 6 bits lower; the fourth fills the gaps."""
-    at = {0: (6, 7, 8, 15), 1: (3, 4, 5, 12), 2: (0, 1, 2, 9), 3: (13, 10, 11, 14)}
+    """Turned by their block's bits, two columns of a word lie where two bfloat16 have sign, exponent and mantissa."""
+    places = (6, 7, 8, 15)
     for column in random(40, high=128).tolist():
         for bit in range(4):
             codes = torch.zeros(1, 128, dtype=torch.uint8)
             codes[0, column] = 1 << bit
-            block, word = divmod(column, 32)
-            found = pack_words(codes)[0].int() & 0xFFFF
-            assert found[word] == found.sum() == 1 << at[block][bit]
+            block, at = divmod(column, 32)
+            found = (pack_words(codes).view(torch.int32)[0].to(torch.int64) & 0xFFFFFFFF).tolist()
+            turn = (0, 6, 12, 2 if bit == 0 else 10)[block]
+            word = found.pop(at // 2)
+            assert not any(found)
+            assert word == 1 << (places[bit] + 16 * (at % 2) - turn) % 32
 
 
 @pytest.mark.parametrize("cols", [96, 256])

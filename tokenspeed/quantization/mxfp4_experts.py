@@ -1,9 +1,9 @@
 """MXFP4 weights of experts: e2m1 values in blocks of 32 columns with a power of two each (OCP Microscaling Formats
-1.0), laid out so that a word and a shift give one code of each of its four blocks.
+1.0), laid out so that a word, turned, and a mask give two codes of each of its four blocks.
 
-A run of 128 columns is 32 words of 16 bits; word i holds columns i, 32 + i, 64 + i and 96 + i. The first code lies in
-bits 15 (sign) and 8 to 6 (exponent, mantissa), as a bfloat16 has them; the second and third lie 3 and 6 bits lower; of
-the fourth the sign is bit 14, the exponent bits 11 and 10, the mantissa bit 13.
+A run of 128 columns is 16 words of 32 bits; word i holds columns 2i and 2i + 1 of each block. Turned left by 0, 6 and
+12 bits, it has those of the first, second and third block where two bfloat16 have sign (bit 15), exponent and mantissa
+(8 to 6), column 2i in the lower half; of the fourth, signs and exponents come there by 10 bits and mantissas by 2.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from tokenspeed.quantization.nibbles import RUN, unpack_nibbles
 from tokenspeed.quantization.parts import whole_groups
 
 WORDS = RUN // 4
-"""Of a run."""
+"""Of a run, of 16 bits."""
+TURNS, LAST_TURN, LAST_MANTISSA_TURN = (0, 6, 12), 10, 2
+MANTISSAS = 0x00400040
 RAISED = 90
 """Added to stored exponents: with it a bfloat16 of such bits takes values of 2^-126 back to where kernels add them."""
 LEAST, MOST = 31, 164
@@ -28,9 +30,9 @@ LEAST, MOST = 31, 164
 
 @dataclass(frozen=True)
 class Mxfp4Experts:
-    """q: int16 [E, N, ceil(K / 128) * 32], codes as above, zeros beyond the last column. scale: int32 [E, ceil(K /
-    128), N]: of each run and row the exponents of its four blocks, biased by 127 and RAISED, a byte each, the first
-    lowest. cols: K, a multiple of 32. The value is that of the code times 2^(exponent - 127)."""
+    """q: int16 [E, N, ceil(K / 128) * 32], halves of words as above, zeros beyond the last column. scale: int32 [E,
+    ceil(K / 128), N]: of each run and row the exponents of its four blocks, biased by 127 and RAISED, a byte each, the
+    first lowest. cols: K, a multiple of 32. The value is that of the code times 2^(exponent - 127)."""
 
     q: torch.Tensor
     scale: torch.Tensor
@@ -106,19 +108,26 @@ def quantize_experts(weight: torch.Tensor) -> Mxfp4Experts:
 
 def pack_words(codes: torch.Tensor) -> torch.Tensor:
     """Codes 0..15, uint8 [N, K] with K a multiple of 128, to int16 [N, K / 4]."""
-    rows = codes.shape[0]
-    # The columns of a word, apart: [4] of [N, K / 4].
-    each = codes.to(torch.int32).view(rows, -1, BLOCKS, WORDS).unbind(2)
-    first, second, third, fourth = (code.flatten(1) for code in each)
-    low = sum((code >> 3) << 15 - at | (code & 7) << 6 - at for code, at in ((first, 0), (second, 3), (third, 6)))
-    last = (fourth >> 3) << 14 | (fourth & 1) << 13 | (fourth >> 1 & 3) << 10
-    return (low | last).to(torch.int16)
+    each = codes.to(torch.int32).view(codes.shape[0], -1, BLOCKS, WORDS // 2, 2)
+    placed = (each >> 3) << 15 | (each & 7) << 6
+    *first, last = (placed[..., 0] | placed[..., 1] << 16).unbind(2)
+    words = _turned(last & ~MANTISSAS, -LAST_TURN) | _turned(last & MANTISSAS, -LAST_MANTISSA_TURN)
+    for block, turn in zip(first, TURNS, strict=True):
+        words |= _turned(block, -turn)
+    return words.flatten(1).view(torch.int16)
 
 
 def unpack_words(words: torch.Tensor) -> torch.Tensor:
     """int16 [..., W] to uint8 codes [..., 4 W] in the order of columns."""
-    wide = words.to(torch.int32)
-    first, second, third = ((wide >> 15 - at & 1) << 3 | wide >> 6 - at & 7 for at in (0, 3, 6))
-    fourth = (wide >> 14 & 1) << 3 | (wide >> 10 & 3) << 1 | wide >> 13 & 1
-    split = torch.stack([code.unflatten(-1, (-1, WORDS)) for code in (first, second, third, fourth)], dim=-2)
-    return split.flatten(-3).to(torch.uint8)
+    wide = words.contiguous().view(torch.int32).unflatten(-1, (-1, WORDS // 2))
+    blocks = [_turned(wide, turn) for turn in TURNS]
+    blocks.append(_turned(wide, LAST_TURN) & ~MANTISSAS | _turned(wide, LAST_MANTISSA_TURN) & MANTISSAS)
+    bits = torch.stack(blocks, dim=-2)
+    codes = torch.stack([(bits >> at + 15 & 1) << 3 | bits >> at + 6 & 7 for at in (0, 16)], dim=-1)
+    return codes.flatten(-4).to(torch.uint8)
+
+
+def _turned(words: torch.Tensor, left: int) -> torch.Tensor:
+    """int32 words, their bits turned left by so many, or right by less than none."""
+    left %= 32
+    return words << left | words >> 32 - left & (1 << left) - 1 if left else words

@@ -151,10 +151,11 @@ __device__ inline void unpack_powers(float4* to, const u32* from) {
   }
 }
 
+__device__ inline u32 turned(u32 word, int left) { return left ? word << left | word >> (32 - left) : word; }
 // Two codes of a block, in the places of bf16's bits.
 __device__ inline u32 code_pair(u32 word, int block) {
-  if (block < 3) return word << 3 * block & 0x81c081c0u;
-  return word << 1 & 0x80008000u | word >> 3 & 0x01800180u | word >> 7 & 0x00400040u;
+  if (block < 3) return turned(word, 6 * block) & 0x81c081c0u;
+  return turned(word, 10) & 0x81808180u | turned(word, 2) & 0x00400040u;
 }
 
 // A run of 128 columns: of two rows of W, by their blocks' powers of two, and as many rows of x as there are.

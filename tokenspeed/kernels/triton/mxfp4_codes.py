@@ -1,4 +1,4 @@
-"""Four e2m1 codes of a 16-bit word (`quantization.mxfp4_experts`) as the values that tensor cores multiply."""
+"""Eight e2m1 codes of a word (`quantization.mxfp4_experts`) as the values that tensor cores multiply."""
 
 from __future__ import annotations
 
@@ -8,32 +8,30 @@ import triton.language as tl
 from tokenspeed.quantization.mxfp4_experts import RAISED
 
 _RAISED = tl.constexpr(RAISED)
-_PLACES = tl.constexpr(0x81C0)
-"""Of a code's sign, exponent and mantissa in a bfloat16, whose value is then 2^-126 times the code's."""
+_PLACES, _MANTISSAS = tl.constexpr(0x81C081C0), tl.constexpr(0x00400040)
+"""Of two codes' signs, exponents and mantissas in two bfloat16, whose values are then 2^-126 times the codes'."""
 _EXPONENTS = tl.constexpr(0x7F807F80)
 WIDEN = tl.constexpr(
     """
     {
-    .reg .b32 a, b, c;
+    .reg .b32 a, b;
     and.b32 a, $4, 0x81c081c0;
     mul.rn.bf16x2 $0, a, $5;
-    shl.b32 a, $4, 3;
+    shf.l.wrap.b32 a, $4, $4, 6;
     and.b32 a, a, 0x81c081c0;
     mul.rn.bf16x2 $1, a, $6;
-    shl.b32 a, $4, 6;
+    shf.l.wrap.b32 a, $4, $4, 12;
     and.b32 a, a, 0x81c081c0;
     mul.rn.bf16x2 $2, a, $7;
-    shl.b32 a, $4, 1;
-    shr.u32 b, $4, 3;
-    shr.u32 c, $4, 7;
-    and.b32 a, a, 0x80008000;
-    lop3.b32 a, b, 0x01800180, a, 0xea;
-    lop3.b32 a, c, 0x00400040, a, 0xea;
+    shf.l.wrap.b32 a, $4, $4, 10;
+    shf.l.wrap.b32 b, $4, $4, 2;
+    and.b32 a, a, 0x81808180;
+    lop3.b32 a, b, 0x00400040, a, 0xea;
     mul.rn.bf16x2 $3, a, $8;
     }
     """
 )
-"""Two words $4 and for each of their four codes two factors $5 to $8: the codes' values times these, $0 to $3."""
+"""A word $4 and for each of its four blocks two factors $5 to $8: the values of two codes times these, $0 to $3."""
 UNSCALED = tl.constexpr(2.0 ** (126 - RAISED))
 """What sums of `quarters` are to be multiplied by where they were made FAST."""
 
@@ -56,14 +54,20 @@ def quarters(words: tl.tensor, exponents: tl.tensor, FAST: tl.constexpr, dtype: 
             pack=2,
         )
     else:
-        word = words.to(tl.int32)
-        fourth = ((word << 1) & 0x8000) | ((word >> 3) & 0x180) | ((word >> 7) & 0x40)
+        low, high = tl.split(tl.reshape(words, [words.shape[0], words.shape[1] // 2, 2]))
+        word = low.to(tl.uint16, bitcast=True).to(tl.uint32) | high.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        fourth = (_turned(word, 10) & (_PLACES ^ _MANTISSAS)) | (_turned(word, 2) & _MANTISSAS)
         return (
             _values(word & _PLACES, exponents, 0, dtype),
-            _values((word << 3) & _PLACES, exponents, 8, dtype),
-            _values((word << 6) & _PLACES, exponents, 16, dtype),
+            _values(_turned(word, 6) & _PLACES, exponents, 8, dtype),
+            _values(_turned(word, 12) & _PLACES, exponents, 16, dtype),
             _values(fourth, exponents, 24, dtype),
         )
+
+
+@triton.jit
+def _turned(word, LEFT: tl.constexpr):
+    return word << LEFT | word >> (32 - LEFT)
 
 
 @triton.jit
@@ -74,7 +78,9 @@ def _factors(bits, words):
 
 @triton.jit
 def _values(bits, exponents, SHIFT: tl.constexpr, dtype: tl.constexpr):
+    """Of pairs of bfloat16, [N, 16], one after the other."""
     factor = ((((exponents >> SHIFT) & 255) - _RAISED) << 23).to(tl.float32, bitcast=True)
+    both = tl.reshape(tl.join(bits << 16, bits & 0xFFFF0000), [bits.shape[0], bits.shape[1] * 2])
     # 2^126; for code 1 the bits are no normal number.
-    wide = (bits << 16).to(tl.float32, bitcast=True) * 8.507059173023462e37
+    wide = both.to(tl.float32, bitcast=True) * 8.507059173023462e37
     return (wide * factor[:, None]).to(dtype)
