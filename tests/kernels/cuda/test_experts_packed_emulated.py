@@ -59,7 +59,7 @@ def emulate(patch: pytest.MonkeyPatch, folder: Path, way: Way) -> None:
 
     on_host(patch, experts_packed, kernel)
     patch.setattr(experts_packed, "processors", lambda device: PROCESSORS)
-    patch.setattr(experts_packed, "WAYS", dict.fromkeys((1, 2, 4, 8), (way,)))
+    patch.setattr(experts_packed, "WAYS", dict.fromkeys(experts_packed.WAYS, (way,)))
     patch.setattr(experts_packed, "encoded", described)
     patch.setattr(expert_sums, "combine_kernel", Combining())
     tensor_maps.cache_clear()
@@ -105,6 +105,8 @@ def test_more_choices_of_an_expert_than_a_block_has(folder: Path, monkeypatch: p
         (9, "silu", 4),
         (16, "swiglu_clamped", 2),
         (31, "gelu_tanh", 2),
+        (33, "silu", 4),
+        (65, "swiglu_clamped", 2),
     ],
 )
 def test_every_number_of_tokens(

@@ -13,9 +13,10 @@
 //
 // down asks for its experts before its wait: gate and up lets it start after its own wait, so that the router has ended.
 //
-// Compiled with -D: ROWS of x that fit (1, 2, 4 or 8), CHOSEN choices at most, CHOICES of a token, K columns, N outputs, WARPS, TEAM
+// Compiled with -D: ROWS of x that fit (1, 2, 4, or a multiple of 8), EXPERTS, CHOSEN choices at most, CHOICES of a token, K columns, N outputs, WARPS, TEAM
 // of which share a unit, STEP runs of 128 columns in a stage, STAGES, ACT (0: down, 1: silu, 2: gelu tanh, 3: clamped swiglu), BIAS, SHARED bytes.
 
+#include "expert_blocks.cuh"
 #include "row.cuh"
 
 constexpr bool DOWN = ACT == 0;
@@ -29,7 +30,7 @@ constexpr int RUN = 64;  // bytes of a row
 constexpr int CODES = STEP * TALL * RUN, SCALES = STEP * TALL * 4;
 // Of x's columns, with those past the last one, zeros; bytes of a row, neighbours half a line of banks apart.
 constexpr int COLUMNS = SEGMENTS * STEP * 128, X_PITCH = 2 * COLUMNS + 64;
-constexpr int TEAMS = WARPS / TEAM;
+constexpr int TEAMS = WARPS / TEAM, TILES = (ROWS + 7) / 8;  // the latter of rows of x
 #if __CUDA_ARCH__ < 1000
 constexpr int RUNS_AT_ONCE = STEP;
 #else
@@ -37,46 +38,18 @@ constexpr int RUNS_AT_ONCE = 2;  // more spill registers there
 #endif
 // Codes are 2^-126, exponents 2^90 of what they stand for.
 constexpr float BACK = 1.0f / 268435456;
-static_assert(N % OUTPUTS == 0 && K % 8 == 0 && STEP % 2 == 0 && CHOSEN <= THREADS && WARPS % TEAM == 0, "sizes do not fit the tiles");
+static_assert(N % OUTPUTS == 0 && K % 8 == 0 && STEP % 2 == 0 && WARPS % TEAM == 0, "sizes do not fit the tiles");
 
 struct Shared {
   u8 codes[WARPS][STAGES][CODES];
   u32 scales[WARPS][STAGES][SCALES / 4];
   float4 powers[WARPS][SCALES / 4];
-  float4 sums[TEAMS][2][TEAM][32];
+  float4 sums[TEAM > 1 ? TEAMS : 1][2][TILES][TEAM][32];
   u8 x[ROWS * X_PITCH];
   u64 full[WARPS][STAGES];
-  int ids[CHOSEN];
-  int first[CHOSEN];
-  int expert[CHOSEN];
-  short choice[CHOSEN][ROWS];
-  int blocks, unused;
+  Blocks<ROWS, EXPERTS, CHOSEN, CHOICES, THREADS> blocks;
 };
-static_assert(sizeof(Shared) == SHARED, "the launch must know the size");
-
-// The blocks, in the order of their first choices; ids are there.
-__device__ void list(Shared& s, const int* ids, int chosen) {
-  int c = threadIdx.x, own = c < CHOSEN && c < chosen ? ids[c] : -1, rank = 0;
-  if (c < CHOSEN) {
-    s.ids[c] = own;
-    for (int row = 0; row < ROWS; ++row) s.choice[c][row] = -1;
-  }
-  __syncthreads();
-  for (int other = 0; other < c && c < CHOSEN; ++other) rank += s.ids[other] == own;
-  if (c < CHOSEN) s.first[c] = own >= 0 && rank % ROWS == 0;
-  __syncthreads();
-  if (c < CHOSEN) {
-    int before = 0, block = 0;
-    for (int other = 0; other <= c; ++other) {
-      if (s.first[other] && s.ids[other] == own) block = before;
-      before += s.first[other];
-    }
-    if (own >= 0) s.choice[block][rank % ROWS] = c;
-    if (s.first[c]) s.expert[block] = own;
-    if (c == CHOSEN - 1) s.blocks = before;
-  }
-  __syncthreads();
-}
+static_assert(sizeof(Shared) <= SHARED, "the launch must know the size");
 
 // A team's way through the program's units.
 struct Way {
@@ -114,7 +87,7 @@ struct Stream {
   __device__ void request(u8* to, u32* scales_to, u32 full) {
     if (!more) return;
     if (elected()) {
-      int expert = s->expert[way.unit / UNITS], group = way.unit % UNITS;
+      int expert = s->blocks.expert[way.unit / UNITS], group = way.unit % UNITS;
       expect_bytes(full, CODES + SCALES);
       copy_tensor(shared_address(to), *codes, 0, 0, 0, segment * STEP, expert * (N * (DOWN ? 1 : 2) / OUTPUTS) + group, full, policy);
       copy_tensor(shared_address(scales_to), *scales, 0, 0, segment * STEP, group, expert, full, policy);
@@ -132,9 +105,9 @@ struct Stream {
 // The block's rows of x, X_FACTOR times as large, zeros for those that it has not.
 __device__ void load_block(Shared& s, int block, const u16* x, long long x_stride) {
   constexpr int VECTORS = K / 8;
-#pragma unroll 4
+#pragma unroll(ROWS <= 8 ? 4 : 8)
   for (int i = threadIdx.x; i < ROWS * VECTORS; i += THREADS) {
-    int row = i / VECTORS, at = i % VECTORS, choice = s.choice[block][row];
+    int row = i / VECTORS, at = i % VECTORS, choice = s.blocks.choice[block * ROWS + row];
     uint4 v = make_uint4(0, 0, 0, 0);
     if (choice >= 0) v = *reinterpret_cast<const uint4*>(x + (DOWN ? choice : choice / CHOICES) * x_stride + at * 8);
     *reinterpret_cast<uint4*>(s.x + row * X_PITCH + at * 16) =
@@ -159,21 +132,24 @@ __device__ inline u32 code_pair(u32 word, int block) {
 }
 
 // A run of 128 columns: of two rows of W, by their blocks' powers of two, and as many rows of x as there are.
-__device__ inline void multiply_run(float (&sums)[4], uint4 low, uint4 high, float4 low_powers, float4 high_powers, const u8* x) {
+__device__ inline void multiply_run(float (&sums)[TILES][4], uint4 low, uint4 high, float4 low_powers, float4 high_powers, const u8* x) {
   u32 first[] = {low.x, low.y, low.z, low.w}, second[] = {high.x, high.y, high.z, high.w};
   float of_low[] = {low_powers.x, low_powers.y, low_powers.z, low_powers.w};
   float of_high[] = {high_powers.x, high_powers.y, high_powers.z, high_powers.w};
 #pragma unroll
   for (int block = 0; block < 4; ++block) {
-    float part[4];
-    uint4 columns = *reinterpret_cast<const uint4*>(x + block * 64);
-    begin_tile(part, code_pair(first[0], block), code_pair(second[0], block), code_pair(first[1], block),
-               code_pair(second[1], block), columns.x, columns.y);
-    multiply_tile<false>(part, code_pair(first[2], block), code_pair(second[2], block), code_pair(first[3], block),
-                         code_pair(second[3], block), columns.z, columns.w);
-    for (int i = 0; i < 2; ++i) {
-      sums[i] += part[i] * of_low[block];
-      sums[2 + i] += part[2 + i] * of_high[block];
+    u32 w[8];
+    for (int i = 0; i < 4; ++i) w[2 * i] = code_pair(first[i], block), w[2 * i + 1] = code_pair(second[i], block);
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      float part[4];
+      uint4 columns = *reinterpret_cast<const uint4*>(x + tile * 8 * X_PITCH + block * 64);
+      begin_tile(part, w[0], w[1], w[2], w[3], columns.x, columns.y);
+      multiply_tile<false>(part, w[4], w[5], w[6], w[7], columns.z, columns.w);
+      for (int i = 0; i < 2; ++i) {
+        sums[tile][i] += part[i] * of_low[block];
+        sums[tile][2 + i] += part[2 + i] * of_high[block];
+      }
     }
   }
 }
@@ -198,8 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
     *reinterpret_cast<uint4*>(s.x + i % ROWS * X_PITCH + (K / 8 + i / ROWS) * 16) = make_uint4(0, 0, 0, 0);
   if (!DOWN) wait_for_previous();
   let_next_start();
-  list(s, ids, chosen);
-  int units = s.blocks * UNITS, begin = (long long)units * blockIdx.x / gridDim.x, end = (long long)units * (blockIdx.x + 1) / gridDim.x;
+  int units = s.blocks.list(ids, chosen) * UNITS, begin = (long long)units * blockIdx.x / gridDim.x, end = (long long)units * (blockIdx.x + 1) / gridDim.x;
   Stream stream{&s, &codes, &scales, Way(begin, end), member, member, begin < end && member < SEGMENTS, read_once_policy()};
   stream.settle();
 #pragma unroll 1
@@ -211,12 +186,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
   float4* powers = s.powers[warp];
   Way way(begin, end);
   for (bool more = begin < end; more; more = way.advance()) {
-    int block = way.at / UNITS, expert = s.expert[block];
+    int block = way.at / UNITS, expert = s.blocks.expert[block];
     __syncthreads();
     load_block(s, block, x, x_stride);
     __syncthreads();
     for (; way.within(); way.unit += TEAMS) {
-      float sums[4] = {};
+      float sums[TILES][4] = {};
       int row = way.unit % UNITS * OUTPUTS + group;
       const float* row_bias = bias + (long long)expert * (N * (DOWN ? 1 : 2)) + row;
       // Rounded where they are needed: nothing waits for them here.
@@ -238,23 +213,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
         if (++at == STAGES) at = 0, parity ^= 1;
       }
       if (TEAM > 1) {
-        s.sums[team][flip][member][lane] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+        float4(*given)[TEAM][32] = s.sums[team][flip];
+        for (int tile = 0; tile < TILES; ++tile)
+          given[tile][member][lane] = make_float4(sums[tile][0], sums[tile][1], sums[tile][2], sums[tile][3]);
         sync_team<32 * TEAM>(team);
         bool own = member == turn;
-        if (own)
-          for (int i = 0; i < 4; ++i) sums[i] = 0;
-        for (int other = 0; other < TEAM && own; ++other) {
-          float4 some = s.sums[team][flip][other][lane];
-          sums[0] += some.x, sums[1] += some.y, sums[2] += some.z, sums[3] += some.w;
+        for (int tile = 0; tile < TILES && own; ++tile) {
+          for (float& sum : sums[tile]) sum = 0;
+          for (int other = 0; other < TEAM; ++other) {
+            float4 some = given[tile][other][lane];
+            sums[tile][0] += some.x, sums[tile][1] += some.y, sums[tile][2] += some.z, sums[tile][3] += some.w;
+          }
         }
         flip ^= 1;
         if (++turn == TEAM) turn = 0;
         if (!own) continue;
       }
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        int column = 2 * part + i, choice = column < ROWS ? s.choice[block][column % ROWS] : -1;
-        float low = sums[i] * BACK + rounded(low_bias), high = sums[2 + i] * BACK + rounded(high_bias);
+      for (int i = 0; i < 2 * TILES; ++i) {
+        int column = i / 2 * 8 + 2 * part + i % 2, choice = column < ROWS ? s.blocks.choice[block * ROWS + column % ROWS] : -1;
+        float low = sums[i / 2][i % 2] * BACK + rounded(low_bias), high = sums[i / 2][2 + i % 2] * BACK + rounded(high_bias);
         if (choice >= 0 && DOWN) parts[(long long)choice * N + row] = low, parts[(long long)choice * N + row + 8] = high;
         if (choice >= 0 && !DOWN) y[(long long)choice * N + row] = narrow(activated(low, high, alpha, limit));
       }

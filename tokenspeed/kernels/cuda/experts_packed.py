@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 
@@ -17,9 +18,9 @@ from tokenspeed.kernels.triton.launch import device_index
 from tokenspeed.quantization.mxfp4_experts import Mxfp4Experts
 from tokenspeed.quantization.nibbles import RUN
 
-MOST_TOKENS = 32
-"""More choices of an expert than MOST_ROWS are not rare beyond, and its weights are then read again."""
-MOST_ROWS = 8
+MOST_TOKENS = 128
+ROWS = {1: (1,), 2: (2,), 4: (4,), 32: (8,), 64: (16,), 128: (24, 16)}
+"""Choices of a block, the better first, by the most tokens. Of an expert with more the weights are read again."""
 TALL = 16
 """Rows of W in a unit."""
 RUN_BYTES = 64
@@ -37,6 +38,7 @@ class Variant:
     """What a kernel is compiled for: names of the definitions of `experts_packed.cu`, in lower case."""
 
     rows: int
+    experts: int
     chosen: int
     choices: int
     k: int
@@ -66,8 +68,10 @@ class Variant:
     def shared(self) -> int:
         """Bytes of the source's Shared."""
         x = self.rows * (-(-self.k // (RUN * self.step)) * self.step * 2 * RUN + 64)
-        lists = self.chosen * (12 + 2 * self.rows) + 8
-        powers, sums = self.warps * self.step * TALL * 16, 2 * self.warps * 512
+        blocks = min(self.chosen, self.experts + self.chosen // self.rows)
+        lists = 4 * (_warps(self.experts) + _warps(self.chosen) + 1) + 2 * blocks * (1 + self.rows)
+        shared = self.warps if self.team > 1 else 1
+        powers, sums = self.warps * self.step * TALL * 16, 2 * shared * 512 * -(-self.rows // 8)
         return -(-(self.warps * self.stages * self.stage + powers + sums + x + lists) // 16) * 16
 
     def defines(self) -> dict[str, int]:
@@ -86,41 +90,45 @@ class Way:
 
 
 _MANY = (Way(12, 2, 1, 4), Way(8, 2, 1, 2))
-WAYS = {1: (Way(5, 1, 3, 4), Way(8, 2, 1, 2)), 2: (Way(8, 2, 2, 4), Way(8, 2, 1, 2)), 4: _MANY, 8: _MANY}
+WAYS = {
+    1: (Way(5, 1, 3, 4), Way(8, 2, 1, 2)),
+    2: (Way(8, 2, 2, 4), Way(8, 2, 1, 2)),
+    4: _MANY,
+    8: _MANY,
+    16: (Way(12, 2, 1, 2), Way(8, 1, 1, 2)),
+    24: (Way(12, 1, 1, 2), Way(8, 1, 1, 2)),
+}
 """By rows, the better first. gpt-oss-20b's experts of 1 / 2 / 4 / 8 / 32 tokens: 25.3 / 41.2 / 61.5 / 88.3 / 134 us, by
 Triton 34.0 / 49.0 / 102.6 / 128.9 / 178; by teams of one warp from 2 tokens on 3 to 6 us more."""
 LEAST_STAGES = 2
 
 
 def variant(
-    tokens: int, choices: int, columns: int, outputs: int, act: str, bias: bool, way: Way | None = None
+    tokens: int, experts: int, choices: int, columns: int, outputs: int, act: str, bias: bool, way: Way | None = None
 ) -> Variant | None:
     """The variant for weights of so many columns, None where they do not fit its tiles. act: "none" for down; outputs:
     after the activation."""
     unit = TALL if act == "none" else TALL // 2
     if act not in ACTIVATIONS or tokens > MOST_TOKENS or columns % 8 or outputs % unit:
         return None
-    rows = min(MOST_ROWS, 1 << (tokens - 1).bit_length())
-    chosen = choices << (tokens - 1).bit_length()
-    for each in (way,) if way else WAYS[rows]:
-        found = Variant(
-            rows,
-            chosen,
-            choices,
-            columns,
-            outputs,
-            each.warps,
-            each.team,
-            each.programs,
-            each.step,
-            0,
-            ACTIVATIONS[act],
-            int(bias),
-        )
-        stages = (ALL_SHARED // each.programs - 1024 - found.shared) // (each.warps * found.stage)
-        if stages >= LEAST_STAGES and chosen <= found.threads:
+    chosen, flags = choices << (tokens - 1).bit_length(), (ACTIVATIONS[act], int(bias))
+    for rows, taken in _candidates(tokens, way):
+        shape = (rows, experts, chosen, choices, columns, outputs)
+        found = Variant(*shape, taken.warps, taken.team, taken.programs, taken.step, 0, *flags)
+        stages = (ALL_SHARED // taken.programs - 1024 - found.shared) // (taken.warps * found.stage)
+        if stages >= LEAST_STAGES:
             return replace(found, stages=stages)
     return None
+
+
+def _candidates(tokens: int, way: Way | None) -> Iterator[tuple[int, Way]]:
+    for rows in next(each for most, each in ROWS.items() if tokens <= most):
+        yield from ((rows, each) for each in ((way,) if way else WAYS[rows]))
+
+
+def _warps(count: int) -> int:
+    """The next multiple of a warp's threads."""
+    return -(-count // 32) * 32
 
 
 @cache
@@ -145,8 +153,8 @@ def stream_packed(
     if not isinstance(gate_up, Mxfp4Experts) or not isinstance(down, Mxfp4Experts) or x.dtype != torch.bfloat16:
         return None
     ff = down.cols
-    first = first or variant(tokens, k, hidden, ff, given.act, given.gate_up_bias is not None)
-    second = second or variant(tokens, k, ff, hidden, "none", given.down_bias is not None)
+    first = first or variant(tokens, given.number, k, hidden, ff, given.act, given.gate_up_bias is not None)
+    second = second or variant(tokens, given.number, k, ff, hidden, "none", given.down_bias is not None)
     if first is None or second is None or x.stride(1) != 1 or (x.stride(0) * 2) % 16 or x.data_ptr() % 16:
         return None
     between = torch.empty(tokens * k, ff, dtype=torch.bfloat16, device=x.device)

@@ -12,6 +12,7 @@
 // Compiled with -D: ROWS of a block (8 or 16), EXPERTS, CHOSEN choices at most, CHOICES of a token, K columns, N outputs, FORMAT (row.cuh's: bf16 or e4m3), STEP lines of 128
 // bytes in a stage, STAGES, PROGRAMS on an SM, ACT (0: down, 1: silu, 2: gelu tanh), SHARED bytes.
 
+#include "expert_blocks.cuh"
 #include "products.cuh"
 
 constexpr bool DOWN = ACT == 0, NARROW = FORMAT == E4M3;
@@ -20,8 +21,6 @@ constexpr int OUTPUTS = DOWN ? TALL : TALL / 2, UNITS = N / OUTPUTS, W_ROWS = DO
 constexpr int COLUMNS = NARROW ? 128 : 64;  // of a line
 constexpr int LINES = K / COLUMNS, SEGMENTS = LINES / STEP;
 constexpr int STAGE_LINE = TALL * LINE, X_LINE = ROWS * LINE;
-constexpr int PADDED = (EXPERTS + 31) / 32 * 32, SLOTS = (CHOSEN + 31) / 32 * 32;
-constexpr int BLOCKS = CHOSEN < EXPERTS + CHOSEN / ROWS ? CHOSEN : EXPERTS + CHOSEN / ROWS;
 static_assert(N % OUTPUTS == 0 && K % (COLUMNS * STEP) == 0, "sizes do not fit the tiles");
 
 struct Shared {
@@ -29,57 +28,9 @@ struct Shared {
   u8 x[LINES * X_LINE];
   u64 full[STAGES], done[STAGES];
   float x_scale[ROWS];
-  int count[PADDED];
-  int blocks;
-  short own[SLOTS], rank[SLOTS];
-  short expert[BLOCKS], choice[BLOCKS * ROWS];
+  Blocks<ROWS, EXPERTS, CHOSEN, CHOICES, THREADS> blocks;
 };
 static_assert(sizeof(Shared) <= SHARED, "the launch must know the size");
-
-// The blocks, in the order of experts, of their choices in order, as every program must find the same; their number.
-__device__ int list(Shared& s, const int* ids, int chosen) {
-  if (CHOSEN == CHOICES) {  // of one token, whose choices differ: a block each
-    for (int i = threadIdx.x; i < BLOCKS * ROWS; i += THREADS) s.choice[i] = i % ROWS ? -1 : i / ROWS;
-    int own = threadIdx.x < chosen ? ids[threadIdx.x] : -1;
-    if (threadIdx.x < chosen) s.expert[threadIdx.x] = max(own, 0);
-    return __syncthreads_or(own >= 0) ? chosen : 0;
-  }
-  for (int e = threadIdx.x; e < PADDED; e += THREADS) s.count[e] = 0;
-  for (int i = threadIdx.x; i < BLOCKS * ROWS; i += THREADS) s.choice[i] = -1;
-  for (int c = threadIdx.x; c < SLOTS; c += THREADS) s.own[c] = c < chosen ? ids[c] : -1;
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    for (int c = threadIdx.x; c < SLOTS; c += 32) {
-      int own = s.own[c];
-      u32 alike = __match_any_sync(~0u, own), before = alike & ((1u << threadIdx.x) - 1);
-      if (own >= 0) s.rank[c] = s.count[own] + __popc(before);
-      __syncwarp();
-      if (own >= 0 && before == 0) s.count[own] += __popc(alike);
-      __syncwarp();
-    }
-    constexpr int EACH = PADDED / 32;
-    int first = threadIdx.x * EACH, sum = 0;
-    for (int e = first; e < first + EACH; ++e) sum += (s.count[e] + ROWS - 1) / ROWS;
-    int before = sum;
-    for (int o = 1; o < 32; o *= 2) {
-      int other = __shfl_up_sync(~0u, before, o);
-      if (threadIdx.x >= o) before += other;
-    }
-    if (threadIdx.x == 31) s.blocks = before;
-    before -= sum;
-    for (int e = first; e < first + EACH; ++e) {
-      int blocks = (s.count[e] + ROWS - 1) / ROWS;
-      for (int i = 0; i < blocks; ++i) s.expert[before + i] = e;
-      s.count[e] = before;
-      before += blocks;
-    }
-  }
-  __syncthreads();
-  for (int c = threadIdx.x; c < SLOTS; c += THREADS)
-    if (s.own[c] >= 0) s.choice[s.count[s.own[c]] * ROWS + s.rank[c]] = c;
-  __syncthreads();
-  return s.blocks;
-}
 
 // A place in the ring.
 struct Slot {
@@ -95,7 +46,7 @@ __device__ void fill(Shared& s, const TensorMap& weights, int begin, int end) {
   Slot slot;
   u64 policy = read_once_policy();
   for (int unit = begin; unit < end; ++unit) {
-    int expert = s.expert[unit / UNITS], eight = unit % UNITS * 4;
+    int expert = s.blocks.expert[unit / UNITS], eight = unit % UNITS * 4;
     for (int segment = 0; segment < SEGMENTS; ++segment, slot.next()) {
       u32 full = shared_address(&s.full[slot.at]);
       wait_barrier(shared_address(&s.done[slot.at]), slot.parity ^ 1);
@@ -124,7 +75,7 @@ __device__ void load_block(Shared& s, int block, const u16* x, long long x_strid
   constexpr int PIECES = K / 8, OWN = (PIECES + 31) / 32;
   constexpr int ROWS_AT_ONCE = OWN <= 8 ? 2 : 1;  // what registers hold: both wait for the second-level cache
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const short* choices = s.choice + block * ROWS;
+  const short* choices = s.blocks.choice + block * ROWS;
   sync_first<128>();
 #pragma unroll 1
   for (int first = warp; first < ROWS && choices[first] >= 0; first += 4 * ROWS_AT_ONCE) {
@@ -175,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_tall(
   }
   if (!DOWN) wait_for_previous();
   let_next_start();
-  int units = list(s, ids, chosen) * UNITS;
+  int units = s.blocks.list(ids, chosen) * UNITS;
   int begin = (long long)units * blockIdx.x / gridDim.x, end = (long long)units * (blockIdx.x + 1) / gridDim.x;
   if (warp == 4) {
     if (elected()) fill(s, weights, begin, end);
@@ -187,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_tall(
   int loaded = -1;
   for (int unit = begin; unit < end; ++unit) {
     int block = unit / UNITS, row = unit % UNITS * OUTPUTS + warp * (OUTPUTS / 4) + group;
-    const float* scales = scale + s.expert[block] * W_ROWS + row;
+    const float* scales = scale + s.blocks.expert[block] * W_ROWS + row;
     float low_scale = NARROW ? scales[0] : 1, high_scale = NARROW ? scales[DOWN ? 8 : N] : 1;
     if (block != loaded) load_block(s, loaded = block, x, x_stride);
     float sums[ROWS / 2];
@@ -206,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_tall(
     }
 #pragma unroll
     for (int i = 0; i < ROWS / 4; ++i) {
-      int column = i / 2 * 8 + 2 * part + i % 2, choice = s.choice[block * ROWS + column], at = i / 2 * 4 + i % 2;
+      int column = i / 2 * 8 + 2 * part + i % 2, choice = s.blocks.choice[block * ROWS + column], at = i / 2 * 4 + i % 2;
       float by = NARROW ? s.x_scale[column] : 1, low = sums[at] * (low_scale * by), high = sums[at + 2] * (high_scale * by);
       if (choice >= 0 && DOWN) parts[(long long)choice * N + row] = low, parts[(long long)choice * N + row + 8] = high;
       if (choice >= 0 && !DOWN) y[(long long)choice * N + row] = narrow(gated<ACT == 2 ? 2 : 1>(low, high));
