@@ -89,6 +89,13 @@ def test_a_token_of_padding_alone_gets_zeros(folder: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("team, act", [(1, "swiglu_clamped"), (2, "silu")])
+def test_twice_as_tall_units(team: int, act: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate(monkeypatch, folder, Way(4, team, 1, 1, 2))
+    right(ExpertCase(6, 4, 288, 352, act, act == "swiglu_clamped", "mxfp4"), 70, 9)
+
+
+@pytest.mark.slow
 def test_more_choices_of_an_expert_than_a_block_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emulate(monkeypatch, folder, Way(4, 2, 1, 2))
     right(ExpertCase(3, 2, 128, 96, fmt="mxfp4"), 14, 1)

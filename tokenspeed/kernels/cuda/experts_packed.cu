@@ -1,8 +1,8 @@
 // The chosen experts of some tokens by MXFP4 weights, in two kernels of one source: gate and up with their activation, then
 // down, whose results of each choice another kernel weighs and adds up.
 //
-// Every program lists the experts that are chosen in blocks: an expert and up to ROWS of its choices. A unit is 16 rows of W
-// for a block (of gate and up 8 each, which go together). Units of all blocks, one after the other, are dealt out evenly: a
+// Every program lists the experts that are chosen in blocks: an expert and up to ROWS of its choices. A unit is 16 rows of W,
+// or twice so many, for a block (of gate and up 8 each, which go together). Units of all blocks, one after the other, are dealt out evenly: a
 // program has some in a row, which its teams of warps take in turn. The warps of a team share a unit's columns, each through a
 // ring of its own, which one thread fills by tensor copies, and one of them adds up their sums. All warps meet where a block
 // begins, to put its rows of x into shared memory.
@@ -14,7 +14,7 @@
 // down asks for its experts before its wait: gate and up lets it start after its own wait, so that the router has ended.
 //
 // Compiled with -D: ROWS of x that fit (1, 2, 4, or a multiple of 8), EXPERTS, CHOSEN choices at most, CHOICES of a token, K columns, N outputs, WARPS, TEAM
-// of which share a unit, STEP runs of 128 columns in a stage, STAGES, ACT (0: down, 1: silu, 2: gelu tanh, 3: clamped swiglu), BIAS, SHARED bytes.
+// of which share a unit, TALLS times 16 rows of it, STEP runs of 128 columns in a stage, STAGES, ACT (0: down, 1: silu, 2: gelu tanh, 3: clamped swiglu), BIAS, SHARED bytes.
 
 #include "expert_blocks.cuh"
 #include "row.cuh"
@@ -22,12 +22,12 @@
 constexpr bool DOWN = ACT == 0;
 constexpr int THREADS = 32 * WARPS;
 constexpr int TALL = 16;
-constexpr int OUTPUTS = DOWN ? TALL : TALL / 2;
+constexpr int FEW = DOWN ? TALL : TALL / 2, OUTPUTS = TALLS * FEW;
 constexpr int UNITS = N / OUTPUTS;
 constexpr int RUNS = (K + 127) / 128;
 constexpr int SEGMENTS = (RUNS + STEP - 1) / STEP;
 constexpr int RUN = 64;  // bytes of a row
-constexpr int CODES = STEP * TALL * RUN, SCALES = STEP * TALL * 4;
+constexpr int SIDE = STEP * TALL, CODES = TALLS * SIDE * RUN, SCALES = TALLS * SIDE * 4;
 // Of x's columns, with those past the last one, zeros; bytes of a row, neighbours half a line of banks apart.
 constexpr int COLUMNS = SEGMENTS * STEP * 128, X_PITCH = 2 * COLUMNS + 64;
 constexpr int TEAMS = WARPS / TEAM, TILES = (ROWS + 7) / 8;  // the latter of rows of x
@@ -38,13 +38,13 @@ constexpr int RUNS_AT_ONCE = 2;  // more spill registers there
 #endif
 // Codes are 2^-126, exponents 2^90 of what they stand for.
 constexpr float BACK = 1.0f / 268435456;
-static_assert(N % OUTPUTS == 0 && K % 8 == 0 && STEP % 2 == 0 && WARPS % TEAM == 0, "sizes do not fit the tiles");
+static_assert(N % OUTPUTS == 0 && K % 8 == 0 && STEP * TALLS % 2 == 0 && WARPS % TEAM == 0, "sizes do not fit the tiles");
 
 struct Shared {
   u8 codes[WARPS][STAGES][CODES];
   u32 scales[WARPS][STAGES][SCALES / 4];
   float4 powers[WARPS][SCALES / 4];
-  float4 sums[TEAM > 1 ? TEAMS : 1][2][TILES][TEAM][32];
+  float4 sums[TEAM > 1 ? TEAMS : 1][2][TALLS * TILES][TEAM][32];
   u8 x[ROWS * X_PITCH];
   u64 full[WARPS][STAGES];
   Blocks<ROWS, EXPERTS, CHOSEN, CHOICES, THREADS> blocks;
@@ -87,9 +87,9 @@ struct Stream {
   __device__ void request(u8* to, u32* scales_to, u32 full) {
     if (!more) return;
     if (elected()) {
-      int expert = s->blocks.expert[way.unit / UNITS], group = way.unit % UNITS;
+      int expert = s->blocks.expert[way.unit / UNITS], group = way.unit % UNITS * TALLS;
       expect_bytes(full, CODES + SCALES);
-      copy_tensor(shared_address(to), *codes, 0, 0, 0, segment * STEP, expert * (N * (DOWN ? 1 : 2) / OUTPUTS) + group, full, policy);
+      copy_tensor(shared_address(to), *codes, 0, 0, 0, segment * STEP, expert * (N * (DOWN ? 1 : 2) / FEW) + group, full, policy);
       copy_tensor(shared_address(scales_to), *scales, 0, 0, segment * STEP, group, expert, full, policy);
     }
     __syncwarp();
@@ -131,24 +131,39 @@ __device__ inline u32 code_pair(u32 word, int block) {
   return turned(word, 10) & 0x81808180u | turned(word, 2) & 0x00400040u;
 }
 
-// A run of 128 columns: of two rows of W, by their blocks' powers of two, and as many rows of x as there are.
-__device__ inline void multiply_run(float (&sums)[TILES][4], uint4 low, uint4 high, float4 low_powers, float4 high_powers, const u8* x) {
-  u32 first[] = {low.x, low.y, low.z, low.w}, second[] = {high.x, high.y, high.z, high.w};
-  float of_low[] = {low_powers.x, low_powers.y, low_powers.z, low_powers.w};
-  float of_high[] = {high_powers.x, high_powers.y, high_powers.z, high_powers.w};
+// A run of 128 columns: of two rows of W on each side, by their blocks' powers of two, and as many rows of x as there are.
+__device__ inline void multiply_run(float (&sums)[TALLS][TILES][4], const u8* words, const float4* powers, const u8* x) {
+  u32 first[TALLS][4], second[TALLS][4];
+  float of_low[TALLS][4], of_high[TALLS][4];
+#pragma unroll
+  for (int side = 0; side < TALLS; ++side) {
+    const u8* rows = words + side * SIDE * RUN;
+    *reinterpret_cast<uint4*>(first[side]) = *reinterpret_cast<const uint4*>(rows);
+    *reinterpret_cast<uint4*>(second[side]) = *reinterpret_cast<const uint4*>(rows + 8 * RUN);
+    *reinterpret_cast<float4*>(of_low[side]) = powers[side * SIDE];
+    *reinterpret_cast<float4*>(of_high[side]) = powers[side * SIDE + 8];
+  }
 #pragma unroll
   for (int block = 0; block < 4; ++block) {
-    u32 w[8];
-    for (int i = 0; i < 4; ++i) w[2 * i] = code_pair(first[i], block), w[2 * i + 1] = code_pair(second[i], block);
+    u32 w[TALLS][8];
+#pragma unroll
+    for (int i = 0; i < 4 * TALLS; ++i) {
+      w[i / 4][i % 4 * 2] = code_pair(first[i / 4][i % 4], block);
+      w[i / 4][i % 4 * 2 + 1] = code_pair(second[i / 4][i % 4], block);
+    }
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
-      float part[4];
       uint4 columns = *reinterpret_cast<const uint4*>(x + tile * 8 * X_PITCH + block * 64);
-      begin_tile(part, w[0], w[1], w[2], w[3], columns.x, columns.y);
-      multiply_tile<false>(part, w[4], w[5], w[6], w[7], columns.z, columns.w);
-      for (int i = 0; i < 2; ++i) {
-        sums[tile][i] += part[i] * of_low[block];
-        sums[tile][2 + i] += part[2 + i] * of_high[block];
+#pragma unroll
+      for (int side = 0; side < TALLS; ++side) {
+        float part[4];
+        const u32* own = w[side];
+        begin_tile(part, own[0], own[1], own[2], own[3], columns.x, columns.y);
+        multiply_tile<false>(part, own[4], own[5], own[6], own[7], columns.z, columns.w);
+        for (int i = 0; i < 2; ++i) {
+          sums[side][tile][i] += part[i] * of_low[side][block];
+          sums[side][tile][2 + i] += part[2 + i] * of_high[side][block];
+        }
       }
     }
   }
@@ -191,11 +206,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
     load_block(s, block, x, x_stride);
     __syncthreads();
     for (; way.within(); way.unit += TEAMS) {
-      float sums[TILES][4] = {};
+      float sums[TALLS][TILES][4] = {}, low_bias[TALLS] = {}, high_bias[TALLS] = {};
       int row = way.unit % UNITS * OUTPUTS + group;
       const float* row_bias = bias + (long long)expert * (N * (DOWN ? 1 : 2)) + row;
       // Rounded where they are needed: nothing waits for them here.
-      float low_bias = BIAS ? row_bias[0] : 0, high_bias = BIAS ? row_bias[DOWN ? 8 : N] : 0;
+#pragma unroll
+      for (int side = 0; BIAS && side < TALLS; ++side)
+        low_bias[side] = row_bias[side * FEW], high_bias[side] = row_bias[side * FEW + (DOWN ? 8 : N)];
       for (int segment = member; segment < SEGMENTS; segment += TEAM) {
         u32 full = shared_address(&s.full[warp][at]);
         wait_barrier(full, parity);
@@ -203,26 +220,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
         unpack_powers(powers, s.scales[warp][at]);
         __syncwarp();
 #pragma unroll RUNS_AT_ONCE
-        for (int run = 0; run < STEP; ++run) {
-          const u8* rows = words + run * TALL * RUN;
-          multiply_run(sums, *reinterpret_cast<const uint4*>(rows), *reinterpret_cast<const uint4*>(rows + 8 * RUN),
-                       powers[run * TALL + group], powers[run * TALL + 8 + group], own_x + (segment * STEP + run) * 256);
-        }
+        for (int run = 0; run < STEP; ++run)
+          multiply_run(sums, words + run * TALL * RUN, powers + run * TALL + group, own_x + (segment * STEP + run) * 256);
         __syncwarp();
         stream.request(s.codes[warp][at], s.scales[warp][at], full);
         if (++at == STAGES) at = 0, parity ^= 1;
       }
       if (TEAM > 1) {
         float4(*given)[TEAM][32] = s.sums[team][flip];
-        for (int tile = 0; tile < TILES; ++tile)
-          given[tile][member][lane] = make_float4(sums[tile][0], sums[tile][1], sums[tile][2], sums[tile][3]);
-        sync_team<32 * TEAM>(team);
         bool own = member == turn;
-        for (int tile = 0; tile < TILES && own; ++tile) {
-          for (float& sum : sums[tile]) sum = 0;
-          for (int other = 0; other < TEAM; ++other) {
-            float4 some = given[tile][other][lane];
-            sums[tile][0] += some.x, sums[tile][1] += some.y, sums[tile][2] += some.z, sums[tile][3] += some.w;
+#pragma unroll
+        for (int i = 0; i < TALLS * TILES; ++i) {
+          const float* some = sums[i / TILES][i % TILES];
+          given[i][member][lane] = make_float4(some[0], some[1], some[2], some[3]);
+        }
+        sync_team<32 * TEAM>(team);
+#pragma unroll
+        for (int i = 0; i < TALLS * TILES; ++i) {
+          float* total = sums[i / TILES][i % TILES];
+          for (int j = 0; j < 4 && own; ++j) total[j] = 0;
+          for (int other = 0; other < TEAM && own; ++other) {
+            float4 some = given[i][other][lane];
+            total[0] += some.x, total[1] += some.y, total[2] += some.z, total[3] += some.w;
           }
         }
         flip ^= 1;
@@ -230,11 +249,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
         if (!own) continue;
       }
 #pragma unroll
-      for (int i = 0; i < 2 * TILES; ++i) {
-        int column = i / 2 * 8 + 2 * part + i % 2, choice = column < ROWS ? s.blocks.choice[block * ROWS + column % ROWS] : -1;
-        float low = sums[i / 2][i % 2] * BACK + rounded(low_bias), high = sums[i / 2][2 + i % 2] * BACK + rounded(high_bias);
-        if (choice >= 0 && DOWN) parts[(long long)choice * N + row] = low, parts[(long long)choice * N + row + 8] = high;
-        if (choice >= 0 && !DOWN) y[(long long)choice * N + row] = narrow(activated(low, high, alpha, limit));
+      for (int i = 0; i < 2 * TILES * TALLS; ++i) {
+        int side = i / (2 * TILES), tile = i / 2 % TILES, at = row + side * FEW, column = tile * 8 + 2 * part + i % 2;
+        int choice = column < ROWS ? s.blocks.choice[block * ROWS + column % ROWS] : -1;
+        float low = sums[side][tile][i % 2] * BACK + rounded(low_bias[side]);
+        float high = sums[side][tile][2 + i % 2] * BACK + rounded(high_bias[side]);
+        if (choice >= 0 && DOWN) parts[(long long)choice * N + at] = low, parts[(long long)choice * N + at + 8] = high;
+        if (choice >= 0 && !DOWN) y[(long long)choice * N + at] = narrow(activated(low, high, alpha, limit));
       }
     }
   }

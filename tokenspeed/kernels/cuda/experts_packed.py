@@ -45,6 +45,7 @@ class Variant:
     n: int
     warps: int
     team: int
+    talls: int
     programs: int
     step: int
     stages: int
@@ -62,7 +63,7 @@ class Variant:
     @property
     def stage(self) -> int:
         """Bytes of a warp's stage, with its barrier."""
-        return self.step * TALL * (RUN_BYTES + 4) + 8
+        return self.talls * self.step * TALL * (RUN_BYTES + 4) + 8
 
     @property
     def shared(self) -> int:
@@ -71,7 +72,10 @@ class Variant:
         blocks = min(self.chosen, self.experts + self.chosen // self.rows)
         lists = 4 * (_warps(self.experts) + _warps(self.chosen) + 1) + 2 * blocks * (1 + self.rows)
         shared = self.warps if self.team > 1 else 1
-        powers, sums = self.warps * self.step * TALL * 16, 2 * shared * 512 * -(-self.rows // 8)
+        powers, sums = (
+            self.warps * self.talls * self.step * TALL * 16,
+            2 * shared * self.talls * 512 * -(-self.rows // 8),
+        )
         return -(-(self.warps * self.stages * self.stage + powers + sums + x + lists) // 16) * 16
 
     def defines(self) -> dict[str, int]:
@@ -81,12 +85,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Way:
-    """warps of a program, how many share a unit, programs of a processor, runs of 128 columns in a stage."""
+    """warps of a program, how many share a unit, programs of a processor, runs of 128 columns in a stage, how many
+    times TALL rows a unit has."""
 
     warps: int
     team: int
     programs: int
     step: int
+    talls: int = 1
 
 
 _MANY = (Way(12, 2, 1, 4), Way(8, 2, 1, 2))
@@ -96,7 +102,7 @@ WAYS = {
     4: _MANY,
     8: _MANY,
     16: (Way(12, 2, 1, 2), Way(8, 1, 1, 2)),
-    24: (Way(12, 1, 1, 2), Way(8, 1, 1, 2)),
+    24: (Way(8, 1, 1, 1, 2), Way(12, 1, 1, 2), Way(8, 1, 1, 2)),
 }
 """By rows, the better first. gpt-oss-20b's experts of 1 / 2 / 4 / 8 / 32 tokens: 25.3 / 41.2 / 61.5 / 88.3 / 134 us, by
 Triton 34.0 / 49.0 / 102.6 / 128.9 / 178; by teams of one warp from 2 tokens on 3 to 6 us more."""
@@ -114,9 +120,9 @@ def variant(
     chosen, flags = choices << (tokens - 1).bit_length(), (ACTIVATIONS[act], int(bias))
     for rows, taken in _candidates(tokens, way):
         shape = (rows, experts, chosen, choices, columns, outputs)
-        found = Variant(*shape, taken.warps, taken.team, taken.programs, taken.step, 0, *flags)
+        found = Variant(*shape, taken.warps, taken.team, taken.talls, taken.programs, taken.step, 0, *flags)
         stages = (ALL_SHARED // taken.programs - 1024 - found.shared) // (taken.warps * found.stage)
-        if stages >= LEAST_STAGES:
+        if stages >= LEAST_STAGES and outputs % (unit * taken.talls) == 0:
             return replace(found, stages=stages)
     return None
 
@@ -175,7 +181,9 @@ def _launch(
     given: Experts,
 ) -> None:
     device = device_index(x.device)
-    codes, scales = tensor_maps(weight.q.data_ptr(), weight.scale.data_ptr(), *weight.shape, found.down, found.step)
+    codes, scales = tensor_maps(
+        weight.q.data_ptr(), weight.scale.data_ptr(), *weight.shape, found.down, found.step, found.talls
+    )
     kernel(found, device).launch(
         (found.programs * processors(device), 1, 1),
         [
@@ -196,21 +204,21 @@ def _launch(
 
 @lru_cache(maxsize=4096)
 def tensor_maps(
-    codes: int, scales: int, experts: int, rows: int, cols: int, down: bool, step: int
+    codes: int, scales: int, experts: int, rows: int, cols: int, down: bool, step: int, talls: int
 ) -> tuple[TensorMap, TensorMap]:
     """Of the words and of the exponents of Mxfp4Experts [experts, rows, cols] at these addresses: boxes of `step` runs
-    of a unit's rows, eight and the eight that belong to them. Coordinates of words: word, row, half, run, unit of all
-    experts; of exponents: row, half, run, unit of the expert, expert."""
+    of eight rows and the eight that belong to them, `talls` times. Coordinates of words: word, row, half, run, sixteen
+    of all experts; of exponents: row, half, run, sixteen of the expert, expert."""
     runs, unit = -(-cols // RUN), TALL if down else TALL // 2
     line, apart = runs * RUN_BYTES, TALL // 2 if down else rows // 2
     what = f"experts [{experts}, {rows}, {cols}] of mxfp4"
     return (
         encoded(
             what, codes, torch.int16, (RUN_BYTES // 2, 8, 2, runs, experts * rows // unit),
-            (line, apart * line, RUN_BYTES, unit * line), (RUN_BYTES // 2, 8, 2, step, 1),
+            (line, apart * line, RUN_BYTES, unit * line), (RUN_BYTES // 2, 8, 2, step, talls),
         ),
         encoded(
             what, scales, torch.int32, (8, 2, runs, rows // TALL, experts),
-            (4 * apart, 4 * rows, 4 * unit, 4 * runs * rows), (8, 2, step, 1, 1),
+            (4 * apart, 4 * rows, 4 * unit, 4 * runs * rows), (8, 2, step, talls, 1),
         ),
     )  # fmt: skip
