@@ -96,6 +96,13 @@ def test_twice_as_tall_units(team: int, act: str, folder: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_rows_of_the_next_block_on_their_way(tokens: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate(monkeypatch, folder, Way(4, 2, 1, 2, buffers=2))
+    right(ExpertCase(6, 4, 288, 352, "silu", False, "mxfp4"), tokens, tokens // 3)
+
+
+@pytest.mark.slow
 def test_more_choices_of_an_expert_than_a_block_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emulate(monkeypatch, folder, Way(4, 2, 1, 2))
     right(ExpertCase(3, 2, 128, 96, fmt="mxfp4"), 14, 1)

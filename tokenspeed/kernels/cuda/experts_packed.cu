@@ -5,7 +5,7 @@
 // or twice so many, for a block (of gate and up 8 each, which go together). Units of all blocks, one after the other, are dealt out evenly: a
 // program has some in a row, which its teams of warps take in turn. The warps of a team share a unit's columns, each through a
 // ring of its own, which one thread fills by tensor copies, and one of them adds up their sums. All warps meet where a block
-// begins, to put its rows of x into shared memory.
+// begins, with its rows of x in shared memory; those of the next one are on their way meanwhile, where there are two BUFFERS.
 //
 // A word of 32 bits holds two neighbouring columns of each of a run's four blocks of 32 (quantization/mxfp4_experts.py). Codes
 // are taken for the bf16 numbers of their bits, 2^-126 of their value, which tensor cores multiply exactly; x is X_FACTOR
@@ -14,7 +14,8 @@
 // down asks for its experts before its wait: gate and up lets it start after its own wait, so that the router has ended.
 //
 // Compiled with -D: ROWS of x that fit (1, 2, 4, or a multiple of 8), EXPERTS, CHOSEN choices at most, CHOICES of a token, K columns, N outputs, WARPS, TEAM
-// of which share a unit, TALLS times 16 rows of it, STEP runs of 128 columns in a stage, STAGES, ACT (0: down, 1: silu, 2: gelu tanh, 3: clamped swiglu), BIAS, SHARED bytes.
+// of which share a unit, TALLS times 16 rows of it, BUFFERS for a
+// block's rows of x, STEP runs of 128 columns in a stage, STAGES, ACT (0: down, 1: silu, 2: gelu tanh, 3: clamped swiglu), BIAS, SHARED bytes.
 
 #include "expert_blocks.cuh"
 #include "row.cuh"
@@ -29,7 +30,7 @@ constexpr int SEGMENTS = (RUNS + STEP - 1) / STEP;
 constexpr int RUN = 64;  // bytes of a row
 constexpr int SIDE = STEP * TALL, CODES = TALLS * SIDE * RUN, SCALES = TALLS * SIDE * 4;
 // Of x's columns, with those past the last one, zeros; bytes of a row, neighbours half a line of banks apart.
-constexpr int COLUMNS = SEGMENTS * STEP * 128, X_PITCH = 2 * COLUMNS + 64;
+constexpr int VECTORS = K / 8, COLUMNS = SEGMENTS * STEP * 128, X_PITCH = 2 * COLUMNS + 64;
 constexpr int TEAMS = WARPS / TEAM, TILES = (ROWS + 7) / 8;  // the latter of rows of x
 #if __CUDA_ARCH__ < 1000
 constexpr int RUNS_AT_ONCE = STEP;
@@ -45,7 +46,7 @@ struct Shared {
   u32 scales[WARPS][STAGES][SCALES / 4];
   float4 powers[WARPS][SCALES / 4];
   float4 sums[TEAM > 1 ? TEAMS : 1][2][TALLS * TILES][TEAM][32];
-  u8 x[ROWS * X_PITCH];
+  u8 x[BUFFERS][ROWS * X_PITCH];
   u64 full[WARPS][STAGES];
   Blocks<ROWS, EXPERTS, CHOSEN, CHOICES, THREADS> blocks;
 };
@@ -102,16 +103,24 @@ struct Stream {
   }
 };
 
-// The block's rows of x, X_FACTOR times as large, zeros for those that it has not.
-__device__ void load_block(Shared& s, int block, const u16* x, long long x_stride) {
-  constexpr int VECTORS = K / 8;
-#pragma unroll(ROWS <= 8 ? 4 : 8)
+// Asks for the block's rows of x; zeros for those that it has not.
+__device__ void ask_rows(u8* to, const short* choices, const u16* x, long long x_stride) {
   for (int i = threadIdx.x; i < ROWS * VECTORS; i += THREADS) {
-    int row = i / VECTORS, at = i % VECTORS, choice = s.blocks.choice[block * ROWS + row];
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (choice >= 0) v = *reinterpret_cast<const uint4*>(x + (DOWN ? choice : choice / CHOICES) * x_stride + at * 8);
-    *reinterpret_cast<uint4*>(s.x + row * X_PITCH + at * 16) =
-        make_uint4(enlarged(v.x), enlarged(v.y), enlarged(v.z), enlarged(v.w));
+    int row = i / VECTORS, at = i % VECTORS, choice = choices[row];
+    u8* place = to + row * X_PITCH + at * 16;
+    if (choice >= 0)
+      copy_sixteen(shared_address(place), x + (DOWN ? choice : choice / CHOICES) * x_stride + at * 8);
+    else
+      *reinterpret_cast<uint4*>(place) = make_uint4(0, 0, 0, 0);
+  }
+}
+// Takes what this thread asked for, and makes it X_FACTOR times as large.
+__device__ void take_rows(u8* rows) {
+  wait_for_copies();
+#pragma unroll 4
+  for (int i = threadIdx.x; i < ROWS * VECTORS; i += THREADS) {
+    uint4& v = *reinterpret_cast<uint4*>(rows + i / VECTORS * X_PITCH + i % VECTORS * 16);
+    v = make_uint4(enlarged(v.x), enlarged(v.y), enlarged(v.z), enlarged(v.w));
   }
 }
 
@@ -185,8 +194,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
     for (int i = 0; i < STAGES; ++i) barrier_init(&s.full[warp][i], 1);
     barriers_ready();
   }
-  for (int i = threadIdx.x; i < ROWS * (COLUMNS / 8 - K / 8); i += THREADS)
-    *reinterpret_cast<uint4*>(s.x + i % ROWS * X_PITCH + (K / 8 + i / ROWS) * 16) = make_uint4(0, 0, 0, 0);
+  for (int i = threadIdx.x; i < BUFFERS * ROWS * (COLUMNS / 8 - VECTORS); i += THREADS) {
+    int row = i % (BUFFERS * ROWS), at = VECTORS + i / (BUFFERS * ROWS);
+    *reinterpret_cast<uint4*>(s.x[row / ROWS] + row % ROWS * X_PITCH + at * 16) = make_uint4(0, 0, 0, 0);
+  }
   if (!DOWN) wait_for_previous();
   let_next_start();
   int units = s.blocks.list(ids, chosen) * UNITS, begin = (long long)units * blockIdx.x / gridDim.x, end = (long long)units * (blockIdx.x + 1) / gridDim.x;
@@ -195,16 +206,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
 #pragma unroll 1
   for (int i = 0; i < STAGES; ++i) stream.request(s.codes[warp][i], s.scales[warp][i], shared_address(&s.full[warp][i]));
   if (DOWN) wait_for_previous();
-  int at = 0, parity = 0, flip = 0, turn = 0;
+  int at = 0, parity = 0, flip = 0, turn = 0, buffer = 0;
   // Where there are fewer rows of x than a product has, it takes some of them again, and nobody asks for these sums.
-  const u8* own_x = s.x + group % ROWS * X_PITCH + part * 16;
+  int own_x = group % ROWS * X_PITCH + part * 16;
   float4* powers = s.powers[warp];
   Way way(begin, end);
+  if (BUFFERS > 1 && begin < end) ask_rows(s.x[0], s.blocks.choice + begin / UNITS * ROWS, x, x_stride);
   for (bool more = begin < end; more; more = way.advance()) {
     int block = way.at / UNITS, expert = s.blocks.expert[block];
+    u8* rows = s.x[buffer];
+    if (BUFFERS == 1) {
+      __syncthreads();
+      ask_rows(rows, s.blocks.choice + block * ROWS, x, x_stride);
+    }
+    take_rows(rows);
     __syncthreads();
-    load_block(s, block, x, x_stride);
-    __syncthreads();
+    if (BUFFERS > 1) {
+      buffer ^= 1;
+      if (way.stop < end) ask_rows(s.x[buffer], s.blocks.choice + (block + 1) * ROWS, x, x_stride);
+    }
     for (; way.within(); way.unit += TEAMS) {
       float sums[TALLS][TILES][4] = {}, low_bias[TALLS] = {}, high_bias[TALLS] = {};
       int row = way.unit % UNITS * OUTPUTS + group;
@@ -221,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
         __syncwarp();
 #pragma unroll RUNS_AT_ONCE
         for (int run = 0; run < STEP; ++run)
-          multiply_run(sums, words + run * TALL * RUN, powers + run * TALL + group, own_x + (segment * STEP + run) * 256);
+          multiply_run(sums, words + run * TALL * RUN, powers + run * TALL + group, rows + own_x + (segment * STEP + run) * 256);
         __syncwarp();
         stream.request(s.codes[warp][at], s.scales[warp][at], full);
         if (++at == STAGES) at = 0, parity ^= 1;

@@ -47,6 +47,7 @@ class Variant:
     team: int
     talls: int
     programs: int
+    buffers: int
     step: int
     stages: int
     act: int
@@ -68,7 +69,7 @@ class Variant:
     @property
     def shared(self) -> int:
         """Bytes of the source's Shared."""
-        x = self.rows * (-(-self.k // (RUN * self.step)) * self.step * 2 * RUN + 64)
+        x = self.buffers * self.rows * (-(-self.k // (RUN * self.step)) * self.step * 2 * RUN + 64)
         blocks = min(self.chosen, self.experts + self.chosen // self.rows)
         lists = 4 * (_warps(self.experts) + _warps(self.chosen) + 1) + 2 * blocks * (1 + self.rows)
         shared = self.warps if self.team > 1 else 1
@@ -86,13 +87,14 @@ class Variant:
 @dataclass(frozen=True)
 class Way:
     """warps of a program, how many share a unit, programs of a processor, runs of 128 columns in a stage, how many
-    times TALL rows a unit has."""
+    times TALL rows a unit has, buffers for x."""
 
     warps: int
     team: int
     programs: int
     step: int
     talls: int = 1
+    buffers: int = 1
 
 
 _MANY = (Way(12, 2, 1, 4), Way(8, 2, 1, 2))
@@ -120,7 +122,9 @@ def variant(
     chosen, flags = choices << (tokens - 1).bit_length(), (ACTIVATIONS[act], int(bias))
     for rows, taken in _candidates(tokens, way):
         shape = (rows, experts, chosen, choices, columns, outputs)
-        found = Variant(*shape, taken.warps, taken.team, taken.talls, taken.programs, taken.step, 0, *flags)
+        found = Variant(
+            *shape, taken.warps, taken.team, taken.talls, taken.programs, taken.buffers, taken.step, 0, *flags
+        )
         stages = (ALL_SHARED // taken.programs - 1024 - found.shared) // (taken.warps * found.stage)
         if stages >= LEAST_STAGES and outputs % (unit * taken.talls) == 0:
             return replace(found, stages=stages)

@@ -202,6 +202,11 @@ __device__ void copy_few(u32 to, const u8* from) {
 __device__ inline void arrive_with_copies(u32 barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
+// 16 bytes by a thread, past the first-level cache; until all that it asked for is there.
+__device__ inline void copy_sixteen(u32 to, const u16* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // sums += 16 columns of 8 rows of x (of 16; the others are zero) times those of 8 rows of W, of bf16 or float16. Which
 // columns a thread holds is of no matter as long as it is the same ones of x and of W.
