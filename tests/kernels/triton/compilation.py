@@ -87,7 +87,16 @@ def _compile(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target:
         "shared": compiled.metadata.shared,
         **before,
         **counts,
+        **_words(compiled.asm.get("ttgir", "")),
     }
+
+
+def _words(ttgir: str) -> dict[str, int]:
+    """How many pieces of assembly take int16 words of which a register has neighbouring columns, and how many others."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    taken = re.findall(r"elementwise_inline_asm.* : tensor<\d+x\d+xi16, (#ttg\.\w+<{.*?}>|#\w+)", ttgir)
+    side = [re.search(r"dot_op<.*kWidth = 2}|register = \[\[0, 1\]", layouts.get(each, each)) for each in taken]
+    return {"words side by side": sum(map(bool, side)), "words apart": side.count(None)}
 
 
 def _type(value: Any) -> str:

@@ -42,6 +42,7 @@ def test_one_of_each_for_hopper(tmp_path: Path) -> None:
             assert kernel["mma.sync"] > 0, kernel
             # Words and rows of x are read from shared memory as products take them, and widened in registers.
             assert kernel["ldmatrix"] in (6, 8), kernel
+            assert (kernel["words side by side"], kernel["words apart"]) == (1, 0), kernel
         if kernel["name"] == "router_kernel":
             assert kernel["other loads before wait"] > 0, kernel
         assert kernel["griddepcontrol.wait"] == kernel["griddepcontrol.launch_dependents"] == 1, kernel
@@ -63,6 +64,7 @@ than tensor memory holds; Triton 3.9.0 copes)."""
 def test_every_kernel_for_every_target(target: str, version: str, tmp_path: Path) -> None:
     kernels = compiled(target, paths_of(target), tmp_path, version)
     assert {kernel["name"] for kernel in kernels} >= NAMES
+    assert not any(kernel["words apart"] for kernel in kernels)
     if target.startswith("sm"):
         products = [kernel for kernel in kernels if kernel["name"] in PRODUCTS and kernel["x"] != "*fp32"]
         units = ("wgmma.mma_async", "mma.sync", "tcgen05.mma")
