@@ -92,7 +92,7 @@ def _compile(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target:
 
 
 def _words(ttgir: str) -> dict[str, int]:
-    """How many pieces of assembly take int16 words of which a register has neighbouring columns, and how many others."""
+    """How much assembly takes int16 words of which a register has neighbouring columns, and how much takes others."""
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
     taken = re.findall(r"elementwise_inline_asm.* : tensor<\d+x\d+xi16, (#ttg\.\w+<{.*?}>|#\w+)", ttgir)
     side = [re.search(r"dot_op<.*kWidth = 2}|register = \[\[0, 1\]", layouts.get(each, each)) for each in taken]
