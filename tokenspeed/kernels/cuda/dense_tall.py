@@ -16,7 +16,7 @@ from tokenspeed.kernels.triton.operands import Matrix, Rows, matrix_parts, scale
 from tokenspeed.quantization.fp8 import Fp8Weight
 from tokenspeed.quantization.narrow import PackedWeight
 
-FEWEST_TOKENS, MOST_TOKENS = 17, 64
+FEWEST_TOKENS, MOST_TOKENS = 9, 64
 TILE, LINE = 128, 128
 """Rows of W of a tile, bytes of a row in a copy."""
 THREADS = 2 * 128 + 32

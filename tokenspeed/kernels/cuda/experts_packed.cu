@@ -1,9 +1,9 @@
 // The chosen experts of some tokens by MXFP4 weights, in two kernels of one source: gate and up with their activation, then
 // down, whose results of each choice another kernel weighs and adds up.
 //
-// Every program lists the experts that are chosen in blocks: an expert and up to ROWS of its choices. A unit is 16 rows of W,
-// or twice so many, for a block (of gate and up 8 each, which go together). Units of all blocks, one after the other, are dealt out evenly: a
-// program has some in a row, which its teams of warps take in turn. The warps of a team share a unit's columns, each through a
+// Every program lists the experts that are chosen in blocks: an expert and up to ROWS of its choices. A unit is 16 rows of W for a block (of
+// gate and up 8 each, which go together). Units of all blocks, one after the other, are dealt out evenly: a program has some
+// in a row, which its teams of warps take in turn. The warps of a team share a unit's columns, each through a
 // ring of its own, which one thread fills by tensor copies, and one of them adds up their sums. All warps meet where a block
 // begins, with its rows of x in shared memory; those of the next one are on their way meanwhile, where there are two BUFFERS.
 //
@@ -13,9 +13,9 @@
 //
 // down asks for its experts before its wait: gate and up lets it start after its own wait, so that the router has ended.
 //
-// Compiled with -D: ROWS of x that fit (1, 2, 4, or a multiple of 8), EXPERTS, CHOSEN choices at most, CHOICES of a token, K columns, N outputs, WARPS, TEAM
-// of which share a unit, TALLS times 16 rows of it, BUFFERS for a
-// block's rows of x, STEP runs of 128 columns in a stage, STAGES, ACT (0: down, 1: silu, 2: gelu tanh, 3: clamped swiglu), BIAS, SHARED bytes.
+// Compiled with -D: ROWS of x that fit (1, 2, 4 or 8), EXPERTS, CHOSEN choices at most, CHOICES of a token, K columns, N
+// outputs, WARPS, TEAM of which share a unit, BUFFERS for a block's rows of x, STEP runs of 128 columns in a stage, STAGES,
+// ACT (0: down, 1: silu, 2: gelu tanh, 3: clamped swiglu), BIAS, SHARED bytes.
 
 #include "expert_blocks.cuh"
 #include "row.cuh"
@@ -23,15 +23,15 @@
 constexpr bool DOWN = ACT == 0;
 constexpr int THREADS = 32 * WARPS;
 constexpr int TALL = 16;
-constexpr int FEW = DOWN ? TALL : TALL / 2, OUTPUTS = TALLS * FEW;
+constexpr int OUTPUTS = DOWN ? TALL : TALL / 2;
 constexpr int UNITS = N / OUTPUTS;
 constexpr int RUNS = (K + 127) / 128;
 constexpr int SEGMENTS = (RUNS + STEP - 1) / STEP;
 constexpr int RUN = 64;  // bytes of a row
-constexpr int SIDE = STEP * TALL, CODES = TALLS * SIDE * RUN, SCALES = TALLS * SIDE * 4;
+constexpr int CODES = STEP * TALL * RUN, SCALES = STEP * TALL * 4;
 // Of x's columns, with those past the last one, zeros; bytes of a row, neighbours half a line of banks apart.
 constexpr int VECTORS = K / 8, COLUMNS = SEGMENTS * STEP * 128, X_PITCH = 2 * COLUMNS + 64;
-constexpr int TEAMS = WARPS / TEAM, TILES = (ROWS + 7) / 8;  // the latter of rows of x
+constexpr int TEAMS = WARPS / TEAM;
 #if __CUDA_ARCH__ < 1000
 constexpr int RUNS_AT_ONCE = STEP;
 #else
@@ -39,13 +39,13 @@ constexpr int RUNS_AT_ONCE = 2;  // more spill registers there
 #endif
 // Codes are 2^-126, exponents 2^90 of what they stand for.
 constexpr float BACK = 1.0f / 268435456;
-static_assert(N % OUTPUTS == 0 && K % 8 == 0 && STEP * TALLS % 2 == 0 && WARPS % TEAM == 0, "sizes do not fit the tiles");
+static_assert(N % OUTPUTS == 0 && K % 8 == 0 && STEP % 2 == 0 && WARPS % TEAM == 0, "sizes do not fit the tiles");
 
 struct Shared {
   u8 codes[WARPS][STAGES][CODES];
   u32 scales[WARPS][STAGES][SCALES / 4];
   float4 powers[WARPS][SCALES / 4];
-  float4 sums[TEAM > 1 ? TEAMS : 1][2][TALLS * TILES][TEAM][32];
+  float4 sums[TEAM > 1 ? TEAMS : 1][2][TEAM][32];
   u8 x[BUFFERS][ROWS * X_PITCH];
   u64 full[WARPS][STAGES];
   Blocks<ROWS, EXPERTS, CHOSEN, CHOICES, THREADS> blocks;
@@ -88,9 +88,9 @@ struct Stream {
   __device__ void request(u8* to, u32* scales_to, u32 full) {
     if (!more) return;
     if (elected()) {
-      int expert = s->blocks.expert[way.unit / UNITS], group = way.unit % UNITS * TALLS;
+      int expert = s->blocks.expert[way.unit / UNITS], group = way.unit % UNITS;
       expect_bytes(full, CODES + SCALES);
-      copy_tensor(shared_address(to), *codes, 0, 0, 0, segment * STEP, expert * (N * (DOWN ? 1 : 2) / FEW) + group, full, policy);
+      copy_tensor(shared_address(to), *codes, 0, 0, 0, segment * STEP, expert * (DOWN ? 1 : 2) * UNITS + group, full, policy);
       copy_tensor(shared_address(scales_to), *scales, 0, 0, segment * STEP, group, expert, full, policy);
     }
     __syncwarp();
@@ -141,40 +141,23 @@ __device__ inline u32 code_pair(u32 word, int block) {
 }
 
 // A run of 128 columns: of two rows of W on each side, by their blocks' powers of two, and as many rows of x as there are.
-__device__ inline void multiply_run(float (&sums)[TALLS][TILES][4], const u8* words, const float4* powers, const u8* x) {
-  u32 first[TALLS][4], second[TALLS][4];
-  float of_low[TALLS][4], of_high[TALLS][4];
-#pragma unroll
-  for (int side = 0; side < TALLS; ++side) {
-    const u8* rows = words + side * SIDE * RUN;
-    *reinterpret_cast<uint4*>(first[side]) = *reinterpret_cast<const uint4*>(rows);
-    *reinterpret_cast<uint4*>(second[side]) = *reinterpret_cast<const uint4*>(rows + 8 * RUN);
-    *reinterpret_cast<float4*>(of_low[side]) = powers[side * SIDE];
-    *reinterpret_cast<float4*>(of_high[side]) = powers[side * SIDE + 8];
-  }
+__device__ inline void multiply_run(float (&sums)[4], const u8* words, const float4* powers, const u8* x) {
+  u32 first[4], second[4];
+  float of_low[4], of_high[4];
+  *reinterpret_cast<uint4*>(first) = *reinterpret_cast<const uint4*>(words);
+  *reinterpret_cast<uint4*>(second) = *reinterpret_cast<const uint4*>(words + 8 * RUN);
+  *reinterpret_cast<float4*>(of_low) = powers[0];
+  *reinterpret_cast<float4*>(of_high) = powers[8];
 #pragma unroll
   for (int block = 0; block < 4; ++block) {
-    u32 w[TALLS][8];
+    u32 w[8];
 #pragma unroll
-    for (int i = 0; i < 4 * TALLS; ++i) {
-      w[i / 4][i % 4 * 2] = code_pair(first[i / 4][i % 4], block);
-      w[i / 4][i % 4 * 2 + 1] = code_pair(second[i / 4][i % 4], block);
-    }
-#pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) {
-      uint4 columns = *reinterpret_cast<const uint4*>(x + tile * 8 * X_PITCH + block * 64);
-#pragma unroll
-      for (int side = 0; side < TALLS; ++side) {
-        float part[4];
-        const u32* own = w[side];
-        begin_tile(part, own[0], own[1], own[2], own[3], columns.x, columns.y);
-        multiply_tile<false>(part, own[4], own[5], own[6], own[7], columns.z, columns.w);
-        for (int i = 0; i < 2; ++i) {
-          sums[side][tile][i] += part[i] * of_low[side][block];
-          sums[side][tile][2 + i] += part[2 + i] * of_high[side][block];
-        }
-      }
-    }
+    for (int i = 0; i < 4; ++i) w[2 * i] = code_pair(first[i], block), w[2 * i + 1] = code_pair(second[i], block);
+    uint4 columns = *reinterpret_cast<const uint4*>(x + block * 64);
+    float part[4];
+    begin_tile(part, w[0], w[1], w[2], w[3], columns.x, columns.y);
+    multiply_tile<false>(part, w[4], w[5], w[6], w[7], columns.z, columns.w);
+    for (int i = 0; i < 2; ++i) sums[i] += part[i] * of_low[block], sums[2 + i] += part[2 + i] * of_high[block];
   }
 }
 
@@ -226,13 +209,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
       if (way.stop < end) ask_rows(s.x[buffer], s.blocks.choice + (block + 1) * ROWS, x, x_stride);
     }
     for (; way.within(); way.unit += TEAMS) {
-      float sums[TALLS][TILES][4] = {}, low_bias[TALLS] = {}, high_bias[TALLS] = {};
+      float sums[4] = {}, low_bias = 0, high_bias = 0;
       int row = way.unit % UNITS * OUTPUTS + group;
-      const float* row_bias = bias + (long long)expert * (N * (DOWN ? 1 : 2)) + row;
-      // Rounded where they are needed: nothing waits for them here.
-#pragma unroll
-      for (int side = 0; BIAS && side < TALLS; ++side)
-        low_bias[side] = row_bias[side * FEW], high_bias[side] = row_bias[side * FEW + (DOWN ? 8 : N)];
+      if (BIAS) {  // rounded where it is needed: nothing waits for it here
+        const float* row_bias = bias + (long long)expert * (N * (DOWN ? 1 : 2)) + row;
+        low_bias = row_bias[0], high_bias = row_bias[DOWN ? 8 : N];
+      }
       for (int segment = member; segment < SEGMENTS; segment += TEAM) {
         u32 full = shared_address(&s.full[warp][at]);
         wait_barrier(full, parity);
@@ -247,35 +229,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
         if (++at == STAGES) at = 0, parity ^= 1;
       }
       if (TEAM > 1) {
-        float4(*given)[TEAM][32] = s.sums[team][flip];
+        float4(*given)[32] = s.sums[team][flip];
         bool own = member == turn;
-#pragma unroll
-        for (int i = 0; i < TALLS * TILES; ++i) {
-          const float* some = sums[i / TILES][i % TILES];
-          given[i][member][lane] = make_float4(some[0], some[1], some[2], some[3]);
-        }
+        given[member][lane] = make_float4(sums[0], sums[1], sums[2], sums[3]);
         sync_team<32 * TEAM>(team);
-#pragma unroll
-        for (int i = 0; i < TALLS * TILES; ++i) {
-          float* total = sums[i / TILES][i % TILES];
-          for (int j = 0; j < 4 && own; ++j) total[j] = 0;
-          for (int other = 0; other < TEAM && own; ++other) {
-            float4 some = given[i][other][lane];
-            total[0] += some.x, total[1] += some.y, total[2] += some.z, total[3] += some.w;
-          }
+        for (int j = 0; j < 4 && own; ++j) sums[j] = 0;
+        for (int other = 0; other < TEAM && own; ++other) {
+          float4 some = given[other][lane];
+          sums[0] += some.x, sums[1] += some.y, sums[2] += some.z, sums[3] += some.w;
         }
         flip ^= 1;
         if (++turn == TEAM) turn = 0;
         if (!own) continue;
       }
 #pragma unroll
-      for (int i = 0; i < 2 * TILES * TALLS; ++i) {
-        int side = i / (2 * TILES), tile = i / 2 % TILES, at = row + side * FEW, column = tile * 8 + 2 * part + i % 2;
-        int choice = column < ROWS ? s.blocks.choice[block * ROWS + column % ROWS] : -1;
-        float low = sums[side][tile][i % 2] * BACK + rounded(low_bias[side]);
-        float high = sums[side][tile][2 + i % 2] * BACK + rounded(high_bias[side]);
-        if (choice >= 0 && DOWN) parts[(long long)choice * N + at] = low, parts[(long long)choice * N + at + 8] = high;
-        if (choice >= 0 && !DOWN) y[(long long)choice * N + at] = narrow(activated(low, high, alpha, limit));
+      for (int i = 0; i < 2; ++i) {
+        int column = 2 * part + i, choice = column < ROWS ? s.blocks.choice[block * ROWS + column % ROWS] : -1;
+        float low = sums[i] * BACK + rounded(low_bias), high = sums[2 + i] * BACK + rounded(high_bias);
+        if (choice >= 0 && DOWN) parts[(long long)choice * N + row] = low, parts[(long long)choice * N + row + 8] = high;
+        if (choice >= 0 && !DOWN) y[(long long)choice * N + row] = narrow(activated(low, high, alpha, limit));
       }
     }
   }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 
@@ -18,9 +17,9 @@ from tokenspeed.kernels.triton.launch import device_index
 from tokenspeed.quantization.mxfp4_experts import Mxfp4Experts
 from tokenspeed.quantization.nibbles import RUN
 
-MOST_TOKENS = 128
-ROWS = {1: (1,), 2: (2,), 4: (4,), 32: (8,), 64: (16,), 128: (24, 16)}
-"""Choices of a block, the better first, by the most tokens. Of an expert with more the weights are read again."""
+MOST_TOKENS = 64
+ROWS = {1: 1, 2: 2, 4: 4, MOST_TOKENS: 8}
+"""Choices of a block, by the most tokens. Of an expert with more the weights are read again."""
 TALL = 16
 """Rows of W in a unit."""
 RUN_BYTES = 64
@@ -30,7 +29,7 @@ ALL_SHARED = 227 << 10
 """Bytes of shared memory of all programs of a processor."""
 EARLY_TOKENS = range(1, 9)
 """Of which the projection after the experts may start, and ask for weights, before their sum does: gpt-oss-20b's step
-at 1 / 8 / 32 sequences 1.359 / 3.161 / 4.780 ms, 1.414 / 3.209 / 4.762 where it starts later."""
+at 1 / 8 / 16 / 32 sequences 1.335 / 3.055 / 4.128 / 4.467 ms, 1.375 / 3.123 / 4.129 / 4.470 where it starts later."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,6 @@ class Variant:
     n: int
     warps: int
     team: int
-    talls: int
     programs: int
     buffers: int
     step: int
@@ -64,7 +62,7 @@ class Variant:
     @property
     def stage(self) -> int:
         """Bytes of a warp's stage, with its barrier."""
-        return self.talls * self.step * TALL * (RUN_BYTES + 4) + 8
+        return self.step * TALL * (RUN_BYTES + 4) + 8
 
     @property
     def shared(self) -> int:
@@ -73,10 +71,7 @@ class Variant:
         blocks = min(self.chosen, self.experts + self.chosen // self.rows)
         lists = 4 * (_warps(self.experts) + _warps(self.chosen) + 1) + 2 * blocks * (1 + self.rows)
         shared = self.warps if self.team > 1 else 1
-        powers, sums = (
-            self.warps * self.talls * self.step * TALL * 16,
-            2 * shared * self.talls * 512 * -(-self.rows // 8),
-        )
+        powers, sums = self.warps * self.step * TALL * 16, 2 * shared * 512
         return -(-(self.warps * self.stages * self.stage + powers + sums + x + lists) // 16) * 16
 
     def defines(self) -> dict[str, int]:
@@ -86,28 +81,25 @@ class Variant:
 
 @dataclass(frozen=True)
 class Way:
-    """warps of a program, how many share a unit, programs of a processor, runs of 128 columns in a stage, how many
-    times TALL rows a unit has, buffers for x."""
+    """warps of a program, how many share a unit, programs of a processor, runs of 128 columns in a stage, buffers for
+    x."""
 
     warps: int
     team: int
     programs: int
     step: int
-    talls: int = 1
     buffers: int = 1
 
 
-_MANY = (Way(12, 2, 1, 4), Way(8, 2, 1, 2))
+_SMALL = Way(8, 2, 1, 2)
 WAYS = {
-    1: (Way(5, 1, 3, 4), Way(8, 2, 1, 2)),
-    2: (Way(8, 2, 2, 4), Way(8, 2, 1, 2)),
-    4: _MANY,
-    8: _MANY,
-    16: (Way(12, 2, 1, 2), Way(8, 1, 1, 2)),
-    24: (Way(8, 1, 1, 1, 2), Way(12, 1, 1, 2), Way(8, 1, 1, 2)),
+    1: (Way(5, 1, 3, 4), _SMALL),
+    2: (Way(8, 2, 2, 4), _SMALL),
+    4: (Way(12, 3, 1, 4, 2), _SMALL),
+    8: (Way(12, 2, 1, 4, 2), Way(12, 2, 1, 4), _SMALL),
 }
-"""By rows, the better first. gpt-oss-20b's experts of 1 / 2 / 4 / 8 / 32 tokens: 25.3 / 41.2 / 61.5 / 88.3 / 134 us, by
-Triton 34.0 / 49.0 / 102.6 / 128.9 / 178; by teams of one warp from 2 tokens on 3 to 6 us more."""
+"""By rows, the better first. gpt-oss-20b's experts of 1 / 2 / 4 / 8 / 16 / 32 / 64 tokens: 23.1 / 37.5 / 57.5 / 82.2 /
+108 / 119.5 / 157 us, by Triton 33.4 / 48 / 88 / 128 / 163 / 177 / 174; with one buffer for x 60.0 of 4 tokens, 83.5 of 8."""
 LEAST_STAGES = 2
 
 
@@ -119,21 +111,15 @@ def variant(
     unit = TALL if act == "none" else TALL // 2
     if act not in ACTIVATIONS or tokens > MOST_TOKENS or columns % 8 or outputs % unit:
         return None
-    chosen, flags = choices << (tokens - 1).bit_length(), (ACTIVATIONS[act], int(bias))
-    for rows, taken in _candidates(tokens, way):
-        shape = (rows, experts, chosen, choices, columns, outputs)
-        found = Variant(
-            *shape, taken.warps, taken.team, taken.talls, taken.programs, taken.buffers, taken.step, 0, *flags
-        )
-        stages = (ALL_SHARED // taken.programs - 1024 - found.shared) // (taken.warps * found.stage)
-        if stages >= LEAST_STAGES and outputs % (unit * taken.talls) == 0:
+    rows = next(each for most, each in ROWS.items() if tokens <= most)
+    shape = rows, experts, choices << (tokens - 1).bit_length(), choices, columns, outputs
+    for each in (way,) if way else WAYS[rows]:
+        flags = ACTIVATIONS[act], int(bias)
+        found = Variant(*shape, each.warps, each.team, each.programs, each.buffers, each.step, 0, *flags)
+        stages = (ALL_SHARED // each.programs - 1024 - found.shared) // (each.warps * found.stage)
+        if stages >= LEAST_STAGES:
             return replace(found, stages=stages)
     return None
-
-
-def _candidates(tokens: int, way: Way | None) -> Iterator[tuple[int, Way]]:
-    for rows in next(each for most, each in ROWS.items() if tokens <= most):
-        yield from ((rows, each) for each in ((way,) if way else WAYS[rows]))
 
 
 def _warps(count: int) -> int:
@@ -185,9 +171,7 @@ def _launch(
     given: Experts,
 ) -> None:
     device = device_index(x.device)
-    codes, scales = tensor_maps(
-        weight.q.data_ptr(), weight.scale.data_ptr(), *weight.shape, found.down, found.step, found.talls
-    )
+    codes, scales = tensor_maps(weight.q.data_ptr(), weight.scale.data_ptr(), *weight.shape, found.down, found.step)
     kernel(found, device).launch(
         (found.programs * processors(device), 1, 1),
         [
@@ -208,10 +192,10 @@ def _launch(
 
 @lru_cache(maxsize=4096)
 def tensor_maps(
-    codes: int, scales: int, experts: int, rows: int, cols: int, down: bool, step: int, talls: int
+    codes: int, scales: int, experts: int, rows: int, cols: int, down: bool, step: int
 ) -> tuple[TensorMap, TensorMap]:
     """Of the words and of the exponents of Mxfp4Experts [experts, rows, cols] at these addresses: boxes of `step` runs
-    of eight rows and the eight that belong to them, `talls` times. Coordinates of words: word, row, half, run, sixteen
+    of eight rows and the eight that belong to them. Coordinates of words: word, row, half, run, sixteen
     of all experts; of exponents: row, half, run, sixteen of the expert, expert."""
     runs, unit = -(-cols // RUN), TALL if down else TALL // 2
     line, apart = runs * RUN_BYTES, TALL // 2 if down else rows // 2
@@ -219,10 +203,10 @@ def tensor_maps(
     return (
         encoded(
             what, codes, torch.int16, (RUN_BYTES // 2, 8, 2, runs, experts * rows // unit),
-            (line, apart * line, RUN_BYTES, unit * line), (RUN_BYTES // 2, 8, 2, step, talls),
+            (line, apart * line, RUN_BYTES, unit * line), (RUN_BYTES // 2, 8, 2, step, 1),
         ),
         encoded(
             what, scales, torch.int32, (8, 2, runs, rows // TALL, experts),
-            (4 * apart, 4 * rows, 4 * unit, 4 * runs * rows), (8, 2, step, talls, 1),
+            (4 * apart, 4 * rows, 4 * unit, 4 * runs * rows), (8, 2, step, 1, 1),
         ),
     )  # fmt: skip

@@ -15,7 +15,7 @@ FP8 = torch.float8_e4m3fn
 _ELEMENTS_PER_WARP = 512
 _ACT_COLUMNS = 1024
 _TWIN = "quantized_twin"
-EARLY_ROWS, EARLY_QUANTIZED_ROWS = range(9), range(17, 65)
+EARLY_ROWS, EARLY_QUANTIZED_ROWS = range(9), range(9, 65)
 """Numbers of rows of which the projection that follows may start at once, and asks for weights meanwhile. A layer of 8B
 at 4 rows: 105 us, 110 when it may start later; in e4m3 at 17 / 32 / 64 rows 71.2 / 69.8 / 76.6 and 75.3 / 73.8 / 79.2,
 at 9 / 16 / 128 69.3 / 70.0 / 88.8 and 68.3 / 69.6 / 89.3; in bf16 at 17 / 32 / 64 123.0 / 124.5 / 128.4 and 119.8 /
