@@ -1,5 +1,5 @@
-"""The kernel of projections of 17 to 64 rows compiles without spills, asks for weights before it waits and converts
-none; what it takes. What it computes is checked on a GPU: `python -m tokenspeed.bench.gpu.chain --rows 17 32 64`."""
+"""The kernel of projections of 9 to 64 rows compiles without spills, asks for weights before it waits and converts
+none; what it takes. What it computes is checked on a GPU: `python -m tokenspeed.bench.gpu.chain --rows 9 17 32 64`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_llama(narrow: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("tokens", [17, 64])
+@pytest.mark.parametrize("tokens", [9, 17, 64])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_variant(shape: tuple[int, int], tokens: int, narrow: bool) -> None:
     found = variant(tokens, *shape, narrow)
@@ -50,9 +50,10 @@ def test_every_variant(shape: tuple[int, int], tokens: int, narrow: bool) -> Non
 
 
 def test_what_is_taken() -> None:
-    cases = [(32, False), (33, False), (17, True), (64, True)]
+    cases = [(16, True), (32, False), (33, False), (17, True), (64, True)]
     taken = [[shape for shape in SHAPES if variant(tokens, *shape, narrow)] for tokens, narrow in cases]
     assert taken == [
+        [(3072, 2048), (2048, 2048), (2048, 8192), (4096, 4096)],
         [shape for shape in SHAPES if shape[0] <= 4096],
         [shape for shape in SHAPES if shape[1] != 14336],
         [shape for shape in SHAPES if shape[1] != 2880],
@@ -61,6 +62,7 @@ def test_what_is_taken() -> None:
 
 
 def test_what_is_not_taken() -> None:
+    assert variant(8, 2048, 2048, True) is None
     assert variant(16, 2048, 2048, False) is None
     assert variant(65, 2048, 2048, False) is None
     assert variant(32, 28672, 4096, True) is None  # gate and up

@@ -1,4 +1,4 @@
-"""The source of projections of 17 to 64 rows by warpgroup products, run thread by thread on the host, against float64.
+"""The source of projections of 9 to 64 rows by warpgroup products, run thread by thread on the host, against float64.
 On a GPU: `python -m tokenspeed.bench.gpu.chain --rows 32`."""
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("tokens", "n", "k", "narrow", "splits", "biased"),
     [
+        (9, 34, 256, True, 2, True),
         (17, 70, 384, False, 4, True),
         (32, 258, 640, True, 3, False),
         pytest.param(33, 130, 1024, True, 1, True, marks=pytest.mark.slow),

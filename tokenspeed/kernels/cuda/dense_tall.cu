@@ -1,4 +1,4 @@
-// y = x W^T + bias of 17 to 64 rows of x by weights of bf16 or e4m3, by Hopper's warpgroup products.
+// y = x W^T + bias of 9 to 64 rows of x by weights of bf16 or e4m3, by Hopper's warpgroup products.
 //
 // A tile is 128 rows of W: 64 for each of two warpgroups, the left operand of products whose right one are all rows of x. SPLITS
 // programs share its columns, as a cluster. One thread of each has lines of both operands copied into a ring through tensor

@@ -1,4 +1,4 @@
-"""Projections of 17 to 64 rows of bf16 or e4m3 by weights alike, by Hopper's products: `dense_tall.cu`."""
+"""Projections of 9 to 64 rows of bf16 or e4m3 by weights alike, by Hopper's products: `dense_tall.cu`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,13 @@ MOST_TILES = 48
 at more. us a layer of projections, before and with this kernel: 8B in bf16 at 32 rows 125.3 and 119.4 (with down by
 Triton 123.8; o 120.8; with q, k, v by this kernel 121.5; gate and up 122.6), at 64 132.0 and 127.2 (down by this kernel
 128.6; q, k, v by Triton 131.2), in e4m3 at 32 74.4 and 72.0, at 64 83.7 and 77.4; 1B at 32 in bf16 46.6 and 42.2, in
-e4m3 32.9 and 30.2. At 16 rows and at 128 nothing is won."""
+e4m3 32.9 and 30.2. At 128 rows nothing is won."""
 FEW_TILES, LONG_ROW = 32, 8192
+FEW_TOKENS, SMALL_WEIGHT = 16, 16 << 20
+"""So few take weights of e4m3 of no more bytes: the step in fp8 at 9 / 12 / 16 sequences is 4.83 / 5.57 / 6.42 ms for
+5.09 / 5.83 / 6.64 of Qwen3-30B-A3B, 0.728 / 0.769 / 0.798 for 0.776 / 0.796 / 0.834 of 1B, 2.914 / 2.944 / 3.077 for
+2.902 / 2.972 / 3.080 of 8B. Larger ones lose (8B 2.958 / 2.990 / 3.084), and so does bf16 (8B 4.47 / 4.54 / 4.65 for
+4.35 / 4.42 / 4.53)."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,8 @@ def variant(tokens: int, n: int, k: int, narrow: bool, splits: int = 0) -> Varia
     as find room, unless given."""
     tiles, segments = -(-n // TILE), k * (1 if narrow else 2) // LINE
     wide = not narrow and (tiles > FEW_TILES if tokens <= 32 else k > LONG_ROW)
-    if not FEWEST_TOKENS <= tokens <= MOST_TOKENS or tiles > MOST_TILES or n % 2 or wide:
+    large = tokens <= FEW_TOKENS and (not narrow or n * k > SMALL_WEIGHT)
+    if not FEWEST_TOKENS <= tokens <= MOST_TOKENS or tiles > MOST_TILES or n % 2 or wide or large:
         return None
     if k * (1 if narrow else 2) % LINE:
         return None

@@ -32,9 +32,10 @@ UP_PROGRAMS, DOWN_PROGRAMS = 2, 3
 BF16_TOKENS = range(2, 9)
 """Taken in bf16: 41.4 / 69.9 / 117.7 us at 2 / 4 / 8 tokens, streamed or by Triton 42.9 / 74.3 / 118.2; 24.5 for 22.5
 us at one, 246.5 for 243.8 at 32."""
-EARLY_TOKENS = range(3, 9)
+EARLY_TOKENS = frozenset({1, *range(3, 9)})
 """Of which the projection after the experts may start, and ask for weights, before their sum does: Qwen3-30B-A3B's step
-in fp8 at 1 / 8 / 32 sequences 1.687 / 4.531 / 8.630 ms, 1.677 / 4.587 / 8.495 where it starts later."""
+in fp8 at 1 / 2 / 3 / 6 / 8 / 12 / 32 sequences 1.670 / 2.323 / 2.745 / 3.906 / 4.548 / 5.905 / 8.603 ms, 1.686 /
+2.265 / 2.793 / 3.961 / 4.598 / 5.865 / 8.495 where it starts later."""
 ALL_SHARED = 227 << 10
 LEAST_STAGES = 3
 
