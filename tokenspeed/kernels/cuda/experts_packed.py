@@ -56,6 +56,11 @@ class Variant:
         return self.act == 0
 
     @property
+    def sums(self) -> bool:
+        """Whether it weighs and adds up what the experts of its one token give."""
+        return self.down and self.chosen == self.choices
+
+    @property
     def threads(self) -> int:
         return 32 * self.warps
 
@@ -67,7 +72,8 @@ class Variant:
     @property
     def shared(self) -> int:
         """Bytes of the source's Shared."""
-        x = self.buffers * self.rows * (-(-self.k // (RUN * self.step)) * self.step * 2 * RUN + 64)
+        rows = self.choices if self.sums else self.rows
+        x = self.buffers * rows * (-(-self.k // (RUN * self.step)) * self.step * 2 * RUN + 64)
         blocks = min(self.chosen, self.experts + self.chosen // self.rows)
         lists = 4 * (_warps(self.experts) + _warps(self.chosen) + 1) + 2 * blocks * (1 + self.rows)
         shared = self.warps if self.team > 1 else 1
@@ -104,6 +110,14 @@ buffer for x 60.0 of 4 tokens, 83.5 of 8."""
 LEAST_STAGES = 2
 
 
+def ways(rows: int, down: bool, choices: int) -> tuple[Way, ...]:
+    """For blocks of so many rows, the better first. Down of one token has as many warps for each of its choices."""
+    if rows > 1 or not down:
+        return WAYS[rows]
+    team = choices * max(1, 8 // choices)
+    return (Way(team, team, 2, 4), Way(team, team, 1, 2))
+
+
 def variant(
     tokens: int, experts: int, choices: int, columns: int, outputs: int, act: str, bias: bool, way: Way | None = None
 ) -> Variant | None:
@@ -114,7 +128,7 @@ def variant(
         return None
     rows = next(each for most, each in ROWS.items() if tokens <= most)
     shape = rows, experts, choices << (tokens - 1).bit_length(), choices, columns, outputs
-    for each in (way,) if way else WAYS[rows]:
+    for each in (way,) if way else ways(rows, act == "none", choices):
         flags = ACTIVATIONS[act], int(bias)
         found = Variant(*shape, each.warps, each.team, each.programs, each.buffers, each.step, 0, *flags)
         stages = (ALL_SHARED // each.programs - 1024 - found.shared) // (each.warps * found.stage)
@@ -155,9 +169,13 @@ def stream_packed(
     if first is None or second is None or x.stride(1) != 1 or (x.stride(0) * 2) % 16 or x.data_ptr() % 16:
         return None
     between = torch.empty(tokens * k, ff, dtype=torch.bfloat16, device=x.device)
+    _launch(first, x, ids, shares, gate_up, given.gate_up_bias, between, None, given)
+    if second.sums:
+        y = torch.empty(1, hidden, dtype=x.dtype, device=x.device)
+        _launch(second, between, ids, shares, down, given.down_bias, y, None, given)
+        return y
     parts = torch.empty(tokens * k, hidden, dtype=torch.float32, device=x.device)
-    _launch(first, x, ids, gate_up, given.gate_up_bias, between, parts, given)
-    _launch(second, between, ids, down, given.down_bias, between, parts, given)
+    _launch(second, between, ids, shares, down, given.down_bias, None, parts, given)
     return combine(parts, ids, shares, x.dtype, True, early=tokens in EARLY_TOKENS)
 
 
@@ -165,10 +183,11 @@ def _launch(
     found: Variant,
     x: torch.Tensor,
     ids: torch.Tensor,
+    shares: torch.Tensor,
     weight: Mxfp4Experts,
     bias: torch.Tensor | None,
-    y: torch.Tensor,
-    parts: torch.Tensor,
+    y: torch.Tensor | None,
+    parts: torch.Tensor | None,
     given: Experts,
 ) -> None:
     device = device_index(x.device)
@@ -180,6 +199,7 @@ def _launch(
             (scales, None),
             pointer(x),
             pointer(ids),
+            pointer(shares),
             pointer(bias),
             pointer(y),
             pointer(parts),
