@@ -83,6 +83,7 @@ def test_what_no_tile_fits_is_left_to_the_twin() -> None:
     assert stream_packed(x, ids, shares, given) is None
     assert stream_packed(x[:1].float(), ids[:1], shares[:1], given) is None
     assert stream_packed(x.new_zeros(1, 264)[:, 4:260], ids[:1], shares[:1], given) is None
+    assert variant(1, 64, 17, 256, 128, "none", False) is None  # more choices than warps
     assert variant(1, 3, 2, 256, 124, "silu", False) is None
     assert variant(1, 3, 2, 256, 120, "none", False) is None
     assert variant(1, 3, 2, 252, 128, "silu", False) is None

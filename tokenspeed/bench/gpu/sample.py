@@ -155,11 +155,14 @@ def check(rows: int = 256, vocab: int = VOCAB, device: str = "cuda") -> bool:
             (logits,) = _logits(rows, spread, 1, vocab, device)
             logits[:, HISTORY] += 3 * deviation
             slots = torch.arange(rows, dtype=torch.int32, device=device)
+            positions, state = torch.full_like(slots, len(HISTORY)), state_of(rows, sampling, vocab, device)
+            if slots.is_cuda:
+                torch.cuda.synchronize()
             tokens = sample(
                 logits,
                 slots,
-                torch.full_like(slots, len(HISTORY)),
-                state_of(rows, sampling, vocab, device),
+                positions,
+                state,
                 edits=is_edited(sampling),
                 pdl=small_step(slots),
             )

@@ -85,7 +85,8 @@ def sample(
     slots: int32 [rows], -1 for a row that gets token 0 and is not read. positions: int32 [rows], of the tokens to draw.
     edits: whether any row's slot is `is_edited`; known to the host, as it costs two kernels and a copy of the logits.
     mask: int32 [rows, ceil(vocabulary / 32)] for slots that are masked. pool: int32 [slots, length], known tokens, for
-    slots with bad words. Waits for nothing; sizes depend on shapes alone, so it can be captured in a graph.
+    slots with bad words. pdl: launched ahead of the end of the kernel in front, than whose begin slots, positions and
+    state must be older. Waits for nothing; sizes depend on shapes alone, so it can be captured in a graph.
     """
     rows, vocab = logits.shape
     tiles = tiles or tiles_for(rows)
@@ -169,15 +170,15 @@ def _peaks(
 ) -> None:
     row = tl.program_id(1)
     place = tl.program_id(0) * PEAKS + tl.arange(0, PEAKS)
+    slot = tl.load(slots + row)
+    temperature = _float(fields, num_slots, _TEMPERATURE, tl.maximum(slot, 0))
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    slot = tl.load(slots + row)
     if slot >= 0:
         ids = place[:, None] * _PEAK + tl.arange(0, _PEAK)[None, :]
         values = tl.load(logits + row.to(tl.int64) * stride + ids, mask=ids < vocab, other=float("-inf"))
         values = values.to(tl.float32)
-        temperature = _float(fields, num_slots, _TEMPERATURE, slot)
         if temperature == 0:
             peaks = tl.max(values, 1)
         elif _is_filtered(_filters(fields, num_slots, slot)):
@@ -213,10 +214,13 @@ def _choose(
     PDL: tl.constexpr,
 ) -> None:
     row = tl.program_id(0)
+    slot = tl.load(slots + row)
+    known = tl.maximum(slot, 0)
+    temperature, filters = _float(fields, num_slots, _TEMPERATURE, known), _filters(fields, num_slots, known)
+    key = _noise_key(tl.load(positions + row), fields, num_slots, known)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    slot = tl.load(slots + row)
     token = 0
     if slot >= 0:
         row64 = row.to(tl.int64)
@@ -225,15 +229,12 @@ def _choose(
         peaks = tl.load(peaks_in + at, mask=at < num_peaks, other=float("-inf"))
         best = tl.max(peaks, 0)
         if best > float("-inf"):
-            temperature = _float(fields, num_slots, _TEMPERATURE, slot)
             first = tl.min(tl.where(peaks == best, at, P - 1), 0)
             ids = first * _PEAK + tl.arange(0, _PEAK)
             if temperature == 0:
                 values = scaled_block(line, ids, ids < vocab, 1.0)
                 token = tl.min(tl.where(values == best, ids, _NO_TOKEN), 0)
             else:
-                key = _noise_key(tl.load(positions + row), fields, num_slots, slot)
-                filters = _filters(fields, num_slots, slot)
                 floor = _LOWEST
                 if _is_filtered(filters):
                     ids_out, values_out = candidate_ids + row64 * CANDIDATES, candidate_values + row64 * CANDIDATES

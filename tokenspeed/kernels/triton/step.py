@@ -246,19 +246,20 @@ def _finish(
     COUNTS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    """Only what was drawn is younger than the step's inputs, so waited for."""
     row = tl.arange(0, ROWS)
     inside = row < rows
     slot = tl.load(row_slots + row, mask=inside, other=-1)
     live = slot >= 0
-    count = tl.load(row_counts + row, mask=live, other=0)
-    draws = live & (tl.load(sample_rows + row, mask=live, other=-1) >= 0)
-    token = tl.load(drawn + row, mask=draws, other=-1)
+    count = tl.load(row_counts + row, mask=inside, other=0)
+    draws = live & (tl.load(sample_rows + row, mask=inside, other=-1) >= 0)
     computed = tl.load(num_computed + slot, mask=live, other=0)
-    tl.store(num_computed + slot, computed + count, mask=live)
     length = tl.load(num_tokens + slot, mask=draws, other=0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.load(drawn + row, mask=draws, other=-1)
+    tl.store(num_computed + slot, computed + count, mask=live)
     tl.store(pool + slot.to(tl.int64) * pool_stride + length, token, mask=draws & (length < pool_length))
     tl.store(num_tokens + slot, length + 1, mask=draws)
     if COUNTS:
