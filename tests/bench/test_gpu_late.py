@@ -11,7 +11,7 @@ from tokenspeed.bench.gpu.late import Case, holds, triton_cases
 from tokenspeed.kernels.triton import attention_tiles
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(8))
 def test_results_are_those_of_what_came_late(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_tiles, "MAX_SPLITS", 1)  # few programs for the interpreter
     monkeypatch.setattr(late, "RUNS", 1)

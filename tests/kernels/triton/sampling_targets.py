@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from typing import Any
 
 import triton
@@ -70,10 +71,12 @@ def main() -> None:
         for kernel, constants in cases(pdl):
             asm = compiled(kernel, constants, target, options.dtype)
             text = asm.get("ptx", "")
+            before = text.split("griddepcontrol.wait")[0]
             found = {
                 "binary": "cubin" in asm or "hsaco" in asm,
                 "pdl": pdl and "PDL" in constants,
                 "waits": "griddepcontrol.wait" in text and "griddepcontrol.launch_dependents" in text,
+                "loads before wait": len(re.findall(r"ld\.global", before)),
                 "fused": "fma.rn.f32" in text,
             }
             print(json.dumps({"kernel": kernel.__name__, "target": name, **found}), flush=True)

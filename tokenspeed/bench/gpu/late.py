@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, globaltimer
 
 from tokenspeed.bench.gpu.expert_cases import ExpertCase
 from tokenspeed.bench.gpu.paged_steps import paged_step
+from tokenspeed.bench.gpu.sample import KINDS, state_of
 from tokenspeed.kernels.cuda.attend import attend
 from tokenspeed.kernels.cuda.experts import stream_experts
 from tokenspeed.kernels.cuda.prefill import prefill
@@ -28,6 +29,7 @@ from tokenspeed.kernels.triton.linear import gemv, project
 from tokenspeed.kernels.triton.operands import Norm, Prologue
 from tokenspeed.kernels.triton.paged import Heads
 from tokenspeed.kernels.triton.rope_write import rope_write
+from tokenspeed.kernels.triton.sample import sample
 from tokenspeed.ops.rope import Rope
 from tokenspeed.quantization.narrow import narrow
 
@@ -168,6 +170,18 @@ def experts(name: str, device: str, tokens: int, fmt: str, run: Callable[..., to
     return Case(name, torch.cat(words), layer)
 
 
+def sampling(name: str, device: str, rows: int, kind: str, vocab: int = 4096) -> Case:
+    """Sampling from logits that come late; what else it reads is older."""
+    state = state_of(rows, KINDS[kind], vocab, device)
+    slots = torch.arange(rows, dtype=torch.int32, device=device)
+    positions, ahead = torch.full_like(slots, 9), dependent_launch(slots.device)
+    return Case(
+        name,
+        _random(device, rows * vocab),
+        lambda written: [sample(written.view(rows, vocab), slots, positions, state, pdl=ahead)],
+    )
+
+
 def triton_cases(device: str) -> list[Case]:
     """The Triton kernels."""
     return [
@@ -176,6 +190,9 @@ def triton_cases(device: str) -> list[Case]:
         projection("norm and skinny, fp8", device, 5, 256, mode="fp8"),
         projection("norm and packed, int4", device, 5, 128, mode="int4"),
         decoding("rope_write and decode attention", device, 3, one_kernel=False),
+        sampling("greedy sampling", device, 3, "greedy"),
+        sampling("sampling by noise", device, 3, "plain"),
+        sampling("sampling of the likely", device, 3, "top_k50_p95"),
     ]
 
 

@@ -89,7 +89,8 @@ def _launch(rows: int, kind: str, spread: str, tiles: Tiles, pdl: bool) -> Launc
 
 
 def around(rows: int, device: str = "cuda") -> Launch:
-    """`prepare` and `finish` of a decode step whose sequences stay where they are, with a mailbox of one slot."""
+    """`prepare` and `finish` of a decode step whose sequences stay where they are, with a mailbox of one slot; between
+    them the smallest kernel, as `finish` reads ahead of the one in front."""
     flat = torch.zeros(2 * rows + SamplingState.size(rows), dtype=torch.int32, device=device)
     lengths = SlotLengths(flat[:rows], flat[rows : 2 * rows], flat.new_zeros(rows, 4096))
     pairs = np.arange(2 * rows, dtype=np.int32)
@@ -106,6 +107,7 @@ def around(rows: int, device: str = "cuda") -> Launch:
 
     def launch(i: int) -> torch.Tensor:
         inputs = prepare(mailbox, flat, lengths, rows, rows, pdl=pdl)
+        drawn.zero_()
         finish(drawn, inputs, lengths, state, mailbox, pdl=pdl)
         return lengths.num_tokens
 

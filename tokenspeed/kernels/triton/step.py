@@ -106,7 +106,8 @@ def finish(
     pdl: bool = False,
 ) -> None:
     """Take in a step's tokens int32 [rows]: append each to its slot's known tokens, count it where its slot has
-    penalties, move the lengths on, and answer the host: per row the token, -1 where it drew none."""
+    penalties, move the lengths on, and answer the host: per row the token, -1 where it drew none. pdl: launched ahead
+    of the end of the kernel in front, than whose begin all but the tokens must be older."""
     rows = drawn.shape[0]
     counts = state.counts
     _finish[(1,)](
