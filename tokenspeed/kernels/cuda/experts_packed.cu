@@ -1,9 +1,9 @@
 // The chosen experts of some tokens by MXFP4 weights, in two kernels of one source: gate and up with their activation, then
 // down, whose results of each choice another kernel weighs and adds up; of one token down does.
 //
-// Every program lists the experts that are chosen in blocks: an expert and up to ROWS of its choices. A unit is 16 rows of W for a block (of
-// gate and up 8 each, which go together). Units of all blocks, one after the other, are dealt out evenly: a program has some
-// in a row, which its teams of warps take in turn. The warps of a team share a unit's columns, each through a
+// Every program lists the experts that are chosen in blocks: an expert and up to ROWS of its choices. A unit is 16 rows of
+// W for a block (of gate and up 8 each, which go together). Units of all blocks, one after the other, are dealt out evenly: a
+// program has some in a row, which its teams of warps take in turn. The warps of a team share a unit's columns, each through a
 // ring of its own, which one thread fills by tensor copies, and one of them adds up their sums. All warps meet where a block
 // begins, with its rows of x in shared memory; those of the next one are on their way meanwhile, where there are two BUFFERS.
 //
@@ -41,7 +41,8 @@ constexpr int RUNS_AT_ONCE = 2;  // more spill registers there
 #endif
 // Codes are 2^-126, exponents 2^90 of what they stand for.
 constexpr float BACK = 1.0f / 268435456;
-static_assert(N % OUTPUTS == 0 && K % 8 == 0 && STEP % 2 == 0 && WARPS % TEAM == 0 && TEAM % (SUMS ? CHOICES : 1) == 0, "sizes do not fit the tiles");
+static_assert(N % OUTPUTS == 0 && K % 8 == 0 && STEP % 2 == 0 && WARPS % TEAM == 0 && TEAM % (SUMS ? CHOICES : 1) == 0,
+              "sizes do not fit the tiles");
 
 struct Shared {
   u8 codes[WARPS][STAGES][CODES];
@@ -236,17 +237,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) experts_packed(
         sums[j] = weight * (sums[j] * BACK + (first == 0 ? rounded(j < 2 ? low_bias : high_bias) : 0));
       if (TEAM > 1) {
         float4(*given)[32] = s.sums[team][flip];
-        bool own = member == turn;
+        bool adds = member == turn;
         given[member][lane] = make_float4(sums[0], sums[1], sums[2], sums[3]);
         sync_team<32 * TEAM>(team);
-        for (int j = 0; j < 4 && own; ++j) sums[j] = 0;
-        for (int other = 0; other < TEAM && own; ++other) {
+        for (int j = 0; j < 4 && adds; ++j) sums[j] = 0;
+        for (int other = 0; other < TEAM && adds; ++other) {
           float4 some = given[other][lane];
           sums[0] += some.x, sums[1] += some.y, sums[2] += some.z, sums[3] += some.w;
         }
         flip ^= 1;
         if (++turn == TEAM) turn = 0;
-        if (!own) continue;
+        if (!adds) continue;
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
