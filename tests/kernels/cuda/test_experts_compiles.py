@@ -55,7 +55,10 @@ def test_qwen3_30b(tokens: int, fmt: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tokens", range(1, MOST_TOKENS + 1))
 def test_every_variant(tokens: int, shape: tuple[int, int, int], fmt: int, architecture: str) -> None:
-    for each in fitting(tokens, shape, fmt):
+    both = fitting(tokens, shape, fmt)
+    whole_lines = all(columns * BITS[fmt] // 8 % 128 == 0 for columns in shape[1:])
+    assert [each.down for each in both] == ([False, True] if whole_lines else [])
+    for each in both:
         check(each, architecture)
 
 

@@ -58,7 +58,9 @@ def test_gpt_oss(tokens: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 17, 64])
 def test_every_variant(tokens: int, shape: tuple[int, ...], act: str, bias: bool, architecture: str) -> None:
-    for each in both(tokens, shape, act, bias):
+    found = both(tokens, shape, act, bias)
+    assert [each.down for each in found] == [False, True]
+    for each in found:
         check(each, architecture)
 
 

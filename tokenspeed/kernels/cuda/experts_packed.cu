@@ -33,6 +33,7 @@ constexpr int RUN = 64;  // bytes of a row
 constexpr int CODES = STEP * TALL * RUN, SCALES = STEP * TALL * 4;
 // Of x's columns, with those past the last one, zeros; bytes of a row, neighbours half a line of banks apart.
 constexpr int VECTORS = K / 8, COLUMNS = SEGMENTS * STEP * 128, X_PITCH = 2 * COLUMNS + 64;
+// SHARE warps of a team share an expert's columns.
 constexpr int TEAMS = WARPS / TEAM, SHARE = SUMS ? TEAM / CHOICES : TEAM, X_ROWS = SUMS ? CHOICES : ROWS;
 #if __CUDA_ARCH__ < 1000
 constexpr int RUNS_AT_ONCE = STEP;
